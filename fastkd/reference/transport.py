@@ -19,7 +19,7 @@ def transport(cost, a, b):
 
 def _solve(cost, a, b):
     N, M = len(a), len(b)
-    if not math.isfinite(sum(map(sum, cost))) or not min(a + b) >= 0 or not abs(sum(a) - sum(b)) <= 1e-6 * sum(a):
+    if not math.isfinite(sum(map(sum, cost))) or not min(a + b) >= 0 or not abs(sum(a) - sum(b)) <= 1e-5 * sum(a):
         return [[math.nan] * M] * N, [math.nan] * N, [math.nan] * M
     c, cost_unit = _integers([x for row in cost for x in row])
     mass, mass_unit = _integers(a + b)
