@@ -82,8 +82,7 @@ class BertEMDLoss(nn.Module):
         for kind, cost in costs.items():
             count = mask.sum() if kind == "hidden" and mask is not None else None
             cost = reduce.mean_over_ranks(cost, count, self.process_group)  # [N, M]
-            masses = (w.clone() for w in self._weights(kind))  # the buffers change before the backward comes
-            plan = functional.transport(cost.double(), *masses, backend=self.backend)
+            plan = functional.transport(cost.double(), *self._weights(kind), backend=self.backend)
             losses[kind] = plan.value.to(cost.dtype)
             flows[kind], global_costs[kind] = plan.flow.detach(), cost.detach().double()
         if self.training:
@@ -105,8 +104,8 @@ class BertEMDLoss(nn.Module):
         return True
 
     def _weights(self, kind: str) -> tuple[Tensor, Tensor]:
-        weights = getattr(self, f"{kind}_student_weight"), getattr(self, f"{kind}_teacher_weight")
-        return weights[0].double(), weights[1].double()
+        student, teacher = getattr(self, f"{kind}_student_weight"), getattr(self, f"{kind}_teacher_weight")
+        return _above_zero(student.double()), _above_zero(teacher.double())
 
     @torch.no_grad()
     def _move_weights(self, costs: dict[str, Tensor], flows: dict[str, Tensor]) -> None:
@@ -121,17 +120,16 @@ class BertEMDLoss(nn.Module):
         for (kind, side), weight in moved.items():
             if self.double_softmax:
                 weight = weight.softmax(0)
-            weight = weight.clamp_min(SMALLEST_WEIGHT)
             buffer = getattr(self, f"{kind}_{side}_weight")
             # A step that overflowed (GradScaler will skip it) must not leave NaN in the state.
-            buffer.copy_(torch.where(weight.isfinite().all(), weight / weight.sum(), buffer))
+            buffer.copy_(torch.where(weight.isfinite().all(), _above_zero(weight), buffer))
 
     def _moved(self, cost: Tensor, flow: Tensor, weight: Tensor, axis: int) -> Tensor:
         """The new weights of one side: the cheaper a layer's unit of mass, the heavier. `axis` is the other side's."""
         spent = (flow * cost).sum(axis) if self.cost == "sum_of_products" else flow.sum(axis) * cost.sum(axis)
         unit_cost = spent / weight
         smallest = torch.finfo(torch.float64).tiny ** 0.5  # inert; keeps the ratios finite
-        ratio = torch.where(unit_cost > 0, unit_cost.sum() / unit_cost.clamp_min(smallest), 0)
+        ratio = torch.where(unit_cost == 0, 0, unit_cost.sum() / unit_cost.clamp_min(smallest))
         if self.weights == "softmax":
             return torch.softmax(ratio / self.temperature, 0)
         return ratio / ratio.sum().clamp_min(smallest)
@@ -141,3 +139,8 @@ class BertEMDLoss(nn.Module):
             f"{self.n_student}, {self.n_teacher}, weights={self.weights!r}, temperature={self.temperature}, "
             f"double_softmax={self.double_softmax}, separate={self.separate}"
         )
+
+
+def _above_zero(weight: Tensor) -> Tensor:
+    weight = weight.clamp_min(SMALLEST_WEIGHT)  # a new tensor: the buffers change before the backward comes
+    return weight / weight.sum()

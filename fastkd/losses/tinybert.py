@@ -48,7 +48,7 @@ class TinyBERTLoss(nn.Module):
 
 
 def _stride(student_name: str, n_student: int, teacher_name: str, n_teacher: int) -> int:
-    if n_student < 1 or n_teacher % n_student:
+    if n_student < 1 or n_teacher < n_student or n_teacher % n_student:
         raise ValueError(
             f"{teacher_name}: the uniform map needs a multiple of the student's layers, got {n_teacher} for "
             f"{n_student} of {student_name} (embeddings not counted); choose teacher layers yourself and pass as many"
