@@ -29,10 +29,11 @@ _HERE = Path(__file__).resolve().parent
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _load(library: str, proof: str) -> str | None:
+def _load(library: str, key: str) -> str | None:
     """Load a compiled library of ours once; None when its ops are there, else the reason why not, in one clause."""
-    if torch._C._dispatch_has_kernel(proof):  # a second copy in one process would register twice and crash
-        return None
+    known = torch._C._dispatch_has_kernel("fastkd::probe")
+    if known and torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::probe", key):
+        return None  # a second copy in one process would register twice and crash
     path = _HERE / f"{library}.so"
     if not path.exists():
         return "it is not built (no compiler at install time, or FASTKD_BUILD=none); reinstall with FASTKD_BUILD=cpu"
@@ -49,7 +50,7 @@ def _cuda_reason() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
         return "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
-    return _load("_cuda", "fastkd::cuda_probe")
+    return _load("_cuda", "CUDA")
 
 
 def _triton_reason() -> str | None:
@@ -62,7 +63,7 @@ def _triton_reason() -> str | None:
 
 # Why a whole implementation cannot run on this machine; None if it can.
 UNAVAILABLE = {
-    "cpu": _load("_cpu", "fastkd::probe"),
+    "cpu": _load("_cpu", "CPU"),
     "cuda": _cuda_reason(),
     "triton": _triton_reason(),
     "reference": None,
