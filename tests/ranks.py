@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 PREAMBLE = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method={rendezvous!r}, rank={rank}, world_size=2)
 rank, group = {rank}, dist.group.WORLD
 """
+# Straight out, once both are done: gloo's threads, unlike the result, do not always survive an interpreter's shutdown.
+LEAVE = "dist.barrier()\nos._exit(0)"
 
 
 def on_two_ranks(script):
@@ -23,7 +25,8 @@ def on_two_ranks(script):
         processes = []
         for rank in range(2):
             preamble = PREAMBLE.format(rendezvous=f"file://{folder}/rendezvous", rank=rank)
-            source = f"{preamble}\n{script}\ntorch.save(result, {f'{folder}/{rank}.pt'!r})\ndist.destroy_process_group()\n"
+            save = f"torch.save(result, {f'{folder}/{rank}.pt'!r})"
+            source = "\n".join([preamble, script, save, LEAVE])
             path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
             process = subprocess.Popen(
                 [sys.executable, "-c", source], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True

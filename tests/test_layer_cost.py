@@ -104,7 +104,8 @@ def test_gradient_is_the_closed_form():
         keep = torch.ones(B, S, 1, dtype=torch.bool) if mask is None else mask[..., None]
         for i, leaf in enumerate(leaves):
             s, *ts = (x if clamp is None else x.masked_fill(x <= clamp, 0) for x in (students[i], *teachers))
-            expected = 2 / float(keep.sum() * D) * (flow[i].sum() * s - sum(f * t for f, t in zip(flow[i], ts, strict=True)))
+            carried = sum(f * t for f, t in zip(flow[i], ts, strict=True))
+            expected = 2 / float(keep.sum() * D) * (flow[i].sum() * s - carried)
             alive = keep if clamp is None else keep & (students[i] > clamp)
             assert relative_error(leaf.grad, torch.where(alive, expected, 0.0)) < 1e-13
             assert (leaf.grad[~alive.expand_as(leaf)] == 0).all()

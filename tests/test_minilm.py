@@ -40,9 +40,11 @@ def test_minilm(mask, causal):
     (q, k, v), (tq, tk, tv) = qkv(1, 4, 3), qkv(11, 4, 8)
     criterion = MiniLMLoss(causal=causal, backend="reference")
     value, grads = gradients(lambda *s: criterion(s, (tq, tk, tv), mask), q, k, v)
-    expected, expected_grads = gradients(
-        lambda q, k, v: relation_kl((q, k), (tq, tk), mask, causal) + relation_kl((v, v), (tv, tv), mask, causal), q, k, v
-    )
+
+    def expected_loss(q, k, v):
+        return relation_kl((q, k), (tq, tk), mask, causal) + relation_kl((v, v), (tv, tv), mask, causal)
+
+    expected, expected_grads = gradients(expected_loss, q, k, v)
     assert relative_error(value, expected) < 1e-12
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert relative_error(grad, expected_grad) < 1e-12

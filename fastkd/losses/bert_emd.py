@@ -80,8 +80,9 @@ class BertEMDLoss(nn.Module):
 
         losses, flows, global_costs = {}, {}, {}
         for kind, cost in costs.items():
-            count = mask.sum() if kind == "hidden" and mask is not None else None
-            cost = reduce.mean_over_ranks(cost, count, self.process_group)  # [N, M]
+            if self.process_group is not None:
+                count = _entries(student_attn[0]) if kind == "attention" else _tokens(student_hidden[0], mask)
+                cost = reduce.mean_over_ranks(cost, cost.new_ones(()) * count, self.process_group)  # [N, M]
             plan = functional.transport(cost.double(), *self._weights(kind), backend=self.backend)
             losses[kind] = plan.value.to(cost.dtype)
             flows[kind], global_costs[kind] = plan.flow.detach(), cost.detach().double()
@@ -139,6 +140,15 @@ class BertEMDLoss(nn.Module):
             f"{self.n_student}, {self.n_teacher}, weights={self.weights!r}, temperature={self.temperature}, "
             f"double_softmax={self.double_softmax}, separate={self.separate}"
         )
+
+
+def _entries(scores: Tensor | tuple[Tensor, Tensor]) -> int:
+    query = scores if isinstance(scores, Tensor) else scores[0]  # [B, H, S, ...]
+    return query.shape[0] * query.shape[2] ** 2
+
+
+def _tokens(hidden: Tensor, mask: Tensor | None) -> int | Tensor:
+    return hidden.shape[0] * hidden.shape[1] if mask is None else reduce.as_bool(mask).sum()
 
 
 def _above_zero(weight: Tensor) -> Tensor:
