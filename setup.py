@@ -28,7 +28,8 @@ NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and newer
 COMMON = ["-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/isa.h).
-FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
+# No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence_isa.cpp).
+FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 X86_SETS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -16,9 +16,9 @@
 #if defined(FASTKD_X86)
 #define FASTKD_DECLARE(Table, stem) \
   extern const Table fastkd_##stem##_plain, fastkd_##stem##_avx2, fastkd_##stem##_avx512
-#define FASTKD_CHOOSE(stem)                                                   \
-  (::fastkd::instruction_set() == 2   ? fastkd_##stem##_avx512                \
-   : ::fastkd::instruction_set() == 1 ? fastkd_##stem##_avx2                  \
+#define FASTKD_CHOOSE(stem)                                    \
+  (::fastkd::instruction_set() == 2   ? fastkd_##stem##_avx512 \
+   : ::fastkd::instruction_set() == 1 ? fastkd_##stem##_avx2   \
                                       : fastkd_##stem##_plain)
 #else
 #define FASTKD_DECLARE(Table, stem) extern const Table fastkd_##stem##_plain

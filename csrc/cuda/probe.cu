@@ -34,8 +34,8 @@ Tensor probe(const Tensor& x) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   if (rows > 0) {
     const int64_t blocks = (rows + 3) / 4;
-    row_sums<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(
-        dense.const_data_ptr<float>(), rows, columns, out.mutable_data_ptr<float>());
+    row_sums<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(dense.const_data_ptr<float>(), rows, columns,
+                                                                    out.mutable_data_ptr<float>());
     STD_TORCH_CHECK(cudaGetLastError() == cudaSuccess, "fastkd::probe: the launch failed");
   }
   return out;
