@@ -48,11 +48,9 @@ def ours_divergence(inputs: Inputs, backend: str) -> torch.Tensor:
 
 
 def ours_top_k(inputs: Inputs, backend: str) -> torch.Tensor:
-    import fastkd
-
-    options = dict(inputs.options)
-    teacher = fastkd.TopK(inputs["indices"], inputs["log_probs"], tail=options.pop("tail"))
-    return functional().divergence(inputs["student"], teacher, backend=backend, **options)
+    public, options = functional(), dict(inputs.options)
+    teacher = public.TopK(inputs["indices"], inputs["log_probs"], tail=options.pop("tail"))
+    return public.divergence(inputs["student"], teacher, backend=backend, **options)
 
 
 def divergence_case(kind: str, rows: int, vocabulary: int, dtype: torch.dtype, **more) -> Case:

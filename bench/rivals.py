@@ -182,11 +182,12 @@ def eager_contrast(x: dict, options: dict):
         negative = (query.to(bank.dtype) @ bank.mT).to(query.dtype)  # [B, K]
         logits = torch.cat((positive, negative), 1) / options["temperature"]
         return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-    noise = math.log((x["index"].shape[1] - 1) / options["n_data"])
-    loss = 0.0
+    negatives = x["index"].shape[1] - 1
+    noise, eps = negatives / options["n_data"], 1e-7
+    loss = -negatives * (math.log(noise) - math.log(noise + eps)) * 2
     for query, bank in ((x["query_t"], x["bank_s"]), (x["query_s"], x["bank_t"])):
         scores = torch.einsum("bkd,bd->bk", bank[x["index"]], query)
-        u = scores / options["temperature"] - math.log(options["z"]) - noise
+        u = scores / options["temperature"] - (math.log(options["z"]) + math.log(noise + eps))
         loss = loss + (F.softplus(-u[:, 0]) + F.softplus(u[:, 1:]).sum(-1)).mean()
     return loss
 
