@@ -11,4 +11,11 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_bwd(Tensor grad, Tensor s, Tensor t, Tensor? mask, Tensor stats, int kind, float temperature, "
       "float mix) -> Tensor");
+  // A sparse teacher; tail is the log-mass of the rest.
+  m.def(
+      "divergence_topk_fwd(Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, int kind, "
+      "float temperature, float mix) -> (Tensor, Tensor)");
+  m.def(
+      "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
+      "Tensor stats, int kind, float temperature, float mix) -> Tensor");
 }
