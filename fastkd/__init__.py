@@ -23,8 +23,6 @@ from fastkd.functional import (  # noqa: E402 - fastkd.kernels must be found fir
     transport,
 )
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
-from fastkd.losses.codir import CoDIRLoss  # noqa: E402
-from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
@@ -37,8 +35,6 @@ from fastkd.vocab import VocabMap  # noqa: E402
 
 __all__ = [
     "BertEMDLoss",
-    "CRDLoss",
-    "CoDIRLoss",
     "DistilBERTLoss",
     "FCDLoss",
     "GLMDLoss",
