@@ -121,7 +121,7 @@ def kernels(stem: str, fwd: str, bwd: str) -> dict[str, Kernels]:
     for library in ("cpu", "cuda"):
         if library in WRITTEN[stem] and UNAVAILABLE[library] is None:
             found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
-    if "triton" in WRITTEN[stem] and importlib.util.find_spec("triton") is not None:
+    if "triton" in WRITTEN[stem] and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{stem}")
         found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
     return found
