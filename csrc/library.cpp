@@ -4,4 +4,6 @@
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // The sum of each row: the smallest op that walks the whole path from Python to a vector unit and back.
   m.def("probe(Tensor x) -> Tensor");
+  // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
+  m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 }
