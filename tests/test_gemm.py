@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("rows", "columns", "gaps", "inside")
 # Around a vector, a panel, and a block of k (256 units; a bfloat16 unit is two).
-DEPTHS = (1, 2, 7, 31, 33, 64, 129, 257, 515)
+DEPTHS = (1, 2, 7, 33, 129, 257, 515)
 # Rows, columns, depth past every block of the macro tile and of the op.
 LARGE = ((131, 1061, 300), (300, 70, 1025), (67, 530, 4096), (9, 33, 4097))
 BFLOAT16_MULTIPLIED = "avx512_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False

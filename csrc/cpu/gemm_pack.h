@@ -64,43 +64,70 @@ struct LowPart {
   }
 };
 
+// The lanes of two vectors, chosen by a list of W numbers (the second vector's count from W).
 #if defined(__clang__)
-template <int... i>
-struct Lanes {};
-template <int n, int... i>
-struct Count : Count<n - 1, n - 1, i...> {};
-template <int... i>
-struct Count<0, i...> {
-  typedef Lanes<i...> Type;
-};
-template <int... i>
-inline __attribute__((always_inline)) void interleave(Floats a, Floats b, Floats* out, Lanes<i...>) {
-  const Floats low = __builtin_shufflevector(a, b, (i / 2 + (i % 2) * W)...);
-  out[1] = __builtin_shufflevector(a, b, (W / 2 + i / 2 + (i % 2) * W)...);
-  out[0] = low;
-}
-inline __attribute__((always_inline)) void interleave(Floats a, Floats b, Floats* out) {
-  interleave(a, b, out, typename Count<W>::Type{});
-}
+#define FASTKD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-inline __attribute__((always_inline)) void interleave(Floats a, Floats b, Floats* out) {
-  Words low, high;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + (i % 2) * W, high[i] = W / 2 + i / 2 + (i % 2) * W;
-  out[0] = __builtin_shuffle(a, b, low);
-  out[1] = __builtin_shuffle(a, b, high);
-}
+#define FASTKD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+#if defined(__AVX512F__)
+#define FASTKD_LOW_WORDS 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define FASTKD_HIGH_WORDS 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define FASTKD_LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define FASTKD_HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define FASTKD_EVEN_QUARTETS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define FASTKD_ODD_QUARTETS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define FASTKD_LOW_HALF 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define FASTKD_HIGH_HALF 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#elif defined(__AVX2__)
+#define FASTKD_LOW_WORDS 0, 8, 1, 9, 4, 12, 5, 13
+#define FASTKD_HIGH_WORDS 2, 10, 3, 11, 6, 14, 7, 15
+#define FASTKD_LOW_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define FASTKD_HIGH_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#define FASTKD_EVEN_QUARTETS 0, 1, 2, 3, 8, 9, 10, 11
+#define FASTKD_ODD_QUARTETS 4, 5, 6, 7, 12, 13, 14, 15
+#define FASTKD_LOW_HALF 0, 1, 2, 3, 8, 9, 10, 11
+#define FASTKD_HIGH_HALF 4, 5, 6, 7, 12, 13, 14, 15
+#else
+#define FASTKD_LOW_WORDS 0, 4, 1, 5
+#define FASTKD_HIGH_WORDS 2, 6, 3, 7
+#define FASTKD_LOW_PAIRS 0, 1, 4, 5
+#define FASTKD_HIGH_PAIRS 2, 3, 6, 7
+#define FASTKD_LOW_HALF 0, 1, 4, 5
+#define FASTKD_HIGH_HALF 2, 3, 6, 7
 #endif
 
-// log2(W) perfect shuffles of the rows are a transposition.
+// Words, then pairs of words, change places within each quartet of lanes; then the quartets do.
 inline __attribute__((always_inline)) void transpose(Floats (&x)[W]) {
-#pragma GCC unroll 4
-  for (int stage = 1; stage < W; stage *= 2) {
-    Floats y[W];
+  Floats y[W];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) interleave(x[i], x[i + W / 2], y + 2 * i);
+  for (int i = 0; i < W; i += 2) {
+    y[i] = FASTKD_SHUFFLE(x[i], x[i + 1], FASTKD_LOW_WORDS);
+    y[i + 1] = FASTKD_SHUFFLE(x[i], x[i + 1], FASTKD_HIGH_WORDS);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) {  // x[i + c]: of rows i to i + 3, the columns c, c + 4, ...
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      x[i + 2 * c] = FASTKD_SHUFFLE(y[i + c], y[i + c + 2], FASTKD_LOW_PAIRS);
+      x[i + 2 * c + 1] = FASTKD_SHUFFLE(y[i + c], y[i + c + 2], FASTKD_HIGH_PAIRS);
+    }
+  }
+#if defined(__AVX2__)
+#pragma GCC unroll 2
+  for (int group = 4; group < W; group *= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < W; i += 2 * group) {
+#pragma GCC unroll 8
+      for (int c = 0; c < group; ++c) {
+        y[i + c] = FASTKD_SHUFFLE(x[i + c], x[i + c + group], FASTKD_EVEN_QUARTETS);
+        y[i + c + group] = FASTKD_SHUFFLE(x[i + c], x[i + c + group], FASTKD_ODD_QUARTETS);
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) x[i] = y[i];
   }
+#endif
 }
 
 // Where neither direction is contiguous, or the block is not whole: element by element through memory.
@@ -119,14 +146,22 @@ template <class Source>
 inline __attribute__((always_inline)) void load_floats(const typename Source::Type* x, const GemmSource& s,
                                                        int64_t rows, int64_t k, Floats (&out)[W]) {
   if (s.k_stride == 1 && k >= W) {
+    if (rows >= W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) out[i] = i < rows ? Source::load(x + i * s.row_stride) : Floats{};
+      for (int i = 0; i < W; ++i) out[i] = Source::load(x + i * s.row_stride);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) out[i] = i < rows ? Source::load(x + i * s.row_stride) : Floats{};
+    }
     transpose(out);
   } else if (s.row_stride == 1 && rows >= W && k >= W) {
 #pragma GCC unroll 16
     for (int p = 0; p < W; ++p) out[p] = Source::load(x + p * s.k_stride);
   } else {
-    gather_floats<Source>(x, s, rows, k, out);
+    Floats gathered[W];
+    gather_floats<Source>(x, s, rows, k, gathered);
+#pragma GCC unroll 16
+    for (int p = 0; p < W; ++p) out[p] = gathered[p];
   }
 }
 
@@ -144,35 +179,61 @@ inline __attribute__((always_inline)) void load_units(const typename Source::Typ
         return transpose(out);
       }
     }
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Floats part[W];
       load_floats<Source>(x + half * W * s.k_stride, s, rows, k - half * W, part);
+#pragma GCC unroll 8
       for (int u = 0; u < W / 2; ++u)
         out[half * (W / 2) + u] = floats((bfloat16_bits(part[2 * u]) >> 16) | bfloat16_bits(part[2 * u + 1]));
     }
   }
 }
 
+// W rows (or the half of them that exists) by `units` units, to the panel or the two panels that they fill.
+template <int P>
+inline __attribute__((always_inline)) void store_units(Floats (&block)[W], int64_t units, bool second_panel, float* out,
+                                                       int64_t panel) {
+  if constexpr (P == W / 2) {  // a vector holds two units of one panel
+#pragma GCC unroll 8
+    for (int u = 0; u < W; u += 2) {
+      const Floats even = block[u], odd = block[u + 1];
+      block[u] = FASTKD_SHUFFLE(even, odd, FASTKD_LOW_HALF);
+      block[u + 1] = FASTKD_SHUFFLE(even, odd, FASTKD_HIGH_HALF);
+    }
+  }
+  constexpr int per_vector = P == W / 2 ? 2 : 1;
+  if (units == W && (per_vector == 1 || second_panel)) {
+#pragma GCC unroll 16
+    for (int u = 0; u < W; ++u) {
+      float* to = per_vector == 1 ? out + u * P : out + u % 2 * panel + u / 2 * W;
+      *(Floats*)to = block[u];
+    }
+    return;
+  }
+  Floats edge[W];  // a copy: a block that is indexed by a variable would live in memory always
+#pragma GCC unroll 16
+  for (int u = 0; u < W; ++u) edge[u] = block[u];
+  for (int u = 0; u < units; u += per_vector) {
+    const int bytes = (units - u < per_vector ? P : W) * 4;
+    std::memcpy(out + u * P, &edge[u], bytes);
+    if (per_vector == 2 && second_panel) std::memcpy(out + panel + u * P, &edge[u + 1], bytes);
+  }
+}
+
 template <class Source, bool pairs, int P>
 void pack_from(const GemmSource& s, float* packed) {
-  static_assert(P % W == 0 || W % P == 0, "a block of rows is a part of a panel, or several panels");
-  constexpr int piece = P < W ? P : W, per_unit = pairs ? 2 : 1;
+  static_assert(P % W == 0 || P == W / 2, "W rows are a part of a panel, or two panels");
+  constexpr int per_unit = pairs ? 2 : 1;
   const int64_t units = (s.k + per_unit - 1) / per_unit, padded = (s.rows + P - 1) / P * P;
   const typename Source::Type* x = (const typename Source::Type*)s.data;
   for (int64_t i = 0; i < padded; i += W) {
     for (int64_t u = 0; u < units; u += W) {
       Floats block[W];
-      const int64_t k = s.k - u * per_unit, whole = units - u < W ? units - u : W;
-      load_units<Source, pairs>(x + i * s.row_stride + u * per_unit * s.k_stride, s, s.rows - i, k, block);
-#pragma GCC unroll 4
-      for (int part = 0; part < W / piece; ++part) {
-        const int64_t j = i + part * piece;
-        if (j >= padded) break;
-        float* out = packed + j / P * P * units + u * P + j % P;
-#pragma GCC unroll 16
-        for (int v = 0; v < W; ++v)
-          if (v < whole) std::memcpy(out + v * P, (const char*)&block[v] + part * piece * 4, piece * 4);
-      }
+      load_units<Source, pairs>(x + i * s.row_stride + u * per_unit * s.k_stride, s, s.rows - i, s.k - u * per_unit,
+                                block);
+      store_units<P>(block, units - u < W ? units - u : W, i + P < padded, packed + i / P * P * units + u * P + i % P,
+                     P * units);
     }
   }
 }
