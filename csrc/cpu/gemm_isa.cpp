@@ -31,24 +31,24 @@ constexpr int64_t KC = FASTKD_GEMM_KC, NC = FASTKD_GEMM_NC / NR * NR;
 
 struct MultiplyFloat32 {
   static constexpr int per_unit = 1;
-  static inline __attribute__((always_inline)) Floats broadcast(const char* unit) {
+  static FASTKD_INLINE Floats broadcast(const char* unit) {
     float x;
     std::memcpy(&x, unit, 4);
     return x - Floats{};
   }
-  static inline __attribute__((always_inline)) Floats step(Floats sum, Floats a, Floats b) { return sum + a * b; }
+  static FASTKD_INLINE Floats step(Floats sum, Floats a, Floats b) { return sum + a * b; }
 };
 
 #if defined(__AVX512F__)
 struct MultiplyBFloat16 {
   static constexpr int per_unit = 2;
-  static inline __attribute__((always_inline)) Floats broadcast(const char* unit) {
+  static FASTKD_INLINE Floats broadcast(const char* unit) {
     uint32_t x;
     std::memcpy(&x, unit, 4);
     return floats(x + Words{});
   }
   // By assembly, because this unit is compiled for machines without the instruction too; gemm() keeps them away.
-  static inline __attribute__((always_inline)) Floats step(Floats sum, Floats a, Floats b) {
+  static FASTKD_INLINE Floats step(Floats sum, Floats a, Floats b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
@@ -65,7 +65,7 @@ struct Corner {
 
 // One rounding for the product with alpha and one for the sum, in every kernel and at every edge: a compiler that fuses
 // them here and not there would break the bitwise promise.
-inline __attribute__((always_inline)) Floats rounded(Floats x) {
+FASTKD_INLINE Floats rounded(Floats x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__SSE2__)
@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) Floats rounded(Floats x) {
 }
 
 template <int vectors>
-inline __attribute__((always_inline)) void store(const Floats (&sum)[MR][vectors], const Corner& at) {
+FASTKD_INLINE void write(const Floats (&sum)[MR][vectors], const Corner& at) {
   const bool whole = at.rows == MR && at.columns == vectors * W;
   float edge[MR * vectors * W];
   float* c = at.c;
@@ -92,9 +92,9 @@ inline __attribute__((always_inline)) void store(const Floats (&sum)[MR][vectors
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      Floats* to = (Floats*)(c + i * row_stride + v * W);
+      float* to = c + i * row_stride + v * W;
       const Floats scaled = rounded(sum[i][v] * at.alpha);
-      *to = at.accumulate ? *to + scaled : scaled;
+      store(to, at.accumulate ? load(to) + scaled : scaled);
     }
   }
   if (!whole) {
@@ -110,7 +110,7 @@ void packed_kernel(const char* a, const float* b, int64_t units, const Corner& a
   for (int64_t p = 0; p < units; ++p, a += MR * 4, b += NR) {
     Floats right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = *(const Floats*)(b + v * W);
+    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Floats left = Multiply::broadcast(a + i * 4);
@@ -118,7 +118,7 @@ void packed_kernel(const char* a, const float* b, int64_t units, const Corner& a
       for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, right[v]);
     }
   }
-  store<vectors>(sum, at);
+  write<vectors>(sum, at);
 }
 
 // A where it lies. Rows beyond the last one are read from the last one, and not stored.
@@ -131,7 +131,7 @@ void direct_kernel(const char* a, int64_t row_bytes, const float* b, int64_t k, 
   for (int64_t p = 0; p < whole; ++p, b += NR) {
     Floats right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = *(const Floats*)(b + v * W);
+    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Floats left = Multiply::broadcast(row[i] + p * 4);
@@ -146,15 +146,14 @@ void direct_kernel(const char* a, int64_t row_bytes, const float* b, int64_t k, 
       std::memcpy(unit, row[i] + whole * 4, 2);
       const Floats left = Multiply::broadcast(unit);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, *(const Floats*)(b + v * W));
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, load(b + v * W));
     }
   }
-  store<vectors>(sum, at);
+  write<vectors>(sum, at);
 }
 
 template <class Multiply, bool direct>
-inline __attribute__((always_inline)) void register_tile(const char* a, int64_t row_bytes, const float* b, int64_t k,
-                                                         const Corner& at) {
+FASTKD_INLINE void register_tile(const char* a, int64_t row_bytes, const float* b, int64_t k, const Corner& at) {
   const int64_t units = (k + Multiply::per_unit - 1) / Multiply::per_unit;
 #define FASTKD_GEMM_KERNEL(vectors)                                      \
   if constexpr (vectors <= NV) {                                         \

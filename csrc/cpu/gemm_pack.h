@@ -18,15 +18,20 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
+#define FASTKD_INLINE inline __attribute__((always_inline))
 
-inline __attribute__((always_inline)) Words words(Floats x) { return (Words)x; }
-inline __attribute__((always_inline)) Floats floats(Words x) { return (Floats)x; }
+typedef float Floats __attribute__((vector_size(W * 4)));
+typedef uint32_t Words __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef Floats FloatsAnywhere __attribute__((aligned(2), may_alias));  // in memory, at any address
+
+FASTKD_INLINE Floats load(const void* x) { return *(const FloatsAnywhere*)x; }
+FASTKD_INLINE void store(void* x, Floats value) { *(FloatsAnywhere*)x = value; }
+FASTKD_INLINE Words words(Floats x) { return (Words)x; }
+FASTKD_INLINE Floats floats(Words x) { return (Floats)x; }
 
 // Round to nearest even; the upper half of each word is the bfloat16. A NaN keeps its upper half and becomes quiet.
-inline __attribute__((always_inline)) Words bfloat16_bits(Floats x) {
+FASTKD_INLINE Words bfloat16_bits(Floats x) {
   const Words u = words(x), rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const Words nan = (Words)(x != x);
   return ((rounded & ~nan) | ((u | 0x400000u) & nan)) & 0xffff0000u;
@@ -36,19 +41,19 @@ inline __attribute__((always_inline)) Words bfloat16_bits(Floats x) {
 struct Float32 {
   static constexpr bool pairs_as_it_lies = false;
   typedef float Type;
-  static inline __attribute__((always_inline)) Floats load(const float* x) { return *(const Floats*)x; }
+  static FASTKD_INLINE Floats load(const float* x) { return ::load(x); }
 };
 struct BFloat16 {
   static constexpr bool pairs_as_it_lies = true;
   typedef uint16_t Type;
-  static inline __attribute__((always_inline)) Floats load(const uint16_t* x) {
+  static FASTKD_INLINE Floats load(const uint16_t* x) {
     return floats(__builtin_convertvector(*(const Halves*)x, Words) << 16);
   }
 };
 struct Float16 {
   static constexpr bool pairs_as_it_lies = false;
   typedef uint16_t Type;
-  static inline __attribute__((always_inline)) Floats load(const uint16_t* x) {
+  static FASTKD_INLINE Floats load(const uint16_t* x) {
     const Words u = __builtin_convertvector(*(const Halves*)x, Words), exponent = u & 0x7c00u;
     const Words finite = words(floats((u & 0x7fffu) << 13) * 0x1p112f);  // subnormals come out right as well
     const Words special = (Words)(exponent == 0x7c00u);
@@ -58,8 +63,8 @@ struct Float16 {
 struct LowPart {
   static constexpr bool pairs_as_it_lies = false;
   typedef float Type;
-  static inline __attribute__((always_inline)) Floats load(const float* x) {
-    const Floats value = *(const Floats*)x;
+  static FASTKD_INLINE Floats load(const float* x) {
+    const Floats value = ::load(x);
     return value - floats(bfloat16_bits(value));
   }
 };
@@ -97,8 +102,22 @@ struct LowPart {
 #define FASTKD_HIGH_HALF 2, 3, 6, 7
 #endif
 
+#if defined(__AVX2__)
+// Between x[i] and x[i + group]: the even quartets of lanes to the first, the odd ones to the second.
+template <int group>
+FASTKD_INLINE void exchange_quartets(Floats (&x)[W]) {
+#pragma GCC unroll 8
+  for (int pair = 0; pair < W / 2; ++pair) {
+    const int i = pair / group * 2 * group + pair % group;
+    const Floats a = x[i], b = x[i + group];
+    x[i] = FASTKD_SHUFFLE(a, b, FASTKD_EVEN_QUARTETS);
+    x[i + group] = FASTKD_SHUFFLE(a, b, FASTKD_ODD_QUARTETS);
+  }
+}
+#endif
+
 // Words, then pairs of words, change places within each quartet of lanes; then the quartets do.
-inline __attribute__((always_inline)) void transpose(Floats (&x)[W]) {
+FASTKD_INLINE void transpose(Floats (&x)[W]) {
   Floats y[W];
 #pragma GCC unroll 8
   for (int i = 0; i < W; i += 2) {
@@ -114,19 +133,10 @@ inline __attribute__((always_inline)) void transpose(Floats (&x)[W]) {
     }
   }
 #if defined(__AVX2__)
-#pragma GCC unroll 2
-  for (int group = 4; group < W; group *= 2) {
-#pragma GCC unroll 2
-    for (int i = 0; i < W; i += 2 * group) {
-#pragma GCC unroll 8
-      for (int c = 0; c < group; ++c) {
-        y[i + c] = FASTKD_SHUFFLE(x[i + c], x[i + c + group], FASTKD_EVEN_QUARTETS);
-        y[i + c + group] = FASTKD_SHUFFLE(x[i + c], x[i + c + group], FASTKD_ODD_QUARTETS);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) x[i] = y[i];
-  }
+  exchange_quartets<4>(x);
+#endif
+#if defined(__AVX512F__)
+  exchange_quartets<8>(x);
 #endif
 }
 
@@ -143,8 +153,8 @@ void gather_floats(const typename Source::Type* x, const GemmSource& s, int64_t 
 
 // out[p] = x[0:W, p] for W values of p; rows and k say how many there are, the others are 0.
 template <class Source>
-inline __attribute__((always_inline)) void load_floats(const typename Source::Type* x, const GemmSource& s,
-                                                       int64_t rows, int64_t k, Floats (&out)[W]) {
+FASTKD_INLINE void load_floats(const typename Source::Type* x, const GemmSource& s, int64_t rows, int64_t k,
+                               Floats (&out)[W]) {
   if (s.k_stride == 1 && k >= W) {
     if (rows >= W) {
 #pragma GCC unroll 16
@@ -154,9 +164,9 @@ inline __attribute__((always_inline)) void load_floats(const typename Source::Ty
       for (int i = 0; i < W; ++i) out[i] = i < rows ? Source::load(x + i * s.row_stride) : Floats{};
     }
     transpose(out);
-  } else if (s.row_stride == 1 && rows >= W && k >= W) {
+  } else if (s.row_stride == 1 && rows >= W) {
 #pragma GCC unroll 16
-    for (int p = 0; p < W; ++p) out[p] = Source::load(x + p * s.k_stride);
+    for (int p = 0; p < W; ++p) out[p] = p < k ? Source::load(x + p * s.k_stride) : Floats{};
   } else {
     Floats gathered[W];
     gather_floats<Source>(x, s, rows, k, gathered);
@@ -167,15 +177,15 @@ inline __attribute__((always_inline)) void load_floats(const typename Source::Ty
 
 // out[u] = units u of W rows.
 template <class Source, bool pairs>
-inline __attribute__((always_inline)) void load_units(const typename Source::Type* x, const GemmSource& s, int64_t rows,
-                                                      int64_t k, Floats (&out)[W]) {
+FASTKD_INLINE void load_units(const typename Source::Type* x, const GemmSource& s, int64_t rows, int64_t k,
+                              Floats (&out)[W]) {
   if constexpr (!pairs) {
     load_floats<Source>(x, s, rows, k, out);
   } else {
     if constexpr (Source::pairs_as_it_lies) {
       if (s.k_stride == 1 && k >= 2 * W) {  // two neighbours are a unit already
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) out[i] = i < rows ? *(const Floats*)(x + i * s.row_stride) : Floats{};
+        for (int i = 0; i < W; ++i) out[i] = i < rows ? load(x + i * s.row_stride) : Floats{};
         return transpose(out);
       }
     }
@@ -192,8 +202,7 @@ inline __attribute__((always_inline)) void load_units(const typename Source::Typ
 
 // W rows (or the half of them that exists) by `units` units, to the panel or the two panels that they fill.
 template <int P>
-inline __attribute__((always_inline)) void store_units(Floats (&block)[W], int64_t units, bool second_panel, float* out,
-                                                       int64_t panel) {
+FASTKD_INLINE void store_units(Floats (&block)[W], int64_t units, bool second_panel, float* out, int64_t panel) {
   if constexpr (P == W / 2) {  // a vector holds two units of one panel
 #pragma GCC unroll 8
     for (int u = 0; u < W; u += 2) {
@@ -207,7 +216,7 @@ inline __attribute__((always_inline)) void store_units(Floats (&block)[W], int64
 #pragma GCC unroll 16
     for (int u = 0; u < W; ++u) {
       float* to = per_vector == 1 ? out + u * P : out + u % 2 * panel + u / 2 * W;
-      *(Floats*)to = block[u];
+      store(to, block[u]);
     }
     return;
   }
