@@ -28,11 +28,13 @@ struct CpuLanes {
 
   template <class F>
   void each(int n, F f) {
+#pragma omp simd
     for (int k = 0; k < n; ++k) f(k);
   }
   template <class F>
   void grid(int rows, int columns, F f) {
     for (int i = 0; i < rows; ++i)
+#pragma omp simd
       for (int j = 0; j < columns; ++j) f(i, j);
   }
   template <class F>
@@ -55,29 +57,29 @@ struct CpuLanes {
     return total;
   }
 
-  // The least cost[r][j] - u[r] - v[j].
+  // The least cost[r][j] - u[r] - v[j]. Two rows at a time: their comparisons do not wait for each other.
   Best price(const double* cost, int rows, const double* u, const double* v, int stride) {
-    Vector least = Vector{} + infinity();
-    Index at = Index{}, lane;
-    for (int k = 0; k < WIDTH; ++k) lane[k] = k;
-    for (int r = 0; r < rows; ++r, cost += stride) {
-      const Vector level = Vector{} + u[r];
+    Vector least = Vector{} + infinity(), least_odd = least;
+    Index at = Index{}, at_odd = at;
+    int r = 0;
+    for (; r + 1 < rows; r += 2, cost += 2 * stride) {
+      const Vector level = Vector{} + u[r], level_odd = Vector{} + u[r + 1];
       for (int j = 0; j < stride; j += WIDTH) {
-        const Vector x = *reinterpret_cast<const Vector*>(cost + j) - *reinterpret_cast<const Vector*>(v + j) - level;
-        const Index less = x < least;
-        least = less ? x : least;
-        at = less ? Index{} + int64_t(r * SIDE + j) : at;
+        const Vector columns = load(v + j);
+        keep(least, at, load(cost + j) - columns - level, r * SIDE + j);
+        keep(least_odd, at_odd, load(cost + stride + j) - columns - level_odd, (r + 1) * SIDE + j);
       }
     }
-    at += lane;
-    double value = least[0];
-    int64_t best = at[0];
-    for (int k = 1; k < WIDTH; ++k) {
-      const bool less = least[k] < value;
-      value = less ? least[k] : value;
-      best = less ? at[k] : best;
+    if (r < rows) {
+      const Vector level = Vector{} + u[r];
+      for (int j = 0; j < stride; j += WIDTH) keep(least, at, load(cost + j) - load(v + j) - level, r * SIDE + j);
     }
-    return Best{value, int(best / SIDE), int(best % SIDE)};
+    Index lane;
+    for (int k = 0; k < WIDTH; ++k) lane[k] = k;
+    at += lane, at_odd += lane;
+    keep(least, at, least_odd, at_odd);
+    for (int half = WIDTH / 2; half > 0; half /= 2) keep(least, at, swapped(least, half), swapped(at, half));
+    return Best{least[0], int(at[0] / SIDE), int(at[0] % SIDE)};
   }
 
   void shift(double* x, int n, uint64_t members, double by) {
@@ -89,6 +91,26 @@ struct CpuLanes {
       Vector& part = *reinterpret_cast<Vector*>(x + k);
       part = in ? part + amount : part;
     }
+  }
+ private:
+  static Vector load(const double* x) { return *reinterpret_cast<const Vector*>(x); }
+  static void keep(Vector& least, Index& at, Vector x, Index x_at) {
+    const Index less = x < least;
+    least = less ? x : least;
+    at = less ? x_at : at;
+  }
+  static void keep(Vector& least, Index& at, Vector x, int x_at) { keep(least, at, x, Index{} + int64_t(x_at)); }
+  template <class V>
+  static V swapped(V x, int half) {  // neighbouring blocks of `half` lanes change places
+#ifdef __clang__
+    V y;
+    for (int k = 0; k < WIDTH; ++k) y[k] = x[k ^ half];
+    return y;
+#else
+    Index from;
+    for (int k = 0; k < WIDTH; ++k) from[k] = k ^ half;
+    return __builtin_shuffle(x, from);
+#endif
   }
 };
 

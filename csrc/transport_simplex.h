@@ -177,8 +177,13 @@ FASTKD_LANES void start(Lanes& lanes, Workspace& w, const double* start_v, doubl
     w.rows_below[i] = 1ull << i;
     w.columns_below[i] = 0;
   });
-  lanes.each(SIDE, [&](int j) {
-    w.potential[SIDE + j] = j >= m ? -infinity() : start_v ? start_v[j] * scale : 0.0;
+  double* const v = w.potential + SIDE;
+  const double* const cost = w.cost;
+  const int stride = w.stride;
+  lanes.each(SIDE, [=](int j) { v[j] = j >= m ? -infinity() : start_v ? start_v[j] * scale : cost[j]; });
+  for (int i = 1; i < n && !start_v && !corner; ++i)
+    lanes.each(m, [=](int j) { v[j] = cost[i * stride + j] < v[j] ? cost[i * stride + j] : v[j]; });
+  lanes.each(m, [&](int j) {
     w.rows_below[SIDE + j] = 0;
     w.columns_below[SIDE + j] = 1ull << j;
   });
