@@ -1,0 +1,53 @@
+# make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
+# make demo    a complete distillation on real text
+# make bench   every hot path against its rivals, on this machine
+# make gpu     on a CUDA machine (no network needed): build, GPU tests, bench, CSV
+# make ci      make test, then whatever is marked long
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: test ci demo bench gpu lint build format clean
+
+test: build lint
+	$(BIN)/python -m pytest
+
+ci: test
+	$(BIN)/python -m pytest -m long
+
+demo: build
+	@$(BIN)/python -m fastkd.cli.demo
+
+bench: build
+	$(BIN)/python -m fastkd.bench.run
+
+# The machine's own Python: it has the CUDA build of torch, triton and pytest, and no network.
+gpu:
+	FASTKD_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -rs
+	$(PYTHON) -m fastkd.bench.run --device cuda --quick
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(if $(strip $(CXX_FILES)),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# torch first and by name: a range would fetch a newer build with gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	FASTKD_BUILD=auto $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fastkd/*.so .pytest_cache .ruff_cache .hypothesis

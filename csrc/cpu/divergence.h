@@ -1,0 +1,31 @@
+#pragma once
+#include <cstdint>
+
+// The order of fastkd.checks.KINDS.
+enum DivergenceKind : int { kForwardKL, kReverseKL, kSkewKL, kJSD, kTVD, kSoftCE, kMSE, kDivergenceKinds };
+
+struct DivergenceOptions {
+  int kind;
+  float inverse_temperature;
+  float mix;  // weight of the student in the mixture m = p + mix (q - p): 1 - alpha (skew_kl), 1 - beta (jsd)
+};
+
+// What the forward leaves to the backward, per row: p = e^((t - max_t) / T) / sum_t, log(q / p) = c - kappa with
+// c = ((s - t) - shift) / T, and the gradient of the row is q (h - mean) / T with the kind's own h.
+struct DivergenceStats {
+  float max_s, max_t, sum_s, sum_t, kappa, mean;
+};
+
+struct DivergenceTable {
+  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats);
+  void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
+                   const DivergenceStats& stats, float upstream, float* grad);
+  // For the sparse teacher: parts of softmax(s / T).
+  float (*largest)(const float* s, int64_t columns);
+  double (*sum_of_exponentials)(const float* s, int64_t columns, float inverse_temperature, float shift);
+  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
+                         float* out);
+  // Rows in half precision, to floats and back.
+  const float* (*as_floats)(const void* row, int element, float* scratch, int64_t count);
+  void (*narrow)(const float* in, int element, void* out, int64_t count);
+};

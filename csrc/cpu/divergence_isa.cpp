@@ -1,0 +1,267 @@
+// Row-wise divergence between q = softmax(s / T) and p = softmax(t / T): one row at a time, while it is in the cache.
+//
+// As the student nears the teacher, log q - log p loses its digits if both are formed. Here it never is: s - t is exact
+// where they are close, c = ((s - t) - (max s - max t)) / T is small, and
+//
+//     kappa = log sum_v p e^c = log1p(sum_v p expm1(c)),   d = log(q / p) = c - kappa,   q - p = p expm1(d).
+//
+// Every kind but mse is then a Bregman divergence of p, q and their accurate difference: with lambda(y) = y - log1p(y),
+//
+//     KL(p || p + n) = sum p lambda(n / p)   when sum n = 0:   each term >= 0, nothing cancels.
+//
+// forward_kl needs one pass less: it follows from sums of e^t expm1(c), e^t c and e^t (expm1(c) - c).
+#include "cpu/divergence.h"
+
+#include <cmath>
+
+#include "cpu/isa.h"
+#include "cpu/vec.h"
+
+namespace {
+
+constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles after so many elements
+constexpr float kTiny = 1e-37f;          // below it a probability counts as 0, so that no ratio overflows
+
+// f(a, b, i, count): vectors of s and t at i; a last short one is filled up with -inf, which is probability 0.
+template <class F>
+inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&& f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) f(load(s + i), load(t + i), i, kLanes);
+  if (i < end) {
+    const int rest = int(end - i);
+    f(load_some(s + i, rest, -kInfinity), load_some(t + i, rest, -kInfinity), i, rest);
+  }
+}
+
+// Sums of N quantities over a row: f(a, b, sums) adds to N vectors.
+template <int N, class F>
+inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N], F&& f) {
+  for (double& total : totals) total = 0;
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
+    vfloat sums[N] = {};
+    sweep(s, t, begin, end, [&](vfloat a, vfloat b, int64_t, int) { f(a, b, sums); });
+    for (int k = 0; k < N; ++k) totals[k] += sum_lanes(sums[k]);
+  }
+}
+
+// What the softmaxes of one row need; the arithmetic of one vector of it.
+struct Row {
+  float max_s, max_t, inverse_temperature, inverse_sum_s, inverse_sum_t, kappa;
+
+  vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }                       // e^t, <= 1
+  vfloat shifted(vfloat a, vfloat b) const { return ((a - b) - (max_s - max_t)) * inverse_temperature; }  // c
+  vfloat student(vfloat a) const { return (a - max_s) * inverse_temperature; }
+};
+
+struct Pair {
+  vfloat p, q, difference, log_ratio;  // difference = q - p, log_ratio = log(q / p)
+};
+
+// Where d < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
+inline Pair pair(const Row& row, vfloat a, vfloat b) {
+  const vfloat p = row.teacher(b) * row.inverse_sum_t;
+  const vfloat d = row.shifted(a, b) - row.kappa;
+  const vint near = d < 1.f;
+  const Exponential e = exponential(near ? d : row.student(a));
+  const vfloat far = e.exp() * row.inverse_sum_s;
+  const vfloat difference = near ? p * e.expm1() : far - p;
+  return {p, near ? p + difference : far, difference, d};
+}
+
+// p lambda(n / p): the term of KL(p || p + n). Without p it is n, the limit.
+inline vfloat bregman(vfloat p, vfloat n) {
+  const vint there = p > kTiny;
+  const vfloat y = n / (there ? p : splat(1.f));
+  const vfloat term = p * logarithm(y).y_minus_log1p;
+  return there ? term : n + p * 0.f;  // p * 0: NaN stays
+}
+
+// The same where log(1 + n / p) is known: 1 + n / p itself says little once p + n is much smaller than p.
+inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
+  const vint there = p > kTiny;
+  const vfloat y = n / (there ? p : splat(1.f));
+  const vfloat term = magnitude(y) < 0.4f ? p * logarithm(y).y_minus_log1p : n - p * log_ratio;
+  return there ? term : n + p * 0.f;
+}
+
+// h of the gradient q (h - sum q h), up to a constant per row: chosen so that it is small where p and q agree.
+template <int kKind>
+inline vfloat slope(const Pair& x, float mix) {
+  if constexpr (kKind == kReverseKL) return x.q > 0.f ? x.log_ratio : x.q * 0.f;  // q log q is 0 at 0
+  if constexpr (kKind == kSkewKL) {
+    const vfloat n = mix * x.difference, m = x.p + n;
+    const vint there = m > kTiny;
+    return there ? mix * n / (there ? m : splat(1.f)) : m * 0.f;
+  }
+  if constexpr (kKind == kJSD) {
+    const vint there = x.q > kTiny;
+    const vfloat z = (mix - 1.f) * x.difference / (there ? x.q : splat(1.f));
+    return there ? -mix * logarithm(z).log1p : x.q * 0.f;
+  }
+  if constexpr (kKind == kTVD)
+    return x.difference > 0.f ? splat(0.5f) : (x.difference < 0.f ? splat(-0.5f) : x.difference * 0.f);
+  return vfloat{};
+}
+
+template <int kKind>
+inline vfloat term(const Pair& x, float mix) {
+  if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
+  if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
+  if constexpr (kKind == kSkewKL) return bregman(x.p, mix * x.difference);
+  if constexpr (kKind == kJSD)
+    return (1.f - mix) * bregman(x.p, mix * x.difference) + mix * bregman(x.q, (mix - 1.f) * x.difference);
+  if constexpr (kKind == kTVD) return 0.5f * magnitude(x.difference);
+  return vfloat{};
+}
+
+// The maxima, and the sums that both log-sum-exps (and forward_kl) follow from.
+struct Moments {
+  double sum_t, excess, mean_c, bregman, entropy;  // e^t, e^t expm1(c), e^t c, e^t (expm1(c) - c), -e^t t
+};
+
+template <bool kLoss, bool kEntropy>
+Moments moments(const Row& row, const float* s, const float* t, int64_t columns) {
+  double totals[5];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5]) {
+    const vfloat e = row.teacher(b), c = row.shifted(a, b);
+    const vint near = c < 1.f;
+    const Exponential x = exponential(near ? c : row.student(a));
+    sums[0] += e;
+    sums[1] += near ? e * x.expm1() : x.exp() - e;
+    if constexpr (kLoss) {
+      const vint there = e > 0.f;
+      const vfloat ec = there ? e * c : e;
+      sums[2] += ec;
+      sums[3] += there ? (near ? e * x.expm1_minus_x() : x.exp() - e - ec) : (near ? e : x.exp());
+    }
+    if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
+  });
+  return {totals[0], totals[1], totals[2], totals[3], totals[4]};
+}
+
+Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature) {
+  vfloat best_s = splat(-kInfinity), best_t = best_s;
+  sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t, int) {
+    best_s = larger(a, best_s);
+    best_t = larger(b, best_t);
+  });
+  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0};
+}
+
+// The value with the final kappa, and the mean of h over the q that the backward will see, so that its rounding
+// cancels.
+template <int kKind>
+double second_pass(const Row& row, const float* s, const float* t, int64_t columns, float mix, double* mean) {
+  double totals[3];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3]) {
+    const Pair x = pair(row, a, b);
+    sums[0] += term<kKind>(x, mix);
+    sums[1] += x.q;
+    sums[2] += x.q * slope<kKind>(x, mix);
+  });
+  *mean = totals[2] / totals[1];
+  return totals[0];
+}
+
+// KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
+double kl_from(const Moments& m, double kappa) {
+  const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
+  const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
+  if (direct > 0.25 * (std::fabs(kappa) + std::fabs(mean_c))) return direct;
+  if (shifted > 0.25 * bregman) return shifted;
+  return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
+}
+
+template <int kKind>
+float forward(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats) {
+  if constexpr (kKind == kMSE) {
+    double totals[1];
+    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1]) {
+      const vint same = a == b;  // also the filling of a short last vector
+      sums[0] += same ? vfloat{} : (a - b) * (a - b);
+    });
+    *stats = {};
+    return float(totals[0]);
+  } else {
+    constexpr bool kDirect = kKind == kForwardKL || kKind == kSoftCE;
+    Row row = maxima(s, t, columns, options.inverse_temperature);
+    *stats = {};
+    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return 0;  // no class exists on either side
+    const Moments m = moments<kDirect, kKind == kSoftCE>(row, s, t, columns);
+    const double kappa = std::log1p(m.excess / m.sum_t), sum_s = m.sum_t + m.excess;
+    row.inverse_sum_s = float(1 / sum_s);
+    row.inverse_sum_t = float(1 / m.sum_t);
+    row.kappa = float(kappa);
+    double mean = 0, value;
+    if constexpr (kDirect) {
+      value = kl_from(m, kappa);
+      if (value < 0) value = second_pass<kForwardKL>(row, s, t, columns, options.mix, &mean);
+      if constexpr (kKind == kSoftCE) value += m.entropy / m.sum_t + std::log(m.sum_t);
+    } else {
+      value = second_pass<kKind>(row, s, t, columns, options.mix, &mean);
+    }
+    *stats = {row.max_s, row.max_t, float(sum_s), float(m.sum_t), row.kappa, float(mean)};
+    return float(value);
+  }
+}
+
+template <int kKind>
+void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
+              float upstream, float* grad) {
+  const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
+  const Row row = {stats.max_s,       stats.max_t,       options.inverse_temperature,
+                   1.f / stats.sum_s, 1.f / stats.sum_t, stats.kappa};
+  sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
+    vfloat out;
+    if constexpr (kKind == kMSE) {
+      out = a == b ? vfloat{} : (a - b) * scale;
+    } else {
+      const Pair x = pair(row, a, b);
+      if constexpr (kKind == kForwardKL || kKind == kSoftCE)
+        out = x.difference * scale;
+      else
+        out = x.q * (slope<kKind>(x, options.mix) - stats.mean) * scale;
+    }
+    store_some(grad + i, out, count);
+  });
+}
+
+float forward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats) {
+  static constexpr decltype(&forward<0>) kForward[] = {forward<0>, forward<1>, forward<2>, forward<3>,
+                                                       forward<4>, forward<5>, forward<6>};
+  return kForward[options.kind](s, t, columns, options, stats);
+}
+
+void backward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
+                  const DivergenceStats& stats, float upstream, float* grad) {
+  static constexpr decltype(&backward<0>) kBackward[] = {backward<0>, backward<1>, backward<2>, backward<3>,
+                                                         backward<4>, backward<5>, backward<6>};
+  kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
+}
+
+float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
+
+double sum_of_exponentials(const float* s, int64_t columns, float inverse_temperature, float shift) {
+  double totals[1];
+  accumulate(s, s, columns, totals,
+             [&](vfloat a, vfloat, vfloat(&sums)[1]) { sums[0] += exp(a * inverse_temperature - shift); });
+  return totals[0];
+}
+
+void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
+                    float* out) {
+  sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t i, int count) {
+    store_some(out + i, exp(a * inverse_temperature - log_sum) * scale, count);
+  });
+}
+
+void narrow(const float* in, int element, void* out, int64_t count) {
+  (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
+}
+
+}  // namespace
+
+extern const DivergenceTable FASTKD_TABLE(divergence);
+const DivergenceTable FASTKD_TABLE(divergence) = {forward_any,    backward_any, largest, sum_of_exponentials,
+                                                  scaled_softmax, as_floats,    narrow};

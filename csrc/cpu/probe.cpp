@@ -1,0 +1,27 @@
+#include "cpu/probe.h"
+
+#include "cpu/isa.h"
+#include "cpu/tensors.h"
+
+FASTKD_DECLARE(ProbeTable, probe);
+
+namespace fastkd {
+namespace {
+
+Tensor probe(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float, "x: expected float32 [N, D]");
+  const Tensor dense = torch::stable::contiguous(x);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  Tensor out = torch::stable::new_empty(x, {rows});
+  const float* in = dense.const_data_ptr<float>();
+  float* sums = out.mutable_data_ptr<float>();
+  parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    FASTKD_CHOOSE(probe).row_sums(in + begin * columns, end - begin, columns, sums + begin);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("probe", TORCH_BOX(&fastkd::probe)); }

@@ -1,0 +1,203 @@
+// A vector of floats as wide as this unit's instruction set, in the compiler's vector extensions: one source for all.
+//
+// Only for *_isa.cpp units: everything has internal linkage, so that no two instruction sets are ever merged.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline vfloat splat(float x) { return vfloat{} + x; }
+inline vint bits(vfloat x) { return (vint)x; }
+inline vfloat from_bits(vint x) { return (vfloat)x; }
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }  // of a NaN and b: b
+inline vfloat magnitude(vfloat x) { return from_bits(bits(x) & 0x7fffffff); }
+
+inline vfloat load(const float* p) {
+  vfloat x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+
+inline vfloat load_some(const float* p, int count, float rest) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : rest;
+  return load(lanes);
+}
+inline void store_some(float* p, vfloat x, int count) {
+  if (count == kLanes) return store(p, x);
+  float lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(p, lanes, count * sizeof(float));
+}
+
+inline float sum_lanes(vfloat x) {
+  float lanes[kLanes], sum = 0;
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+inline float max_lanes(vfloat x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float best = lanes[0];
+  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// e^x, e^x - 1, and e^x - 1 - x without the cancellations that the last two names promise to avoid.
+// x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + w. Where n = 0, r is x itself, so every digit of w survives.
+struct Exponential {
+  vfloat x, power, r, w;
+  vint vanishes;
+  vfloat exp() const { return vanishes ? vfloat{} : power + power * (r + w); }
+  vfloat expm1() const { return vanishes ? splat(-1.f) : power * (r + w) + (power - 1.f); }
+  vfloat expm1_minus_x() const { return vanishes ? -1.f - x : power * w + ((power * r + (power - 1.f)) - x); }
+};
+
+inline Exponential exponential(vfloat x) {
+  const vfloat top = x > 88.f ? splat(88.f) : x;
+  const vfloat bounded = top < -87.f ? splat(-87.f) : top;
+  const vfloat scaled = bounded * 1.44269504088896341f;
+  const vint n = __builtin_convertvector(scaled + (scaled < 0.f ? splat(-0.5f) : splat(0.5f)), vint);
+  const vfloat whole = __builtin_convertvector(n, vfloat);
+  const vfloat r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  vfloat w = splat(1.f / 5040) * r + 1.f / 720;
+  w = w * r + 1.f / 120;
+  w = w * r + 1.f / 24;
+  w = w * r + 1.f / 6;
+  w = (w * r + 0.5f) * (r * r);
+  return {x, from_bits((n + 127) << 23), r, w, x < -87.f};
+}
+
+inline vfloat exp(vfloat x) { return exponential(x).exp(); }
+
+// log(1 + y) and y - log(1 + y), the latter with all its digits as y -> 0 (it is about y^2 / 2 there, never negative).
+struct Logarithm {
+  vfloat log1p, y_minus_log1p;
+};
+
+inline Logarithm logarithm(vfloat y) {
+  const vint small = magnitude(y) < 0.4f;
+  const vfloat u = 1.f + y;
+  const vint exponent = (bits(u) - 0x3f3504f3) >> 23;  // u = 2^exponent m, sqrt(1/2) <= m < sqrt(2)
+  const vfloat m = from_bits(bits(u) - (exponent << 23));
+  const vfloat z = small ? y : m - 1.f;
+  const vfloat s = z / (2.f + z);  // log(1 + z) = 2 s + 2 s^3 / 3 + 2 s^5 / 5 + ...
+  const vfloat s2 = s * s;
+  const vfloat tail = s * s2 * (2.f / 3 + s2 * (2.f / 5 + s2 * (2.f / 7 + s2 * (2.f / 9))));
+  const vfloat large = __builtin_convertvector(exponent, vfloat) * 0.693147180559945309f + (2.f * s + tail);
+  vfloat log1p = small ? 2.f * s + tail : large;
+  log1p = u > 0.f ? log1p : (u == 0.f ? splat(-kInfinity) : u * 0.f / 0.f);  // log 0, and NaN stays NaN
+  log1p = u == kInfinity ? u : log1p;
+  return {log1p, small ? y * s - tail : y - log1p};
+}
+
+// Half-precision rows become float rows once, in a scratch that stays in the cache.
+inline void widen_bfloat16(const uint16_t* in, float* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t wide = uint32_t(in[i]) << 16;
+    std::memcpy(out + i, &wide, 4);
+  }
+}
+
+inline void narrow_bfloat16(const float* in, uint16_t* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t wide;
+    std::memcpy(&wide, in + i, 4);
+    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+    out[i] = (wide & 0x7fffffff) > 0x7f800000 ? uint16_t((wide >> 16) | 64) : uint16_t(rounded);
+  }
+}
+
+#if defined(__F16C__)
+inline void widen_float16(const uint16_t* in, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < count; ++i) out[i] = _cvtsh_ss(in[i]);
+}
+
+inline void narrow_float16(const float* in, uint16_t* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  for (; i < count; ++i) out[i] = _cvtss_sh(in[i], 0);
+}
+#else
+inline void widen_float16(const uint16_t* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t sign = uint32_t(in[i] & 0x8000) << 16, magnitude_bits = in[i] & 0x7fff;
+    float value;
+    if (magnitude_bits >= 0x7c00) {
+      const uint32_t wide = 0x7f800000 | ((magnitude_bits & 0x3ff) << 13);
+      std::memcpy(&value, &wide, 4);
+    } else {  // the exponent moves by 112; a multiplication puts subnormals right too
+      const uint32_t wide = magnitude_bits << 13;
+      std::memcpy(&value, &wide, 4);
+      value *= 5.192296858534828e33f;  // 2^112
+    }
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    wide |= sign;
+    std::memcpy(out + i, &wide, 4);
+  }
+}
+
+inline void narrow_float16(const float* in, uint16_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t wide;
+    std::memcpy(&wide, in + i, 4);
+    const uint16_t sign = (wide >> 16) & 0x8000;
+    wide &= 0x7fffffff;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    uint32_t half;
+    if (wide > 0x7f800000) {
+      half = 0x7e00;
+    } else if (value >= 65520.f) {
+      half = 0x7c00;
+    } else if (value <
+               6.103515625e-05f) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+      value += 0.5f;
+      std::memcpy(&wide, &value, 4);
+      half = wide - 0x3f000000;
+    } else {
+      half = (wide + 0xfff + ((wide >> 13) & 1) - (112u << 23)) >> 13;
+    }
+    out[i] = sign | uint16_t(half);
+  }
+}
+#endif
+
+// A row as floats: itself if it is float32, else widened into `scratch`. `element` as in cpu/tensors.h.
+inline const float* as_floats(const void* row, int element, float* scratch, int64_t count) {
+  if (element == 0) return static_cast<const float*>(row);
+  (element == 1 ? widen_bfloat16 : widen_float16)(static_cast<const uint16_t*>(row), scratch, count);
+  return scratch;
+}
+
+}  // namespace

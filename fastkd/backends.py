@@ -1,0 +1,153 @@
+"""Which implementation of a stem runs here, and why the others do not: the only file that knows about devices.
+
+Everything is looked up once, at import. A call asks `choose`, a plain sequence of comparisons that Dynamo can read.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STEMS = ("gram", "relation", "layer_cost", "transport", "contrast", "divergence", "linear_divergence")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+# Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
+WRITTEN = {
+    "gram": (),
+    "relation": (),
+    "layer_cost": (),
+    "transport": (),
+    "contrast": (),
+    "divergence": ("cpu",),
+    "linear_divergence": (),
+}
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_HERE = Path(__file__).resolve().parent
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load(library: str, key: str) -> str | None:
+    """Load a compiled library of ours once; None when its ops are there, else the reason why not, in one clause."""
+    known = torch._C._dispatch_has_kernel("fastkd::probe")
+    if known and torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::probe", key):
+        return None  # a second copy in one process would register twice and crash
+    path = _HERE / f"{library}.so"
+    if not path.exists():
+        return "it is not built (no compiler at install time, or FASTKD_BUILD=none); reinstall with FASTKD_BUILD=cpu"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        return f"{path.name} does not load in torch {torch.__version__}: {cause}"
+    return None
+
+
+def _cuda_reason() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not (_HERE / "_cuda.so").exists():
+        return "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+    return _load("_cuda", "CUDA")
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'fastkd[triton]'"
+    if not (INTERPRETED or torch.cuda.is_available()):
+        return "no CUDA GPU is visible, and Triton needs one (or TRITON_INTERPRET=1)"
+    return None
+
+
+# Why a whole implementation cannot run on this machine; None if it can.
+UNAVAILABLE = {
+    "cpu": _load("_cpu", "CPU"),
+    "cuda": _cuda_reason(),
+    "triton": _triton_reason(),
+    "reference": None,
+}
+
+
+def reason(stem: str, backend: str, x: Tensor) -> str | None:
+    """Why `backend` cannot take `x` here, as a clause that follows "because"; None if it can."""
+    if backend == "reference":
+        return None
+    if backend not in WRITTEN[stem]:
+        return f"{stem} has no {backend} kernel yet"
+    device = x.device.type
+    if backend == "cpu" and device != "cpu":
+        return f"the input is on {device}, and the C++ kernels are for the CPU"
+    if backend == "cuda" and device != "cuda":
+        return f"the input is on {device}, and the CUDA kernels need a GPU"
+    if backend == "triton" and device != "cuda" and not INTERPRETED:
+        return f"the input is on {device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if UNAVAILABLE[backend] is not None:
+        return UNAVAILABLE[backend]
+    if x.dtype not in _DTYPES and stem != "transport":
+        return f"the input is {str(x.dtype).removeprefix('torch.')}, and kernels take float32, bfloat16 and float16"
+    return None
+
+
+def choose(stem: str, backend: str, x: Tensor) -> str:
+    """The implementation that runs: with "auto" the first without a reason against it, else the named one or its reason."""
+    if backend == "auto":
+        order = ("cuda", "triton") if x.device.type == "cuda" else ("cpu",)
+        for name in order:
+            if reason(stem, name, x) is None:
+                return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    why_not = reason(stem, backend, x)
+    if why_not is not None:
+        raise RuntimeError(f"{stem}: backend='{backend}' cannot run here: {why_not}")
+    return backend
+
+
+class Kernels(NamedTuple):
+    """The two host functions of a stem in one implementation."""
+
+    fwd: Callable
+    bwd: Callable
+
+
+def kernels(stem: str, fwd: str, bwd: str) -> dict[str, Kernels]:
+    """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py."""
+    found = {}
+    for library in ("cpu", "cuda"):
+        if library in WRITTEN[stem] and UNAVAILABLE[library] is None:
+            found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
+    if "triton" in WRITTEN[stem] and importlib.util.find_spec("triton") is not None:
+        module = importlib.import_module(f"fastkd.kernels.{stem}")
+        found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
+    return found
+
+
+def _triton_op(host: Callable) -> Callable:
+    """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
+    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=())
+
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else host(*args)
+
+    return call
+
+
+def fake(name: str, shapes: Callable) -> None:
+    """Tell torch.compile and export what the op `name` returns, in every implementation that is here."""
+    for op in (f"fastkd::{name}", f"fastkd::{name}_triton"):
+        if _defined(op):
+            torch.library.register_fake(op, shapes)
+
+
+def _defined(op: str) -> bool:
+    return any(schema.name == op for schema in torch._C._jit_get_schemas_for_operator(op))
+
+
+def full_precision(x: Tensor):
+    """The reference decides its own dtypes; autocast would round its matrix products to bfloat16 behind its back."""
+    return torch.autocast(x.device.type, enabled=False)

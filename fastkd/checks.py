@@ -1,0 +1,189 @@
+"""One wording for each mistake: which argument, what came, what to do.
+
+Shapes, dtypes, devices and Python numbers are always checked. What needs a look at a tensor's values is checked where a
+look costs nothing (on the CPU); on other devices it would synchronise, so it happens only under FASTKD_CHECK=1.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
+CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECK", "0") == "1"
+
+
+def describe(x) -> str:
+    """What came, in the fewest words: a tensor's dtype and shape, a sequence's length, else the value itself."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return f"{x!r}"
+
+
+def tensor(name: str, x, layout: str, *, floating: bool = True) -> None:
+    """`layout` is written as in the documentation: "[B, N, D]", or "[..., V]" for any leading shape."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+    extents = layout.strip("[]").split(", ")
+    open_ended = extents[0] == "..."
+    wanted = len(extents) - open_ended
+    if x.dim() < wanted or (x.dim() > wanted and not open_ended):
+        raise ValueError(f"{name}: expected shape {layout}, got {describe(x)}; reshape it first")
+    if floating and not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {describe(x)}; cast it, for example with .float()")
+    if floating and x.dim() and x.shape[-1] == 0:
+        raise ValueError(f"{name}: the last axis of {layout} is empty, got {describe(x)}")
+
+
+def integers(name: str, x, layout: str) -> None:
+    tensor(name, x, layout, floating=False)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected int64 or int32 indices {layout}, got {describe(x)}; cast it with .long()")
+
+
+def frozen(name: str, *xs: Tensor | None) -> None:
+    """A teacher gets no gradient from any of our losses; one that asks for it is a mistake worth hearing about."""
+    for x in xs:
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but no gradient flows to the teacher; "
+                f"run it under torch.no_grad(), or pass {name}.detach()"
+            )
+
+
+def same_leading(name: str, x: Tensor, other_name: str, other: Tensor, axes: int) -> None:
+    """The first `axes` axes of two tensors agree."""
+    if x.shape[:axes] != other.shape[:axes]:
+        raise ValueError(
+            f"{name} and {other_name} must agree in their first {axes} axes, "
+            f"got {list(x.shape)} and {list(other.shape)}"
+        )
+
+
+def same_shape(name: str, x: Tensor, other_name: str, other: Tensor, hint: str = "") -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have the same shape, got {list(x.shape)} and {list(other.shape)}"
+            + (f"; {hint}" if hint else "")
+        )
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(given))
+    for name, x in given.items():
+        if x.device != given[first].device:
+            raise ValueError(
+                f"{name} is on {x.device}, but {first} is on {given[first].device}; "
+                f"move it with {name}.to({first}.device)"
+            )
+
+
+def mask(name: str, x: Tensor | None, shape: Sequence[int], layout: str) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor {layout} where 1 counts, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {layout} = {list(shape)}, got {describe(x)}")
+
+
+def layers(name: str, xs) -> None:
+    if not isinstance(xs, (list, tuple)):
+        raise ValueError(f"{name}: expected a list with one entry per layer, got {describe(xs)}; wrap it in a list")
+    if not xs:
+        raise ValueError(f"{name}: the list of layers is empty; pass at least one layer")
+
+
+def layer_count(name: str, xs, count: int, constructor: str) -> None:
+    if len(xs) != count:
+        raise ValueError(f"{name}: expected {count} layers, as {constructor} was built for, got {len(xs)}")
+
+
+def same_length(name: str, xs, other_name: str, others) -> None:
+    if len(xs) != len(others):
+        raise ValueError(f"{name} and {other_name} must pair up one to one, got {len(xs)} and {len(others)} entries")
+
+
+def positive(name: str, x) -> None:
+    if isinstance(x, Tensor):
+        values(name, x, lambda: (x > 0).all(), "must be > 0 everywhere")
+    elif not x > 0 or x == float("inf"):
+        raise ValueError(f"{name}: must be a finite number > 0, got {x!r}")
+
+
+def between(name: str, x: float, low: float, high: float, hint: str = "") -> None:
+    if not low < x < high:
+        raise ValueError(f"{name}: must lie strictly between {low} and {high}, got {x!r}" + (f"; {hint}" if hint else ""))
+
+
+def one_of(name: str, x, options: Sequence[str]) -> None:
+    if x not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {x!r}")
+
+
+def looks_are_free(x: Tensor) -> bool:
+    """Whether looking at the values of `x` costs no synchronisation (or was asked for)."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
+
+
+def values(name: str, x: Tensor, condition, wrong: str) -> None:
+    """Raise if `condition()` is false, where a look is free; elsewhere the kernels answer with NaN or a status."""
+    if looks_are_free(x) and not bool(condition()):
+        raise ValueError(f"{name}: {wrong}, got {describe(x)}")
+
+
+def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
+    values(name, x, lambda: x.numel() == 0 or ((x >= 0) & (x < size)).all(), f"indices must lie in [0, {size}), the {what}")
+
+
+def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
+    """A layer of attention_costs, whichever of its two forms; returns the tensor that has the heads."""
+    if isinstance(x, Tensor):
+        tensor(name, x, "[B, H, S, S]")
+        if x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"{name}: expected square scores [B, H, S, S], got {describe(x)}")
+        mask("mask", key_mask, (x.shape[0], x.shape[-1]), "[B, S]")
+        return x
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise ValueError(f"{name}: expected scores [B, H, S, S] or a pair (q, k), got {describe(x)}")
+    q, k = x
+    tensor(f"{name} q", q, "[B, H, S, d]")
+    tensor(f"{name} k", k, "[B, H, S, d]")
+    mask("mask", key_mask, (k.shape[0], k.shape[2]), "[B, S]")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{name}: q's heads must be a multiple of k's and their widths equal, got q {list(q.shape)}, k {list(k.shape)}"
+        )
+    return q
+
+
+def divergence_options(kind: str, temperature: float, beta: float, alpha: float) -> None:
+    one_of("kind", kind, KINDS)
+    positive("temperature", temperature)
+    if kind == "jsd":
+        between("beta", beta, 0.0, 1.0, "its ends are kind='forward_kl' and kind='reverse_kl'")
+    if kind == "skew_kl" and not 0 <= alpha < 1:
+        raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
+
+
+def topk(teacher, student: Tensor, kind: str) -> None:
+    indices, log_probs, tail = teacher
+    integers("teacher.indices", indices, "[..., k]")
+    tensor("teacher.log_probs", log_probs, "[..., k]")
+    same_shape("teacher.log_probs", log_probs, "teacher.indices", indices)
+    same_leading("teacher.indices", indices, "student_logits", student, student.dim() - 1)
+    same_device(student_logits=student, indices=indices, log_probs=log_probs)
+    frozen("teacher.log_probs", log_probs)
+    indices_in_range("teacher.indices", indices, student.shape[-1], "student's vocabulary")
+    if kind == "mse":
+        raise ValueError("kind='mse' compares logits, and TopK has none; use soft_ce or forward_kl")
+    if kind == "reverse_kl" and tail is None:
+        raise ValueError("kind='reverse_kl' is infinite where the teacher has no mass; pass TopK(..., tail=True)")
+    if isinstance(tail, Tensor):
+        mask("teacher.tail", tail, student.shape[:-1], "[...]")

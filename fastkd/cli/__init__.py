@@ -1,0 +1,27 @@
+"""`fastkd <command>`: each command is a module of this package, imported only when it is called."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": "versions, what is built, and for every stem which implementation runs here and why the others do not",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastkd <command> [options]\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        return 0
+    command, *rest = argv
+    if command in ("-V", "--version"):
+        from fastkd import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"fastkd: there is no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"fastkd.cli.{command}").main(rest)

@@ -1,0 +1,182 @@
+"""The build, and where kernels/ and bench/ go. Nothing else; metadata is in pyproject.toml.
+
+FASTKD_BUILD = auto (default)  C++ where a compiler exists, CUDA too where nvcc exists and torch is a CUDA build
+               none            Python and Triton only: a py3-none-any wheel
+               cpu             C++; a failed build is an error
+               cuda            C++ and CUDA regardless of what is visible; a failed build is an error
+FASTKD_CUDA_ARCHS = "80;90" (default): the chips to compile for.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+MODE = os.environ.get("FASTKD_BUILD", "auto")
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and newer
+COMMON = ["-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+# Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/isa.h).
+# No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence_isa.cpp).
+FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+X86_SETS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+IS_X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+ISA_SETS = X86_SETS if IS_X86 else {"plain": []}
+
+
+def torch_root() -> Path:
+    """Where torch is: importable, or beside us when the build runs isolated from it."""
+    spec = importlib.util.find_spec("torch")
+    root = Path(spec.origin).parent if spec else Path(sysconfig.get_paths()["purelib"]) / "torch"
+    if not (root / "include").is_dir():
+        raise RuntimeError(f"no torch with headers found (looked in {root}); install torch, then fastkd")
+    return root
+
+
+def torch_is_cuda_build() -> bool:
+    version = torch_root() / "version.py"
+    namespace: dict = {}
+    exec(version.read_text(), namespace)
+    return namespace.get("cuda") is not None
+
+
+def extensions() -> list[Extension]:
+    if MODE not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"FASTKD_BUILD: expected auto, none, cpu or cuda, got {MODE!r}")
+    if MODE == "none":
+        return []
+    optional = MODE == "auto"
+    if CXX is None:
+        if not optional:
+            raise SystemExit(f"FASTKD_BUILD={MODE}: no C++ compiler found (g++, c++, clang++, or $CXX)")
+        print("fastkd: no C++ compiler found; installing without the C++ kernels", file=sys.stderr)
+        return []
+    found = [
+        Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional),
+        Extension("fastkd._C", sources("python.cpp"), optional=optional),
+    ]
+    try:
+        wants_cuda = MODE == "cuda" or (NVCC is not None and torch_is_cuda_build())
+    except RuntimeError:
+        wants_cuda = False
+    if MODE == "cuda" and NVCC is None:
+        raise SystemExit("FASTKD_BUILD=cuda: no nvcc found (on PATH or as $NVCC)")
+    if wants_cuda:
+        found.append(Extension("fastkd._cuda", sources("cuda/*.cu"), optional=optional))
+    return found
+
+
+def sources(*patterns: str) -> list[str]:
+    return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(CSRC.glob(pattern))]
+
+
+class Build(build_ext):
+    """Compiles object by object, in parallel, only what changed; knows that the two libraries are not Python modules."""
+
+    def get_ext_filename(self, name):
+        module = name.split(".")[-1]
+        if module in ("_cpu", "_cuda"):
+            return os.path.join(*name.split(".")[:-1], f"{module}.so")
+        return super().get_ext_filename(name)
+
+    def build_extension(self, ext):
+        try:
+            self._build(ext)
+        except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
+            if not ext.optional:
+                raise
+            print(f"fastkd: {ext.name} could not be built, installing without it: {error}", file=sys.stderr)
+
+    def _build(self, ext):
+        objects = [unit for source in ext.sources for unit in self._units(ext, Path(source))]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            list(pool.map(self._compile, *zip(*objects, strict=True)))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not is_newer(target, [obj for _, obj, _ in objects]):
+            run([*self._linker(ext), "-o", str(target), *(str(obj) for _, obj, _ in objects), *self._libraries(ext)])
+
+    def _units(self, ext, source: Path):
+        """(source, object, command) for each object file that `source` becomes."""
+        stem = Path(self.build_temp).resolve() / ext.name.split(".")[-1] / source.relative_to("csrc").with_suffix("")
+        if source.suffix == ".cu":
+            archs = os.environ.get("FASTKD_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
+            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            flags = ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI, *includes(), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            yield source, stem.with_suffix(".o"), [NVCC, *flags, *targets, "-c"]
+        elif source.stem.endswith("_isa"):
+            for name, flags in ISA_SETS.items():
+                obj = stem.with_name(f"{stem.name}.{name}.o")
+                yield source, obj, [CXX, *COMMON, *FAST_LOOPS, *flags, f"-DFASTKD_ISA={name}", "-Icsrc", "-c"]
+        elif ext.name == "fastkd._C":  # pybind11: torch's headers refuse to be mixed with the stable-ABI macro here
+            python = ["-isystem", sysconfig.get_paths()["include"]]
+            yield source, stem.with_suffix(".o"), [CXX, *COMMON, *includes(), *python, *build_info(), "-c"]
+        else:
+            sets = "-DFASTKD_X86" if IS_X86 else "-DFASTKD_PORTABLE"
+            yield source, stem.with_suffix(".o"), [CXX, *COMMON, STABLE_ABI, sets, *includes(), "-c"]
+
+    def _compile(self, source: Path, obj: Path, command: list[str]):
+        obj.parent.mkdir(parents=True, exist_ok=True)
+        headers = [*CSRC.rglob("*.h"), ROOT / "setup.py"]
+        if not is_newer(obj, [ROOT / source, *headers]):
+            run([*command, str(source), "-o", str(obj)])
+
+    def _linker(self, ext):
+        # nvcc knows where its static runtime lies; static, so that it cannot clash with the one that torch brings.
+        return [NVCC, "-shared", "-cudart=static"] if ext.name == "fastkd._cuda" else [CXX, "-shared"]
+
+    def _libraries(self, ext):
+        if ext.name == "fastkd._C":
+            return []
+        folder = f"-L{torch_root() / 'lib'}"
+        return [folder, "-ltorch_cpu"] if ext.name == "fastkd._cpu" else [folder, "-Xlinker=--no-as-needed", "-ltorch"]
+
+
+def includes() -> list[str]:
+    torch_include = torch_root() / "include"
+    return ["-Icsrc", "-isystem", str(torch_include), "-isystem", str(torch_include / "torch/csrc/api/include")]
+
+
+def build_info() -> list[str]:
+    namespace: dict = {}
+    exec((torch_root() / "version.py").read_text(), namespace)
+    return [f'-DFASTKD_TORCH_VERSION="{namespace["__version__"]}"', f'-DFASTKD_INSTRUCTION_SETS="{" ".join(ISA_SETS)}"']
+
+
+def is_newer(target: Path, inputs) -> bool:
+    return target.exists() and all(target.stat().st_mtime >= Path(p).stat().st_mtime for p in inputs)
+
+
+def run(command: list[str]):
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        print(" ".join(command), result.stdout, result.stderr, sep="\n", file=sys.stderr)
+        result.check_returncode()
+
+
+setup(
+    packages=[*find_packages(include=["fastkd", "fastkd.*"]), "fastkd.kernels", "fastkd.bench"],
+    package_dir={"fastkd.kernels": "kernels", "fastkd.bench": "bench"},
+    package_data={"fastkd": ["py.typed", "data/*"]},
+    include_package_data=False,
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+)

@@ -1,0 +1,45 @@
+"""What the tests share: deterministic inputs, the authors' numbers, shapes, and what counts as equal."""
+
+import json
+from pathlib import Path
+
+import torch
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
+
+# Small, prime, one more than a block, one less: the sizes where indexing goes wrong.
+AWKWARD_SIZES = (1, 2, 7, 31, 32, 33, 127, 129)
+
+# Per dtype: relative Frobenius error allowed for (loss, gradient) against the float64 reference.
+TOLERANCES = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-2, 1e-2)}
+
+
+def det(shape, k, dtype=torch.float64):
+    """The inputs the goldens were made from: sin(0.7391 i + 1.618 k) + cos(0.2137 k i + 0.3) / 2, without any RNG."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    i = torch.arange(size, dtype=torch.float64)
+    return (torch.sin(0.7391 * i + 1.618 * k) + 0.5 * torch.cos(0.2137 * k * i + 0.3)).reshape(shape).to(dtype)
+
+
+def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
+    """Seeded normal numbers, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def relative_error(value, oracle):
+    """Frobenius norm of the difference over that of the oracle; of the difference itself where the oracle is 0."""
+    value, oracle = value.detach().double(), oracle.detach().double()
+    norm = oracle.norm()
+    error = (value - oracle).norm()
+    return float(error / norm) if norm > 0 else float(error)
+
+
+def gradients(loss_function, *inputs, upstream_seed=7):
+    """(loss, gradient of each input that is a floating leaf) under a random, never a unit, upstream gradient."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = loss_function(*leaves)
+    upstream = randn(*loss.shape, seed=upstream_seed).to(loss.dtype) + 1.5
+    return loss.detach(), torch.autograd.grad(loss, leaves, upstream)
