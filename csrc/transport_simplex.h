@@ -22,6 +22,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+
+#include "transport.h"
 
 #ifdef __CUDACC__
 #define FASTKD_LANES __device__ __forceinline__
@@ -37,6 +40,7 @@ constexpr int SIDE = 64;   // most rows, most columns
 constexpr int ROOT = 255;  // parent of the root
 constexpr int SHIFT = 14;  // bits of the perturbation: 64 * 65 + 64 < 2^14
 constexpr int REFRESH = 256;  // pivots between two computations of the potentials from the tree
+constexpr int64_t WILD = 0x4630000000000000;  // 2^100: potentials beyond it, infinities and NaN are no hint
 constexpr double TOTAL = 140737488355328.0;  // 2^47
 
 enum Status : int { OPTIMAL = 0, BAD_COST = 1, BAD_MASS = 2, UNEQUAL_MASS = 3, ITERATION_LIMIT = 4 };
@@ -63,29 +67,18 @@ struct Workspace {
   int n, m, stride;
 };
 
-template <class Cost>
-struct Problem {
-  const Cost *cost, *a, *b;  // [n, m] contiguous, [n], [m]
-  const double* start_v;     // potentials of the columns to start from, or null
-  int n, m;
-};
-
-struct Answer {
-  double *flow, *u, *v;  // [n, m], [n], [m]
-};
-
 struct Outcome {
   int status, pivots;
 };
 
 FASTKD_LANES double from_bits(uint64_t bits) {
   double x;
-  __builtin_memcpy(&x, &bits, 8);
+  std::memcpy(&x, &bits, 8);
   return x;
 }
 FASTKD_LANES int64_t magnitude_bits(double x) {
   int64_t bits;
-  __builtin_memcpy(&bits, &x, 8);
+  std::memcpy(&bits, &x, 8);
   return bits & 0x7fffffffffffffff;
 }
 FASTKD_LANES double power_of_two(int e) { return from_bits(uint64_t(e + 1023) << 52); }
@@ -180,7 +173,9 @@ FASTKD_LANES void start(Lanes& lanes, Workspace& w, const double* start_v, doubl
   double* const v = w.potential + SIDE;
   const double* const cost = w.cost;
   const int stride = w.stride;
-  lanes.each(SIDE, [=](int j) { v[j] = j >= m ? -infinity() : start_v ? start_v[j] * scale : cost[j]; });
+  lanes.each(SIDE, [=](int j) {
+    v[j] = j >= m ? -infinity() : !start_v ? cost[j] : magnitude_bits(start_v[j] * scale) < WILD ? start_v[j] * scale : 0.0;
+  });
   for (int i = 1; i < n && !start_v && !corner; ++i)
     lanes.each(m, [=](int j) { v[j] = cost[i * stride + j] < v[j] ? cost[i * stride + j] : v[j]; });
   lanes.each(m, [&](int j) {
@@ -316,45 +311,50 @@ FASTKD_LANES Outcome improve(Lanes& lanes, Workspace& w) {
 }
 
 template <class Lanes>
-FASTKD_LANES void write_answer(Lanes& lanes, Workspace& w, const Answer& answer, double scale) {
+FASTKD_LANES void write_plan(Lanes& lanes, Workspace& w, double* flow, double* u, double* v, double scale) {
   const int n = w.n, m = w.m;
-  lanes.each(n * m, [&](int k) { answer.flow[k] = 0.0; });
-  lanes.each(n, [&](int i) { answer.u[i] = w.potential[i] * scale; });
-  lanes.each(m, [&](int j) { answer.v[j] = w.potential[SIDE + j] * scale; });
+  lanes.each(n * m, [=](int k) { flow[k] = 0.0; });
+  lanes.each(n, [&](int i) { u[i] = w.potential[i] * scale; });
+  lanes.each(m, [&](int j) { v[j] = w.potential[SIDE + j] * scale; });
   lanes.single([&] {
     for (int k = 0; k < n + m - 1; ++k) {  // what the subtree has too much goes up, what it lacks comes down
       const int x = w.order[k], up = w.parent[x];
-      const int at = x < SIDE ? x * m + up - SIDE : up * m + x - SIDE;
-      const double flow = w.mass[x] > 0.0 ? w.mass[x] : 0.0;
-      w.mass[up] -= flow;
-      answer.flow[at] = flow;
+      const double amount = w.mass[x] > 0.0 ? w.mass[x] : 0.0;
+      w.mass[up] -= amount;
+      flow[x < SIDE ? x * m + up - SIDE : up * m + x - SIDE] = amount;
     }
   });
 }
 
-template <class Lanes>
-FASTKD_LANES void write_nothing(Lanes& lanes, const Workspace& w, const Answer& answer) {
-  const double nan = from_bits(0x7ff8000000000000);
-  lanes.each(w.n * w.m, [&](int k) { answer.flow[k] = nan; });
-  lanes.each(w.n, [&](int i) { answer.u[i] = nan; });
-  lanes.each(w.m, [&](int j) { answer.v[j] = nan; });
-}
-
-// w.cost must hold n rows of lanes.stride(m) doubles.
-template <class Lanes, class Cost>
-FASTKD_LANES Outcome solve(Lanes& lanes, Workspace& w, const Problem<Cost>& problem, const Answer& answer) {
-  w.n = problem.n, w.m = problem.m, w.stride = lanes.stride(problem.m);
-  const int exponent = load_cost(lanes, w, problem.cost);
-  const int masses = exponent == NOT_FINITE ? int(BAD_COST) : load_masses(lanes, w, problem.a, problem.b);
-  if (masses != OPTIMAL) {
-    write_nothing(lanes, w, answer);
-    return Outcome{masses, 0};
+// Problem p of the batch. w.cost must hold n rows of lanes.stride(m) doubles.
+template <class Cost, class Lanes>
+FASTKD_LANES void solve(Lanes& lanes, Workspace& w, const TransportBatch& batch, int64_t p) {
+  const int n = batch.n, m = batch.m, stride = lanes.stride(m);
+  lanes.single([&] { w.n = n, w.m = m, w.stride = stride; });
+  const int exponent = load_cost(lanes, w, static_cast<const Cost*>(batch.cost) + p * n * m);
+  Outcome outcome{BAD_COST, 0};
+  if (exponent != NOT_FINITE) {
+    const Cost* const a = static_cast<const Cost*>(batch.a) + p * n;
+    const Cost* const b = static_cast<const Cost*>(batch.b) + p * m;
+    outcome.status = load_masses(lanes, w, a, b);
   }
-  start(lanes, w, problem.start_v, power_of_two(-exponent));
-  const Outcome outcome = improve(lanes, w);
-  if (outcome.status == OPTIMAL) write_answer(lanes, w, answer, power_of_two(exponent));
-  else write_nothing(lanes, w, answer);
-  return outcome;
+  if (outcome.status == OPTIMAL) {
+    start(lanes, w, batch.start_v ? batch.start_v + p * m : nullptr, power_of_two(-exponent));
+    outcome = improve(lanes, w);
+  }
+  double *const flow = batch.flow + p * n * m, *const u = batch.u + p * n, *const v = batch.v + p * m;
+  if (outcome.status == OPTIMAL) {
+    write_plan(lanes, w, flow, u, v, power_of_two(exponent));
+  } else {
+    const double nan = from_bits(0x7ff8000000000000);
+    lanes.each(n * m, [=](int k) { flow[k] = nan; });
+    lanes.each(n, [=](int i) { u[i] = nan; });
+    lanes.each(m, [=](int j) { v[j] = nan; });
+  }
+  lanes.single([&] {
+    batch.status[p] = outcome.status;
+    if (batch.pivots) batch.pivots[p] = outcome.pivots;
+  });
 }
 
 }  // namespace transport

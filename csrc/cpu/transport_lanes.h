@@ -18,11 +18,7 @@ typedef double Vector __attribute__((vector_size(8 * WIDTH)));
 typedef int64_t Index __attribute__((vector_size(8 * WIDTH)));
 
 struct CpuLanes {
-#ifndef BROWS
-#define BROWS 6
-#endif
-  static constexpr int ROWS = BROWS;  // rows in a pricing block
-  static constexpr int ALIGN = 64;
+  static constexpr int ROWS = 6;  // rows in a pricing block
 
   static int stride(int columns) { return (columns + WIDTH - 1) / WIDTH * WIDTH; }
 
@@ -53,6 +49,7 @@ struct CpuLanes {
   template <class F>
   double sum(int n, F f) {
     double total = 0.0;
+#pragma omp simd reduction(+ : total)
     for (int k = 0; k < n; ++k) total += f(k);
     return total;
   }
