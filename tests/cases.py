@@ -26,7 +26,7 @@ def det(shape, k, dtype=torch.float64):
 def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
     """Seeded normal numbers, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def relative_error(value, oracle):
