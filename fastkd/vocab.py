@@ -282,7 +282,7 @@ def _configurations(model) -> list:
 
 
 def _move_padding(model, old: int, new: int) -> None:
-    """Embeddings know the padding id. RoBERTa's kin also count positions from it: their table of positions moves too."""
+    """Embeddings know the padding id. RoBERTa's kin also count positions from it: their positions' table moves too."""
     model.get_input_embeddings().padding_idx = new
     for module in model.modules():
         positions = getattr(module, "position_embeddings", None)
