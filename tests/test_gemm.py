@@ -56,9 +56,9 @@ def exact(a, b):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_awkward_sizes_are_exact(dtype, layout):
-    for m in AWKWARD_SIZES:
-        for n in AWKWARD_SIZES:
-            for k in DEPTHS:
+    for i, m in enumerate(AWKWARD_SIZES):
+        for j, n in enumerate(AWKWARD_SIZES):
+            for k in DEPTHS if layout == "rows" else DEPTHS[(i + j) % 3 :: 3]:
                 a, b = whole_numbers(m, k, 1, dtype), whole_numbers(n, k, 2, dtype)
                 got = gemm_nt(laid_out(a, layout), laid_out(b, layout))
                 assert torch.equal(got, exact(a, b)), (m, n, k)

@@ -188,6 +188,15 @@ FASTKD_INLINE void load_units(const typename Source::Type* x, const GemmSource& 
         for (int i = 0; i < W; ++i) out[i] = i < rows ? load(x + i * s.row_stride) : Floats{};
         return transpose(out);
       }
+      if (s.row_stride == 1 && rows >= W) {
+#pragma GCC unroll 16
+        for (int u = 0; u < W; ++u) {
+          const Floats even = 2 * u < k ? Source::load(x + 2 * u * s.k_stride) : Floats{};
+          const Floats odd = 2 * u + 1 < k ? Source::load(x + (2 * u + 1) * s.k_stride) : Floats{};
+          out[u] = floats(words(even) >> 16 | words(odd));
+        }
+        return;
+      }
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
