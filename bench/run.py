@@ -162,8 +162,9 @@ def show(case: Case, outcome: Outcome) -> None:
         print(f"\n{case.stem} {case.name}: no speed is shown, the check failed: {outcome.refused}")
     elif outcome.rows:
         report.print_table(outcome.rows, f"\n{case.stem} {case.name}{goal}")
+        print(report.footnote(outcome.rows))
         if any(row.by_eager for row in outcome.rows):
-            print("  † served by eager PyTorch (no kernel runs here, or auto-dispatch prefers eager at this size)")
+            print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
         print(f"  – {absent.name}: {absent.reason}")
 
