@@ -1,7 +1,8 @@
 """Who we are compared with, each doing the same job on the same inputs. What cannot run is `Absent`, with a reason.
 
 `eager` is the fast, idiomatic PyTorch that a careful user writes, `compile` is torch.compile of that (for layer_cost of
-the form that it fuses best), `authors` is the way the paper's released code goes about it, written by us: materialised copies, host loops and host syncs.
+the form that it fuses best), `authors` is the way the paper's released code goes about it, written by us: materialised
+copies, host loops and host syncs.
 Functions take (tensors, options), plain dicts, so that Dynamo reads them.
 """
 

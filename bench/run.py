@@ -120,6 +120,10 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
 def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, providers: Sequence | None = None) -> Outcome:
     """Check first; a case whose check fails has no speed."""
     outcome = Outcome()
+    left_out = machine.too_large(case, machine.available_bytes(settings.device))
+    if left_out:
+        outcome.absent = [Absent(case.name, left_out)]
+        return outcome
     inputs = case_module.build(case, settings.device, settings.seed)
     if providers is None:
         everyone = [*rivals.ours(case, inputs, settings.backends), *rivals.rivals(case, settings.device)]
