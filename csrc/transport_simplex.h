@@ -4,14 +4,15 @@
 //
 // Duals u, v:  u_i + v_j <= c_ij  everywhere, equality where f_ij > 0; the objective is sum a u + sum b v.
 //
-// Masses are integers: 2^47 for the total, shifted left by 14 bits, and the low bits carry an exact perturbation: M + 1 for
-// every row and 1 for every column, the difference going to the heaviest column J. Cutting an arc of a spanning tree leaves
-// a component without J; its net supply is |rows| (M + 1) - |columns| modulo 2^14, with |columns| < M, so it is never zero:
-// no basis is degenerate, every pivot strictly lowers the cost, nothing cycles, whatever the masses (zeros included).
-// The flow that is returned is recomputed from the last tree and the caller's own masses.
+// Masses are integers: 2^47 for the total, shifted left by 14 bits, and the low bits carry an exact perturbation: M + 1
+// for every row and 1 for every column, the difference going to the heaviest column J. Cutting an arc of a spanning
+// tree leaves a component without J; its net supply is |rows| (M + 1) - |columns| modulo 2^14, with |columns| < M, so
+// it is never zero: no basis is degenerate, every pivot strictly lowers the cost, nothing cycles, whatever the masses
+// (zeros included). The flow that is returned is recomputed from the last tree and the caller's own masses.
 //
-// The basis is a rooted spanning tree over rows and columns: parent, flow to the parent, and the set of nodes below as a
-// pair of 64-bit sets, so that "is x above y" is one bit test and a pivot moves the potentials of a whole subtree by mask.
+// The basis is a rooted spanning tree over rows and columns: parent, flow to the parent, and the set of nodes below as
+// a pair of 64-bit sets, so that "is x above y" is one bit test and a pivot moves the potentials of a whole subtree by
+// mask.
 //
 // Code outside the lambdas is uniform over the lanes; lambdas given to `each` run once per element, on any lane, in any
 // order; lambdas given to `single` run on one lane. Everything else a machine must know is in its Lanes:
@@ -36,12 +37,12 @@ namespace fastkd {
 namespace {
 namespace transport {
 
-constexpr int SIDE = 64;   // most rows, most columns
-constexpr int ROOT = 255;  // parent of the root
-constexpr int SHIFT = 14;  // bits of the perturbation: 64 * 65 + 64 < 2^14
-constexpr int REFRESH = 256;  // pivots between two computations of the potentials from the tree
+constexpr int SIDE = 64;                      // most rows, most columns
+constexpr int ROOT = 255;                     // parent of the root
+constexpr int SHIFT = 14;                     // bits of the perturbation: 64 * 65 + 64 < 2^14
+constexpr int REFRESH = 256;                  // pivots between two computations of the potentials from the tree
 constexpr int64_t WILD = 0x4630000000000000;  // 2^100: potentials beyond it, infinities and NaN are no hint
-constexpr double TOTAL = 140737488355328.0;  // 2^47
+constexpr double TOTAL = 140737488355328.0;   // 2^47
 
 enum Status : int { OPTIMAL = 0, BAD_COST = 1, BAD_MASS = 2, UNEQUAL_MASS = 3, ITERATION_LIMIT = 4 };
 
@@ -111,7 +112,7 @@ FASTKD_LANES int load_masses(Lanes& lanes, Workspace& w, const Cost* a, const Co
   const double total_b = lanes.sum(m, [=](int j) { return double(b[j]); });
   if (worst_a | worst_b || !(total_a + total_b < infinity())) return BAD_MASS;
   const double larger = total_a > total_b ? total_a : total_b, smaller = total_a > total_b ? total_b : total_a;
-  if (larger - smaller > larger * (sizeof(Cost) == 8 ? 1e-6 : 1e-5)) return UNEQUAL_MASS;
+  if (larger - smaller > 1e-5 * larger) return UNEQUAL_MASS;
   const double by_a = total_a > 0 ? total_a : 1.0, by_b = total_b > 0 ? total_b : 1.0, level = by_a / by_b;
   double* const mass = w.mass;
   int64_t* const left = w.flow;
@@ -147,7 +148,8 @@ FASTKD_LANES void hang(Workspace& w, int x, int up, int step) {
   w.order[step] = uint8_t(x);
 }
 
-// The adjacent 2x2 minors of a Monge matrix are all <= 0: the north-west corner is then optimal, and a good start nearby.
+// The adjacent 2x2 minors of a Monge matrix are all <= 0: the north-west corner is then optimal, and a good start
+// nearby.
 template <class Lanes>
 FASTKD_LANES bool nearly_monge(Lanes& lanes, const Workspace& w) {
   const int n = w.n, m = w.m, cells = n < m ? n : m, stride = w.stride;
@@ -174,7 +176,10 @@ FASTKD_LANES void start(Lanes& lanes, Workspace& w, const double* start_v, doubl
   const double* const cost = w.cost;
   const int stride = w.stride;
   lanes.each(SIDE, [=](int j) {
-    v[j] = j >= m ? -infinity() : !start_v ? cost[j] : magnitude_bits(start_v[j] * scale) < WILD ? start_v[j] * scale : 0.0;
+    v[j] = j >= m                                      ? -infinity()
+           : !start_v                                  ? cost[j]
+           : magnitude_bits(start_v[j] * scale) < WILD ? start_v[j] * scale
+                                                       : 0.0;
   });
   for (int i = 1; i < n && !start_v && !corner; ++i)
     lanes.each(m, [=](int j) { v[j] = cost[i * stride + j] < v[j] ? cost[i * stride + j] : v[j]; });
@@ -190,8 +195,10 @@ FASTKD_LANES void start(Lanes& lanes, Workspace& w, const double* start_v, doubl
       hang(w, SIDE + column, row, step);
       w.potential[SIDE + column] = -infinity();
     });
-    if (row_ends) ++row;
-    else if (corner) ++column;
+    if (row_ends)
+      ++row;
+    else if (corner)
+      ++column;
   }
   lanes.single([&] { w.parent[n - 1] = ROOT; });
 }
@@ -244,7 +251,8 @@ FASTKD_LANES int sort_tree(Lanes& lanes, Workspace& w) {
 FASTKD_LANES Move pivot(Workspace& w, int i, int j, double reduced) {
   int64_t theta = INT64_MAX;
   int out = ROOT, join = i;
-  // The cycle loses flow on every second arc: those of rows on the way up from i, those of columns on the way up from j.
+  // The cycle loses flow on every second arc: those of rows on the way up from i, those of columns on the way up from
+  // j.
   for (bool loses = true; !(w.columns_below[join] >> j & 1); join = w.parent[join], loses = !loses)
     if (loses && w.flow[join] < theta) theta = w.flow[join], out = join;
   bool below_row = true, loses = true;
@@ -279,8 +287,8 @@ FASTKD_LANES Move pivot(Workspace& w, int i, int j, double reduced) {
 
 // ---- the method ----------------------------------------------------------------------------------------------------
 
-// Prices blocks of rows in turn; the most negative reduced cost of the first block that has one enters. Ends after a whole
-// round without one on potentials fresh from the tree: every answer has passed its own certificate.
+// Prices blocks of rows in turn; the most negative reduced cost of the first block that has one enters. Ends after a
+// whole round without one on potentials fresh from the tree: every answer has passed its own certificate.
 template <class Lanes>
 FASTKD_LANES Outcome improve(Lanes& lanes, Workspace& w) {
   const int n = w.n, m = w.m, limit = 1000 * (n + m);

@@ -2,6 +2,7 @@
 // csrc/transport_simplex.h and its lanes in csrc/transport_warp.h, whose host side the CPU tests run.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "transport_tensors.h"
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(32) transport_kernel(const TransportBatch batc
 }
 
 transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_v) {
+  const torch::stable::accelerator::DeviceGuard guard(cost.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(cost.get_device_index(), &stream));
   const auto launch = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
