@@ -83,8 +83,8 @@ def broken(cost, a, b, flow, u, v, gap=1e-9, mass=1e-13):
     return None
 
 
-def solve(solver, cost, a, b, start_v=None):
-    return getattr(torch.ops.fastkd, solver)(cost, a, b, start_v)
+def solve(solver, cost, a, b, start_flow=None, start_v=None):
+    return getattr(torch.ops.fastkd, solver)(cost, a, b, start_flow, start_v)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -198,11 +198,17 @@ def test_status_codes(solver, wrong, code):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_warm_start_is_only_a_hint(solver):
-    problem = problems_of("random", 8, 12, 24)
-    v = solve(solver, *problem)[2]
-    for hint in (v, v + 1e3, -v, v * 1e300, torch.full_like(v, float("nan")), torch.full_like(v, float("-inf"))):
-        flow, u, w, status = solve(solver, *problem, hint)
-        assert (status == 0).all() and broken(*problem, flow, u, w) is None
+    for seed, (n, m) in enumerate(SIZES):
+        problem, other = problems_of("random", 8, n, m, seed), problems_of("zero_masses", 8, n, m, seed + 1)
+        flow, _, v, _ = solve(solver, *problem)
+        nan, full = torch.full_like(v, float("nan")), torch.ones_like(flow)
+        far = (v + 1e3, -v, v * 1e300, nan, torch.full_like(v, float("-inf")))
+        hints = [(None, hint) for hint in (v, *far)] + [(flow, hint) for hint in (None, v, nan)]
+        hints += [(hint, v) for hint in (solve(solver, *other)[0], full, full * float("nan"), flow.flip(1), 0 * flow)]
+        for hint in hints:
+            for posed in (problem, other):
+                flow_found, u, w, status = solve(solver, *posed, *hint)
+                assert (status == 0).all() and broken(*posed, flow_found, u, w) is None
 
 
 def test_threads_and_runs_agree_bitwise():
@@ -260,7 +266,7 @@ def test_layouts_dtypes_and_defaults():
 def test_opcheck_and_compile():
     problem = problems_of("random", 3, 5, 8)
     for name in SOLVERS:
-        torch.library.opcheck(getattr(torch.ops.fastkd, name).default, (*problem, None))
+        torch.library.opcheck(getattr(torch.ops.fastkd, name).default, (*problem, None, None))
     cost = problem[0].requires_grad_()
     compiled = torch.compile(lambda c: transport(c).value.sum(), fullgraph=True)
     (grad,) = torch.autograd.grad(compiled(cost), cost)
@@ -273,7 +279,7 @@ def test_instruction_sets(instruction_set, tmp_path):
     problem = problems_of("random", 40, 12, 24)
     torch.save(problem, tmp_path / "problem.pt")
     code = "import sys, torch, fastkd.functional; problem = torch.load(sys.argv[1]); "
-    code += "torch.save(torch.ops.fastkd.transport(*problem, None), sys.argv[2])"
+    code += "torch.save(torch.ops.fastkd.transport(*problem, None, None), sys.argv[2])"
     paths = str(tmp_path / "problem.pt"), str(tmp_path / "plan.pt")
     environment = {
         **os.environ,
@@ -322,7 +328,7 @@ def test_on_the_gpu(kind):
         assert (status == 0).all() and broken(*problem, flow, u, v) is None
     cost, a, b = (x.cuda() for x in problems_of(kind, 3, 5, 8))
     cost[1, 0, 0] = float("nan")
-    assert torch.ops.fastkd.transport(cost, a, b, None)[3].tolist() == [0, 1, 0]
+    assert torch.ops.fastkd.transport(cost, a, b, None, None)[3].tolist() == [0, 1, 0]
 
 
 @pytest.mark.long
