@@ -24,4 +24,6 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
+  // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
+  m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 }

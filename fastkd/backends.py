@@ -51,7 +51,9 @@ def _cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
-        return "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        return (
+            "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        )
     return _load("_cuda", "CUDA")
 
 
@@ -121,7 +123,7 @@ def kernels(stem: str, fwd: str, bwd: str) -> dict[str, Kernels]:
     for library in ("cpu", "cuda"):
         if library in WRITTEN[stem] and UNAVAILABLE[library] is None:
             found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
-    if "triton" in WRITTEN[stem] and importlib.util.find_spec("triton") is not None:
+    if "triton" in WRITTEN[stem] and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{stem}")
         found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
     return found
@@ -146,6 +148,15 @@ def fake(name: str, shapes: Callable) -> None:
 
 def _defined(op: str) -> bool:
     return any(schema.name == op for schema in torch._C._jit_get_schemas_for_operator(op))
+
+
+def support_table() -> str:
+    """What README.md shows, as Markdown."""
+    rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
+    for stem in STEMS:
+        marks = ("✓" if backend in (*WRITTEN[stem], "reference") else "–" for backend in BACKENDS[1:])
+        rows.append(f"| `{stem}` | " + " | ".join(marks) + " |")
+    return "\n".join(rows)
 
 
 def full_precision(x: Tensor):

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import GOLDENS, det, gradients, randn, relative_error
-from ranks import on_two_ranks
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.losses.bert_emd import SMALLEST_WEIGHT, BertEMDLoss
 from fastkd.losses.projection import Projection
+from ranks import on_two_ranks
 
 N, M = 4, 12
 VARIANTS = {
@@ -274,6 +274,28 @@ def test_hazards_stay_finite(hazard, options):
         for name, buffer in criterion.named_buffers():
             assert buffer.isfinite().all() and (buffer >= SMALLEST_WEIGHT / 2).all(), name
             assert math.isclose(buffer.sum(), 1, rel_tol=1e-12), name
+
+
+def test_a_layer_that_has_learned_all_gets_no_weight_as_released():
+    """r_i = 0 where c_i = 0: the authors' rule, which led to 0/0 in their next step."""
+    attn_s, attn_t, _, _ = some_layers(n=2, m=2)
+    attn_s[0] = attn_t[0].clone()
+    criterion = bert_emd(2, 2)
+    for _ in range(2):
+        loss, _ = criterion(attn_s, attn_t, None, None)
+        assert loss.isfinite()
+        assert relative_error(criterion.attention_student_weight[0], torch.tensor(SMALLEST_WEIGHT)) < 1e-6
+
+
+@pytest.mark.parametrize("options", list(VARIANTS.values()), ids=list(VARIANTS))
+def test_weights_do_not_depend_on_the_unit_of_the_costs(options):
+    plain, tiny = bert_emd(2, 3, **options), bert_emd(2, 3, **options)
+    for seed in range(3):
+        inputs = some_layers(seed)
+        plain(*inputs)
+        tiny(*([1e-20 * x for x in xs] for xs in inputs))
+    for name, buffer in plain.named_buffers():
+        assert relative_error(tiny.get_buffer(name), buffer) < 1e-9
 
 
 def test_a_step_that_overflowed_leaves_the_state_alone():

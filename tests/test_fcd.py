@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import GOLDENS, det, gradients, randn, relative_error
-from ranks import on_two_ranks
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.functional import gram_correlation_loss
 from fastkd.losses.fcd import FCDLoss
+from ranks import on_two_ranks
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -88,6 +88,8 @@ def test_the_random_relation_draws_real_tokens_only():
         assert 0 < value < 2
         assert (grad[MASK == 0] == 0).all() and grad.isfinite().all()
         assert grad.any(-1).sum() == min(K, 16)
+    few = fcd(alpha=0.0, beta=0.0, gamma=1.0, K=7)
+    assert len({few(student, teacher, MASK).item() for _ in range(5)}) == 5  # another draw every time
 
 
 def test_a_mask_of_ones_reduces_to_the_official_number():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, randn, relative_error
 
+from cases import gradients, randn, relative_error
 from fastkd.losses.pkd import PKDLoss
 from fastkd.losses.tinybert import TinyBERTLoss
 
@@ -92,6 +92,9 @@ def test_pkd_finds_the_sentence_token_behind_the_padding():
         dirty = [x.masked_fill(MASK[..., None] == 0, float("nan")) for x in student]
         _, dirty_grads = gradients(lambda x, c=criterion, d=dirty: c([x, d[1]], teacher, MASK), dirty[0])
         assert torch.equal(dirty_grads[0], grads[0])
+        criterion = PKDLoss(token=token, backend="reference")
+        _, (unit_grad,) = gradients(lambda x, c=criterion, d=dirty: c([x, d[1]], teacher, MASK), dirty[0])
+        assert unit_grad.isfinite().all() and unit_grad[0].any() and not unit_grad[2].any()
 
 
 def test_mistakes():

@@ -1,8 +1,8 @@
 """divergence: how far q = softmax(student / T) is from p = softmax(teacher / T), one number per row of logits [N, V].
 
-All of it is written on d = log q - log p = y - log1p(sum p expm1(y)), y = (student - teacher) / T less its mean under p,
-and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a: no digit is lost where student and teacher nearly agree.
-Words at -inf on both sides do not exist. The factor T^2 is the caller's.
+All of it is written on d = log q - log p = y - log1p(sum p expm1(y)), y = (student - teacher) / T less its mean under
+p, and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a: no digit is lost where student and teacher nearly
+agree. Words at -inf on both sides do not exist. The factor T^2 is the caller's.
 """
 
 import torch
@@ -19,7 +19,8 @@ def divergence_topk(student, indices, log_probs, tail, mask, kind, temperature, 
     (tail None), with what the k leave over (True), or with the log-mass tail [N]."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     hidden = torch.zeros_like(indices[:, 0], dtype=torch.bool) if mask is None else ~mask
-    s, t = (x.to(dtype).masked_fill(hidden[:, None], 0) for x in (student / temperature, log_probs))  # [N, V], [N, k]
+    s, t = (x.to(dtype).masked_fill(hidden[:, None], 0) for x in (student, log_probs))  # [N, V], [N, k]
+    s = s / temperature
     outside = torch.ones_like(s, dtype=torch.bool).scatter(-1, indices.long(), False)
     some = (outside & (s != -torch.inf)).any(-1, keepdim=True)  # [N, 1]
     rest = torch.where(some, s, 0).masked_fill(some & ~outside, -torch.inf).logsumexp(-1, keepdim=True)
