@@ -20,7 +20,7 @@ WRITTEN = {
     "gram": (),
     "relation": (),
     "layer_cost": (),
-    "transport": ("cpu",),
+    "transport": ("cpu", "cuda"),
     "contrast": (),
     "divergence": ("cpu",),
     "linear_divergence": (),
