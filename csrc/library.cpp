@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
+
+  // The mean squared difference of every student layer from every teacher layer, [N, M].
+  m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
+  m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
 }
