@@ -5,7 +5,9 @@ Everything is looked up once, at import. A call asks `choose`, a plain sequence 
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +20,9 @@ WRITTEN = {
     "gram": (),
     "relation": (),
     "layer_cost": (),
-    "transport": (),
+    "transport": ("cpu", "cuda"),
     "contrast": (),
-    "divergence": (),
+    "divergence": ("cpu",),
     "linear_divergence": (),
 }
 
@@ -49,7 +51,9 @@ def _cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
-        return "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        return (
+            "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        )
     return _load("_cuda", "CUDA")
 
 
@@ -104,6 +108,55 @@ def choose(stem: str, backend: str, x: Tensor) -> str:
     if why_not is not None:
         raise RuntimeError(f"{stem}: backend='{backend}' cannot run here: {why_not}")
     return backend
+
+
+class Kernels(NamedTuple):
+    """The two host functions of a stem in one implementation."""
+
+    fwd: Callable
+    bwd: Callable
+
+
+def kernels(stem: str, fwd: str, bwd: str) -> dict[str, Kernels]:
+    """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py."""
+    found = {}
+    for library in ("cpu", "cuda"):
+        if library in WRITTEN[stem] and UNAVAILABLE[library] is None:
+            found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
+    if "triton" in WRITTEN[stem] and UNAVAILABLE["triton"] is None:
+        module = importlib.import_module(f"fastkd.kernels.{stem}")
+        found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
+    return found
+
+
+def _triton_op(host: Callable) -> Callable:
+    """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
+    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=())
+
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else host(*args)
+
+    return call
+
+
+def fake(name: str, shapes: Callable) -> None:
+    """Tell torch.compile and export what the op `name` returns, in every implementation that is here."""
+    for op in (f"fastkd::{name}", f"fastkd::{name}_triton"):
+        if _defined(op):
+            torch.library.register_fake(op, shapes)
+
+
+def _defined(op: str) -> bool:
+    return any(schema.name == op for schema in torch._C._jit_get_schemas_for_operator(op))
+
+
+def support_table() -> str:
+    """What README.md shows, as Markdown."""
+    rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
+    for stem in STEMS:
+        marks = ("✓" if backend in (*WRITTEN[stem], "reference") else "–" for backend in BACKENDS[1:])
+        rows.append(f"| `{stem}` | " + " | ".join(marks) + " |")
+    return "\n".join(rows)
 
 
 def full_precision(x: Tensor):

@@ -20,6 +20,12 @@ struct DivergenceTable {
   float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats);
   void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                    const DivergenceStats& stats, float upstream, float* grad);
+  // For the sparse teacher: parts of softmax(s / T).
+  float (*largest)(const float* s, int64_t columns);
+  double (*sum_of_exponentials)(const float* s, int64_t columns, float inverse_temperature, float shift);
+  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
+                         float* out);
+  // Rows in half precision, to floats and back.
   const float* (*as_floats)(const void* row, int element, float* scratch, int64_t count);
   void (*narrow)(const float* in, int element, void* out, int64_t count);
 };

@@ -186,6 +186,8 @@ float forward(const float* s, const float* t, int64_t columns, DivergenceOptions
   } else {
     constexpr bool kDirect = kKind == kForwardKL || kKind == kSoftCE;
     Row row = maxima(s, t, columns, options.inverse_temperature);
+    *stats = {};
+    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return 0;  // no class exists on either side
     const Moments m = moments<kDirect, kKind == kSoftCE>(row, s, t, columns);
     const double kappa = std::log1p(m.excess / m.sum_t), sum_s = m.sum_t + m.excess;
     row.inverse_sum_s = float(1 / sum_s);
@@ -221,10 +223,7 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
       else
         out = x.q * (slope<kKind>(x, options.mix) - stats.mean) * scale;
     }
-    if (count == kLanes)
-      store(grad + i, out);
-    else
-      store_some(grad + i, out, count);
+    store_some(grad + i, out, count);
   });
 }
 
@@ -241,6 +240,22 @@ void backward_any(const float* s, const float* t, int64_t columns, DivergenceOpt
   kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
 }
 
+float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
+
+double sum_of_exponentials(const float* s, int64_t columns, float inverse_temperature, float shift) {
+  double totals[1];
+  accumulate(s, s, columns, totals,
+             [&](vfloat a, vfloat, vfloat(&sums)[1]) { sums[0] += exp(a * inverse_temperature - shift); });
+  return totals[0];
+}
+
+void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
+                    float* out) {
+  sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t i, int count) {
+    store_some(out + i, exp(a * inverse_temperature - log_sum) * scale, count);
+  });
+}
+
 void narrow(const float* in, int element, void* out, int64_t count) {
   (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
 }
@@ -248,4 +263,5 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 }  // namespace
 
 extern const DivergenceTable FASTKD_TABLE(divergence);
-const DivergenceTable FASTKD_TABLE(divergence) = {forward_any, backward_any, as_floats, narrow};
+const DivergenceTable FASTKD_TABLE(divergence) = {forward_any,    backward_any, largest, sum_of_exponentials,
+                                                  scaled_softmax, as_floats,    narrow};

@@ -46,6 +46,7 @@ inline vfloat load_some(const float* p, int count, float rest) {
   return load(lanes);
 }
 inline void store_some(float* p, vfloat x, int count) {
+  if (count == kLanes) return store(p, x);
   float lanes[kLanes];
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(float));

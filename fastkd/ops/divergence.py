@@ -1,10 +1,12 @@
-"""Row-wise divergence between logits: which implementation runs."""
+"""Row-wise divergence between logits: the autograd Functions, and which implementation runs."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.checks import KINDS
 from fastkd.reference import divergence as reference
 
 
@@ -25,10 +27,71 @@ class TopK(NamedTuple):
         return TopK(self.indices.reshape(-1, k), self.log_probs.reshape(-1, k), tail)  # [N, k], [N, k], [N]
 
 
+# What a kernel looks like: fwd(s, *teacher, mask, kind, temperature, mix) -> (rows [N], stats [N, …]), and
+# bwd(grad, s, *teacher, mask, stats, kind, temperature, mix) -> gradient of s. `teacher` is the logits t, or indices,
+# log_probs and the tail's log-mass; `kind` its position in KINDS; `mix` the student's weight in skew_kl's or jsd's mixture.
+KERNELS = {
+    "dense": backends.kernels("divergence", "divergence_fwd", "divergence_bwd"),
+    "sparse": backends.kernels("divergence", "divergence_topk_fwd", "divergence_topk_bwd"),
+}
+
+
+def _rows_fake(student, *_):
+    # The width of stats is the kernel's own business, but a fake must name it: dense 6, sparse 4 (csrc/cpu/divergence*).
+    return student.new_empty(student.shape[0], dtype=torch.float32)
+
+
+def _grad_fake(grad, student, *_):
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+backends.fake("divergence_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 6, dtype=torch.float32)))
+backends.fake("divergence_bwd", _grad_fake)
+backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 4, dtype=torch.float32)))
+backends.fake("divergence_topk_bwd", _grad_fake)
+
+
+class Divergence(torch.autograd.Function):
+    """Saves a few numbers per row; the backward reads the logits again and writes the gradient once."""
+
+    @staticmethod
+    def forward(ctx, backend, teacher_form, student, mask, kind, temperature, mix, *teacher):
+        rows, stats = KERNELS[teacher_form][backend].fwd(student, *teacher, mask, kind, temperature, mix)
+        ctx.save_for_backward(student, mask, stats, *teacher)
+        ctx.backend, ctx.teacher_form, ctx.options = backend, teacher_form, (kind, temperature, mix)
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        student, mask, stats, *teacher = ctx.saved_tensors
+        bwd = KERNELS[ctx.teacher_form][ctx.backend].bwd
+        return None, None, bwd(grad, student, *teacher, mask, stats, *ctx.options), *[None] * (4 + len(teacher))
+
+
 def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend) -> Tensor:
     """One value per row of student [N, V], without the T² factor; masked rows give 0."""
-    backends.choose("divergence", backend, student)
-    with backends.full_precision(student):
-        if isinstance(teacher, TopK):
-            return reference.divergence_topk(student, *teacher, mask, kind, temperature, beta, alpha)
-        return reference.divergence(student, teacher, mask, kind, temperature, beta, alpha)
+    backend = backends.choose("divergence", backend, student)
+    if backend == "reference":
+        with backends.full_precision(student):
+            if isinstance(teacher, TopK):
+                return reference.divergence_topk(student, *teacher, mask, kind, temperature, beta, alpha)
+            return reference.divergence(student, teacher, mask, kind, temperature, beta, alpha)
+    mix = 1.0 - alpha if kind == "skew_kl" else 1.0 - beta
+    options = (student, mask, KINDS.index(kind), temperature, mix)
+    if isinstance(teacher, TopK):
+        return Divergence.apply(backend, "sparse", *options, *_kernel_form(teacher))
+    return Divergence.apply(backend, "dense", *options, _kernel_dtype(teacher))
+
+
+def _kernel_dtype(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def _kernel_form(teacher: TopK):
+    """indices int64, log_probs float32, and the tail as a log-mass: of what the k words leave over where tail is True."""
+    indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.float(), teacher.tail
+    if tail is True:
+        mass = log_probs.double().logsumexp(-1)  # [N]
+        tail = torch.log(-torch.expm1(mass.clamp(max=0)))  # all of the mass in the k words: -inf
+    return indices, log_probs, tail.float() if isinstance(tail, Tensor) else None

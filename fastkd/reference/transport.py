@@ -9,6 +9,8 @@ the duals are its potentials. An invalid problem (not finite, negative mass, sum
 import math
 from itertools import pairwise
 
+from itertools import pairwise
+
 import torch
 
 

@@ -1,0 +1,188 @@
+"""What the numbers depend on: device, versions, commit, and whether anybody else was computing meanwhile."""
+
+import datetime
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESTARTED = "FASTKD_BENCH_RESTARTED"
+FOREIGN_CORES = 0.1  # more than this, averaged over the measurement, is a busy machine
+
+
+def passive_threads(argv: list[str], environ=os.environ, execute=os.execve) -> None:
+    """Waiting OpenMP threads must sleep, not spin; libgomp reads that once, so the process starts again."""
+    if environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        return
+    if environ.get(RESTARTED):  # a launcher that strips the variable must not send us round in circles
+        return
+    environment = {**environ, "OMP_WAIT_POLICY": "PASSIVE", RESTARTED: "1"}
+    execute(sys.executable, [sys.executable, *argv], environment)
+
+
+def cpu_name(path: str = "/proc/cpuinfo") -> str:
+    try:
+        with open(path) as handle:
+            for line in handle:
+                if line.lower().startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    """A folder name: lower case, words joined by hyphens, no trademark signs."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def device_name(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return slug(torch.cuda.get_device_name(device))
+    return slug(f"{cpu_name()} {torch.get_num_threads()} threads")
+
+
+def version_of(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def facts(device) -> dict:
+    """The columns that are the same for every row of a run."""
+    import torch
+
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "driver": driver() if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "triton": version_of("triton"),
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": bool(dirty),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def query_gpu(fields: str) -> str:
+    try:
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def driver() -> str:
+    """Driver and clocks as they are; no setting is touched."""
+    return query_gpu("driver_version,clocks.sm,clocks.mem")
+
+
+def available_bytes(device) -> int | None:
+    """Free memory where the case would live; None where the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as handle:
+            fields = dict(line.split(":", 1) for line in handle)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def too_large(case, available: int | None) -> str:
+    """Why a case is left out here: its inputs in float64 and what a reference makes of them would not fit."""
+    needed = 6.0 * case.bytes.of("forward") * 8 / case.dtype.itemsize
+    if available is None or needed <= available:
+        return ""
+    return f"left out: it needs about {needed / 2**30:.0f} GiB with its float64 check, {available / 2**30:.0f} are free"
+
+
+# Load -------------------------------------------------------------------------------------------------------------
+
+
+def busy_seconds(path: str = "/proc/stat") -> float:
+    """CPU seconds that were not idle, over all cores, stolen ones included."""
+    with open(path) as handle:
+        fields = [int(field) for field in handle.readline().split()[1:9]]
+    user, nice, system, _idle, _wait, interrupts, soft, steal = fields
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def foreign_share(busy: float, own: float, wall: float) -> float:
+    """Cores that others kept busy: what the machine did, less what we did, per second of wall time."""
+    return max(0.0, (busy - own) / wall) if wall > 0 else 0.0
+
+
+class LoadMeter:
+    """Cores used by others between `start` and `stop`; None where the system does not tell."""
+
+    def __init__(self, busy=busy_seconds, own=own_seconds, clock=time.perf_counter):
+        self.busy, self.own, self.clock = busy, own, clock
+        self.start()
+
+    def read(self):
+        try:
+            return self.busy(), self.own(), self.clock()
+        except (OSError, ValueError):
+            return None
+
+    def start(self) -> None:
+        self.begin = self.read()
+
+    def stop(self) -> float | None:
+        now = self.read()
+        if now is None or self.begin is None:
+            return None
+        return foreign_share(*(b - a for a, b in zip(self.begin, now, strict=True)))
+
+
+def load_before(seconds: float = 1.0, meter_type=LoadMeter, sleep=time.sleep) -> float | None:
+    meter = meter_type()
+    sleep(seconds)
+    return meter.stop()
+
+
+def busy_reason(foreign: float | None, when: str, limit: float = FOREIGN_CORES) -> str:
+    """Empty where the machine was ours, else the sentence that refuses to publish."""
+    if foreign is None:
+        return f"the load {when} is unknown (no /proc/stat), so nothing is published"
+    if foreign > limit:
+        return f"other processes used {foreign:.2f} cores {when} (limit {limit:g}): the machine is busy"
+    return ""
+
+
+def gpu_busy_reason(limit: int = 10) -> str:
+    """A GPU that computes before we start is somebody else's."""
+    answer = query_gpu("utilization.gpu")
+    if answer.isdigit() and int(answer) > limit:
+        return f"the GPU was {answer} % busy before the run"
+    return ""

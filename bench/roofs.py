@@ -1,0 +1,77 @@
+"""The roofs of this machine, measured first and in the same process: copy bandwidth, GEMM rate, the exact GEMMs."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from fastkd.bench.case import Case, Gemm
+from fastkd.bench.measure import Task
+
+LEAST_COPY, MOST_COPY = 1 << 20, 1 << 30
+
+
+def copy_size(moved: float) -> int:
+    """Bytes read plus written by the copy that stands for `moved` bytes: the next power of two, 1 MiB to 1 GiB."""
+    size = LEAST_COPY
+    while size < moved and size < MOST_COPY:
+        size *= 2
+    return size
+
+
+def floor(flops: float, moved: float, copy_rate: float, gemm_rate: float) -> tuple[float, str]:
+    """The fewest seconds the work can take under the two roofs, and which of them it is."""
+    by_copy, by_gemm = moved / copy_rate, flops / gemm_rate
+    return (by_copy, "copy") if by_copy >= by_gemm else (by_gemm, "gemm")
+
+
+def best(timer, run: Callable, samples: int = 7) -> float:
+    """Seconds of the fastest of a few calls: a roof is what the machine can do, not what it does on average."""
+    task = Task("roof", lambda _: run())
+    timer.sample(task, 1)
+    return min(timer.sample(task, 1) for _ in range(samples))
+
+
+class Roofs:
+    """Measures on demand and remembers. Always warm-cache numbers, the harder yardstick."""
+
+    def __init__(self, device: torch.device, timer):
+        self.device, self.timer = device, timer
+        self.copies: dict[int, float] = {}
+        self.gemm_rates: dict[torch.dtype, float] = {}
+
+    def copy_rate(self, moved: float) -> float:
+        """Bytes per second, read plus written, of a copy about as large as the case."""
+        size = copy_size(moved)
+        if size not in self.copies:
+            source = torch.randn(size // 8, device=self.device)
+            target = torch.empty_like(source)
+            self.copies[size] = size / best(self.timer, lambda: target.copy_(source))
+        return self.copies[size]
+
+    def gemm_rate(self, dtype: torch.dtype) -> float:
+        """FLOP per second of a large square product in this dtype, on random data."""
+        if dtype not in self.gemm_rates:
+            side = 8192 if self.device.type == "cuda" else 2048
+            a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            self.gemm_rates[dtype] = 2.0 * side**3 / best(self.timer, lambda: torch.mm(a, b, out=out), 5)
+        return self.gemm_rates[dtype]
+
+    def floor_of(self, case: Case, mode: str) -> tuple[float, str]:
+        moved, flops = case.bytes.of(mode), case.flops.of(mode)
+        return floor(flops, moved, self.copy_rate(moved), self.gemm_rate(case.dtype))
+
+    def gemm_seconds(self, gemm: Gemm, dtype: torch.dtype, samples: int = 7) -> float:
+        """One bare product of the shape, into a preallocated output; the median, as for the providers."""
+        lead = () if gemm.batch == 1 else (gemm.batch,)
+        a = torch.randn(*lead, gemm.rows, gemm.inner, device=self.device).to(dtype)
+        b = torch.randn(*lead, gemm.inner, gemm.columns, device=self.device).to(dtype)
+        out = torch.empty(*lead, gemm.rows, gemm.columns, device=self.device, dtype=dtype)
+        task = Task("gemm", lambda _: torch.matmul(a, b, out=out))
+        self.timer.sample(task, 1)
+        return statistics.median(self.timer.sample(task, 1) for _ in range(samples))
+
+    def gemms_of(self, case: Case) -> dict[str, float]:
+        """mode -> seconds of all bare products that the mode needs; each measured once."""
+        seconds = {gemm: self.gemm_seconds(gemm, case.dtype) for gemm in dict.fromkeys(case.gemms)}
+        return {mode: sum(seconds[g] for g in case.gemms if mode in g.modes) for mode in case.modes} if seconds else {}

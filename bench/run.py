@@ -1,0 +1,273 @@
+"""`python -m fastkd.bench.run [stem …]`: check, then measure, then publish; in that order or not at all.
+
+make bench                                          every case; table, CSV and plots under bench/results/<device>/
+python -m fastkd.bench.run divergence --quick       a few small cases, printed only
+python -m fastkd.bench.run gram --kind fcd --dtype bfloat16 --mode both --no-publish
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import torch
+from fastkd.bench import case as case_module
+from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
+from fastkd.bench import check, machine, measure, plots, report, rivals
+from fastkd.bench.case import Case, Inputs
+from fastkd.bench.rivals import Absent, Provider
+from fastkd.bench.roofs import Roofs
+
+SERVED_BY_EAGER = ("reference", "eager")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one case."""
+
+    rows: list = dataclasses.field(default_factory=list)
+    absent: list = dataclasses.field(default_factory=list)  # rivals without a row, with their reasons
+    refused: str = ""  # why no speed of this case is shown at all
+    foreign: float | None = None  # cores that others used meanwhile
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    modes: tuple[str, ...] = ()
+    rounds: int = 30
+    budget: float = 20.0
+    cold: bool = False
+    rivals: tuple[str, ...] = ()  # all where empty
+    backends: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def checked(case: Case, providers: Sequence, inputs: Inputs) -> tuple[dict, list, str]:
+    """(provider -> errors) of those that compute the right thing, the others as Absent, and why all are refused."""
+    oracle = check.make_oracle(case, inputs)
+    passed, absent, eager = {}, [], None
+    for provider in sorted(providers, key=lambda p: p.name != "eager"):  # eager first: it sets limits
+        try:
+            errors = check.errors_of(provider.call, inputs, oracle)
+            if provider.ours:
+                problem = check.verdict_on_ours(case, errors, eager)
+            else:
+                problem = check.verdict_on_rival(provider.name, case, provider.call, inputs, oracle, errors)
+        except Exception as error:
+            errors, problem = (
+                None,
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+            )
+        if problem and provider.ours:
+            return {}, absent, f"{provider.name}: {problem}"
+        if problem:
+            absent.append(Absent(provider.name, f"failed its check: {problem}"))
+            continue
+        passed[provider] = errors
+        eager = errors if provider.name == "eager" else eager
+    return {provider: passed[provider] for provider in providers if provider in passed}, absent, ""
+
+
+def tasks_of(providers: Sequence[Provider], mode: str, inputs: Inputs, launch: str) -> tuple[list, list]:
+    """The tasks of one mode, and the providers that cannot be captured in a CUDA graph."""
+    tasks, absent = [], []
+    for provider in providers:
+        call = lambda provider=provider: provider.call(inputs)  # noqa: E731
+        if launch == "plain":
+            tasks.append(measure.make_task(provider.name, mode, call, inputs.leaves))
+            continue
+        try:
+            tasks.append(measure.capture_task(provider.name, mode, call, inputs.leaves))
+        except Exception as error:
+            reason = f"cannot be captured in a CUDA graph: {str(error).strip().splitlines()[0]}"
+            absent.append(Absent(f"{provider.name} ({mode}, graph)", reason))
+    return tasks, absent
+
+
+def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> tuple[list[dict], list]:
+    """Peak memory, then interleaved time, of every provider that passed; the measured columns of its rows."""
+    timer = measure.make_timer(settings.device, settings.cold, launch)
+    tasks, absent = tasks_of(list(passed), mode, inputs, launch)
+    if not tasks:
+        return [], absent
+    plain, _ = tasks_of(list(passed), mode, inputs, "plain")
+    for task in plain:  # warm-up: compilation and allocator
+        timer.sample(task, 1)
+    memory = {task.provider: measure.peak_memory(task, settings.device) for task in plain}
+    timings = measure.interleave(tasks, timer, settings.rounds, settings.budget)
+    seconds, bound = roofs.floor_of(case, mode)
+    own = timings.get("fastkd")
+    columns = []
+    for provider in (p for p in passed if p.name in timings):
+        t, (peak, method) = timings[provider.name], memory[provider.name]
+        columns.append({
+            "mode": mode, "launch": launch, "cache": measure.cache_state(settings.device, settings.cold),
+            "provider": provider.name, "served_by": provider.served_by,
+            "by_eager": provider.served_by in SERVED_BY_EAGER, "rounds": t.rounds, "calls_per_sample": t.number,
+            "median_ms": t.median, "minimum_ms": t.minimum, "p20_ms": t.p20, "p80_ms": t.p80,
+            "times_ours_median": t.median / own.median if own else None,
+            "times_ours_minimum": t.minimum / own.minimum if own else None,
+            "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / t.median,
+            "gemms_ms": 1e3 * gemms[mode] if gemms.get(mode) else None,
+            "peak_extra_mib": None if peak is None else peak / 2**20, "memory_method": method,
+        })  # fmt: skip
+    return columns, absent
+
+
+def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, providers: Sequence | None = None) -> Outcome:
+    """Check first; a case whose check fails has no speed."""
+    outcome = Outcome()
+    left_out = machine.too_large(case, machine.available_bytes(settings.device))
+    if left_out:
+        outcome.absent = [Absent(case.name, left_out)]
+        return outcome
+    inputs = case_module.build(case, settings.device, settings.seed)
+    if providers is None:
+        everyone = [*rivals.ours(case, inputs, settings.backends), *rivals.rivals(case, settings.device)]
+        wanted = [
+            p for p in everyone if not settings.rivals or p.name.startswith("fastkd") or p.name in settings.rivals
+        ]
+        outcome.absent = [p for p in wanted if isinstance(p, Absent)]
+        providers = [p for p in wanted if isinstance(p, Provider)]
+    passed, failed, outcome.refused = checked(case, providers, inputs)
+    outcome.absent += failed
+    if outcome.refused:
+        return outcome
+    gemms = roofs.gemms_of(case)
+    eager = next((errors for provider, errors in passed.items() if provider.name == "eager"), None)
+    launches = ("plain", "graph") if settings.device.type == "cuda" else ("plain",)
+    meter = machine.LoadMeter()
+    measured = []
+    for mode in (m for m in case.modes if not settings.modes or m in settings.modes):
+        for launch in launches:
+            columns, absent = measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms)
+            measured += columns
+            outcome.absent += absent
+    outcome.foreign = meter.stop()
+    errors_by_name = {provider.name: errors for provider, errors in passed.items()}
+    for columns in measured:
+        errors = errors_by_name[columns["provider"]]
+        outcome.rows.append(report.Row(
+            stem=case.stem, case=case.name, kind=case.kind, shape=case.shape_text, dtype=case.dtype_text,
+            loss_error=errors.loss, gradient_error=errors.gradient,
+            eager_loss_error=eager.loss if eager else None, eager_gradient_error=eager.gradient if eager else None,
+            match=True, sweep=f"{case.sweep}={case.shape[case.sweep]}" if case.sweep else "", goal=case.goal,
+            foreign_cores=outcome.foreign, **columns, **facts,
+        ))  # fmt: skip
+    return outcome
+
+
+def show(case: Case, outcome: Outcome) -> None:
+    goal = f" · goal: {case.goal}" if case.goal else ""
+    if outcome.refused:
+        print(f"\n{case.stem} {case.name}: no speed is shown, the check failed: {outcome.refused}")
+    elif outcome.rows:
+        report.print_table(outcome.rows, f"\n{case.stem} {case.name}{goal}")
+        print(report.footnote(outcome.rows))
+        if any(row.by_eager for row in outcome.rows):
+            print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
+    for absent in outcome.absent:
+        print(f"  – {absent.name}: {absent.reason}")
+
+
+def publish(outcome: Outcome, folder: pathlib.Path) -> str:
+    """Writes the rows, or says why not: an empty string means written."""
+    reason = machine.busy_reason(outcome.foreign, "while this case was measured")
+    if not reason and outcome.rows:
+        report.write_csv(outcome.rows, folder)
+    return reason
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser("fastkd bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = result.add_argument
+    add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
+    add("--kind", default="", help="only this kind, such as forward_kl")
+    add("--case", default="", help="only cases whose name contains this, such as 512x30522")
+    add("--dtype", default="", help="float32, bfloat16, float64")
+    add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
+    add("--rivals", default="", help="only these, by comma: eager,compile,authors,…")
+    add("--backends", default="", help="'reference' also times our reference where a kernel serves")
+    add("--quick", action="store_true", help="the small cases, few rounds; printed, never published")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=0, help="CPU threads; torch's default without it")
+    add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
+    add("--rounds", type=int, default=0, help="interleaved rounds (30, quick 10)")
+    add("--budget", type=float, default=0.0, help="seconds for the rounds of one mode (20, quick 3)")
+    add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
+    add("--no-publish", action="store_true", help="print only")
+    add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
+    add("--list", action="store_true", help="name the cases and stop")
+    return result
+
+
+def default_folder() -> pathlib.Path:
+    inside_checkout = (machine.ROOT / "setup.py").is_file()
+    return machine.ROOT / "bench" / "results" if inside_checkout else pathlib.Path("fastkd-bench")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0: measured, and published unless told not to; 1: a check failed; 2: the machine was busy."""
+    chosen = list(case_module.select(
+        arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick
+    ))  # fmt: skip
+    if arguments.list or not chosen:
+        print("\n".join(f"{case.stem} {case.name}" for case in chosen) or "no case matches")
+        return 0 if chosen else 1
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    facts = machine.facts(device)
+    busy = machine.busy_reason(machine.load_before(), "before the run")
+    busy = busy or (machine.gpu_busy_reason() if device.type == "cuda" else "")
+    if busy:
+        print(f"{busy}. " + ("Measuring anyway (--force); nothing is published." if arguments.force else
+              "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
+        if not arguments.force:
+            return 2
+    settings = Settings(
+        device, modes=(arguments.mode,) if arguments.mode else (),
+        rounds=arguments.rounds or (10 if arguments.quick else 30),
+        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold,
+        rivals=tuple(filter(None, arguments.rivals.split(","))), backends=tuple(arguments.backends.split(",")),
+    )  # fmt: skip
+    publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
+    folder = (arguments.out or default_folder()) / facts["device"]
+    return run_cases(chosen, settings, facts, folder, publishing)
+
+
+def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: pathlib.Path, publishing: bool) -> int:
+    roofs = Roofs(settings.device, measure.make_timer(settings.device, cold=False))
+    print("  ".join(f"{name}={value}" for name, value in facts.items() if value != ""))
+    print(f"copy of 256 MiB {roofs.copy_rate(2**28) / 1e9:.1f} GB/s   " + "   ".join(
+        f"{str(dtype).removeprefix('torch.')} GEMM {roofs.gemm_rate(dtype) / 1e9:.0f} GFLOP/s"
+        for dtype in dict.fromkeys(case.dtype for case in chosen)
+    ))  # fmt: skip
+    failed, busy, stems = [], [], []
+    for case in chosen:
+        outcome = bench_case(case, settings, roofs, facts)
+        show(case, outcome)
+        failed += [case.name] if outcome.refused else []
+        if publishing and outcome.rows:
+            reason = publish(outcome, folder)
+            busy += [f"{case.name}: {reason}"] if reason else []
+            stems += [] if reason else [case.stem]
+    for stem in dict.fromkeys(stems):
+        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder)
+        print(f"published {folder / stem}.csv", *(path.name for path in paths), reason)
+    for text in busy:
+        print(f"not published: {text}")
+    for name in failed:
+        print(f"check failed: {name}")
+    return 1 if failed else 2 if busy else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    machine.passive_threads(sys.orig_argv[1:])
+    return run(parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""DistilBERT (Sanh et al., 2019): 5 · T² KL(teacher ‖ student) + 2 · MLM + 1 · (1 - cos(last hidden states)), T = 2."""
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import checks, functional, reduce
+
+from .kd import hard_cross_entropy
+
+
+class DistilBERTLoss(nn.Module):
+    """loss(student_logits, teacher_logits [B, S, V], student_hidden, teacher_hidden [B, S, D], labels, mask [B, S]).
+
+    The KL and the cosine term are means over the real tokens (mask 1), the MLM term over the labelled ones (not
+    ignore_index). The causal triple of DistilGPT2 is the same with shifted labels. labels None leaves its term out.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        *,
+        alpha_kl: float = 5.0,
+        alpha_mlm: float = 2.0,
+        alpha_cosine: float = 1.0,
+        ignore_index: int = -100,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        checks.positive("temperature", temperature)
+        self.temperature, self.ignore_index, self.backend = temperature, ignore_index, backend
+        self.alpha_kl, self.alpha_mlm, self.alpha_cosine = alpha_kl, alpha_mlm, alpha_cosine
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        checks.tensor("student_hidden", student_hidden, "[..., D]")
+        hint = "DistilBERT's student has the teacher's width; project it first"
+        checks.same_shape("student_hidden", student_hidden, "teacher_hidden", teacher_hidden, hint)
+        checks.frozen("teacher_hidden", teacher_hidden)
+        loss = self.alpha_kl * functional.divergence(
+            student_logits, teacher_logits, temperature=self.temperature, mask=mask, backend=self.backend
+        )
+        loss = loss + self.alpha_cosine * _cosine_distance(student_hidden, teacher_hidden, mask)
+        if labels is None:
+            return loss
+        return loss + self.alpha_mlm * hard_cross_entropy(student_logits, labels, mask, self.ignore_index)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+def _cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    counted = reduce.as_bool(mask)
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    if counted is not None:
+        student, teacher = (x.masked_fill(~counted[..., None], 1) for x in (student, teacher))
+    rows = 1 - nn.functional.cosine_similarity(student, teacher, dim=-1)  # [...]
+    return reduce.reduce(rows, counted, "mean")

@@ -1,0 +1,52 @@
+"""Hinton, Vinyals, Dean (2015): (1 - alpha) CE(labels, student) + alpha T² KL(softmax(z_t / T) ‖ softmax(z_s / T))."""
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import checks, functional, reduce
+
+
+class HintonKDLoss(nn.Module):
+    """loss(student_logits [..., C], teacher_logits [..., C], labels [...], mask [...]).
+
+    Both terms are means over the rows that count: those with mask 1 whose label is not ignore_index. Without labels
+    only alpha = 1 makes sense. One row per example in classification, per token in language modelling (shift first).
+    """
+
+    def __init__(
+        self, alpha: float = 0.5, temperature: float = 2.0, *, ignore_index: int = -100, backend: str = "auto"
+    ):
+        super().__init__()
+        checks.positive("temperature", temperature)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: must lie in [0, 1], the share of the teacher's term, got {alpha!r}")
+        self.alpha, self.temperature, self.ignore_index, self.backend = alpha, temperature, ignore_index, backend
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if labels is None and self.alpha < 1:
+            raise ValueError(f"labels: needed for the hard term, which alpha={self.alpha} weighs {1 - self.alpha:g}")
+        soft = functional.divergence(
+            student_logits, teacher_logits, temperature=self.temperature, mask=mask, labels=labels,
+            ignore_index=self.ignore_index, backend=self.backend,
+        )  # fmt: skip
+        if self.alpha == 1:
+            return soft
+        hard = hard_cross_entropy(student_logits, labels, mask, self.ignore_index)
+        return (1 - self.alpha) * hard + self.alpha * soft
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, temperature={self.temperature}"
+
+
+def hard_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Mean cross entropy over the rows that count, 0 where none does; logits [..., C], labels [...]."""
+    checks.integers("labels", labels, "[...]")
+    counted = reduce.counted_rows(mask, labels, ignore_index, logits.shape[:-1])
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # A row that does not count may hold anything, NaN too: it must not reach a product.
+    logits = logits.to(dtype).masked_fill(~counted[..., None], 0)
+    target = torch.where(counted, labels, 0).long()
+    rows = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")  # [N]
+    return reduce.reduce(rows.reshape(labels.shape), counted, "mean")

@@ -1,0 +1,92 @@
+"""divergence: how far q = softmax(student / T) is from p = softmax(teacher / T), one number per row of logits [N, V].
+
+All of it is written on d = log q - log p = y - log1p(sum p expm1(y)), y = (student - teacher) / T less its mean under
+p, and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a: no digit is lost where student and teacher nearly
+agree. Words at -inf on both sides do not exist. The factor T^2 is the caller's.
+"""
+
+import torch
+
+
+def divergence(student, teacher, mask, kind, temperature, beta, alpha):
+    """student, teacher [N,V], mask [N] -> rows [N]."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return _rows(student.to(dtype), teacher.to(dtype), None, mask, kind, temperature, beta, alpha)
+
+
+def divergence_topk(student, indices, log_probs, tail, mask, kind, temperature, beta, alpha):
+    """student [N,V], indices, log_probs [N,k] -> rows [N]. The words outside the k become one more word: with no mass
+    (tail None), with what the k leave over (True), or with the log-mass tail [N]."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    hidden = torch.zeros_like(indices[:, 0], dtype=torch.bool) if mask is None else ~mask
+    s, t = (x.to(dtype).masked_fill(hidden[:, None], 0) for x in (student, log_probs))  # [N, V], [N, k]
+    s = s / temperature
+    outside = torch.ones_like(s, dtype=torch.bool).scatter(-1, indices.long(), False)
+    some = (outside & (s != -torch.inf)).any(-1, keepdim=True)  # [N, 1]
+    rest = torch.where(some, s, 0).masked_fill(some & ~outside, -torch.inf).logsumexp(-1, keepdim=True)
+    log_mass = t.logsumexp(-1, keepdim=True) if tail is None else None
+    left = torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail
+    left = torch.full_like(rest, -torch.inf) if tail is None else left.to(dtype).reshape(-1, 1)
+    s = torch.cat([s.gather(-1, indices.long()), torch.where(some, rest, -torch.inf)], -1)  # [N, k + 1]
+    t = torch.cat([t, torch.where(some, left, -torch.inf)], -1)
+    return _rows(s, t, log_mass, mask, kind, 1.0, beta, alpha)
+
+
+def _rows(s, t, log_mass, mask, kind, temperature, beta, alpha):
+    missing = (s == -torch.inf) & (t == -torch.inf)  # [N, V]
+    blank = missing.all(-1) if mask is None else missing.all(-1) | ~mask  # [N]
+    s, t = s.masked_fill(blank[:, None], 0), t.masked_fill(blank[:, None], 0)
+    if kind == "mse":
+        return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
+    p, q = torch.softmax(t / temperature, -1), torch.softmax(s / temperature, -1)
+    silent = (p == 0) & (q == 0)  # words that neither side can say
+    x = ((s - t) / temperature).masked_fill(silent, 0)
+    y = (x - (p * x.clamp(-1e30, 1e30)).sum(-1, keepdim=True).detach()).masked_fill(silent, 0)
+    rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [N, 1] log1p of it: difference of the log-sum-exps
+    near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
+    plain = torch.log_softmax(s / temperature, -1) - torch.log_softmax(t / temperature, -1)
+    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), plain.masked_fill(silent, 0))  # [N, V] log q - log p
+    if log_mass is None:
+        return _compare(p, q, d, kind, beta, alpha).masked_fill(blank, 0)
+    lacking = {"forward_kl": 1, "soft_ce": 1, "skew_kl": 1 - alpha}.get(kind, 0) * log_mass.expm1()  # of sum (b - a)
+    return (_compare(p * log_mass.exp(), q, d - log_mass, kind, beta, alpha) + lacking[:, 0]).masked_fill(blank, 0)
+
+
+def _compare(p, q, d, kind, beta, alpha):
+    if kind == "reverse_kl":
+        return _kl(q, p, -d)
+    if kind == "skew_kl":
+        return _kl(p, alpha * p + (1 - alpha) * q, _mix(d, 1 - alpha))
+    if kind == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * _kl(p, m, _mix(d, 1 - beta)) + (1 - beta) * _kl(q, m, _mix(-d, beta))
+    if kind == "tvd":
+        return torch.where(d > 1, q - p, p * d.clamp(max=1).expm1().abs()).sum(-1) / 2
+    return _kl(p, q, d) + (torch.special.entr(p).sum(-1) if kind == "soft_ce" else 0)
+
+
+def _mix(r, w):
+    """log(1 - w + w e^r); past e^80 nothing of it is left beside what it multiplies."""
+    return torch.log1p(w * r.clamp(max=80).expm1())
+
+
+def _kl(a, b, e):
+    """sum a (log a - log b), with sum (b - a) = 0 added; e = log b - log a."""
+    near = a * _Bregman.apply(e.clamp(max=1))
+    return torch.where(e > 1, b - a - a * e.clamp(1, 1e30), near).sum(-1)
+
+
+class _Bregman(torch.autograd.Function):
+    """expm1(e) - e >= 0, by its series where it would cancel; the derivative, expm1(e), never cancels."""
+
+    @staticmethod
+    def forward(ctx, e):
+        ctx.save_for_backward(e)
+        small, series = e.clamp(-0.5, 0.5), 1.0
+        for k in range(14, 2, -1):
+            series = 1 + small / k * series
+        return torch.where(e.abs() < 0.5, small.square() / 2 * series, e.expm1() - e)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].expm1()

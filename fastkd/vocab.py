@@ -1,0 +1,336 @@
+"""VocabMap: a student's vocabulary as a part of its teacher's (GLMD's vocabulary compression)."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastkd import checks
+
+METHODS = ("decoder", "cosine", "euclidean", "unk")
+_STEM, _SUFFIXES = "vocab_map", (".safetensors", ".json")
+# The ids that Hugging Face configurations hold.
+_CONFIG_IDS = (
+    "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "image_token_id", "video_token_id",
+)  # fmt: skip
+
+
+class VocabMap(nn.Module):
+    """The kept ids of a vocabulary, in rank order, and the kept id that stands for each dropped one.
+
+    kept_ids [K]: the original id of each new id (rank). original_size: V. replacement: one kept original id for all
+    dropped ones, or per original id [V] the kept id to use (what stands at kept ids is ignored); None: a dropped id
+    has no stand-in, and `encode` refuses it. Buffers: kept_ids [K] (new id -> original), position_of [V] (original id
+    -> new, -1 without stand-in), kept [V] (True where kept).
+    """
+
+    def __init__(self, kept_ids, original_size: int, replacement=None):
+        super().__init__()
+        kept_ids = torch.as_tensor(kept_ids).detach().clone()
+        checks.integers("kept_ids", kept_ids, "[K]")
+        kept_ids = kept_ids.long()
+        if len(kept_ids) == 0:
+            raise ValueError("kept_ids: is empty; keep at least one id")
+        checks.indices_in_range("kept_ids", kept_ids, original_size, "original vocabulary")
+        position_of = torch.full((original_size,), -1, dtype=torch.int64, device=kept_ids.device)
+        position_of[kept_ids] = torch.arange(len(kept_ids), device=kept_ids.device)
+        kept = position_of >= 0  # [V]
+        if int(kept.sum()) != len(kept_ids):
+            ids, times = kept_ids.unique(return_counts=True)
+            raise ValueError(f"kept_ids: each id may be kept once, but {_some(ids[times > 1])} come more often")
+        if replacement is not None:
+            replacement = torch.as_tensor(replacement, device=kept_ids.device).long().expand(original_size)
+            stand_in = torch.where(kept, torch.arange(original_size, device=kept_ids.device), replacement)
+            checks.indices_in_range("replacement", stand_in, original_size, "original vocabulary")
+            lost = ~kept[stand_in]
+            if bool(lost.any()):
+                raise ValueError(f"replacement: must be kept ids, but {_some(stand_in[lost].unique())} are dropped too")
+            position_of = position_of[stand_in]
+        self.register_buffer("kept_ids", kept_ids)  # [K]
+        self.register_buffer("position_of", position_of)  # [V]
+        self.register_buffer("kept", kept)  # [V]
+        self._complete = bool((position_of >= 0).all())
+        self._slices = {}
+
+    @property
+    def original_size(self) -> int:
+        return self.position_of.shape[0]
+
+    def __len__(self) -> int:
+        return self.kept_ids.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} of {self.original_size}"
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts,
+        size: int | float = 0.5,
+        *,
+        multiple_of: int = 128,
+        always_keep=(),
+        embeddings: Tensor | None = None,
+        method: str | None = None,
+        unk_id: int | None = None,
+    ) -> "VocabMap":
+        """Keep the ids in `always_keep`, then the most frequent; both sorted by count, ties by id.
+
+        counts [V]: how often each id came in the corpus. size: a fraction of V, or a number of ids; rounded up to
+        `multiple_of` (the GEMM's tile), at most V. A dropped id becomes the kept id that is nearest in the teacher's
+        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or always `unk_id` ("unk").
+        method None: "decoder" with embeddings, else "unk" with unk_id, else dropped ids have no stand-in.
+        """
+        counts = torch.as_tensor(counts)
+        checks.tensor("counts", counts, "[V]", floating=False)
+        total = counts.shape[0]
+        checks.positive("size", size)
+        checks.positive("multiple_of", multiple_of)
+        if isinstance(size, float) and size > 1:
+            raise ValueError(f"size: a fraction must lie in (0, 1], got {size!r}; an int is a number of ids")
+        wanted = int(size * total) if isinstance(size, float) else size
+        wanted = min(max(-(-wanted // multiple_of) * multiple_of, 1), total)
+        first = torch.as_tensor([*always_keep, *([] if unk_id is None else [unk_id])], dtype=torch.int64)
+        checks.indices_in_range("always_keep (and unk_id)", first, total, "original vocabulary")
+        if method is None:
+            method = "decoder" if embeddings is not None else "unk" if unk_id is not None else None
+        else:
+            checks.one_of("method", method, METHODS)
+        counts = counts.cpu()
+        always = torch.zeros(total, dtype=torch.bool).index_fill(0, first, True)  # [V]
+        if int(always.sum()) > wanted:
+            raise ValueError(f"always_keep: holds {int(always.sum())} ids, more than the size asked for, {wanted}")
+        order = counts.argsort(descending=True, stable=True)  # [V]
+        kept_ids = torch.cat([order[always[order]], order[~always[order]]])[:wanted]
+        return cls(kept_ids, total, _stand_ins(kept_ids, total, method, embeddings, unk_id))
+
+    def encode(self, ids):
+        """Original ids -> new ids; negative ones (ignore_index) stay as they are. Tensors, lists or one int."""
+        if not isinstance(ids, Tensor):
+            given = torch.as_tensor(ids, dtype=torch.int64, device=self.position_of.device)
+            return self.encode(given).tolist()
+        checks.indices_in_range("ids", ids.clamp_min(0), self.original_size, "original vocabulary")
+        new = torch.where(ids < 0, ids, self.position_of[ids.clamp_min(0).long()].to(ids.dtype))
+        if not self._complete:
+            lost = (new < 0) & (ids >= 0)
+            message = "some are dropped from this vocabulary and have no stand-in; give VocabMap a replacement"
+            checks.values("ids", ids, lambda: ~lost.any(), message)
+        return new
+
+    def slice_logits(self, logits: Tensor) -> Tensor:
+        """The kept columns, in rank order: logits [..., V] -> [..., K]. Padding beyond original_size is left out."""
+        if logits.shape[-1] < self.original_size:
+            raise ValueError(
+                f"teacher_logits: expected the original vocabulary of {self.original_size} words (or more, padded), "
+                f"got {checks.describe(logits)}"
+            )
+        return logits[..., self.kept_ids]
+
+    def check_student(self, name: str, logits: Tensor) -> None:
+        if logits.shape[-1] != len(self):
+            raise ValueError(
+                f"{name}: expected {len(self)} words, as vocab keeps, got {checks.describe(logits)}; "
+                "shrink the student with vocab.shrink(model)"
+            )
+
+    def slice_head(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """A frozen head's kept rows, contiguous: weight [V, D], bias [V] -> [K, D], [K].
+
+        Cached until the storage or the version of the tensor changes; writing through `.data` changes neither.
+        """
+        checks.tensor("weight", weight, "[V, D]")
+        if weight.shape[0] < self.original_size:
+            raise ValueError(
+                f"weight: expected the teacher's head over {self.original_size} words, got {checks.describe(weight)}"
+            )
+        return self._slice("weight", weight), None if bias is None else self._slice("bias", bias)
+
+    def _slice(self, name: str, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.is_inference() or self.kept_ids.is_inference():
+            return x.detach()[self.kept_ids]
+        storage = StorageWeakRef(x.untyped_storage())  # keeps its address from being used again, not its memory
+        signs = (
+            x.data_ptr(),
+            x._version,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            self.kept_ids.data_ptr(),
+            self.kept_ids._version,
+        )
+        if name in self._slices:
+            known_storage, known_signs, rows = self._slices[name]
+            if known_storage == storage and known_signs == signs:
+                return rows
+        rows = x.detach()[self.kept_ids]
+        self._slices[name] = (storage, signs, rows)
+        return rows
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_slices": {}}  # caches are not copied, pickled or moved
+
+    def _apply(self, fn, recurse=True):
+        self._slices.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._complete = bool((self.position_of >= 0).all())
+        self._slices.clear()
+
+    def save(self, path) -> Path:
+        """Write to a folder (or a file *.safetensors, *.json): safetensors where it is installed, else JSON."""
+        path = Path(path)
+        if path.suffix not in _SUFFIXES:
+            path.mkdir(parents=True, exist_ok=True)
+            for suffix in _SUFFIXES:  # an older map in the other format would be read in its place
+                (path / (_STEM + suffix)).unlink(missing_ok=True)
+            path = path / (_STEM + _SUFFIXES[0 if importlib.util.find_spec("safetensors") else 1])
+        tensors = {"kept_ids": self.kept_ids.cpu(), "position_of": self.position_of.cpu()}
+        if path.suffix == ".json":
+            path.write_text(json.dumps({name: x.tolist() for name, x in tensors.items()}))
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, path)
+        return path
+
+    @classmethod
+    def load(cls, path) -> "VocabMap":
+        """What `save` wrote, from the same path."""
+        path = Path(path)
+        if path.is_dir():
+            files = [path / (_STEM + suffix) for suffix in _SUFFIXES]
+            found = [file for file in files if file.exists()]
+            if not found:
+                raise ValueError(
+                    f"path: {path} holds neither {files[0].name} nor {files[1].name}; VocabMap.save writes one"
+                )
+            path = found[0]
+        if path.suffix == ".json":
+            tensors = {name: torch.tensor(x, dtype=torch.int64) for name, x in json.loads(path.read_text()).items()}
+        else:
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        kept_ids, position_of = tensors["kept_ids"], tensors["position_of"]
+        vocab = cls(kept_ids, len(position_of))
+        vocab.position_of.copy_(position_of)
+        vocab._complete = bool((position_of >= 0).all())
+        return vocab
+
+    @torch.no_grad()
+    def shrink(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+        """A Hugging Face model over the kept words: input and output embeddings (tied or not), bias, configuration.
+
+        It speaks the new ids: feed it `encode(input_ids)`, and labels likewise. The given model stays as it is, unless
+        inplace. The special ids of its configuration must be among the kept ones.
+        """
+        words = model.get_input_embeddings().weight.shape[0]
+        if words < self.original_size:
+            raise ValueError(f"model: has {words} words, but this VocabMap was made for {self.original_size}")
+        configurations = _configurations(model)
+        special = {
+            name: getattr(c, name) for c in configurations for name in _CONFIG_IDS if getattr(c, name, None) is not None
+        }
+        self._check_special(special)
+        model = model if inplace else copy.deepcopy(model)
+        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+        rows = [x[..., self.kept_ids.to(x.device)].clone() for x in _vocabulary_last(model)]  # [D, K], [K] or [1, K]
+        model.resize_token_embeddings(len(self), mean_resizing=False)
+        for x, kept in zip(_vocabulary_last(model), rows, strict=True):
+            x.copy_(kept)
+        if padding is not None:
+            _move_padding(model, padding, self.encode(padding))
+        for configuration in _configurations(model):
+            for name in _CONFIG_IDS:
+                old = getattr(configuration, name, None)
+                if old is not None:
+                    setattr(configuration, name, self._encode_known(old))
+        return model
+
+    def _encode_known(self, ids):
+        """An id or a list of ids of a configuration; what lies outside the vocabulary meant nothing before either."""
+        if isinstance(ids, (list, tuple)):
+            return [self._encode_known(i) for i in ids]
+        return self.encode(ids) if isinstance(ids, int) and 0 <= ids < self.original_size else ids
+
+    def _check_special(self, special: dict) -> None:
+        flat = {name: ids if isinstance(ids, (list, tuple)) else [ids] for name, ids in special.items()}
+        known = {
+            name: [i for i in ids if isinstance(i, int) and 0 <= i < self.original_size] for name, ids in flat.items()
+        }
+        dropped = {name: ids for name, ids in known.items() if not all(self.kept[i] for i in ids)}
+        if dropped:
+            raise ValueError(
+                f"model: its configuration needs ids that are dropped, {dropped}; name them in always_keep"
+            )
+
+
+def _configurations(model) -> list:
+    """The model's configurations that hold special ids: its own, that of its text part, that of generation."""
+    own = model.config
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
+    generation = getattr(model, "generation_config", None)
+    unique = {id(c): c for c in (own, text, generation) if c is not None}
+    return list(unique.values())
+
+
+def _move_padding(model, old: int, new: int) -> None:
+    """Embeddings know the padding id. RoBERTa's kin also count positions from it: their positions' table moves too."""
+    model.get_input_embeddings().padding_idx = new
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if not isinstance(positions, nn.Embedding) or positions.padding_idx != old or new == old:
+            continue
+        table = positions.weight
+        moved = table.new_zeros(table.shape[0] + new - old, table.shape[1])
+        moved[new:] = table[old:]
+        positions.weight = nn.Parameter(moved, requires_grad=table.requires_grad)
+        positions.num_embeddings, positions.padding_idx, module.padding_idx = len(moved), new, new
+        model.config.max_position_embeddings = len(moved)
+
+
+def _vocabulary_last(model) -> list[Tensor]:
+    """What of a model has the vocabulary as an axis, as views with that axis last; a tied tensor may come twice."""
+    head = model.get_output_embeddings()
+    tensors = [model.get_input_embeddings().weight.t()]
+    if head is not None:
+        tensors += [head.weight.t()] + ([head.bias] if getattr(head, "bias", None) is not None else [])
+    if getattr(model, "final_logits_bias", None) is not None:
+        tensors.append(model.final_logits_bias)
+    return tensors
+
+
+def _stand_ins(kept_ids: Tensor, total: int, method: str | None, embeddings: Tensor | None, unk_id: int | None):
+    """What `replacement` is for `method`: None, one id, or the nearest kept id of every id [V]."""
+    if method is None:
+        return None
+    if method == "unk":
+        if unk_id is None:
+            raise ValueError("unk_id: method='unk' needs the id that stands for every dropped one")
+        return unk_id
+    if embeddings is None:
+        raise ValueError(f"embeddings: method={method!r} needs the teacher's embeddings [V, D]")
+    checks.tensor("embeddings", embeddings, "[V, D]")
+    if embeddings.shape[0] < total:
+        raise ValueError(f"embeddings: expected one row for each of {total} ids, got {checks.describe(embeddings)}")
+    table = embeddings[:total].detach().float()  # [V, D]
+    if method == "cosine":
+        table = nn.functional.normalize(table, dim=-1)
+    near = table[kept_ids.to(table.device)]  # [K, D]
+    # The largest of 2 e·k - |k|² is the smallest of |e - k|².
+    handicap = near.square().sum(-1) / 2 if method == "euclidean" else near.new_zeros(len(near))
+    nearest = [(rows @ near.t() - handicap).argmax(-1) for rows in table.split(4096)]
+    return kept_ids[torch.cat(nearest).cpu()]
+
+
+def _some(ids: Tensor) -> str:
+    """The first few of many ids."""
+    shown = ", ".join(str(i) for i in ids[:8].tolist())
+    return shown + (f", … ({len(ids)} in all)" if len(ids) > 8 else "")

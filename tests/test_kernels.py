@@ -1,0 +1,234 @@
+"""What counts as right (DESIGN: numbers), for every stem × backend that has a kernel.
+
+Each stem brings one `Subject`: inputs at a typical and at awkward shapes, a call, and the idiomatic eager PyTorch that it
+must not be less accurate than. Everything else here is the same for all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
+from fastkd import backends, functional
+
+
+@dataclass(frozen=True)
+class Subject:
+    """call(student, teacher, backend) -> unreduced loss; eager(student, teacher) -> the same in idiomatic PyTorch."""
+
+    stem: str
+    variant: str
+    inputs: Callable  # (seed, dtype, rows, width, noise) -> (student, teacher)
+    call: Callable
+    eager: Callable
+
+    def __str__(self):
+        return f"{self.stem}-{self.variant}"
+
+
+def _logits(seed, dtype, rows, width, noise=None):
+    teacher = randn(rows, width, seed=seed, scale=3.0)
+    student = (
+        randn(rows, width, seed=seed + 1, scale=3.0) if noise is None else teacher + noise * randn(rows, width, seed=9)
+    )
+    return student.to(dtype), teacher.to(dtype)
+
+
+def eager_divergence(student, teacher, kind, temperature, beta=0.5, alpha=0.1):
+    """As people write it: log_softmax in the logits' own dtype, F.kl_div, log_target."""
+    if kind == "mse":
+        return (student - teacher).square().sum(-1)
+    q, p = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    mixed = {"skew_kl": alpha, "jsd": beta}.get(kind, 0.5)
+    m = torch.logaddexp(p + torch.tensor(mixed).log(), q + torch.tensor(1 - mixed).log()).to(q.dtype)
+
+    def kl(log_a, log_b):
+        return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+    rows = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "skew_kl": lambda: kl(p, m),
+        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "tvd": lambda: (p.exp() - q.exp()).abs().sum(-1) / 2,
+        "soft_ce": lambda: -(p.exp() * q).sum(-1),
+    }[kind]()
+    return rows * temperature**2
+
+
+def _divergence(kind, temperature=2.0):
+    return Subject(
+        "divergence",
+        kind,
+        _logits,
+        lambda s, t, backend: functional.divergence(
+            s, t, kind=kind, temperature=temperature, reduction="none", backend=backend
+        ),
+        lambda s, t: eager_divergence(s, t, kind, temperature),
+    )
+
+
+SUBJECTS = [_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")]
+HERE = [
+    pytest.param(subject, backend, id=f"{subject}-{backend}")
+    for subject in SUBJECTS
+    for backend in ("cpu", "triton", "cuda", "reference")
+    if backend == "reference" or (backend in backends.WRITTEN[subject.stem] and backends.UNAVAILABLE[backend] is None)
+]
+on_every_backend = pytest.mark.parametrize(("subject", "backend"), HERE)
+
+
+def run(subject, backend, student, teacher):
+    return gradients(lambda s: subject.call(s, teacher, backend), student)
+
+
+def oracle(subject, student, teacher):
+    """The reference in float64, on the same quantised inputs."""
+    return run(subject, "reference", student.double(), teacher.double())
+
+
+def errors(subject, backend, student, teacher):
+    loss, (grad,) = run(subject, backend, student, teacher)
+    true_loss, (true_grad,) = oracle(subject, student, teacher)
+    return relative_error(loss, true_loss), relative_error(grad, true_grad)
+
+
+@on_every_backend
+@pytest.mark.parametrize("width", AWKWARD_SIZES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_awkward_shapes(subject, backend, rows, width):
+    student, teacher = subject.inputs(width, torch.float32, rows, width)
+    loss, (grad,) = run(subject, backend, student, teacher)
+    true_loss, (true_grad,) = oracle(subject, student, teacher)
+    # One class or two may leave a loss or gradient of exactly 0 in float64: compare with the size of the numbers involved.
+    floor = 1e-6 * student.double().norm()
+    assert (loss.double() - true_loss).norm() <= 2e-6 * true_loss.norm() + 1e-6
+    assert (grad.double() - true_grad).norm() <= 1e-5 * true_grad.norm() + (floor if width <= 2 else 1e-7)
+
+
+@on_every_backend
+def test_float32_in_the_ordinary_range(subject, backend):
+    student, teacher = subject.inputs(3, torch.float32, 16, 4099)
+    loss_error, grad_error = errors(subject, backend, student, teacher)
+    allowed_loss, allowed_grad = TOLERANCES[torch.float32]
+    assert loss_error <= allowed_loss
+    assert grad_error <= allowed_grad
+
+
+@on_every_backend
+def test_near_convergence(subject, backend):
+    """Where distillation lives: student = teacher + 1e-3."""
+    student, teacher = subject.inputs(4, torch.float32, 16, 32000, noise=1e-3)
+    loss_error, grad_error = errors(subject, backend, student, teacher)
+    assert loss_error <= 1e-5
+    # tvd's gradient jumps where q = p: a few of 32000 signs turn, by rounding of the inputs' own size
+    assert grad_error <= (1e-2 if subject.variant == "tvd" else 1e-5)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_eager(subject, backend, dtype):
+    """RMS over seeds: 1.0x eager's error for the loss, 1.25x for the gradient plus one rounding of the output."""
+    ours, eagers = [], []
+    for seed in range(8):
+        student, teacher = subject.inputs(seed, dtype, 8, 1031)
+        true_loss, (true_grad,) = oracle(subject, student, teacher)
+        for found, call in ((ours, lambda s, t: subject.call(s, t, backend)), (eagers, subject.eager)):
+            loss, (grad,) = gradients(lambda s, call=call, t=teacher: call(s, t).float(), student)
+            found.append((relative_error(loss, true_loss), relative_error(grad, true_grad)))
+    ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
+    one_rounding = torch.finfo(dtype).eps / 2
+    assert ours[0] <= eagers[0] + 1e-6
+    assert ours[1] <= 1.25 * eagers[1] + one_rounding
+    assert (ours <= 1e-2).all()
+
+
+@on_every_backend
+def test_two_runs_are_bitwise_equal(subject, backend):
+    student, teacher = subject.inputs(5, torch.float32, 7, 1000)
+    (first, (first_grad,)), (second, (second_grad,)) = (run(subject, backend, student, teacher) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first_grad, second_grad)
+
+
+@on_every_backend
+def test_nothing_returned_aliases_a_buffer(subject, backend):
+    """Two results held at once, and two backwards through one graph, leave each other alone; inputs stay as they were."""
+    student, teacher = subject.inputs(6, torch.float32, 4, 333)
+    before = student.clone(), teacher.clone()
+    leaf = student.clone().requires_grad_()
+    loss = subject.call(leaf, teacher, backend)
+    kept_loss = loss.detach().clone()
+    (grad,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+    kept_grad = grad.clone()
+    other, (other_grad,) = run(subject, backend, *subject.inputs(60, torch.float32, 4, 333))
+    (again,) = torch.autograd.grad(loss.sum(), leaf)
+    assert torch.equal(loss, kept_loss) and torch.equal(grad, kept_grad) and torch.equal(again, kept_grad)
+    assert not torch.equal(other, loss) and not torch.equal(other_grad, grad)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+@on_every_backend
+def test_strided_inputs(subject, backend):
+    student, teacher = subject.inputs(7, torch.float32, 6, 257)
+    wide = torch.full((6, 600), float("nan"))
+    wide[:, 100:357] = student
+    strided, turned = wide[:, 100:357], teacher.t().contiguous().t()
+    assert not strided.is_contiguous() and not turned.is_contiguous()
+    loss, (grad,) = run(subject, backend, student, teacher)
+    other = strided.detach().requires_grad_()
+    other_loss = subject.call(other, turned, backend)
+    upstream = randn(*loss.shape, seed=7).to(loss.dtype) + 1.5
+    (other_grad,) = torch.autograd.grad(other_loss, other, upstream)
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(other_grad, grad, rtol=1e-5, atol=1e-7)
+
+
+@on_every_backend
+def test_a_nan_row_poisons_only_itself(subject, backend):
+    student, teacher = subject.inputs(8, torch.float32, 5, 100)
+    clean, (clean_grad,) = run(subject, backend, student, teacher)
+    student = student.clone()
+    student[2, 17] = float("nan")
+    loss, (grad,) = run(subject, backend, student, teacher)
+    others = [0, 1, 3, 4]
+    assert loss[2].isnan() and grad[2].isnan().any()
+    assert torch.equal(loss[others], clean[others]) and torch.equal(grad[others], clean_grad[others])
+
+
+@on_every_backend
+def test_equal_student_and_teacher(subject, backend):
+    _, teacher = subject.inputs(9, torch.float32, 5, 300)
+    loss, (grad,) = run(subject, backend, teacher.clone(), teacher)
+    if subject.variant == "soft_ce":
+        assert relative_error(grad, torch.zeros(())) == 0
+    else:
+        assert (loss == 0).all() and (grad == 0).all()
+
+
+@on_every_backend
+def test_mixed_dtypes(subject, backend):
+    """A bfloat16 teacher beside a float32 student is the normal case; the gradient comes in the student's dtype."""
+    student, teacher = subject.inputs(10, torch.float32, 5, 300)
+    teacher = teacher.bfloat16()
+    loss, (grad,) = run(subject, backend, student, teacher)
+    true_loss, (true_grad,) = oracle(subject, student, teacher)
+    assert loss.dtype == torch.float32 and grad.dtype == torch.float32
+    assert relative_error(loss, true_loss) <= 1e-6 and relative_error(grad, true_grad) <= 1e-5
+
+
+@on_every_backend
+def test_compiled_equals_eager(subject, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda s, t: subject.call(s, t, backend), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for rows, width in ((4, 65), (5, 130)):
+        student, teacher = subject.inputs(11, torch.float32, rows, width)
+        loss, (grad,) = run(subject, backend, student, teacher)
+        other, (other_grad,) = gradients(lambda s, t=teacher: compiled(s, t), student)
+        torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(other_grad, grad, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,226 @@
+"""layer_cost: all-pairs mean squared differences, held against explicit loops, closed forms and its own laws."""
+
+import pytest
+import torch
+
+from cases import det, gradients, randn, relative_error
+from fastkd import functional
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+B, H, S, D = 3, 2, 5, 6
+
+
+def hidden(count, seed, dtype=torch.float64):
+    return [randn(B, S, D, seed=seed + i, dtype=dtype) for i in range(count)]
+
+
+def queries_and_keys(count, seed, d, groups=H):
+    return [(randn(B, H, S, d, seed=seed + i), randn(B, groups, S, d, seed=seed + 50 + i)) for i in range(count)]
+
+
+def layer_costs(*args, **options):
+    return functional.layer_costs(*args, backend="reference", **options)
+
+
+def attention_costs(*args, **options):
+    return functional.attention_costs(*args, backend="reference", **options)
+
+
+def entry(x, clamp):
+    return 0.0 if clamp is not None and x <= clamp else float(x)
+
+
+@pytest.mark.parametrize("clamp", [None, -0.5])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+def test_hidden_costs_in_loops(mask, clamp):
+    students, teachers = hidden(2, 1), hidden(3, 11)
+    students[0][0, 0, 0] = -0.5  # a value at the clamp counts as 0
+    costs = layer_costs(students, teachers, mask=mask, clamp=clamp)
+    assert costs.shape == (2, 3) and costs.dtype == torch.float64
+    for i, s in enumerate(students):
+        for j, t in enumerate(teachers):
+            squares = [
+                (entry(s[b, n, k], clamp) - entry(t[b, n, k], clamp)) ** 2
+                for b in range(B)
+                for n in range(S)
+                for k in range(D)
+                if mask is None or mask[b, n]
+            ]
+            assert costs[i, j].item() == pytest.approx(sum(squares) / len(squares), rel=1e-13)
+
+
+def scores_in_loops(q, k, mask, causal, scale):
+    out = torch.zeros(B, H, S, S, dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            for i in range(S):
+                for j in range(S):
+                    if (mask is None or mask[b, j]) and (j <= i or not causal):
+                        out[b, h, i, j] = q[b, h, i] @ k[b, h * k.shape[1] // H, j] * scale
+    return out
+
+
+@pytest.mark.parametrize("groups", [H, 1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+def test_attention_costs_in_loops(mask, causal, groups):
+    students, teachers = queries_and_keys(2, 1, 3, groups), queries_and_keys(3, 11, 7, groups)
+    costs = attention_costs(students, teachers, mask=mask, causal=causal)
+    averaged = attention_costs(students, teachers, mask=mask, causal=causal, heads="mean", scale=0.5)
+    for i, student in enumerate(students):
+        for j, teacher in enumerate(teachers):
+            s, t = scores_in_loops(*student, mask, causal, 3**-0.5), scores_in_loops(*teacher, mask, causal, 7**-0.5)
+            assert costs[i, j].item() == pytest.approx(((s - t) ** 2).mean().item(), rel=1e-12)
+            s, t = scores_in_loops(*student, mask, causal, 0.5), scores_in_loops(*teacher, mask, causal, 0.5)
+            assert averaged[i, j].item() == pytest.approx(((s - t).mean(1) ** 2).mean().item(), rel=1e-12)
+
+
+def test_pairs_equal_the_scores_that_a_model_writes():
+    students, teachers = queries_and_keys(2, 1, 3), queries_and_keys(3, 11, 7)
+    additive = torch.where(MASK, 0.0, -10000.0)[:, None, None, :]
+
+    def scores(layers):
+        return [q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + additive for q, k in layers]
+
+    expected = attention_costs(scores(students), scores(teachers))
+    assert relative_error(attention_costs(students, teachers, mask=MASK), expected) < 1e-12
+    assert relative_error(attention_costs(scores(students), scores(teachers), mask=MASK), expected) < 1e-12
+    assert relative_error(attention_costs(scores(students), teachers, mask=MASK), expected) < 1e-12
+
+
+def test_the_value_rule_is_applied_to_each_side_by_itself():
+    s, t = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    s[..., 0, 0], t[..., 0, 0], t[..., 1, 1] = -100.0, 3.0, -10000.0
+    assert attention_costs([s], [t]).item() == 9.0 / 4
+    s[..., 0, 0] = -99.0
+    assert attention_costs([s], [t]).item() == 102.0**2 / 4
+
+
+def test_gradient_is_the_closed_form():
+    """d/ds_i of sum f_ij d_ij = 2 / numel (s_i sum_j f_ij - sum_j f_ij t_j), and 0 where masked or clamped."""
+    students, teachers, flow = hidden(2, 1), hidden(3, 11), randn(2, 3, seed=5)
+    for mask, clamp in ((None, None), (MASK, None), (MASK, -0.5)):
+        leaves = [x.clone().requires_grad_() for x in students]
+        (flow * layer_costs(leaves, teachers, mask=mask, clamp=clamp)).sum().backward()
+        keep = torch.ones(B, S, 1, dtype=torch.bool) if mask is None else mask[..., None]
+        for i, leaf in enumerate(leaves):
+            s, *ts = (x if clamp is None else x.masked_fill(x <= clamp, 0) for x in (students[i], *teachers))
+            carried = sum(f * t for f, t in zip(flow[i], ts, strict=True))
+            expected = 2 / float(keep.sum() * D) * (flow[i].sum() * s - carried)
+            alive = keep if clamp is None else keep & (students[i] > clamp)
+            assert relative_error(leaf.grad, torch.where(alive, expected, 0.0)) < 1e-13
+            assert (leaf.grad[~alive.expand_as(leaf)] == 0).all()
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+def test_gradcheck(mask):
+    students = tuple(x[..., :2].clone().requires_grad_() for x in hidden(2, 1))
+    teachers = [x[..., :2] for x in hidden(2, 11)]
+    assert torch.autograd.gradcheck(lambda *xs: layer_costs(xs, teachers, mask=mask, clamp=-1.0), students)
+    assert torch.autograd.gradgradcheck(lambda *xs: layer_costs(xs, teachers, mask=mask), students)
+    (q, k), teachers = queries_and_keys(1, 1, 2, 1)[0], queries_and_keys(2, 11, 3)
+    leaves = q.requires_grad_(), k.requires_grad_()
+    for causal in (False, True):
+        options = {"mask": mask, "causal": causal}
+        assert torch.autograd.gradcheck(lambda q, k, o=options: attention_costs([(q, k)], teachers, **o), leaves)
+
+
+def test_a_mask_of_ones_changes_nothing():
+    students, teachers = hidden(2, 1), hidden(3, 11)
+    ones = torch.ones(B, S, dtype=torch.int64)
+    assert torch.equal(layer_costs(students, teachers, mask=ones), layer_costs(students, teachers))
+    students, teachers = queries_and_keys(2, 1, 3), queries_and_keys(3, 11, 7)
+    assert torch.equal(attention_costs(students, teachers, mask=ones), attention_costs(students, teachers))
+
+
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
+def test_what_padding_holds_does_not_matter(garbage):
+    students, teachers = hidden(2, 1), hidden(3, 11)
+
+    def dirty(layers):
+        return [x.masked_fill(~MASK[..., None], garbage) for x in layers]
+
+    value, grads = gradients(lambda *xs: layer_costs(xs, teachers, mask=MASK), *students)
+    dirty_value, dirty_grads = gradients(lambda *xs: layer_costs(xs, dirty(teachers), mask=MASK), *dirty(students))
+    assert torch.equal(value, dirty_value)
+    for grad, dirty_grad in zip(grads, dirty_grads, strict=True):
+        assert torch.equal(grad, dirty_grad)
+        assert (grad[~MASK] == 0).all()
+
+    # Attention masks keys only: pad queries count, as the authors count them.
+    (q, k), teachers = queries_and_keys(1, 1, 3)[0], queries_and_keys(2, 11, 7)
+    poisoned = [(x, y.masked_fill(~MASK[:, None, :, None], garbage)) for x, y in teachers]
+    value, grads = gradients(lambda q, k: attention_costs([(q, k)], teachers, mask=MASK), q, k)
+    bad_k = k.masked_fill(~MASK[:, None, :, None], garbage)
+    dirty_value, dirty_grads = gradients(lambda q, k: attention_costs([(q, k)], poisoned, mask=MASK), q, bad_k)
+    assert torch.equal(value, dirty_value)
+    assert torch.equal(grads[0], dirty_grads[0]) and torch.equal(grads[1], dirty_grads[1])
+
+
+def test_nothing_valid_is_zero_with_a_graph():
+    x = torch.full((B, S, D), float("nan"))
+    value, (grad,) = gradients(lambda s: layer_costs([s], [x, x], mask=torch.zeros(B, S)), x)
+    assert (value == 0).all() and (grad == 0).all()
+
+
+def test_a_nan_layer_poisons_only_its_row():
+    students, teachers = hidden(3, 1), hidden(2, 11)
+    clean = layer_costs(students, teachers)
+    students[1][0, 0, 0] = float("nan")
+    costs = layer_costs(students, teachers)
+    assert costs[1].isnan().all() and torch.equal(costs[[0, 2]], clean[[0, 2]])
+
+
+def test_float32_keeps_its_digits_near_convergence():
+    """The Gram identity |s|² + |t|² - 2<s, t> loses them all; the test shows that it would be noticed."""
+    teacher = randn(8, 16, 64, seed=1)
+    student = (teacher + 1e-4 * randn(8, 16, 64, seed=2)).float()
+    teacher = teacher.float()
+    oracle, (oracle_grad,) = gradients(lambda s: layer_costs([s], [teacher.double()]), student.double())
+    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher]), student)
+    assert relative_error(value, oracle) < 1e-6
+    assert relative_error(grad, oracle_grad) < 1e-6
+    identity = (student**2).mean() + (teacher**2).mean() - 2 * (student * teacher).mean()
+    assert relative_error(identity, oracle) > 1e-2
+    assert layer_costs([teacher], [teacher]).item() == 0
+
+
+def test_the_backward_keeps_layers_not_differences():
+    students = [x.requires_grad_() for x in hidden(4, 1)]
+    teachers = hidden(12, 21)
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        layer_costs(students, teachers)
+    layer_bytes = students[0].untyped_storage().nbytes()
+    assert sum(kept.values()) <= 17 * layer_bytes
+
+
+def test_dtypes_strides_and_any_trailing_shape():
+    student, teacher = randn(B, S, D, seed=1, dtype=torch.bfloat16), randn(B, S, D, seed=2)
+    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher.half()]), student)
+    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    assert relative_error(value, layer_costs([student.double()], [teacher.half().double()])) < 1e-6
+    strided = teacher.transpose(0, 2).contiguous().transpose(0, 2)
+    assert torch.equal(layer_costs([strided], [student]), layer_costs([teacher], [student]))
+    x, y = det((B, S, 2, 3), 1), det((B, S, 2, 3), 2)
+    expected = layer_costs([x.flatten(2)], [y.flatten(2)], mask=MASK)
+    assert torch.equal(layer_costs([x], [y], mask=MASK), expected)
+
+
+def test_mistakes():
+    x = hidden(1, 1)[0]
+    with pytest.raises(ValueError, match="empty"):
+        layer_costs([], [x])
+    with pytest.raises(ValueError, match="project the student"):
+        layer_costs([x], [randn(B, S, D + 1)])
+    with pytest.raises(ValueError, match="mask"):
+        layer_costs([x], [x], mask=torch.ones(B, S + 1))
+    with pytest.raises(ValueError, match="requires grad"):
+        layer_costs([x], [x.clone().requires_grad_()])
+    with pytest.raises(ValueError, match="heads='mean'"):
+        attention_costs(queries_and_keys(1, 1, 3), [tuple(y[:, :1] for y in queries_and_keys(1, 1, 3)[0])])
