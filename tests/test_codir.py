@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GOLDENS, det, randn
+from ranks import on_two_ranks
 
 from fastkd.losses.codir import CoDIRLoss
 from fastkd.losses.crd import CRDLoss
@@ -236,6 +237,35 @@ def test_crd_flattens_feature_maps():
     loss = CRDLoss(opt)
     value = loss(randn(4, 12, 1, 1, dtype=torch.float32), randn(4, 2, 3, 3, dtype=torch.float32), torch.arange(4))
     assert value.isfinite() and value.dim() == 0
+
+
+TWO_RANKS = """
+from cases import randn
+from fastkd.losses.codir import CoDIRLoss
+
+def run(rows, group=None):
+    torch.manual_seed(0)
+    loss = CoDIRLoss(6, 7, 30, feat_dim=5, nce_k=4, process_group=group).double()
+    values = []
+    for step in range(3):
+        idx = torch.tensor([3, 4, 5, 3, 9, 4])[rows] + step
+        contrast_idx = torch.cat([idx[:, None], (idx[:, None] + torch.arange(1, 5)) % 30], 1)
+        f_s, f_t = randn(6, 6, seed=step)[rows], randn(6, 7, seed=50 + step)[rows]
+        values.append(loss(f_s, f_t, idx, contrast_idx).detach())
+    return torch.stack(values), loss.state_dict()
+"""
+
+
+def test_two_processes_are_one_with_the_whole_batch():
+    """Banks (an id that both ranks hold: the later rank's row stays) and Z come out alike on both, as on one process."""
+    ranks = on_two_ranks(TWO_RANKS + "result = run(slice(3 * rank, 3 * rank + 3), group)")
+    namespace = {"torch": torch}
+    exec(TWO_RANKS, namespace)
+    values, state = namespace["run"](slice(0, 6))
+    assert torch.allclose((ranks[0][0] + ranks[1][0]) / 2, values, rtol=1e-6, atol=0)  # Z is float32
+    for name, x in state.items():
+        assert torch.equal(ranks[0][1][name], ranks[1][1][name]), name
+        assert torch.allclose(ranks[0][1][name], x, rtol=1e-6 if name.startswith("z_") else 1e-14), name
 
 
 def wrong(**changes):

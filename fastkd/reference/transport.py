@@ -9,8 +9,6 @@ the duals are its potentials. An invalid problem (not finite, negative mass, sum
 import math
 from itertools import pairwise
 
-from itertools import pairwise
-
 import torch
 
 
