@@ -26,4 +26,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
   // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
   m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
+
+  // The mean squared difference of every student layer from every teacher layer, [N, M].
+  m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
+  m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
 }

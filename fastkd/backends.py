@@ -19,7 +19,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 WRITTEN = {
     "gram": (),
     "relation": (),
-    "layer_cost": (),
+    "layer_cost": ("cpu",),
     "transport": ("cpu", "cuda"),
     "contrast": (),
     "divergence": ("cpu",),
