@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
 from fastkd.functional import TopK, divergence
 
 BACKENDS = ["reference"]
