@@ -16,10 +16,12 @@ FASTKD_DECLARE(LayerCostTable, layer_cost);
 namespace fastkd {
 namespace {
 
-constexpr int64_t kPad = 16;             // blocks are filled up to a multiple of the widest vector
-constexpr int64_t kBlocksPerChunk = 64;  // 128 KiB of every layer in float32
-constexpr int64_t kMostChunks = 256;     // so that the partial sums stay small beside the layers
-constexpr int64_t kCache = 16 << 20;     // a larger gradient would only push out what is read next
+constexpr int64_t kPanelBytes = 512 << 10;  // a block of all layers stays in the second cache
+constexpr int64_t kBlockStep = 1024;        // blocks are a multiple of it: long enough for the hardware's prefetcher
+constexpr int64_t kLongestBlock = 16384;
+constexpr int64_t kBlocksPerChunk = 2;
+constexpr int64_t kMostChunks = 256;  // so that the partial sums stay small beside the layers
+constexpr int64_t kCache = 16 << 20;  // a larger gradient would only push out what is read next
 
 struct Layer {
   Tensor tensor;
@@ -29,30 +31,54 @@ struct Layer {
   std::vector<int64_t> strides;  // of all axes
 };
 
-// What all layers share: the leading axes `sizes`, whose every index is a row of `length` elements that lie together.
+// What all layers share: every index of the leading axes `sizes` is a row of `length` elements that lie together, and
+// of `span` rows each starts where the one before it ends. With a mask, a row belongs to one token.
 struct Space {
   std::vector<int64_t> sizes;
-  int64_t rows, length;
+  int64_t rows, length, span;
+  Tensor mask;
+  const bool* kept;  // null: every token counts
+  int64_t rows_per_token;
+  double elements;  // that count: the denominator
 
-  int64_t offset(const Layer& layer, int64_t row) const {
+  const char* row(const Layer& layer, int64_t row) const {
     int64_t offset = 0;
     for (size_t axis = sizes.size(); axis-- > 0; row /= sizes[axis]) offset += row % sizes[axis] * layer.strides[axis];
-    return offset;
+    return layer.data + offset * layer.item;
   }
-  const char* row(const Layer& layer, int64_t row) const { return layer.data + offset(layer, row) * layer.item; }
+  bool counts(int64_t row) const { return !kept || kept[row / rows_per_token]; }
+
+  // f(row, column, count, counts): [begin, end) in pieces that lie together in every layer.
+  template <class F>
+  void pieces(int64_t begin, int64_t end, F&& f) const {
+    while (begin < end) {
+      const int64_t first = begin / length;
+      const bool valid = counts(first);
+      int64_t next = first + 1;
+      while (next * length < end && next % span != 0 && counts(next) == valid) ++next;
+      const int64_t stop = std::min(end, next * length);
+      f(first, begin % length, stop - begin, valid);
+      begin = stop;
+    }
+  }
 };
 
-// Blocks of at most kLayerBlock elements: parts of one row, or several short rows.
+// How the elements of a layer are cut up.
 struct Blocks {
-  int64_t part, parts, together, count, per_chunk, chunks;
+  int64_t total, block, count, per_chunk, chunks;
 
-  Blocks(int64_t rows, int64_t length) {
-    parts = length > 0 ? (length + kLayerBlock - 1) / kLayerBlock : 1;
-    part = ((length + parts - 1) / parts + kPad - 1) / kPad * kPad;  // alike, so that none is a stub
-    together = length > 0 && rows > 1 ? std::max<int64_t>(kLayerBlock / length, 1) : 1;
-    count = length > 0 ? (rows + together - 1) / together * parts : 0;
+  Blocks(const Space& space, size_t layers) : total(space.rows * space.length) {
+    const int64_t fitting = kPanelBytes / int64_t(sizeof(float) * layers) / kBlockStep * kBlockStep;
+    block = std::min(std::max(fitting, kBlockStep), kLongestBlock);
+    count = (total + block - 1) / block;
     per_chunk = std::max(kBlocksPerChunk, (count + kMostChunks - 1) / kMostChunks);
     chunks = (count + per_chunk - 1) / per_chunk;
+  }
+  // f(begin, end) for every block of a chunk.
+  template <class F>
+  void of(int64_t chunk, F&& f) const {
+    const int64_t last = std::min(count, (chunk + 1) * per_chunk);
+    for (int64_t b = chunk * per_chunk; b < last; ++b) f(b * block, std::min(total, (b + 1) * block));
   }
 };
 
@@ -77,112 +103,109 @@ std::vector<Layer> layers_of(const std::vector<Tensor>& students, const std::vec
   return layers;
 }
 
-// As long rows as the strides of every layer allow, but with a mask no longer than a token.
-Space space_of(const std::vector<Layer>& layers, bool masked) {
-  const Tensor& first = layers[0].tensor;
-  Space space = {{}, 1, 1};
-  int64_t axis = first.dim();
-  for (; axis > (masked ? 2 : 0); --axis) {
-    const int64_t size = first.size(axis - 1);
-    const bool together = std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) {
-      return size <= 1 || layer.strides[axis - 1] == space.length;
-    });
-    if (!together) break;
-    space.length *= size;
+// The first axis of those from which on every layer's elements lie together; `length`: how many they are.
+int64_t dense_from(const std::vector<Layer>& layers, int64_t axis, int64_t least, int64_t& length) {
+  for (; axis > least; --axis) {
+    const int64_t size = layers[0].tensor.size(axis - 1);
+    for (const Layer& layer : layers)
+      if (size != 1 && layer.strides[axis - 1] != length) return axis;
+    length *= size;
   }
+  return axis;
+}
+
+Space space_of(const std::vector<Layer>& layers, const std::optional<Tensor>& mask) {
+  const Tensor& first = layers[0].tensor;
+  Space space = {{}, 1, 1, 1, {}, nullptr, 1, double(first.numel())};
+  const int64_t axis = dense_from(layers, first.dim(), mask ? 2 : 0, space.length);
   for (int64_t a = 0; a < axis; ++a) {
     space.sizes.push_back(first.size(a));
     space.rows *= first.size(a);
   }
+  if (!mask || first.numel() == 0) return space;
+  int64_t together = space.length;
+  dense_from(layers, axis, 0, together);
+  space.span = together / space.length;
+  space.mask = torch::stable::contiguous(*mask);
+  space.kept = space.mask.const_data_ptr<bool>();
+  const int64_t tokens = space.mask.numel(), valid = std::count(space.kept, space.kept + tokens, true);
+  space.rows_per_token = space.rows / tokens;
+  space.elements = double(std::max<int64_t>(valid, 1) * (first.numel() / tokens));
   return space;
 }
 
-// Which tokens count, one byte each; empty without a mask. Rows are tokens, or lie within one.
-struct Tokens {
-  Tensor mask;
-  const bool* kept = nullptr;
-  int64_t rows_per_token = 1;
-  double elements;  // the denominator
-
-  Tokens(const std::optional<Tensor>& given, const Tensor& first, const Space& space) : elements(first.numel()) {
-    if (!given) return;
-    mask = torch::stable::contiguous(*given);
-    kept = mask.const_data_ptr<bool>();
-    const int64_t tokens = mask.numel();
-    rows_per_token = tokens > 0 ? std::max<int64_t>(space.rows / tokens, 1) : 1;
-    elements =
-        double(std::max<int64_t>(std::count(kept, kept + tokens, true), 1)) * (tokens ? first.numel() / tokens : 0);
-  }
-  bool counts(int64_t row) const { return !kept || kept[row / rows_per_token]; }
-};
-
-// What one thread needs to put a block of every layer before the arithmetic.
+// What one thread puts before the arithmetic: the same elements of every layer, as floats.
 struct Panel {
   const LayerCostTable& table;
   const std::vector<Layer>& layers;
   const Space& space;
   const float* clamp;
+  int64_t block;
   std::vector<float> scratch;
-  std::vector<const float*> blocks;
+  std::vector<const float*> floats;
 
-  Panel(const LayerCostTable& table, const std::vector<Layer>& layers, const Space& space, const float* clamp)
-      : table(table), layers(layers), space(space), clamp(clamp), blocks(layers.size()) {}
-
-  float* own(size_t l) {
-    if (scratch.empty()) scratch.resize(layers.size() * kLayerBlock);
-    return scratch.data() + l * kLayerBlock;
-  }
-  // `count` elements from `column` of each row, all layers; returns the number of elements, filled up with zeros.
-  int64_t load(const int64_t* rows, int64_t row_count, int64_t column, int64_t count) {
-    const int64_t used = row_count * count, padded = (used + kPad - 1) / kPad * kPad;
-    for (size_t l = 0; l < layers.size(); ++l) {
-      const Layer& layer = layers[l];
-      if (row_count == 1 && padded == used && layer.element == kFloat32 && !clamp) {
-        blocks[l] = reinterpret_cast<const float*>(space.row(layer, *rows)) + column;
-        continue;
+  // All that counts of [begin, end), filled up with zeros; where it lies together as it should be, it stays in place.
+  int64_t load(int64_t begin, int64_t end) {
+    int64_t pieces = 0, used = 0;
+    space.pieces(begin, end, [&](int64_t, int64_t, int64_t count, bool valid) {
+      pieces += valid;
+      used += valid ? count : 0;
+    });
+    const int64_t padded = (used + kLayerLanes - 1) / kLayerLanes * kLayerLanes;
+    int64_t at = 0;
+    space.pieces(begin, end, [&](int64_t row, int64_t column, int64_t count, bool valid) {
+      if (!valid) return;
+      for (size_t l = 0; l < layers.size(); ++l) {
+        const Layer& layer = layers[l];
+        const char* from = space.row(layer, row) + column * layer.item;
+        if (pieces == 1 && padded == used && layer.element == kFloat32 && !clamp)
+          floats[l] = reinterpret_cast<const float*>(from);
+        else
+          table.pack(from, layer.element, clamp, count, own(l) + at);
       }
-      float* out = own(l);
-      for (int64_t r = 0; r < row_count; ++r)
-        table.pack(space.row(layer, rows[r]) + column * layer.item, layer.element, clamp, count, out + r * count);
-      std::fill(out + used, out + padded, 0.f);
-      blocks[l] = out;
-    }
+      at += count;
+    });
+    if (padded != used)
+      for (size_t l = 0; l < layers.size(); ++l) std::fill(own(l) + used, own(l) + padded, 0.f);
     return padded;
+  }
+  float* own(size_t l) {
+    if (scratch.empty()) scratch.resize(layers.size() * block);
+    float* place = scratch.data() + l * block;
+    floats[l] = place;
+    return place;
   }
 };
 
 Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> mask,
                       std::optional<double> clamp) {
   const std::vector<Layer> layers = layers_of(students, teachers);
-  const Space space = space_of(layers, mask.has_value());
-  const Tokens tokens(mask, students[0], space);
-  std::vector<int64_t> rows;
-  for (int64_t r = 0; r < space.rows; ++r)
-    if (tokens.counts(r)) rows.push_back(r);
-  const Blocks blocks(rows.size(), space.length);
+  const Space space = space_of(layers, mask);
+  const Blocks blocks(space, layers.size());
   const int n = int(students.size()), m = int(teachers.size());
+  const int64_t pairs = int64_t(n) * m;
   const float limit = clamp ? float(*clamp) : 0;
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
-  std::vector<double> partial(blocks.chunks * n * m);
+  std::vector<double> partial(blocks.chunks * pairs);
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
-    Panel panel(table, layers, space, clamp ? &limit : nullptr);
+    Panel panel = {table, layers, space, clamp ? &limit : nullptr, blocks.block, {}, {}};
+    panel.floats.resize(layers.size());
+    std::vector<double> lanes(pairs * kLayerLanes);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = std::min(blocks.count, (chunk + 1) * blocks.per_chunk);
-      for (int64_t b = chunk * blocks.per_chunk; b < last; ++b) {
-        const int64_t row = b / blocks.parts * blocks.together, column = b % blocks.parts * blocks.part;
-        const int64_t count = panel.load(rows.data() + row, std::min<int64_t>(blocks.together, rows.size() - row),
-                                         column, std::min(blocks.part, space.length - column));
-        table.distances(panel.blocks.data(), n, panel.blocks.data() + n, m, count, blocks.part,
-                        partial.data() + chunk * n * m);
-      }
+      std::fill(lanes.begin(), lanes.end(), 0.);
+      blocks.of(chunk, [&](int64_t from, int64_t to) {
+        const int64_t count = panel.load(from, to);
+        if (count) table.distances(panel.floats.data(), n, panel.floats.data() + n, m, count, lanes.data());
+      });
+      for (int64_t i = 0; i < pairs * kLayerLanes; ++i) partial[chunk * pairs + i / kLayerLanes] += lanes[i];
     }
   });
   Tensor costs = torch::stable::new_empty(students[0], {n, m}, ScalarType::Float);
   float* out = costs.mutable_data_ptr<float>();
-  for (int64_t pair = 0; pair < int64_t(n) * m; ++pair) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
     double sum = 0;
-    for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk) sum += partial[chunk * n * m + pair];
-    out[pair] = float(sum / tokens.elements);
+    for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk) sum += partial[chunk * pairs + pair];
+    out[pair] = float(sum / space.elements);
   }
   return costs;
 }
@@ -206,7 +229,7 @@ std::vector<Pull> pulls_of(const Tensor& grad, int n, int m, double elements) {
   return pulls;
 }
 
-// The gradients of one thread's blocks.
+// What one thread needs for its part of the gradients.
 struct Backward {
   const LayerCostTable& table;
   const std::vector<Layer>& layers;
@@ -214,80 +237,82 @@ struct Backward {
   const std::vector<Pull>& pulls;
   const std::vector<char*>& out;
   const float* clamp;
+  int64_t block;
   bool stream;
   std::vector<float> scratch;
-  std::vector<const float*> blocks, chosen;
+  std::vector<const float*> floats, chosen;
 
-  const float* floats(size_t l, const char* from, int64_t count) {
+  float* own(size_t l) {
+    if (scratch.empty()) scratch.resize((layers.size() + 1) * block);
+    return scratch.data() + l * block;
+  }
+  const float* read(size_t l, int64_t row, int64_t column, int64_t count) {
+    const char* from = space.row(layers[l], row) + column * layers[l].item;
     if (layers[l].element == kFloat32) return reinterpret_cast<const float*>(from);
-    if (scratch.empty()) scratch.resize((layers.size() + 1) * kLayerBlock);
-    float* to = scratch.data() + l * kLayerBlock;
-    table.pack(from, layers[l].element, nullptr, count, to);
-    return to;
+    table.pack(from, layers[l].element, nullptr, count, own(l));
+    return own(l);
   }
-  void clear(int64_t row) {
-    for (size_t i = 0; i < pulls.size(); ++i)
-      std::memset(out[i] + row * space.length * layers[i].item, 0, space.length * layers[i].item);
-  }
-  void run(int64_t row, int64_t column, int64_t count) {
-    blocks.assign(layers.size(), nullptr);
+  // A piece that lies together in every layer; the gradient has no gaps at all.
+  void run(int64_t row, int64_t column, int64_t count, bool valid) {
+    const int64_t place = row * space.length + column;
+    floats.assign(layers.size(), nullptr);
     for (size_t i = 0; i < pulls.size(); ++i) {
       const Pull& pull = pulls[i];
-      const Layer& layer = layers[i];
-      char* to = out[i] + (row * space.length + column) * layer.item;
-      if (pull.teacher.empty()) {
-        std::memset(to, 0, count * layer.item);
+      char* to = out[i] + place * layers[i].item;
+      if (!valid || pull.teacher.empty()) {
+        std::memset(to, 0, count * layers[i].item);
         continue;
       }
       chosen.clear();
       for (const int j : pull.teacher) {
         const size_t l = pulls.size() + j;
-        if (!blocks[l]) blocks[l] = floats(l, space.row(layers[l], row) + column * layers[l].item, count);
-        chosen.push_back(blocks[l]);
+        if (!floats[l]) floats[l] = read(l, row, column, count);
+        chosen.push_back(floats[l]);
       }
-      const float* s = floats(i, space.row(layer, row) + column * layer.item, count);
-      const bool wide = layer.element == kFloat32;
-      float* target = wide ? reinterpret_cast<float*>(to) : scratch.data() + layers.size() * kLayerBlock;
+      const float* s = read(i, row, column, count);
+      const bool wide = layers[i].element == kFloat32;
+      float* target = wide ? reinterpret_cast<float*>(to) : own(layers.size());
       table.gradient(s, chosen.data(), pull.weight.data(), int(chosen.size()), count, clamp, stream && wide, target);
-      if (!wide) table.narrow(target, layer.element, count, stream, reinterpret_cast<uint16_t*>(to));
+      if (!wide) table.narrow(target, layers[i].element, count, stream, reinterpret_cast<uint16_t*>(to));
     }
   }
 };
 
-std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
-                                   std::optional<Tensor> mask, std::optional<double> clamp) {
-  const std::vector<Layer> layers = layers_of(students, teachers);
-  const Space space = space_of(layers, mask.has_value());
-  const Tokens tokens(mask, students[0], space);
-  const std::vector<Pull> pulls = pulls_of(grad, int(students.size()), int(teachers.size()), tokens.elements);
+std::vector<Tensor> empty_gradients(const std::vector<Tensor>& students) {
   std::vector<int64_t> shape;
   for (int64_t axis = 0; axis < students[0].dim(); ++axis) shape.push_back(students[0].size(axis));
   std::vector<Tensor> grads;
-  std::vector<char*> out;
-  int64_t bytes = 0;
   for (const Tensor& student : students) {
     grads.push_back(torch::stable::new_empty(student, shape));
     use_huge_pages(grads.back());
-    out.push_back(static_cast<char*>(grads.back().mutable_data_ptr()));
-    bytes += student.numel() * int64_t(student.element_size());
   }
-  const Blocks blocks(space.rows, space.length);
+  return grads;
+}
+
+std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
+                                   std::optional<Tensor> mask, std::optional<double> clamp) {
+  const std::vector<Layer> layers = layers_of(students, teachers);
+  const Space space = space_of(layers, mask);
+  const Blocks blocks(space, layers.size());
+  const std::vector<Pull> pulls = pulls_of(grad, int(students.size()), int(teachers.size()), space.elements);
+  std::vector<Tensor> grads = empty_gradients(students);
+  std::vector<char*> out;
+  int64_t bytes = 0;
+  for (const Tensor& x : grads) {
+    out.push_back(static_cast<char*>(x.mutable_data_ptr()));
+    bytes += x.numel() * int64_t(x.element_size());
+  }
   const float limit = clamp ? float(*clamp) : 0;
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
-    Backward backward = {table, layers, space, pulls, out, clamp ? &limit : nullptr, bytes >= kCache, {}, {}, {}};
-    for (int64_t chunk = end; chunk-- > begin;) {  // from the end, which the forward left in the cache
-      const int64_t last = std::min(blocks.count, (chunk + 1) * blocks.per_chunk);
-      for (int64_t b = chunk * blocks.per_chunk; b < last; ++b) {
-        const int64_t first = b / blocks.parts * blocks.together, column = b % blocks.parts * blocks.part;
-        for (int64_t row = first; row < std::min(first + blocks.together, space.rows); ++row) {
-          if (tokens.counts(row))
-            backward.run(row, column, std::min(blocks.part, space.length - column));
-          else if (column == 0)
-            backward.clear(row);
-        }
-      }
-    }
+    Backward backward = {table,        layers,          space, pulls, out, clamp ? &limit : nullptr,
+                         blocks.block, bytes >= kCache, {},    {},    {}};
+    for (int64_t chunk = end; chunk-- > begin;)  // backwards, from what the forward left in the cache
+      blocks.of(chunk, [&](int64_t from, int64_t to) {
+        space.pieces(from, to, [&](int64_t row, int64_t column, int64_t count, bool valid) {
+          backward.run(row, column, count, valid);
+        });
+      });
   });
   return grads;
 }

@@ -1,15 +1,15 @@
 #pragma once
 #include <cstdint>
 
-// One block of every layer at a time, as dense float rows of at most kLayerBlock elements. `clamp`: null, or the value
-// at and below which an element counts as 0.
-constexpr int64_t kLayerBlock = 512;
+// One block of every layer at a time, as dense float rows. `clamp`: null, or the value at and below which an element
+// counts as 0.
+constexpr int64_t kLayerLanes = 16;  // a multiple of every instruction set's vector
 
 struct LayerCostTable {
-  // totals[i * teachers + j] += sum over `count` elements of (s_i - t_j)^2, for all pairs. The same place in the next
-  // block, `ahead` elements on, is asked for meanwhile. count: a multiple of 16.
+  // sums[(i * teachers + j) * kLayerLanes + lane] += (s_i - t_j)^2 over `count` elements, for all pairs; lanes are to
+  // be added up at the end. count: a multiple of kLayerLanes.
   void (*distances)(const float* const* s, int students, const float* const* t, int teachers, int64_t count,
-                    int64_t ahead, double* totals);
+                    double* sums);
   // `count` elements widened, clamped and packed.
   void (*pack)(const void* in, int element, const float* clamp, int64_t count, float* out);
   // out = sum over q of weights_q (s - t_q), 0 where s is clamped. `stream`: past the cache, where `out` allows it.
