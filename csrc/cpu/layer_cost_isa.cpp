@@ -24,6 +24,15 @@ constexpr int kRows = 3, kColumns = 3;
 #endif
 constexpr int64_t kRun = 64 * kLanes;  // float sums are folded into doubles after so many elements
 
+typedef double vdouble __attribute__((vector_size(kLanes * 8)));
+
+inline void add(double* sums, vfloat x) {
+  vdouble sum;
+  std::memcpy(&sum, sums, sizeof sum);
+  sum += __builtin_convertvector(x, vdouble);
+  std::memcpy(sums, &sum, sizeof sum);
+}
+
 template <int kR, int kC>
 void tile(const float* const* s, const float* const* t, int64_t count, double* sums, int64_t teachers) {
   for (int64_t begin = 0; begin < count; begin += kRun) {
@@ -38,11 +47,7 @@ void tile(const float* const* s, const float* const* t, int64_t count, double* s
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int c = 0; c < kC; ++c) {
-        float lanes[kLanes];
-        store(lanes, run[r][c]);
-        for (int lane = 0; lane < kLanes; ++lane) sums[(r * teachers + c) * kLayerLanes + lane] += lanes[lane];
-      }
+      for (int c = 0; c < kC; ++c) add(sums + (r * teachers + c) * kLayerLanes, run[r][c]);
   }
 }
 
