@@ -66,6 +66,11 @@ def rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK: tl.constexpr, 
 
 
 @triton.jit
+def one_over_temperature(k_high, k_low):
+    return (tl.full([], k_high, tl.float64) + tl.full([], k_low, tl.float64)) * LN_2
+
+
+@triton.jit
 def kl_word(a, log_a, log_b, SAME_MASS: tl.constexpr):
     """a (log a - log b); a phi(log b - log a) where both sides have the same mass, so that no term is negative."""
     d = log_b - log_a
@@ -132,7 +137,7 @@ def topk_forward_kernel(
         ref, total = rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK, STAGES)
         seen = stop
         stop = tl.where((total > 1e-25) & (total < 1e25), stop, V)
-    per_T = (k_high.to(tl.float64) + k_low.to(tl.float64)) * LN_2
+    per_T = one_over_temperature(k_high, k_low)
     log_rest = ref.to(tl.float64) * per_T + tl.log(total.to(tl.float64))
     top = log_rest  # of the log-sum-exp over all words
     mass = tl.where(log_rest == float("-inf"), 0.0, tl.exp(log_rest - log_rest))
@@ -193,7 +198,7 @@ def words_backward_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     if hidden(mask_ptr, i_n):
         return
-    per_T = (k_high.to(tl.float64) + k_low.to(tl.float64)) * LN_2
+    per_T = one_over_temperature(k_high, k_low)
     stats_ptr += 4 * i_n
     raw = tl.load(stats_ptr).to(tl.float64) + tl.load(stats_ptr + 1).to(tl.float64)
     b_i, m_k, x, log_p = load_words(
@@ -206,7 +211,7 @@ def words_backward_kernel(
 
 # Words of a row per step and warps of a program, by the width of the row; at most so many of the k words at a time.
 SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}
-LARGE = {"BLOCK": 4096, "STAGES": 3, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 8}
+LARGE = {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 8}
 MOST_WORDS = 128
 
 
