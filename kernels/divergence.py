@@ -1,7 +1,7 @@
-"""Row-wise divergence between q = softmax(s / T) and p = softmax(t / T), s and t [N, V]; seven kinds, and a top-k teacher.
+"""Row-wise divergence between q = softmax(s / T) and p = softmax(t / T), s and t [N, V]: seven kinds.
 
-The maths. As the student nears the teacher, log q - log p loses its digits if both are formed. Here it never is. With
-reference points S and T' of a row (maxima, or guesses of them) and c = ((s - t) - (S - T')) / T, which is small there,
+The maths. As the student nears the teacher, log q - log p loses its digits if both are formed. Here it never is. With a
+reference per row and side (about the maximum) and c = ((s - t) - (ref_s - ref_t)) / T, which is small there,
 
     kappa = log sum_v p e^c = log1p(sum_v p expm1(c)),   d = log(q / p) = c - kappa,   q - p = p expm1(d).
 
@@ -13,13 +13,14 @@ mse is a Bregman divergence of p, q and that difference, with lambda(y) = y - lo
 The gradient of a row is q (h - sum q h) / T, h the kind's derivative by q up to a constant; for forward_kl and soft_ce it
 is (q - p) / T. For mse, on the logits themselves, the value is sum (s - t)^2.
 
-Saved per row, instead of probabilities: both reference points, both sums of exponentials, kappa, and sum q h over the q
-that the backward will see, so that its rounding cancels.
+Saved per row, instead of probabilities: both references, both sums of exponentials, kappa, and sum q h over the q that the
+backward will see, so that its rounding cancels.
 
-The passes. A pass needs reference points that keep its exponentials in range, not the maxima: the maxima of the first
-block will do, and a row where they do not (an exponential out of range) is done again with the true ones. forward_kl and
-soft_ce follow from the sums of that one pass, unless they would cancel; the other kinds read the row once more, backwards,
-since its end is what the L2 cache still holds. The backward goes through rows and blocks in the opposite order too.
+The passes. One sums what both log-sum-exps and forward_kl follow from. Its references are the first block's maxima; a block
+with a word of much more mass moves them, which seldom happens, so that a word costs its arithmetic alone. Should an
+exponential get out of range all the same, the row is done again from its true maxima. forward_kl and soft_ce then are
+known, unless their sums cancel; the other kinds read the row once more, backwards, since its end is what the L2 cache still
+holds. The backward goes through rows and blocks in the opposite order too.
 """
 
 import torch
@@ -65,8 +66,16 @@ def logarithms(y, one_and_y):
 
 
 @triton.jit
-def load_pair(s_ptr, t_ptr, start, head, end, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN: tl.constexpr):
+    """Where row i_n of both sides is read from, and the first and the end of its columns there."""
+    head = (i_n * s_stride % ALIGN).to(tl.int32)
+    return s_ptr + i_n * s_stride // ALIGN * ALIGN, t_ptr + i_n * t_stride // ALIGN * ALIGN, head, head + V
+
+
+@triton.jit
+def load_pair(row, start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """One block of both rows as float32; outside of them -inf, which is probability 0."""
+    s_ptr, t_ptr, head, end = row
     o_v = start + tl.arange(0, BLOCK)
     if WHOLE:
         b_s = tl.load(s_ptr + o_v).to(tl.float32)  # [BLOCK]
@@ -79,74 +88,94 @@ def load_pair(s_ptr, t_ptr, start, head, end, BLOCK: tl.constexpr, WHOLE: tl.con
 
 
 @triton.jit
-def maxima(s_ptr, t_ptr, head, end, BLOCK: tl.constexpr):
-    """Of both rows up to `end`; 0 where nothing but -inf is found."""
+def blocks_of(row, BLOCK: tl.constexpr):
+    """The blocks that lie in the row whole, from and to; and range() over those that do not: its first, its last."""
+    _, _, head, end = row
+    first, last = tl.where(head > 0, BLOCK, 0), end // BLOCK * BLOCK
+    return first, last, tl.where(head > 0, 0, last), tl.where(end > last, last + 1, last), tl.maximum(last, 1)
+
+
+@triton.jit
+def maxima(row, stop, BLOCK: tl.constexpr):
+    """Of both sides up to `stop`; 0 where nothing but -inf is found."""
+    s_ptr, t_ptr, head, end = row
     top_s = tl.full([BLOCK], float("-inf"), tl.float32)
     top_t = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, end, BLOCK):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, False)
+    for start in range(0, stop, BLOCK):
+        b_s, b_t = load_pair((s_ptr, t_ptr, head, stop), start, BLOCK, False)
         top_s, top_t = tl.maximum(top_s, b_s), tl.maximum(top_t, b_t)
     best_s, best_t = tl.max(top_s, 0), tl.max(top_t, 0)
     return tl.where(best_s > float("-inf"), best_s, 0.0), tl.where(best_t > float("-inf"), best_t, 0.0)
 
 
 @triton.jit
-def add_moments(b_s, b_t, ref_s, ref_t, inv_T, sum_s, sum_t, excess, first, bregman, energy, KIND: tl.constexpr):
+def add_moments(b_s, b_t, refs, sums, inv_T, KIND: tl.constexpr):
     """Adds e^s, e^t, e^s - e^t, e^t c, e^s - e^t - e^t c and e^t t, of s and t less their references, over T."""
+    (ref_s, ref_t), (sum_s, sum_t, excess, first, bregman, energy) = refs, sums
     c = ((b_s - b_t) - (ref_s - ref_t)) * inv_T
     e_s = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E))
     e_t = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E))
     near = tl.abs(c) < 0.5  # not if NaN: a word masked on both sides, where both exponentials are 0
     slight = e_t * (c * c * phi_series(c))
-    sum_s += e_s
-    sum_t += e_t
     here = tl.where(near, e_t * c + slight, e_s - e_t)
-    excess += here
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         first_here = tl.where(e_t > 0, e_t * c, e_t)
         first += first_here
         bregman += tl.where(near, slight, here - first_here)
     if KIND == SOFT_CE:
         energy += tl.where(e_t > 0, e_t * ((b_t - ref_t) * inv_T), e_t)
-    return sum_s, sum_t, excess, first, bregman, energy
+    return sum_s + e_s, sum_t + e_t, excess + here, first, bregman, energy
 
 
 @triton.jit
-def edges(head, end, BLOCK: tl.constexpr):
-    """The blocks of a row that lie in it whole, from and to; and range() over those that do not: its first, its last."""
-    first, last = tl.where(head > 0, BLOCK, 0), end // BLOCK * BLOCK
-    return first, last, tl.where(head > 0, 0, last), tl.where(end > last, last + 1, last), tl.maximum(last, 1)
+def move_references(b_s, b_t, refs, sums, inv_T):
+    """To the block's maxima, if it has a word of seven times the mass at least: c is to be small where the mass is."""
+    ref_s, ref_t = refs
+    new_t = tl.max(b_t, 0)
+    if (new_t - ref_t) * inv_T > 2.0:
+        sum_s, sum_t, excess, first, bregman, energy = sums
+        new_s = tl.max(b_s, 0)
+        d_t = (new_t - ref_t) * inv_T
+        d_c = ((new_s - new_t) - (ref_s - ref_t)) * inv_T  # c falls by it
+        a_s, a_t = tl.exp2((ref_s - new_s) * (inv_T * LOG2_E)), tl.exp2(d_t * -LOG2_E)
+        near = tl.abs(d_c) < 0.5
+        slight = a_t * (d_c * d_c * phi_series(-d_c))
+        gap = tl.where(near, slight - a_t * d_c, a_s - a_t)  # a_t expm1(-d_c)
+        slight = tl.where(near, slight, gap + a_t * d_c)  # a_t phi(-d_c)
+        bregman = a_s * bregman + gap * first + slight * sum_t
+        excess = a_s * excess + gap * sum_t
+        first = a_t * (first - d_c * sum_t)
+        energy = a_t * (energy - d_t * sum_t)
+        sums = (a_s * sum_s, a_t * sum_t, excess, first, bregman, energy)
+        refs = (new_s, new_t)
+    return refs, sums
 
 
 @triton.jit
-def moments(s_ptr, t_ptr, head, end, ref_s, ref_t, inv_T, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The sums of `add_moments` over a row."""
-    sum_s = tl.zeros([BLOCK], tl.float32)
-    sum_t = tl.zeros([BLOCK], tl.float32)
-    excess = tl.zeros([BLOCK], tl.float32)
-    first = tl.zeros([BLOCK], tl.float32)
-    bregman = tl.zeros([BLOCK], tl.float32)
-    energy = tl.zeros([BLOCK], tl.float32)
-    whole, last, edge, edge_stop, edge_step = edges(head, end, BLOCK)
+def moments(row, refs, inv_T, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The sums of `add_moments` over a row, and the references they ended with."""
+    nothing = tl.zeros([BLOCK], tl.float32)
+    sums = (nothing, nothing, nothing, nothing, nothing, nothing)
+    whole, last, edge, edge_stop, edge_step = blocks_of(row, BLOCK)
     for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, True)
-        sum_s, sum_t, excess, first, bregman, energy = add_moments(
-            b_s, b_t, ref_s, ref_t, inv_T, sum_s, sum_t, excess, first, bregman, energy, KIND
-        )
+        b_s, b_t = load_pair(row, start, BLOCK, True)
+        refs, sums = move_references(b_s, b_t, refs, sums, inv_T)
+        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND)
     for start in range(edge, edge_stop, edge_step):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, False)
-        sum_s, sum_t, excess, first, bregman, energy = add_moments(
-            b_s, b_t, ref_s, ref_t, inv_T, sum_s, sum_t, excess, first, bregman, energy, KIND
-        )
-    return tl.sum(sum_s), tl.sum(sum_t), tl.sum(excess), tl.sum(first), tl.sum(bregman), tl.sum(energy)
+        b_s, b_t = load_pair(row, start, BLOCK, False)
+        refs, sums = move_references(b_s, b_t, refs, sums, inv_T)
+        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND)
+    sum_s, sum_t, excess, first, bregman, energy = sums
+    sum_t = sum_t.to(tl.float64)  # the logarithm of 1.0001 has few digits in float32
+    return refs, (tl.sum(sum_s), tl.sum(sum_t), tl.sum(excess), tl.sum(first), tl.sum(bregman), tl.sum(energy))
 
 
 @triton.jit
-def pair(b_s, b_t, ref_s, ref_t, per_sum_s, per_sum_t, kappa, inv_T):
+def pair(b_s, b_t, refs, per_sums, kappa, inv_T):
     """p, q, their difference n = q - p, d = log(q / p), e = expm1(d), and whether |d| < 1/2, where e means something."""
-    k = inv_T * LOG2_E
-    p = tl.exp2((b_t - ref_t) * k) * per_sum_t
-    q = tl.exp2((b_s - ref_s) * k) * per_sum_s
+    (ref_s, ref_t), (per_sum_s, per_sum_t) = refs, per_sums
+    p = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E)) * per_sum_t
+    q = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E)) * per_sum_s
     d = ((b_s - b_t) - (ref_s - ref_t)) * inv_T - kappa
     near = tl.abs(d) < 0.5
     e = d + d * d * phi_series(d)
@@ -189,34 +218,27 @@ def term_and_slope(p, q, n, d, e, near, mix, KIND: tl.constexpr):
 
 
 @triton.jit
-def add_terms(b_s, b_t, ref_s, ref_t, per_s, per_t, kappa, inv_T, mix, values, mass, weighted, KIND: tl.constexpr):
-    p, q, n, d, e, near = pair(b_s, b_t, ref_s, ref_t, per_s, per_t, kappa, inv_T)
+def add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND: tl.constexpr):
+    p, q, n, d, e, near = pair(b_s, b_t, refs, per_sums, kappa, inv_T)
     value, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
-    return values + value, mass + q, weighted + q * slope
+    return terms[0] + value, terms[1] + q, terms[2] + q * slope
 
 
 @triton.jit
 def second_pass(
-    s_ptr, t_ptr, head, end, ref_s, ref_t, sum_s, sum_t, kappa, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    row, refs, per_sums, kappa, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """The value and the mean slope of a row, from its end to its beginning."""
-    values = tl.zeros([BLOCK], tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    per_s, per_t = 1.0 / sum_s, 1.0 / sum_t
-    whole, last, edge, edge_stop, edge_step = edges(head, end, BLOCK)
+    nothing = tl.zeros([BLOCK], tl.float32)
+    terms = (nothing, nothing, nothing)
+    whole, last, edge, edge_stop, edge_step = blocks_of(row, BLOCK)
     for start in range(edge, edge_stop, edge_step):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, False)
-        values, mass, weighted = add_terms(
-            b_s, b_t, ref_s, ref_t, per_s, per_t, kappa, inv_T, mix, values, mass, weighted, KIND
-        )
+        b_s, b_t = load_pair(row, start, BLOCK, False)
+        terms = add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND)
     for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
-        b_s, b_t = load_pair(s_ptr, t_ptr, whole + last - BLOCK - start, head, end, BLOCK, True)
-        values, mass, weighted = add_terms(
-            b_s, b_t, ref_s, ref_t, per_s, per_t, kappa, inv_T, mix, values, mass, weighted, KIND
-        )
-    return tl.sum(values), tl.sum(weighted) / tl.sum(mass)
+        b_s, b_t = load_pair(row, whole + last - BLOCK - start, BLOCK, True)
+        terms = add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND)
+    return tl.sum(terms[0]), tl.sum(terms[2]) / tl.sum(terms[1])
 
 
 @triton.jit
@@ -230,16 +252,47 @@ def kl_from(kappa, x, first, bregman):
 
 
 @triton.jit
-def squares(s_ptr, t_ptr, head, end, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def squares(row, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
-    whole, last, edge, edge_stop, edge_step = edges(head, end, BLOCK)
+    whole, last, edge, edge_stop, edge_step = blocks_of(row, BLOCK)
     for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, True)
+        b_s, b_t = load_pair(row, start, BLOCK, True)
         total += tl.where(b_s == b_t, 0.0, (b_s - b_t) * (b_s - b_t))
     for start in range(edge, edge_stop, edge_step):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, False)
+        b_s, b_t = load_pair(row, start, BLOCK, False)
         total += tl.where(b_s == b_t, 0.0, (b_s - b_t) * (b_s - b_t))
     return tl.sum(total)
+
+
+@triton.jit
+def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The value of a row, and what the backward needs of it."""
+    end = row[3]
+    refs, sums = (0.0, 0.0), (0.0, tl.full([], 0, tl.float64), 0.0, 0.0, 0.0, 0.0)
+    seen, stop = 0, tl.minimum(end, BLOCK)
+    while seen < stop:
+        refs, sums = moments(row, maxima(row, stop, BLOCK), inv_T, KIND, BLOCK, STAGES)
+        seen = stop
+        in_range = (sums[0] > 1e-25) & (sums[0] < 1e25) & (sums[1] > 1e-25) & (sums[1] < 1e25)
+        good = in_range & (sums[3] == sums[3])
+        if KIND == SOFT_CE:  # entropy = log sum_t - energy / sum_t must not cancel
+            good = good & (sums[5] <= 0.875 * sums[1] * tl.log(sums[1]))
+        stop = tl.where(good, stop, end)
+    sum_s, exact_sum_t, excess, first, bregman, energy = sums
+    sum_t = exact_sum_t.to(tl.float32)
+    value, kappa, mean = -1.0, 0.0, 0.0
+    if (sum_s == 0) & (sum_t == 0):  # no word exists on either side: the value is 0, and p = q = 0 in the backward
+        value, sum_s, sum_t = 0.0, 1.0, 1.0
+    else:
+        x = excess / sum_t
+        kappa = logarithms(x, sum_s / sum_t)[0]
+        if KIND == FORWARD_KL or KIND == SOFT_CE:
+            value = kl_from(kappa, x, first / sum_t, bregman / sum_t)
+        if value < 0:
+            value, mean = second_pass(row, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T, mix, KIND, BLOCK, STAGES)
+        if KIND == SOFT_CE:
+            value += (tl.log(exact_sum_t) - energy / exact_sum_t).to(tl.float32)
+    return tl.where(value < 0, 0.0, value), refs, sum_s, sum_t, kappa, mean  # < 0: logits near float32's largest, rounded
 
 
 @triton.jit
@@ -252,43 +305,15 @@ def forward_kernel(
     if hidden(mask_ptr, i_n):
         tl.store(values_ptr + i_n, 0.0)
         return
-    head = (i_n * s_stride % ALIGN).to(tl.int32)
-    end = head + V
-    s_ptr += i_n * s_stride // ALIGN * ALIGN
-    t_ptr += i_n * t_stride // ALIGN * ALIGN
+    row = row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN)
     if KIND == MSE:
-        tl.store(values_ptr + i_n, squares(s_ptr, t_ptr, head, end, BLOCK, STAGES))
+        tl.store(values_ptr + i_n, squares(row, BLOCK, STAGES))
     else:
-        ref_s, ref_t, sum_s, sum_t, excess, first, bregman, energy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        seen = 0
-        stop = tl.minimum(end, BLOCK)
-        while seen < stop:
-            ref_s, ref_t = maxima(s_ptr, t_ptr, head, stop, BLOCK)
-            sum_s, sum_t, excess, first, bregman, energy = moments(
-                s_ptr, t_ptr, head, end, ref_s, ref_t, inv_T, KIND, BLOCK, STAGES
-            )
-            seen = stop
-            good = (sum_s > 1e-25) & (sum_s < 1e25) & (sum_t > 1e-25) & (sum_t < 1e25)
-            stop = tl.where(good, stop, end)
-        if (sum_s == 0) & (sum_t == 0):  # no word exists on either side: a row of value 0, and p = q = 0 in the backward
-            value, kappa, mean, sum_s, sum_t = 0.0, 0.0, 0.0, 1.0, 1.0
-        else:
-            x = excess / sum_t
-            kappa, _ = logarithms(x, sum_s / sum_t)
-            mean = 0.0
-            value = -1.0
-            if KIND == FORWARD_KL or KIND == SOFT_CE:
-                value = kl_from(kappa, x, first / sum_t, bregman / sum_t)
-            if value < 0:
-                value, mean = second_pass(
-                    s_ptr, t_ptr, head, end, ref_s, ref_t, sum_s, sum_t, kappa, inv_T, mix, KIND, BLOCK, STAGES
-                )
-            if KIND == SOFT_CE:
-                value += tl.log(sum_t) - energy / sum_t
-        tl.store(values_ptr + i_n, tl.where(value < 0, 0.0, value))  # rounding of logits near float32's largest
+        value, refs, sum_s, sum_t, kappa, mean = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
+        tl.store(values_ptr + i_n, value)
         stats_ptr += 6 * i_n
-        tl.store(stats_ptr, ref_s)
-        tl.store(stats_ptr + 1, ref_t)
+        tl.store(stats_ptr, refs[0])
+        tl.store(stats_ptr + 1, refs[1])
         tl.store(stats_ptr + 2, sum_s)
         tl.store(stats_ptr + 3, sum_t)
         tl.store(stats_ptr + 4, kappa)
@@ -300,10 +325,10 @@ def gradient(b_s, b_t, g, stats_ptr, inv_T, mix, KIND: tl.constexpr):
     """Of one block of the student's row, where g is the upstream gradient of the row's value."""
     if KIND == MSE:
         return tl.where(b_s == b_t, 0.0, (b_s - b_t) * (2.0 * g))
-    ref_s, ref_t = tl.load(stats_ptr), tl.load(stats_ptr + 1)
-    per_s, per_t = 1.0 / tl.load(stats_ptr + 2), 1.0 / tl.load(stats_ptr + 3)
+    refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
+    per_sums = (1.0 / tl.load(stats_ptr + 2), 1.0 / tl.load(stats_ptr + 3))
     kappa, mean = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
-    p, q, n, d, e, near = pair(b_s, b_t, ref_s, ref_t, per_s, per_t, kappa, inv_T)
+    p, q, n, d, e, near = pair(b_s, b_t, refs, per_sums, kappa, inv_T)
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         return n * (g * inv_T)
     _, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
@@ -318,25 +343,22 @@ def backward_kernel(
     """One program per block of a row; the last come first, since the forward ended with them."""
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     i_n, start = (i // blocks).to(tl.int64), i % blocks * BLOCK
-    head = (i_n * s_stride % ALIGN).to(tl.int32)
-    end = head + V
+    row = row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN)
+    _, _, head, end = row
     o_v = start + tl.arange(0, BLOCK)
     m_v = (o_v >= head) & (o_v < end)
     grad_ptr += i_n * V // ALIGN * ALIGN + o_v
     if hidden(mask_ptr, i_n):
         tl.store(grad_ptr, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=m_v)
         return
-    s_ptr += i_n * s_stride // ALIGN * ALIGN
-    t_ptr += i_n * t_stride // ALIGN * ALIGN
-    stats_ptr += 6 * i_n
     g = tl.load(g_ptr + i_n * g_stride).to(tl.float32)
     if (start >= head) & (start + BLOCK <= end):
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, True)
-        grad = gradient(b_s, b_t, g, stats_ptr, inv_T, mix, KIND)
+        b_s, b_t = load_pair(row, start, BLOCK, True)
+        grad = gradient(b_s, b_t, g, stats_ptr + 6 * i_n, inv_T, mix, KIND)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty))
     else:
-        b_s, b_t = load_pair(s_ptr, t_ptr, start, head, end, BLOCK, False)
-        grad = gradient(b_s, b_t, g, stats_ptr, inv_T, mix, KIND)
+        b_s, b_t = load_pair(row, start, BLOCK, False)
+        grad = gradient(b_s, b_t, g, stats_ptr + 6 * i_n, inv_T, mix, KIND)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 
