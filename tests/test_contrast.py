@@ -296,7 +296,7 @@ def test_random_words_are_splitmix64():
 def test_update_bank_is_the_loop(dtype):
     bank, rows = randn(9, 5, dtype=dtype), randn(7, 5, seed=1, dtype=dtype)
     index = torch.tensor([4, 0, 4, 8, 0, 4, 2])
-    expected, old = bank.double(), bank.double()
+    expected, old = bank.double().clone(), bank.double().clone()
     for i, row in zip(index.tolist(), rows.double(), strict=True):
         expected[i] = F.normalize(0.3 * old[i] + 0.7 * row, dim=0)
     contrast_bank.update_bank(bank, index, rows, 0.3)

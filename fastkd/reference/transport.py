@@ -51,10 +51,9 @@ def _solve(cost, a, b):
         path = up + down[-2::-1]  # row i, column, row, …, column j, through the tree
         edges = [(min(x), max(x)) for x in pairwise(path)]
         leave = min(edges[::2], key=flow.__getitem__)
-        theta = flow[leave]
+        flow[i, j] = theta = flow[leave]
         for sign, edge in zip([-1, 1] * M, edges, strict=False):
             flow[edge] += sign * theta
-        flow[i, j] = theta
         del flow[leave]
     plan = [[((flow.get((i, N + j), 0) + (1 << bits - 1)) >> bits) / mass_unit for j in range(M)] for i in range(N)]
     dual = [x / cost_unit for x in dual]
