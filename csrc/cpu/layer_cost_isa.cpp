@@ -24,13 +24,17 @@ constexpr int kRows = 3, kColumns = 3;
 #endif
 constexpr int64_t kRun = 64 * kLanes;  // float sums are folded into doubles after so many elements
 
-typedef double vdouble __attribute__((vector_size(kLanes * 8)));
-
+// sums += x, its upper half folded onto the lower first.
 inline void add(double* sums, vfloat x) {
-  vdouble sum;
-  std::memcpy(&sum, sums, sizeof sum);
-  sum += __builtin_convertvector(x, vdouble);
-  std::memcpy(sums, &sum, sizeof sum);
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(half)));
+#elif defined(__AVX2__)
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(half)));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[lane];
+#endif
 }
 
 template <int kElement>
@@ -61,7 +65,7 @@ void tile(const void* const* s, const void* const* t, int64_t count, double* sum
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int c = 0; c < kC; ++c) add(sums + (r * teachers + c) * kLayerLanes, run[r][c]);
+      for (int c = 0; c < kC; ++c) add(sums + (r * teachers + c) * kLayerSums, run[r][c]);
   }
 }
 
@@ -94,7 +98,7 @@ void distances_of(const void* const* s, int students, const void* const* t, int 
       const int rows = students - i < step_s ? students - i : step_s;
       const int columns = teachers - j < step_t ? teachers - j : step_t;
       const Tile run = tile_of<kS, kT>(rows, columns, std::make_integer_sequence<int, kRows>());
-      run(s + i, t + j, count, sums + (int64_t(i) * teachers + j) * kLayerLanes, teachers);
+      run(s + i, t + j, count, sums + (int64_t(i) * teachers + j) * kLayerSums, teachers);
     }
 }
 
