@@ -7,7 +7,6 @@ every input read once, every result written once, `both` without a recompute; `b
 from collections.abc import Iterator
 
 import torch
-
 from fastkd.bench.case import Case, Gemm, Inputs, Work, stem
 
 

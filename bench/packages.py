@@ -5,9 +5,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
 from fastkd.bench.case import Case
+from torch.utils.checkpoint import checkpoint
 
 
 def liger_divergence(case: Case):
@@ -77,7 +76,6 @@ def checkpointed_chunks(case: Case):
 def auto_chunker(case: Case):
     """Inductor's AutoChunker, where this torch has it."""
     import torch._inductor.config as inductor
-
     from fastkd.bench import rivals
 
     if not hasattr(inductor, "auto_chunker"):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
 from fastkd.bench.case import Case, Inputs
 from fastkd.bench.packages import MORE
 

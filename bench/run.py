@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
 from fastkd.bench import check, machine, measure, plots, report, rivals

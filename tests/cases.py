@@ -11,7 +11,12 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 AWKWARD_SIZES = (1, 2, 7, 31, 32, 33, 127, 129)
 
 # Per dtype: relative Frobenius error allowed for (loss, gradient) against the float64 reference.
-TOLERANCES = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-2, 1e-2)}
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (1e-6, 1e-5),
+    torch.bfloat16: (1e-2, 1e-2),
+    torch.float16: (1e-2, 1e-2),
+}
 
 
 def det(shape, k, dtype=torch.float64):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import check, machine, measure, plots, report, roofs, run
 from fastkd.bench.case import Case, Work

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import cases, check, rivals, roofs
 from fastkd.bench.case import Gemm

@@ -31,7 +31,9 @@ class Subject:
 
 def _logits(seed, dtype, rows, width, noise=None):
     teacher = randn(rows, width, seed=seed, scale=3.0)
-    student = randn(rows, width, seed=seed + 1, scale=3.0) if noise is None else teacher + noise * randn(rows, width, seed=9)
+    student = (
+        randn(rows, width, seed=seed + 1, scale=3.0) if noise is None else teacher + noise * randn(rows, width, seed=9)
+    )
     return student.to(dtype), teacher.to(dtype)
 
 
@@ -74,7 +76,7 @@ HERE = [
     pytest.param(subject, backend, id=f"{subject}-{backend}")
     for subject in SUBJECTS
     for backend in ("cpu", "triton", "cuda", "reference")
-    if backend == "reference" or backend in backends.WRITTEN[subject.stem] and backends.UNAVAILABLE[backend] is None
+    if backend == "reference" or (backend in backends.WRITTEN[subject.stem] and backends.UNAVAILABLE[backend] is None)
 ]
 on_every_backend = pytest.mark.parametrize(("subject", "backend"), HERE)
 
@@ -221,7 +223,9 @@ def test_mixed_dtypes(subject, backend):
 @on_every_backend
 def test_compiled_equals_eager(subject, backend):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda s, t: subject.call(s, t, backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s, t: subject.call(s, t, backend), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for rows, width in ((4, 65), (5, 130)):
         student, teacher = subject.inputs(11, torch.float32, rows, width)
         loss, (grad,) = run(subject, backend, student, teacher)

@@ -5,7 +5,10 @@ rounding: no tolerances, and 1e-30 is as good as 1e30. Masses are perturbed symb
 basis is degenerate: every pivot lowers the cost, hence no cycle. The basis is a spanning tree over rows and columns;
 the duals are its potentials. An invalid problem (not finite, negative mass, sums that differ) gives NaN, alone.
 """
+
 import math
+
+from itertools import pairwise
 
 import torch
 
@@ -48,7 +51,7 @@ def _solve(cost, a, b):
         while len(up) > 1 and len(down) > 1 and up[-2] == down[-2]:
             up.pop(), down.pop()
         path = up + down[-2::-1]  # row i, column, row, …, column j, through the tree
-        edges = [(min(x), max(x)) for x in zip(path, path[1:], strict=False)]
+        edges = [(min(x), max(x)) for x in pairwise(path)]
         leave = min(edges[::2], key=flow.__getitem__)
         theta = flow[leave]
         for sign, edge in zip([-1, 1] * M, edges, strict=False):
