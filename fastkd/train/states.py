@@ -24,12 +24,12 @@ _recorder: ContextVar["_Recorder | None"] = ContextVar("fastkd_recorder", defaul
 
 
 class States(NamedTuple):
-    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: one (q, k, v) per layer asked for, [B, H, S, d] each, after
-    any rotary embedding; keys and values may have fewer, grouped heads. None where it was not asked for."""
+    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: (q, k, v) of every layer asked for (0-based), [B, H, S, d]
+    each, after any rotary embedding; keys and values may have fewer, grouped heads. None where it was not asked for."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...] | None = None
-    qkv: tuple[QKV, ...] | None = None
+    qkv: dict[int, QKV] | None = None
 
 
 class _Recorder:
@@ -97,11 +97,13 @@ def read(model: nn.Module, inputs: dict, *, hidden: bool = False, layers: Sequen
         _recorder.reset(before)
     states = outputs.hidden_states if hidden else None
     if hidden and not states:
-        raise RuntimeError(f"{_name(model)} returned no hidden states, although they were asked for; it cannot be distilled")
+        raise RuntimeError(
+            f"{_name(model)} returned no hidden states, although they were asked for; it cannot be distilled"
+        )
     return States(outputs.logits, states, None if recorder is None else _recorded(model, recorder, layers))
 
 
-def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> tuple[QKV, ...]:
+def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> dict[int, QKV]:
     if recorder.calls == 0:
         raise RuntimeError(
             f"{_name(model)}: no attention layer was seen, so this method would have nothing to learn from; call "
@@ -113,9 +115,9 @@ def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> t
             f"{_name(model)}: attention layers {missing} were asked for, but only {recorder.calls} were seen (0 to "
             f"{recorder.calls - 1})"
         )
-    found = tuple(recorder.kept[layer] for layer in layers)
+    found = recorder.kept
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    if trains and not any(x.requires_grad for layer in found for x in layer):
+    if trains and not any(x.requires_grad for layer in found.values() for x in layer):
         raise RuntimeError(
             f"{_name(model)}: queries and keys were recorded without a gradient, as reentrant gradient checkpointing does; "
             "pass gradient_checkpointing_kwargs={'use_reentrant': False}"

@@ -133,12 +133,16 @@ class Combined(nn.Module):
                 terms[f"{name}/{term}"] = Term(value, weight * self.weights[name])
         return terms
 
-    @property
-    def hidden(self) -> bool:
-        return any(method.hidden for method in self.methods.values())
+    def attention(self, side: str, progress: float | None = None) -> list[int]:
+        """The layers whose queries, keys and values are read: now, or (None) ever."""
+        now = [m for m in self.methods.values() if progress is None or m.features(progress)]
+        return sorted({layer for method in now for layer in method.attention(side)})
 
-    def attention(self, side: str) -> list[int]:
-        return sorted({layer for method in self.methods.values() for layer in method.attention(side)})
+    def hidden(self, progress: float) -> bool:
+        return any(method.hidden and method.features(progress) for method in self.methods.values())
+
+    def teaches(self, progress: float) -> bool:
+        return any(method.teaches(progress) for method in self.methods.values())
 
 
 def build(text: str, setup: Setup) -> Combined:
@@ -159,6 +163,8 @@ def build(text: str, setup: Setup) -> Combined:
         known = {key for key, p in inspect.signature(kind.__init__).parameters.items() if key not in ("self", "setup")}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(known))}")
+            raise ValueError(
+                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(known))}"
+            )
         methods[name] = kind(setup, **options)
     return Combined(methods, weights)

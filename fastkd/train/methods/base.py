@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastkd.train.batch import Batch
+from fastkd.train.states import QKV
 
 DECODERS = ("gpt2", "llama", "qwen2")
 
@@ -73,15 +74,22 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
 
-    def stage(self, batch: Batch) -> str:
+    def stage(self, progress: float) -> str:
         if len(self.stages) == 1 or not self.alone:
             return self.stages[0]
-        return self.stages[0] if batch.progress < self.share else self.stages[1]
+        return self.stages[0] if progress < self.share else self.stages[1]
 
-    def trains(self, batch: Batch) -> None:
-        """Whether losses with learned state may move it after this micro-batch."""
-        for module in self.children():
-            module.train(self.training and batch.advance)
+    def features(self, progress: float) -> bool:
+        """Whether hidden states and attention are read now; a second stage has no use for them."""
+        return self.stage(progress) == self.stages[0]
+
+    def teaches(self, progress: float) -> bool:
+        """Whether the teacher is needed now; plain fine-tuning has no use for it."""
+        return self.stage(progress) != "task"
+
+    def qkv(self, batch: Batch, side: str) -> list[QKV]:
+        recorded = getattr(batch, side).qkv
+        return [recorded[layer] for layer in self.attention(side)]
 
 
 def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:

@@ -52,11 +52,11 @@ class BertEMD(Method):
         return range(getattr(self.setup, side).layers)
 
     def forward(self, batch):
-        self.trains(batch)
+        self.loss.train(self.training and batch.advance)
         student = self.projection(list(batch.student.hidden))
         teacher = list(batch.teacher.hidden)
         attention, hidden = self.loss(
-            [(q, k) for q, k, _ in batch.student.qkv], [(q, k) for q, k, _ in batch.teacher.qkv],
+            [(q, k) for q, k, _ in self.qkv(batch, "student")], [(q, k) for q, k, _ in self.qkv(batch, "teacher")],
             student[1:], teacher[1:], batch.mask,
         )  # fmt: skip
         embedding = self.loss.embedding_loss(student[0], teacher[0], batch.mask)

@@ -32,7 +32,10 @@ class CoDIR(Method):
         from fastkd.losses.codir import CoDIRLoss
 
         self.beta, self.temperature, self.crd = beta, temperature, crd
-        widths = setup.student.width * setup.student.layers, setup.teacher.width * len(range(0, setup.teacher.layers, 2))
+        widths = (
+            setup.student.width * setup.student.layers,
+            setup.teacher.width * len(range(0, setup.teacher.layers, 2)),
+        )
         options = {"feat_dim": feat_dim, "nce_k": nce_k, "nce_t": nce_t, "nce_m": nce_m, "preset": preset}
         self.loss = CoDIRLoss(*widths, setup.n_data, **options)
         if setup.labels is not None:

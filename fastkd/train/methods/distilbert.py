@@ -23,7 +23,12 @@ class DistilBERT(Method):
     ):
         super().__init__(setup)
         same_width(setup, "distilbert")
-        self.alpha_kl, self.alpha_lm, self.alpha_cosine, self.temperature = alpha_kl, alpha_lm, alpha_cosine, temperature
+        self.alpha_kl, self.alpha_lm, self.alpha_cosine, self.temperature = (
+            alpha_kl,
+            alpha_lm,
+            alpha_cosine,
+            temperature,
+        )
 
     def forward(self, batch):
         words = functional.divergence(

@@ -32,8 +32,10 @@ class FCD(Method):
         self.losses = {name: FCDLoss(*weights[name], K=K) for name, weight in self.weights.items() if weight > 0}
 
     def forward(self, batch):
-        if self.stage(batch) == "task":
+        if self.stage(batch.progress) == "task":
             return {"hard": Term(batch.hard(), 1.0)}
         student = [batch.student.hidden[i] for i, _ in self.pairs]
         teacher = [batch.teacher.hidden[j] for _, j in self.pairs]
-        return {name: Term(loss(student, teacher, batch.mask), self.weights[name]) for name, loss in self.losses.items()}
+        return {
+            name: Term(loss(student, teacher, batch.mask), self.weights[name]) for name, loss in self.losses.items()
+        }

@@ -22,7 +22,7 @@ class GLMD(Method):
         self.loss = GLMDLoss(temperature, normalize=normalize, top_n=top_n, soft_temperature=soft_temperature)
 
     def forward(self, batch):
-        if self.stage(batch) == "soft" and self.setup.task == "cloze":
+        if self.stage(batch.progress) == "soft" and self.setup.task == "cloze":
             asked = batch.predictions()
             return {"soft": Term(self.loss(asked.student, asked.teacher, stage="soft"), 1.0)}
         return {"words": Term(self.loss(batch.student.logits, batch.teacher.logits, batch.mask), 1.0)}

@@ -17,6 +17,6 @@ class MiniLM(Method):
         return [getattr(self.setup, side).layers - 1]
 
     def forward(self, batch):
-        if self.stage(batch) == "task":
+        if self.stage(batch.progress) == "task":
             return {"hard": Term(batch.hard(), 1.0)}
-        return {"relations": Term(self.loss(batch.student.qkv[0], batch.teacher.qkv[0], batch.mask), 1.0)}
+        return {"relations": Term(self.loss(*self.qkv(batch, "student"), *self.qkv(batch, "teacher"), batch.mask), 1.0)}

@@ -12,9 +12,7 @@ from .base import Method, Setup, Term
 class MiniLMv2(Method):
     stages = ("relations", "task")
 
-    def __init__(
-        self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.5
-    ):
+    def __init__(self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.5):
         super().__init__(setup, share)
         for side in ("student", "teacher"):
             model = getattr(setup, side)
@@ -35,6 +33,6 @@ class MiniLMv2(Method):
         return [self.setup.student.layers - 1 if side == "student" else self.teacher_layer - 1]
 
     def forward(self, batch):
-        if self.stage(batch) == "task":
+        if self.stage(batch.progress) == "task":
             return {"hard": Term(batch.hard(), 1.0)}
-        return {"relations": Term(self.loss(batch.student.qkv[0], batch.teacher.qkv[0], batch.mask), 1.0)}
+        return {"relations": Term(self.loss(*self.qkv(batch, "student"), *self.qkv(batch, "teacher"), batch.mask), 1.0)}

@@ -22,7 +22,9 @@ class PKD(Method):
         super().__init__(setup)
         same_width(setup, "pkd")
         if setup.student.layers < 2:
-            raise ValueError(f"pkd: compares inner layers, so the student needs two at least, got {setup.student.layers}")
+            raise ValueError(
+                f"pkd: compares inner layers, so the student needs two at least, got {setup.student.layers}"
+            )
         if strategy == "skip":
             uniform_map(setup, "pkd")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature

@@ -25,10 +25,10 @@ class TinyBERT(Method):
         return range(getattr(self.setup, side).layers)
 
     def forward(self, batch):
-        if self.stage(batch) == "prediction":
+        if self.stage(batch.progress) == "prediction":
             return {"prediction": Term(batch.soft(self.temperature, "soft_ce"), 1.0)}
         attention, hidden = self.loss(
-            [(q, k) for q, k, _ in batch.student.qkv], [(q, k) for q, k, _ in batch.teacher.qkv],
+            [(q, k) for q, k, _ in self.qkv(batch, "student")], [(q, k) for q, k, _ in self.qkv(batch, "teacher")],
             self.projection(list(batch.student.hidden)), list(batch.teacher.hidden), batch.mask,
         )  # fmt: skip
         return {"attention": Term(attention, 1.0), "hidden": Term(hidden, 1.0)}
