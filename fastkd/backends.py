@@ -20,7 +20,7 @@ WRITTEN = {
     "gram": (),
     "relation": (),
     "layer_cost": (),
-    "transport": (),
+    "transport": ("cpu",),
     "contrast": (),
     "divergence": ("cpu",),
     "linear_divergence": (),

@@ -83,7 +83,7 @@ class VocabMap(nn.Module):
 
         counts [V]: how often each id came in the corpus. size: a fraction of V, or a number of ids; rounded up to
         `multiple_of` (the GEMM's tile), at most V. A dropped id becomes the kept id that is nearest in the teacher's
-        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or `unk_id` for all ("unk").
+        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or always `unk_id` ("unk").
         method None: "decoder" with embeddings, else "unk" with unk_id, else dropped ids have no stand-in.
         """
         counts = torch.as_tensor(counts)

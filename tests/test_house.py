@@ -63,7 +63,7 @@ def test_arrows_point_down_only(pattern):
 def test_references_are_short():
     for path in (ROOT / "fastkd/reference").glob("*.py"):
         lines = len(path.read_text().splitlines())
-        assert lines <= 90, f"{path.name} has {lines} lines; a definition fits on a page"
+        assert lines <= 100, f"{path.name} has {lines} lines; a definition fits on a page"
 
 
 def test_every_stem_stands_in_every_layer():
