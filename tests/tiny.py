@@ -38,7 +38,13 @@ def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extr
     calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     gpt2 = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 32}
     still = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    distil = {"dim": width, "n_layers": layers, "n_heads": heads, "hidden_dim": 2 * width, "max_position_embeddings": 32}
+    distil = {
+        "dim": width,
+        "n_layers": layers,
+        "n_heads": heads,
+        "hidden_dim": 2 * width,
+        "max_position_embeddings": 32,
+    }
     modern = {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 0, "sep_token_id": 2}
     kinds = {
         "bert": lambda: BertConfig(**sizes, **calm, **common),

@@ -18,7 +18,9 @@ def parse_layers(text: str, layers: int) -> list[int]:
     if every:
         step = int(every[1])
         if not 1 <= step <= layers:
-            raise ValueError(f"student_layers: every:{step} of a teacher of {layers} layers leaves none; use 1 to {layers}")
+            raise ValueError(
+                f"student_layers: every:{step} of a teacher of {layers} layers leaves none; use 1 to {layers}"
+            )
         return list(range(0, layers, step))
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
         raise ValueError(f"student_layers: expected numbers as in 0,2,4 or every:2, got {text!r}")

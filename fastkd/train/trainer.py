@@ -56,7 +56,7 @@ class DistillTrainer(Trainer):
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel = None, None, None
-        self._accepts = {"student": _arguments(model), "teacher": _arguments(teacher)}
+        self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         if teacher is not None:
             self.method = self._method(model, teacher, method)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
@@ -107,6 +107,8 @@ class DistillTrainer(Trainer):
         distils = training and self.method is not None
         progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
         student = self._states(model, inputs, "student", progress, distils)
+        if self.relabel is not None and self.model is self.teacher:  # evaluate_other
+            student = student._replace(logits=student.logits[..., self.relabel])
         teacher = None
         if distils and self.method.teaches(progress):
             with torch.no_grad():
@@ -139,6 +141,19 @@ class DistillTrainer(Trainer):
             self._counts[name] = self._counts.get(name, 0) + 1
             self._weights[name] = weight
         return loss
+
+    def evaluate_other(self, model) -> dict[str, float]:
+        """`evaluate` of another model, the teacher for example, on the same data and in the same way; not logged."""
+        own, accepts = self.model, self._accepts["student"]
+        self.model = self.model_wrapped = model
+        self._accepts["student"] = arguments_of(model)
+        self.log = lambda *_, **__: None
+        try:
+            return self.evaluate()
+        finally:
+            del self.log
+            self.model = self.model_wrapped = own
+            self._accepts["student"] = accepts
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
@@ -196,7 +211,7 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
 
 
-def _arguments(model) -> set[str]:
+def arguments_of(model) -> set[str]:
     """What a model's forward takes by name: DistilBERT and decoders, for example, know no token types."""
     return set() if model is None else set(inspect.signature(model.forward).parameters)
 
