@@ -44,7 +44,7 @@ build: $(VENV)/installed
 # torch first and by name: a range would fetch a newer build with gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=77" wheel
+	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=64" wheel
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	FASTKD_BUILD=auto $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@

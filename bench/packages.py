@@ -84,6 +84,12 @@ def auto_chunker(case: Case):
     return lambda x, options: function(x, options)
 
 
+def stacked(case: Case):
+    from fastkd.bench import rivals
+
+    return rivals.stacked_layer_cost
+
+
 def cdist(case: Case):
     from fastkd.bench import rivals
 
@@ -136,7 +142,7 @@ def refuse(reason: str):
 NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1 % up)"
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
-    "layer_cost": [("cdist", "", False, cdist)],
+    "layer_cost": [("eager stacked", "", False, stacked), ("cdist", "", False, cdist)],
     "transport": [
         ("authors", "ot", False, emd_loop),
         ("scipy", "scipy", False, linear_program),

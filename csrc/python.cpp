@@ -28,8 +28,8 @@ py::tuple emd(const Array& a, const Array& b, const Array& cost) {
   if (n < 1 || m < 1 || n > 64 || m > 64) throw py::value_error("M: the exact solver takes 1 to 64 rows and columns");
   py::array_t<double> flow({n, m}), u(n), v(m);
   int32_t status = 0, pivots = 0;
-  const TransportBatch problem{cost.data(),         a.data(),         b.data(), nullptr, flow.mutable_data(),
-                               u.mutable_data(), v.mutable_data(), &status,  &pivots, int(n), int(m)};
+  const TransportBatch problem{cost.data(),      a.data(),         b.data(), nullptr, nullptr, flow.mutable_data(),
+                               u.mutable_data(), v.mutable_data(), &status,  &pivots, int(n),  int(m)};
   FASTKD_CHOOSE(transport).doubles(problem, 0, 1);
   return py::make_tuple(flow, u, v, status, pivots);
 }

@@ -4,7 +4,8 @@
 
 struct TransportBatch {
   const void *cost, *a, *b;  // [P, n, m], [P, n], [P, m], contiguous, all double or all float
-  const double* start_v;     // potentials of the columns to start from, [P, m], or null
+  const double* start_flow;  // to start from: a flow of a similar problem [P, n, m], or null
+  const double* start_v;     // and potentials of the columns [P, m], or null
   double *flow, *u, *v;      // [P, n, m], [P, n], [P, m]
   int32_t *status, *pivots;  // [P]; pivots may be null
   int n, m;

@@ -19,9 +19,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // flow, u, v, status
 
+inline Tensor hint(const char* expected, const std::optional<Tensor>& x, int64_t elements) {
+  if (!x) return Tensor();
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Double && x->numel() == elements, expected);
+  return torch::stable::contiguous(*x);
+}
+
 // run(batch, problems, in_doubles) solves them all.
 template <class Run>
-Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_v, Run run) {
+Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_flow,
+             const std::optional<Tensor>& start_v, Run run) {
   const ScalarType type = cost.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "cost: expected float64 or float32");
   STD_TORCH_CHECK(a.scalar_type() == type && b.scalar_type() == type, "a, b: expected the dtype of cost");
@@ -32,19 +39,16 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
                   "a, b: expected one mass per row and per column of cost");
   const Tensor costs = torch::stable::contiguous(cost);
   const Tensor rows = torch::stable::contiguous(a), columns = torch::stable::contiguous(b);
-  Tensor hint;
-  if (start_v) {
-    STD_TORCH_CHECK(start_v->scalar_type() == ScalarType::Double && start_v->numel() == problems * m,
-                    "start_v: expected float64 [P, M]");
-    hint = torch::stable::contiguous(*start_v);
-  }
+  const Tensor flow_hint = hint("start_flow: expected float64 [P, N, M]", start_flow, problems * n * m);
+  const Tensor v_hint = hint("start_v: expected float64 [P, M]", start_v, problems * m);
   Tensor flow = torch::stable::new_empty(costs, {problems, n, m}, ScalarType::Double);
   Tensor u = torch::stable::new_empty(costs, {problems, n}, ScalarType::Double);
   Tensor v = torch::stable::new_empty(costs, {problems, m}, ScalarType::Double);
   Tensor status = torch::stable::new_empty(costs, {problems}, ScalarType::Int);
   TransportBatch batch{};
   batch.cost = costs.const_data_ptr(), batch.a = rows.const_data_ptr(), batch.b = columns.const_data_ptr();
-  batch.start_v = start_v ? hint.const_data_ptr<double>() : nullptr;
+  batch.start_flow = start_flow ? flow_hint.const_data_ptr<double>() : nullptr;
+  batch.start_v = start_v ? v_hint.const_data_ptr<double>() : nullptr;
   batch.flow = flow.mutable_data_ptr<double>();
   batch.u = u.mutable_data_ptr<double>(), batch.v = v.mutable_data_ptr<double>();
   batch.status = status.mutable_data_ptr<int32_t>();

@@ -1,5 +1,5 @@
-// The Lanes of transport_simplex.h that are 32 wide: a warp of a GPU, or 32 lanes played one after the other on the host.
-// They differ in the two functions of the machine, `run` and `agree`; everything else is the same code.
+// The Lanes of transport_simplex.h that are 32 wide: a warp of a GPU, or 32 lanes played one after the other on the
+// host. They differ in the two functions of the machine, `run` and `agree`; everything else is the same code.
 #pragma once
 
 #include "transport_simplex.h"

@@ -19,8 +19,8 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 WRITTEN = {
     "gram": (),
     "relation": (),
-    "layer_cost": (),
-    "transport": ("cpu",),
+    "layer_cost": ("cpu",),
+    "transport": ("cpu", "cuda"),
     "contrast": (),
     "divergence": ("cpu",),
     "linear_divergence": (),

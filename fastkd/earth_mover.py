@@ -35,8 +35,10 @@ def _solve(a, b, cost):
 
 
 def emd(a, b, M, log=False):
-    """The exact optimal flow [N, M] between masses a [N] and b [M] (uniform where None or empty) at costs M [N, M], up to
-    64 x 64. log=True adds a dict with `cost` and the duals `u`, `v`: u_i + v_j <= M_ij, with equality where mass flows."""
+    """The exact optimal flow [N, M] between masses a [N] and b [M] (uniform where None or empty) at costs M [N, M].
+
+    Up to 64 x 64. log=True adds a dict with `cost` and the duals `u`, `v`: u_i + v_j <= M_ij, with equality where mass
+    flows."""
     cost, flow, u, v = _solve(a, b, M)
     if not log:
         return flow

@@ -215,8 +215,9 @@ def transport(
     lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
     if n == 0:
         raise ValueError(f"cost: expected at least one row and one column, got {checks.describe(cost)}")
-    a = cost.new_full((*lead, n), 1.0 / n) if a is None else a
-    b = cost.new_full((*lead, m), 1.0 / m) if b is None else b
+    masses = torch.float64 if cost.dtype == torch.float64 else torch.float32  # 1/n in bfloat16 does not sum to 1
+    a = cost.new_full((*lead, n), 1.0 / n, dtype=masses) if a is None else a
+    b = cost.new_full((*lead, m), 1.0 / m, dtype=masses) if b is None else b
     checks.tensor("a", a, "[..., N]")
     checks.tensor("b", b, "[..., M]")
     checks.same_device(cost=cost, a=a, b=b)

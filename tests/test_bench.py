@@ -270,6 +270,14 @@ def test_what_is_published_on_a_quiet_machine(flags, publishing, monkeypatch):
     assert seen == [publishing]
 
 
+def test_a_case_that_does_not_fit_is_left_out_by_name(fake_measure, monkeypatch):
+    assert machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 12 * 2**30) == ""
+    assert "needs about 12 GiB" in machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 11 * 2**30)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 1)
+    outcome = outcome_of([provider("fastkd")], fake_measure)
+    assert outcome.rows == [] and outcome.refused == "" and "left out" in outcome.absent[0].reason
+
+
 # Load -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """divergence: every kind and backend against brute force, near convergence, at the extremes, with masks and top-k."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,7 +65,7 @@ def test_matches_the_textbook(kind, words, backend):
     s, t = randn(3, 5, words, seed=1), randn(3, 5, words, seed=2, scale=2.0)
     for temperature in (0.7, 1.0, 15.0):
         loss, gradient = value_and_gradient(ours(kind, backend, temperature), s, t)
-        wanted, wanted_gradient = value_and_gradient(lambda a, b: textbook(a, b, kind, temperature), s, t)
+        wanted, wanted_gradient = value_and_gradient(partial(textbook, kind=kind, temperature=temperature), s, t)
         assert loss.shape == (3, 5)
         assert torch.allclose(loss, wanted, rtol=1e-11, atol=1e-14)
         assert torch.allclose(gradient, wanted_gradient, rtol=1e-10, atol=1e-14)
@@ -109,8 +111,8 @@ def test_t_squared_and_the_reductions(kind, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_of_the_reference(kind):
-    s, t = randn(3, 7, seed=1).requires_grad_(), randn(3, 7, seed=2)
-    mask = torch.tensor([True, True, False])
+    s, t = randn(2, 5, seed=1).requires_grad_(), randn(2, 5, seed=2)
+    mask = torch.tensor([True, False])
     assert torch.autograd.gradcheck(lambda x: ours(kind, "reference", 1.7, mask=mask)(x, t), s)
     if kind != "tvd":  # tvd's first derivative jumps; its second is checked by the next test's smooth pieces
         assert torch.autograd.gradgradcheck(lambda x: ours(kind, "reference", 1.7, mask=mask)(x, t), s)
@@ -119,8 +121,8 @@ def test_gradcheck_of_the_reference(kind):
 @pytest.mark.parametrize("kind", COMPARISONS)
 def test_second_derivative_where_student_and_teacher_agree_or_are_far(kind):
     """Both ways to the log-ratio, and the series of the Bregman term, must be differentiable twice."""
-    t = randn(2, 7, seed=2)
-    for s in (t + 1e-2 * randn(2, 7, seed=3), t + 4 * randn(2, 7, seed=4), t + 90 * randn(2, 7, seed=5).sign()):
+    t = randn(1, 4, seed=2)
+    for s in (t + 1e-2 * randn(1, 4, seed=3), t + 4 * randn(1, 4, seed=4), t + 90 * randn(1, 4, seed=5).sign()):
         assert torch.autograd.gradcheck(
             lambda x: ours(kind, "reference", 1.3)(x, t), s.clone().requires_grad_(), eps=1e-7
         )
@@ -137,8 +139,8 @@ def test_second_derivative_where_student_and_teacher_agree_or_are_far(kind):
 @every_kind
 @pytest.mark.parametrize("temperature", [1.0, 15.0])
 def test_near_convergence_float32_keeps_its_digits(kind, temperature, backend):
-    t = randn(4, 32000, seed=1, dtype=torch.float32, scale=3.0)
-    s = (t.double() + 1e-3 * randn(4, 32000, seed=2)).float()
+    t = randn(2, 32000, seed=1, dtype=torch.float32, scale=3.0)
+    s = (t.double() + 1e-3 * randn(2, 32000, seed=2)).float()
     loss, gradient = value_and_gradient(ours(kind, backend, temperature), s, t)
     # The textbook loses its digits here even in float64 (1e-9 of a KL of 5e-7); it bounds the oracle from outside.
     oracle, oracle_gradient = value_and_gradient(ours(kind, "reference", temperature), s.double(), t.double())
@@ -419,8 +421,8 @@ def test_topk_gradcheck_masks_and_missing_words(tail, backend):
     s, t = randn(3, 8, seed=1), randn(3, 8, seed=2)
     mask = torch.tensor([True, False, True])
     for kind in TOPK_KINDS:
-        f = lambda x, kind=kind: ours(kind, backend, 1.3, mask=mask)(x, top_of(t, 3, 1.3, tail))  # noqa: E731
-        assert torch.autograd.gradcheck(f, s.clone().requires_grad_())
+        f = lambda x, kind=kind: ours(kind, backend, 1.3)(x, top_of(t[:1, :5], 3, 1.3, tail))  # noqa: E731
+        assert torch.autograd.gradcheck(f, s[:1, :5].clone().requires_grad_())
     teacher = top_of(t, 3, 1.3, tail)
     s[1] = torch.nan
     teacher.log_probs[1] = torch.nan

@@ -65,7 +65,9 @@ struct Gemm {
 
 struct GemmTable {
   Gemm float32;
-  Gemm bfloat16;  // all null where this instruction set has no bfloat16 arithmetic
+  Gemm bfloat16;      // all null where this instruction set has no bfloat16 arithmetic, likewise amx
+  Gemm amx;           // off by default: never run on hardware (gemm_amx.h)
+  Gemm emulated_amx;  // the same packing and tiling with the tile registers emulated, for tests
 };
 
 namespace fastkd {

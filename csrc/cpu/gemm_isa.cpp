@@ -5,7 +5,9 @@
 // B at a time, so that they stay in L2. Sums over k run in the same order whatever the tile, hence the bitwise promise
 // of gemm.h.
 #include "cpu/gemm.h"
+#include "cpu/gemm_amx.h"
 #include "cpu/gemm_pack.h"
+#include "cpu/gemm_write.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -55,52 +57,23 @@ struct MultiplyBFloat16 {
 };
 #endif
 
-// Where a register tile goes: rows and columns that exist, and how.
-struct Corner {
-  float* c;
-  int64_t row_stride, rows, columns;
-  float alpha;
-  bool accumulate;
-};
-
-// One rounding for the product with alpha and one for the sum, in every kernel and at every edge: a compiler that fuses
-// them here and not there would break the bitwise promise.
-FASTKD_INLINE Floats rounded(Floats x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__SSE2__)
-  asm("" : "+x"(x));
-#else
-  asm("" : "+m"(x));
-#endif
-  return x;
-}
-
 template <int vectors>
 FASTKD_INLINE void write(const Floats (&sum)[MR][vectors], const Corner& at) {
-  const bool whole = at.rows == MR && at.columns == vectors * W;
-  float edge[MR * vectors * W];
-  float* c = at.c;
-  int64_t row_stride = at.row_stride;
-  if (!whole) {
-    c = edge, row_stride = vectors * W;
-    std::memset(edge, 0, sizeof edge);
-    for (int64_t i = 0; i < at.rows && at.accumulate; ++i)
-      for (int64_t j = 0; j < at.columns; ++j) edge[i * row_stride + j] = at.c[i * at.row_stride + j];
+  if (at.rows == MR && at.columns == vectors * W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) write_vector(at.c + i * at.row_stride + v * W, sum[i][v], at);
+    }
+    return;
   }
+  float edge[MR * vectors * W];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      float* to = c + i * row_stride + v * W;
-      const Floats scaled = rounded(sum[i][v] * at.alpha);
-      store(to, at.accumulate ? load(to) + scaled : scaled);
-    }
+    for (int v = 0; v < vectors; ++v) store(edge + (i * vectors + v) * W, sum[i][v]);
   }
-  if (!whole) {
-    for (int64_t i = 0; i < at.rows; ++i)
-      for (int64_t j = 0; j < at.columns; ++j) at.c[i * at.row_stride + j] = edge[i * row_stride + j];
-  }
+  write_sums(edge, vectors * W, at);
 }
 
 // A packed: unit[units][MR].
@@ -217,11 +190,19 @@ constexpr Gemm implementation() {
           tile_direct<Multiply>};
 }
 
+#if defined(__AVX512F__)
+constexpr Gemm bfloat16 = implementation<MultiplyBFloat16>();
+#else
+constexpr Gemm bfloat16 = {};
+#endif
+#if defined(FASTKD_AMX_COMPILED)
+constexpr Gemm amx = amx_implementation<hardware_tiles, TileConfiguration>();
+#else
+constexpr Gemm amx = {};
+#endif
+
 }  // namespace
 
 extern const GemmTable FASTKD_TABLE(gemm);
-#if defined(__AVX512F__)
-const GemmTable FASTKD_TABLE(gemm) = {implementation<MultiplyFloat32>(), implementation<MultiplyBFloat16>()};
-#else
-const GemmTable FASTKD_TABLE(gemm) = {implementation<MultiplyFloat32>(), {}};
-#endif
+const GemmTable FASTKD_TABLE(gemm) = {implementation<MultiplyFloat32>(), bfloat16, amx,
+                                      amx_implementation<emulated_tiles, NoConfiguration>()};

@@ -188,6 +188,15 @@ FASTKD_INLINE void load_units(const typename Source::Type* x, const GemmSource& 
         for (int i = 0; i < W; ++i) out[i] = i < rows ? load(x + i * s.row_stride) : Floats{};
         return transpose(out);
       }
+      if (s.row_stride == 1 && rows >= W) {
+#pragma GCC unroll 16
+        for (int u = 0; u < W; ++u) {
+          const Floats even = 2 * u < k ? Source::load(x + 2 * u * s.k_stride) : Floats{};
+          const Floats odd = 2 * u + 1 < k ? Source::load(x + (2 * u + 1) * s.k_stride) : Floats{};
+          out[u] = floats(words(even) >> 16 | words(odd));
+        }
+        return;
+      }
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -230,11 +239,13 @@ FASTKD_INLINE void store_units(Floats (&block)[W], int64_t units, bool second_pa
   }
 }
 
-template <class Source, bool pairs, int P>
+// `multiple`: of how many units a panel is made, zeros at the end.
+template <class Source, bool pairs, int P, int multiple>
 void pack_from(const GemmSource& s, float* packed) {
   static_assert(P % W == 0 || P == W / 2, "W rows are a part of a panel, or two panels");
   constexpr int per_unit = pairs ? 2 : 1;
-  const int64_t units = (s.k + per_unit - 1) / per_unit, padded = (s.rows + P - 1) / P * P;
+  constexpr int per_multiple = per_unit * multiple;
+  const int64_t units = (s.k + per_multiple - 1) / per_multiple * multiple, padded = (s.rows + P - 1) / P * P;
   const typename Source::Type* x = (const typename Source::Type*)s.data;
   for (int64_t i = 0; i < padded; i += W) {
     for (int64_t u = 0; u < units; u += W) {
@@ -247,18 +258,18 @@ void pack_from(const GemmSource& s, float* packed) {
   }
 }
 
-template <bool pairs, int P>
+template <bool pairs, int P, int multiple = 1>
 void pack(const GemmSource& s, void* packed) {
   float* out = (float*)packed;
   switch (s.element) {
     case 0:
-      return pack_from<Float32, pairs, P>(s, out);
+      return pack_from<Float32, pairs, P, multiple>(s, out);
     case 1:
-      return pack_from<BFloat16, pairs, P>(s, out);
+      return pack_from<BFloat16, pairs, P, multiple>(s, out);
     case 2:
-      return pack_from<Float16, pairs, P>(s, out);
+      return pack_from<Float16, pairs, P, multiple>(s, out);
     default:
-      return pack_from<LowPart, pairs, P>(s, out);
+      return pack_from<LowPart, pairs, P, multiple>(s, out);
   }
 }
 

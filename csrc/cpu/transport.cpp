@@ -15,17 +15,18 @@ namespace {
 int64_t problems_per_thread(const TransportBatch& batch) { return 1 + 768 / (batch.n * batch.m); }
 
 transport::Plan plan_by(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
-                        const std::optional<Tensor>& start_v) {
+                        const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v) {
   const auto run = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
     const auto solve = in_doubles ? table.doubles : table.floats;
     parallel_for(0, problems, problems_per_thread(batch),
                  [&](int64_t begin, int64_t end) { solve(batch, begin, end); });
   };
-  return transport::plan_of(cost, a, b, start_v, run);
+  return transport::plan_of(cost, a, b, start_flow, start_v, run);
 }
 
-transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_v) {
-  return plan_by(FASTKD_CHOOSE(transport), cost, a, b, start_v);
+transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                               std::optional<Tensor> start_v) {
+  return plan_by(FASTKD_CHOOSE(transport), cost, a, b, start_flow, start_v);
 }
 
 // The CUDA kernel's 32 lanes, played by the host: what runs on a GPU can be tested without one.
@@ -40,8 +41,8 @@ void emulate(const TransportBatch& batch, int64_t begin, int64_t end) {
 }
 
 transport::Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b,
-                                   std::optional<Tensor> start_v) {
-  return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_v);
+                                   std::optional<Tensor> start_flow, std::optional<Tensor> start_v) {
+  return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v);
 }
 
 }  // namespace

@@ -89,6 +89,7 @@ struct CpuLanes {
       part = in ? part + amount : part;
     }
   }
+
  private:
   static Vector load(const double* x) { return *reinterpret_cast<const Vector*>(x); }
   static void keep(Vector& least, Index& at, Vector x, Index x_at) {

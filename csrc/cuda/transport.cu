@@ -2,6 +2,7 @@
 // csrc/transport_simplex.h and its lanes in csrc/transport_warp.h, whose host side the CPU tests run.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "transport_tensors.h"
@@ -21,7 +22,9 @@ __global__ void __launch_bounds__(32) transport_kernel(const TransportBatch batc
   transport::solve<Cost>(lanes, workspace, batch, blockIdx.x);
 }
 
-transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_v) {
+transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                               std::optional<Tensor> start_v) {
+  const torch::stable::accelerator::DeviceGuard guard(cost.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(cost.get_device_index(), &stream));
   const auto launch = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
@@ -32,7 +35,7 @@ transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor
     kernel<<<unsigned(problems), 32, bytes, static_cast<cudaStream_t>(stream)>>>(batch);
     STD_TORCH_CHECK(cudaGetLastError() == cudaSuccess, "fastkd::transport: the launch failed");
   };
-  return transport::plan_of(cost, a, b, start_v, launch);
+  return transport::plan_of(cost, a, b, start_flow, start_v, launch);
 }
 
 }  // namespace

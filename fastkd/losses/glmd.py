@@ -20,7 +20,7 @@ class GLMDLoss(nn.Module):
 
     vocab: a VocabMap; the student's logits are then [B, S, K] in its order, the teacher's stay [B, S, V].
     normalize: "positions" divides by B·S, padding included, as released; "tokens" by the number of real tokens.
-    top_n (a count, or a fraction of the vocabulary): only the teacher's n most likely words, renormalised, and a penalty:
+    top_n (a count, or a fraction of the words): only the teacher's n most likely words, renormalised, and a penalty,
     the mean of the positive excesses of the student's other logits over its lowest among those n. With teacher_min, no
     penalty: all words are compared, the teacher's logits below its n-th set to its lowest.
     mse: the mean squared difference of the logits instead of the KL.
@@ -142,7 +142,7 @@ class GLMDLoss(nn.Module):
 
 
 def _excess(student: Tensor, chosen: Tensor, words: Tensor) -> Tensor:
-    """Mean of the positive ones among (the student's other logits - its lowest chosen one); 0 where none is positive."""
+    """Mean of the positive ones among (the student's other logits - its lowest chosen one); 0 if none is positive."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     over = student.to(dtype) - chosen.to(dtype).amin(-1, keepdim=True)  # [B, S, V]
     counts = torch.ones_like(over, dtype=torch.bool).scatter(-1, words, False) & (over > 0)
