@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 LENGTH = 48
-METHOD = "bert_emd:beta=1.0,projection=identity + kd:alpha=0.7,temperature=2.0"
+METHOD = "bert_emd:beta=0.05,projection=identity + kd:alpha=0.9,temperature=2"
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("fastkd demo", description=__doc__)
     parser.add_argument("--output", default="report", help="folder of the report (default: report)")
     parser.add_argument("--method", default=METHOD, help="what the distilled student learns by")
-    parser.add_argument("--teacher-steps", type=int, default=220)
-    parser.add_argument("--student-steps", type=int, default=220)
+    parser.add_argument("--teacher-steps", type=int, default=264)
+    parser.add_argument("--student-steps", type=int, default=330)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def demo(options) -> tuple[Path, float]:
+    import datasets
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from transformers.utils import logging
@@ -50,6 +51,7 @@ def demo(options) -> tuple[Path, float]:
     start = time.perf_counter()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     torch.set_num_threads(options.threads)
     corpus = data.Corpus(data.movie_reviews("train"), data.movie_reviews("validation"), "text", None, "label")
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -106,7 +108,7 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
 
     from fastkd.train import data
     from fastkd.train.trainer import DistillTrainer
-    from fastkd.train.watch import RichProgress
+    from fastkd.train.watch import show_progress
 
     args = TrainingArguments(
         str(work), max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=64, learning_rate=1e-4,
@@ -120,7 +122,7 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
         data_collator=data.collator(tokenizer, "classification"), processing_class=tokenizer,
         compute_metrics=data.metrics("classification"),
     )  # fmt: skip
-    trainer.add_callback(RichProgress(title))
+    show_progress(trainer, title)
     return trainer
 
 

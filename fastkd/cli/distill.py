@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     """Everything that can be wrong is looked at before training starts."""
     from fastkd.train import arguments, data, report
     from fastkd.train.trainer import DistillTrainer
-    from fastkd.train.watch import RichProgress, Watch
+    from fastkd.train.watch import Watch, show_progress
 
     parsed = arguments.parse(argv)
     model_args, data_args, method_args, args = parsed
@@ -35,7 +35,6 @@ def run(argv: list[str]) -> int:
     tokens, answers = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
-    args.disable_tqdm = True
     trainer = DistillTrainer(
         student, teacher, method_args.method, task=data_args.task, answers=answers, advance=method_args.advance,
         teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher, args=args,
@@ -45,7 +44,7 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     watch = Watch(trainer)
     trainer.add_callback(watch)
-    trainer.add_callback(RichProgress("distilling"))
+    show_progress(trainer, "distilling")
     if checkpoint:
         print(f"resuming from {checkpoint}")
     arguments.save(parsed)

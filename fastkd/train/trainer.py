@@ -60,6 +60,7 @@ class DistillTrainer(Trainer):
         if teacher is not None:
             self.method = self._method(model, teacher, method)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
+        self._step_begins = True
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._weights: dict[str, float] = {}
@@ -182,7 +183,10 @@ class DistillTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step_begins and self.method is not None:
+            self.method.zero_grad()  # Trainer zeroes the gradients of its model, not those of its optimizer
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_begins = self.accelerator.sync_gradients
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1 and self.method is not None:
             for parameter in self.method.parameters():  # DDP averages the student's gradients; these are not in it
                 if parameter.grad is not None:

@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .trainer import DistillTrainer
 
@@ -66,6 +66,13 @@ class RichProgress(TrainerCallback):
         logs = [entry for entry in state.log_history if any(key.startswith("term/") for key in entry)]
         if logs:
             self.console.print(table_of_terms(logs))
+
+
+def show_progress(trainer, title: str) -> None:
+    """RichProgress in place of Trainer's own bar and of the dictionaries that it prints without one."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RichProgress(title))
 
 
 def table_of_terms(logs: list[dict]) -> Table:
