@@ -62,21 +62,25 @@ def test_trains_and_exports(name, family, tmp_path):
     loaded, report = tiny.AUTO[task].from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
     student.eval()
-    torch.testing.assert_close(loaded.eval()(**tiny.padded()).logits, student(**tiny.padded()).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loaded.eval()(**tiny.padded()).logits, student(**tiny.padded()).logits, rtol=1e-5, atol=1e-5
+    )
     assert AutoConfig.from_pretrained(tmp_path / "student").num_hidden_layers == 2
-    assert sorted(p.suffix for p in (tmp_path / "student").iterdir()) == [".json"] * (1 + (task == "causal_lm")) + [".safetensors"]
+    assert sorted(p.suffix for p in (tmp_path / "student").iterdir()) == [".json"] * (1 + (task == "causal_lm")) + [
+        ".safetensors"
+    ]
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [(n, f) for n in METHODS for f in FAMILIES if refusal(n, f) is not None]
-)
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n in METHODS for f in FAMILIES if refusal(n, f) is not None])
 def test_senseless_pairs_are_refused_by_name(name, family):
     side = Side(family, 4, 16, 4, 4)
     with pytest.raises(ValueError, match=f"{name} makes no sense for {family}: "):
         build(name, Setup(side, side, METHODS[name].tasks[0], 8))
 
 
-@pytest.mark.parametrize(("name", "task"), [("codir", "regression"), ("glmd", "classification"), ("forward_kl", "classification")])
+@pytest.mark.parametrize(
+    ("name", "task"), [("codir", "regression"), ("glmd", "classification"), ("forward_kl", "classification")]
+)
 def test_senseless_tasks_are_refused_by_name(name, task):
     side = Side("gpt2" if name == "forward_kl" else "bert", 4, 16, 4, 4)
     with pytest.raises(ValueError, match=f"{name} makes no sense for the task {task}"):
@@ -143,11 +147,14 @@ def test_each_term_changes_the_result(name, term, tmp_path, monkeypatch):
     for muted in (False, True):
         teacher, student = pair(family, task)
         args = tiny.arguments(tmp_path, max_steps=2, optim="sgd", learning_rate=0.1)
-        trainer = DistillTrainer(student, teacher, spelled(name), task=task, args=args, train_dataset=tiny.dataset(task))
+        trainer = DistillTrainer(
+            student, teacher, spelled(name), task=task, args=args, train_dataset=tiny.dataset(task)
+        )
         if muted:
             forward = trainer.method.forward
             zeroed = lambda batch, forward=forward: {  # noqa: E731
-                key: Term(value, 0.0 if key == f"{name}/{term}" else weight) for key, (value, weight) in forward(batch).items()
+                key: Term(value, 0.0 if key == f"{name}/{term}" else weight)
+                for key, (value, weight) in forward(batch).items()
             }
             monkeypatch.setattr(trainer.method, "forward", zeroed)
         trainer.train()
@@ -231,7 +238,9 @@ def test_two_stages_hand_over(tmp_path):
     trainer = DistillTrainer(student, teacher, "fcd:share=0.5", args=args, train_dataset=tiny.dataset("classification"))
     before = copy.deepcopy(teacher.state_dict())
     trainer.train()
-    stages = [sorted(k for k in entry if k.startswith("term/")) for entry in trainer.state.log_history if "loss" in entry]
+    stages = [
+        sorted(k for k in entry if k.startswith("term/")) for entry in trainer.state.log_history if "loss" in entry
+    ]
     assert stages == [["term/fcd/sequence", "term/fcd/token"]] * 2 + [["term/fcd/hard"]] * 2
     assert not trainer.method.teaches(0.5) and trainer.method.teaches(0.49)
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())

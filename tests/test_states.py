@@ -86,7 +86,11 @@ def test_gradients_under_checkpointing_are_the_same(family):
             model.gradient_checkpointing_enable()
         read = states.read(model, inputs, hidden=True, layers=[0, 2])
         assert len(read.qkv) == 2
-        loss = sum(x.square().sum() for layer in read.qkv.values() for x in layer) + read.hidden[1].sum() + read.logits.sum()
+        loss = (
+            sum(x.square().sum() for layer in read.qkv.values() for x in layer)
+            + read.hidden[1].sum()
+            + read.logits.sum()
+        )
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20

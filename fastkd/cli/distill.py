@@ -18,15 +18,20 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> int:
     """Everything that can be wrong is looked at before training starts."""
+    import datasets
+    from transformers.utils import logging
+
     from fastkd.train import arguments, data, report
     from fastkd.train.trainer import DistillTrainer
     from fastkd.train.watch import Watch, show_progress
 
-    parsed = arguments.parse(argv)
-    model_args, data_args, method_args, args = parsed
+    whole = arguments.parse(argv)
+    model_args, data_args, method_args, args, options = whole
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
     _check_options(model_args, data_args)
     _device(model_args.device, args)
-    checkpoint = arguments.examine_folder(parsed)
+    checkpoint = arguments.examine_folder(whole)
     corpus = data.load(data_args, data_args.task)
     tokenizer, teacher, student = load_models(model_args, data_args.task, corpus)
     for model in (teacher, student):
@@ -47,14 +52,14 @@ def run(argv: list[str]) -> int:
     show_progress(trainer, "distilling")
     if checkpoint:
         print(f"resuming from {checkpoint}")
-    arguments.save(parsed)
+    arguments.save(whole)
     trainer.train(resume_from_checkpoint=checkpoint)
     exported = Path(args.output_dir) / "student"
     trainer.save_model(str(exported))
     rows = report.measure({"teacher": teacher, "student": student}, trainer)
     page = report.write(
         Path(args.output_dir) / arguments.FINISHED, title=f"{method_args.method} · {data_args.dataset or data_args.train_file}",
-        rows=rows, histories={"student": trainer.state.log_history}, maps=watch.maps, config=arguments.resolved(parsed),
+        rows=rows, histories={"student": trainer.state.log_history}, maps=watch.maps, config=options,
     )  # fmt: skip
     print(f"student: {exported}\nreport:  {page}")
     return 0
@@ -110,7 +115,7 @@ def load_models(model_args, task: str, corpus):
             return kind.from_pretrained(name, revision=revision, **options, **extra)
         except OSError as error:
             raise ValueError(
-                f"{name} is neither a folder with a model nor a model that the hub gives: {error}"
+                f"{name} is neither a folder with a model nor a model that the hub gives here: {_first_line(error)}"
             ) from error
 
     teacher = load(model_args.teacher, model_args.teacher_revision)
@@ -134,6 +139,10 @@ def load_models(model_args, task: str, corpus):
         agreement.check_tokenizers(AutoTokenizer.from_pretrained(model_args.student), tokenizer)
         made.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, teacher, made
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def check_space(student, args) -> None:

@@ -6,6 +6,7 @@ import difflib
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -73,19 +74,30 @@ class RunArguments(TrainingArguments):
 KINDS = (ModelArguments, DataArguments, MethodArguments, RunArguments)
 
 
-def parse(argv: list[str]):
-    """(ModelArguments, DataArguments, MethodArguments, RunArguments) from flags and, before them, --config."""
+class Run(NamedTuple):
+    """A parsed run; `options` are those that differ from the defaults, as --config reads them back."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    args: RunArguments
+    options: dict
+
+
+def parse(argv: list[str]) -> Run:
+    """From flags and, below them, --config."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     found, flags = first.parse_known_args(argv)
     epilog = "--config run.yaml holds any of these options by name; flags win over it"
     parser = HfArgumentParser(KINDS, prog="fastkd distill", allow_abbrev=False, epilog=epilog)
+    usual = parser.parse_args_into_dataclasses([], look_for_args_file=False)
     if found.config:
         parser.set_defaults(**read_config(found.config))
     parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    if parsed[-1].output_dir in (None, "trainer_output"):
+    if parsed[-1].output_dir in (None, usual[-1].output_dir):
         raise ValueError("output_dir: say where the run shall be kept")
-    return parsed
+    return Run(*parsed, _differing(parsed, usual))
 
 
 def read_config(path: str) -> dict:
@@ -107,14 +119,12 @@ def read_config(path: str) -> dict:
     return options
 
 
-def resolved(parsed) -> dict:
-    """Every option that differs from its default, as --config reads it back."""
+def _differing(parsed, usual) -> dict:
     found = {}
-    for part in parsed:
-        usual = type(part)(**({"output_dir": part.output_dir} if hasattr(part, "output_dir") else {}))
+    for part, default in zip(parsed, usual, strict=True):
         for f in dataclasses.fields(part):
             value = _plain(getattr(part, f.name))
-            if f.init and (f.name == "output_dir" or value != _plain(getattr(usual, f.name))):
+            if f.init and value != _plain(getattr(default, f.name)):
                 found[f.name] = value
     return found
 
@@ -133,16 +143,15 @@ def _plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def examine_folder(parsed) -> str | None:
+def examine_folder(run: Run) -> str | None:
     """The checkpoint to resume from, None for a fresh folder; ValueError rather than touch anybody's results."""
-    folder = Path(parsed[-1].output_dir)
-    options = resolved(parsed)
+    folder = Path(run.args.output_dir)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not (folder / RESOLVED).exists():
         raise ValueError(f"output_dir: {folder} holds something that is not a run of fastkd; choose another folder")
     before = yaml.safe_load((folder / RESOLVED).read_text()) or {}
-    differing = sorted(key for key in {*before, *options} if before.get(key) != options.get(key))
+    differing = sorted(key for key in {*before, *run.options} if before.get(key) != run.options.get(key))
     if differing:
         raise ValueError(
             f"output_dir: {folder} holds another run ({', '.join(differing)} differ); choose another folder, or the same options"
@@ -154,8 +163,8 @@ def examine_folder(parsed) -> str | None:
     return get_last_checkpoint(str(folder))
 
 
-def save(parsed) -> None:
+def save(run: Run) -> None:
     """The resolved run, beside its results; `--config run.yaml` repeats it."""
-    folder = Path(parsed[-1].output_dir)
+    folder = Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(yaml.safe_dump(resolved(parsed), sort_keys=True))
+    (folder / RESOLVED).write_text(yaml.safe_dump(run.options, sort_keys=True))

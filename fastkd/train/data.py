@@ -89,7 +89,12 @@ def _file(path: str | None):
     if Path(path).stat().st_size == 0:
         raise ValueError(f"train_file, validation_file: {path} is empty")
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-    return load_dataset(FORMATS[suffix], data_files=path, split="train", **options)
+    try:
+        return load_dataset(FORMATS[suffix], data_files=path, split="train", **options)
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"train_file, validation_file: {path} has no rows") from error
+        raise
 
 
 def _named(options):
@@ -152,11 +157,12 @@ def _number_classes(corpus: Corpus) -> None:
         rows = getattr(corpus, split)
         if rows is None:
             continue
-        strange = sorted(set(rows[corpus.label][:]) - set(found), key=str)
+        labels = rows[corpus.label][:]
+        strange = sorted(set(labels) - set(found), key=str)
         if strange:
             raise ValueError(f"label_column: the {split} set has {strange[0]!r}, which no training row has")
-        label = corpus.label
-        setattr(corpus, split, rows.map(lambda row: {label: numbers[row[label]]}))  # noqa: B023 (used at once)
+        renumbered = rows.remove_columns(corpus.label).add_column(corpus.label, [numbers[x] for x in labels])
+        setattr(corpus, split, renumbered)
 
 
 def check_length(model, tokenizer, length: int) -> None:
@@ -172,7 +178,7 @@ def check_length(model, tokenizer, length: int) -> None:
 
 
 def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: str | None = None):
-    """Columns input_ids, attention_mask, (token_type_ids,) example_id, and labels where the task has any by row."""
+    """Columns input_ids, attention_mask, (token_type_ids,) example_id, and labels where a row has one."""
 
     def encode(batch, numbers):
         texts = batch[corpus.text]
@@ -183,9 +189,7 @@ def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: 
         encoded["example_id"] = numbers
         if task == "cloze":
             encoded["blank"] = [_blank(ids, tokenizer.mask_token_id) for ids in encoded["input_ids"]]
-        if task == "causal_lm":
-            encoded["labels"] = [list(ids) for ids in encoded["input_ids"]]
-        elif task == "regression":
+        if task == "regression":
             encoded["labels"] = [float(x) for x in batch[corpus.label]]
         elif task in ("classification", "cloze"):
             encoded["labels"] = batch[corpus.label]

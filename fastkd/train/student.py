@@ -65,7 +65,12 @@ def from_layers(teacher: nn.Module, layers: str | list[int]) -> nn.Module:
         else:  # a layer may be taken more than once
             rest = key[found.end() :]
             weights.update({f"{name}.{new}.{rest}": value for new, old in enumerate(chosen) if old == int(found[1])})
-    student.load_state_dict(weights)
+    differing = student.load_state_dict(weights, strict=False)
+    if differing.missing_keys or differing.unexpected_keys:
+        raise ValueError(
+            f"student_layers: layers of a {type(teacher).__name__} are not all built alike ("
+            f"{', '.join((*differing.missing_keys, *differing.unexpected_keys))} fit nowhere); keep layer 0 in its place"
+        )
     return student.to(teacher.dtype).train()
 
 

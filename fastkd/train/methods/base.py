@@ -77,7 +77,7 @@ class Method(nn.Module):
     def stage(self, progress: float) -> str:
         if len(self.stages) == 1 or not self.alone:
             return self.stages[0]
-        return self.stages[0] if progress < self.share else self.stages[1]
+        return self.stages[0] if progress < self.share or self.share == 1 else self.stages[1]
 
     def features(self, progress: float) -> bool:
         """Whether hidden states and attention are read now; a second stage has no use for them."""
