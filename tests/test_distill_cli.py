@@ -8,19 +8,37 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 
+import tiny
+
 pytest.importorskip("transformers")
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-import fastkd  # noqa: E402
-from fastkd.cli import distill  # noqa: E402
-from fastkd.train import arguments, data, student  # noqa: E402
+import fastkd
+from fastkd.cli import distill
+from fastkd.train import arguments, data, student
 
-WORDS = "good fine great bad poor awful film plot actor was is the a it very quite".split()
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "bad",
+    "poor",
+    "awful",
+    "film",
+    "plot",
+    "actor",
+    "was",
+    "is",
+    "the",
+    "a",
+    "it",
+    "very",
+    "quite",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -30,8 +48,16 @@ def save_pair(folder: Path, family: str, task: str, **sizes) -> Path:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
-    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
     tiny.model(family, task, vocab_size=len(vocabulary), **sizes).save_pretrained(folder)
     return folder
@@ -78,7 +104,10 @@ def test_a_run_from_files_to_a_student_and_a_report(files, capsys):
     assert loaded.config.num_hidden_layers == 2 and not info["unexpected_keys"] and not info["missing_keys"]
     assert AutoTokenizer.from_pretrained(run / "student").get_vocab()["good"] == 5
     page = (run / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace("https://", "http://").split("<pre>")[0]
+    assert (
+        page.count("data:image/png;base64,") == 5
+        and "http" not in page.replace("https://", "http://").split("<pre>")[0]
+    )
     record = json.loads((run / "report" / "report.json").read_text())
     assert [row["name"] for row in record["models"]] == ["teacher", "student"]
     assert len(record["transport"]) == 4 and len(record["transport"][0]["flows"]["hidden"]) == 2
