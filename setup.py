@@ -71,7 +71,8 @@ def extensions() -> list[Extension]:
         return []
     found = [
         Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional),
-        Extension("fastkd._C", sources("python.cpp"), optional=optional),
+        # The NumPy entry has its own copy of the transport solver: this module does not link torch.
+        Extension("fastkd._C", sources("python.cpp", "cpu/isa.cpp", "cpu/transport_isa.cpp"), optional=optional),
     ]
     try:
         wants_cuda = MODE == "cuda" or (NVCC is not None and torch_is_cuda_build())
@@ -117,6 +118,7 @@ class Build(build_ext):
     def _units(self, ext, source: Path):
         """(source, object, command) for each object file that `source` becomes."""
         stem = Path(self.build_temp).resolve() / ext.name.split(".")[-1] / source.relative_to("csrc").with_suffix("")
+        sets = "-DFASTKD_X86" if IS_X86 else "-DFASTKD_PORTABLE"
         if source.suffix == ".cu":
             archs = os.environ.get("FASTKD_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -128,9 +130,8 @@ class Build(build_ext):
                 yield source, obj, [CXX, *COMMON, *FAST_LOOPS, *flags, f"-DFASTKD_ISA={name}", "-Icsrc", "-c"]
         elif ext.name == "fastkd._C":  # pybind11: torch's headers refuse to be mixed with the stable-ABI macro here
             python = ["-isystem", sysconfig.get_paths()["include"]]
-            yield source, stem.with_suffix(".o"), [CXX, *COMMON, *includes(), *python, *build_info(), "-c"]
+            yield source, stem.with_suffix(".o"), [CXX, *COMMON, sets, *includes(), *python, *build_info(), "-c"]
         else:
-            sets = "-DFASTKD_X86" if IS_X86 else "-DFASTKD_PORTABLE"
             yield source, stem.with_suffix(".o"), [CXX, *COMMON, STABLE_ABI, sets, *includes(), "-c"]
 
     def _compile(self, source: Path, obj: Path, command: list[str]):

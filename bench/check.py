@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import torch
-
 from fastkd.bench.case import Case, Inputs
 
 UPSTREAM = 0.37  # not 1, so that a gradient that forgets its upstream is noticed

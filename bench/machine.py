@@ -99,6 +99,28 @@ def driver() -> str:
     return query_gpu("driver_version,clocks.sm,clocks.mem")
 
 
+def available_bytes(device) -> int | None:
+    """Free memory where the case would live; None where the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as handle:
+            fields = dict(line.split(":", 1) for line in handle)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def too_large(case, available: int | None) -> str:
+    """Why a case is left out here: its inputs in float64 and what a reference makes of them would not fit."""
+    needed = 6.0 * case.bytes.of("forward") * 8 / case.dtype.itemsize
+    if available is None or needed <= available:
+        return ""
+    return f"left out: it needs about {needed / 2**30:.0f} GiB with its float64 check, {available / 2**30:.0f} are free"
+
+
 # Load -------------------------------------------------------------------------------------------------------------
 
 

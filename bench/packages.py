@@ -5,9 +5,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
 from fastkd.bench.case import Case
+from torch.utils.checkpoint import checkpoint
 
 
 def liger_divergence(case: Case):
@@ -77,13 +76,18 @@ def checkpointed_chunks(case: Case):
 def auto_chunker(case: Case):
     """Inductor's AutoChunker, where this torch has it."""
     import torch._inductor.config as inductor
-
     from fastkd.bench import rivals
 
     if not hasattr(inductor, "auto_chunker"):
         return f"torch {torch.__version__} has no AutoChunker"
     function = torch.compile(rivals.eager_linear, dynamic=False, options={"auto_chunker.enable": True})
     return lambda x, options: function(x, options)
+
+
+def stacked(case: Case):
+    from fastkd.bench import rivals
+
+    return rivals.stacked_layer_cost
 
 
 def cdist(case: Case):
@@ -138,7 +142,7 @@ def refuse(reason: str):
 NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1 % up)"
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
-    "layer_cost": [("cdist", "", False, cdist)],
+    "layer_cost": [("eager stacked", "", False, stacked), ("cdist", "", False, cdist)],
     "transport": [
         ("authors", "ot", False, emd_loop),
         ("scipy", "scipy", False, linear_program),

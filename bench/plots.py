@@ -9,6 +9,7 @@ COLOURS = {
     "compile": "#e08a1e",
     "authors": "#b8433a",
     "liger": "#4868b0",
+    "eager stacked": "#b9bdc4",
     "trl-style": "#8b5aa8",
     "cdist": "#5aa6c4",
     "scipy": "#c46a9a",
@@ -46,43 +47,50 @@ def label_of(case: str) -> str:
 
 
 def speedups(rows: Sequence[dict], stem: str, path: pathlib.Path) -> bool:
-    """Horizontal bars, one group per case: how many times longer than fastkd each rival takes. False without data."""
+    """Bars from 1 (fastkd), one group per case: to the right a slower rival, to the left a faster one. Sweeps have
+    their own plot. False without data."""
     import matplotlib.pyplot as plt
 
-    chosen = [row for row in headline(rows) if not row["provider"].startswith("fastkd") and row["times_ours_median"]]
+    chosen = [row for row in headline(rows) if not row["sweep"] and row["times_ours_median"]]
+    chosen = [row for row in chosen if not row["provider"].startswith("fastkd")]
     if not chosen:
         return False
     cases = list(dict.fromkeys(row["case"] for row in chosen))
     providers = list(dict.fromkeys(row["provider"] for row in chosen))
     by_eager = {row["case"] for row in rows if row["provider"] == "fastkd" and row["by_eager"] == "True"}
-    thickness, position, ticks = 0.8, 0.0, []
-    figure, axes = plt.subplots(figsize=(9, 1.7 + 0.27 * len(chosen) + 0.16 * len(cases)), layout="constrained")
-    largest = max(value(row, "times_ours_median") for row in chosen)
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.2 * len(chosen) + 0.14 * len(cases)), layout="constrained")
+    axes.set_xscale("log")
+    position, ticks = 0.0, []
     for case in cases:
-        group = [row for provider in providers for row in chosen if (row["case"], row["provider"]) == (case, provider)]
+        group = [row for row in chosen if row["case"] == case]
         for i, row in enumerate(group):
-            ratio, least = value(row, "times_ours_median"), value(row, "times_ours_minimum")
-            axes.barh(position + i, ratio, height=thickness, color=colour(row["provider"]), left=0)
-            axes.plot([least], [position + i], marker="|", color="black", markersize=7, markeredgewidth=1.2)
-            axes.text(max(ratio, least) * 1.04, position + i, f"{ratio:.3g}×", va="center", fontsize=8, color="#333")
+            ratio_bar(axes, position + i, row)
         ticks.append((position + (len(group) - 1) / 2, label_of(case) + (" †" if case in by_eager else "")))
         position += len(group) + 0.7
-    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2)
-    axes.set_xscale("log")
-    axes.set_xlim(min(0.5, 0.8 * min(value(row, "times_ours_median") for row in chosen)), largest * 1.6)
+    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2.5)
+    ratios = [value(row, "times_ours_median") for row in chosen]
+    axes.set_xlim(0.55 * min(1.0, *ratios) if min(ratios) < 1 else 0.9, 1.7 * max(1.5, *ratios))
     decimal_ticks(axes.xaxis)
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
-    axes.set_ylim(position - 0.7 - 0.1, -0.9)
-    note = "time over fastkd's (green line = fastkd; bar: medians, tick: minima)"
-    axes.set_xlabel(note + ("\n† fastkd is served by eager PyTorch here" if by_eager & set(cases) else ""))
-    axes.set_title(f"{stem}: {modes_of(chosen)}, {rows[0]['device']}", loc="left", fontsize=11)
+    axes.set_ylim(position - 0.8, -0.9)
+    note = "time over fastkd's, which is the green line (bar: medians, tick: minima)"
+    axes.set_xlabel(note + ("\n† fastkd is served by plain PyTorch here" if by_eager & set(cases) else ""))
+    figure.suptitle(f"{stem}: {modes_of(chosen)}, {rows[0]['device']}", x=0.01, ha="left", fontsize=11)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour(provider)) for provider in providers]
-    figure.legend(handles, providers, loc="outside upper right", ncols=len(providers), frameon=False, fontsize=9)
+    axes.legend(handles, providers, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(providers), frameon=False)
     axes_style(axes)
     axes.grid(False, axis="y")
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
+
+
+def ratio_bar(axes, position: float, row: dict) -> None:
+    ratio, least = value(row, "times_ours_median"), value(row, "times_ours_minimum")
+    axes.barh(position, ratio - 1, left=1, height=0.82, color=colour(row["provider"]))
+    axes.plot([least], [position], marker="|", color="black", markersize=7, markeredgewidth=1.2)
+    beyond, side = (max(ratio, least, 1.0) * 1.04, "left") if ratio >= 1 else (min(ratio, least) / 1.04, "right")
+    axes.text(beyond, position, f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×", va="center", ha=side, fontsize=8)
 
 
 def decimal_ticks(axis) -> None:

@@ -134,6 +134,17 @@ def line(row: Row) -> tuple[str, ...]:
     )
 
 
+def footnote(rows: Sequence[Row]) -> str:
+    """Floors, GEMMs and rounds, which are the same for all providers of a mode."""
+    parts = []
+    for row in {(row.mode, row.launch): row for row in rows}.values():
+        launch = f" ({row.launch})" if row.launch != "plain" else ""
+        gemms = f", bare GEMMs {number(row.gemms_ms)} ms" if row.gemms_ms else ""
+        floor = f"floor {number(row.floor_ms)} ms ({row.floor_bound}){gemms}"
+        parts.append(f"{row.mode}{launch}: {floor}, {row.rounds} rounds")
+    return "  " + " · ".join(parts) + f" · cache: {rows[0].cache}"
+
+
 def print_table(rows: Sequence[Row], title: str) -> None:
     """rich where it is installed, aligned plain text otherwise."""
     lines = [line(row) for row in rows]
@@ -151,7 +162,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         style = "bold green" if row.provider.startswith("fastkd") else ""
         table.add_row(*cells, style=style, end_section=last)
     console = Console()
-    Console(width=max(console.width, 150)).print(table)
+    Console(width=max(console.width, 170)).print(table)
 
 
 def plain_table(lines: Sequence[Sequence[str]], title: str) -> str:

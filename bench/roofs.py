@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable
 
 import torch
-
 from fastkd.bench.case import Case, Gemm
 from fastkd.bench.measure import Task
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
 from fastkd.bench import check, machine, measure, plots, report, rivals
@@ -120,6 +119,10 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
 def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, providers: Sequence | None = None) -> Outcome:
     """Check first; a case whose check fails has no speed."""
     outcome = Outcome()
+    left_out = machine.too_large(case, machine.available_bytes(settings.device))
+    if left_out:
+        outcome.absent = [Absent(case.name, left_out)]
+        return outcome
     inputs = case_module.build(case, settings.device, settings.seed)
     if providers is None:
         everyone = [*rivals.ours(case, inputs, settings.backends), *rivals.rivals(case, settings.device)]
@@ -162,8 +165,9 @@ def show(case: Case, outcome: Outcome) -> None:
         print(f"\n{case.stem} {case.name}: no speed is shown, the check failed: {outcome.refused}")
     elif outcome.rows:
         report.print_table(outcome.rows, f"\n{case.stem} {case.name}{goal}")
+        print(report.footnote(outcome.rows))
         if any(row.by_eager for row in outcome.rows):
-            print("  † served by eager PyTorch (no kernel runs here, or auto-dispatch prefers eager at this size)")
+            print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
         print(f"  – {absent.name}: {absent.reason}")
 

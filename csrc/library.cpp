@@ -6,6 +6,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The sum of each row: the smallest op that walks the whole path from Python to a vector unit and back.
   m.def("probe(Tensor x) -> Tensor");
 
+  // cost [P, N, M], a [P, N], b [P, M], a flow [P, N, M] and potentials of the columns [P, M] to
+  // start from -> flow, u, v (float64), status.
+  m.def("transport(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The same through the 32 lanes of the CUDA kernel, on the CPU; for tests.
+  m.def("transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
   m.def("divergence_fwd(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix) -> (Tensor, Tensor)");
   m.def(
@@ -18,6 +24,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
+  // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
+  m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");

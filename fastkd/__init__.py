@@ -8,3 +8,59 @@ __version__ = "0.1.0"
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
+
+from fastkd.earth_mover import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.functional import (  # noqa: E402
+    TopK,
+    TransportPlan,
+    attention_costs,
+    divergence,
+    gram_correlation_loss,
+    info_nce_loss,
+    layer_costs,
+    linear_divergence,
+    nce_loss,
+    relation_kl_loss,
+    transport,
+)
+from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
+from fastkd.losses.codir import CoDIRLoss  # noqa: E402
+from fastkd.losses.crd import CRDLoss  # noqa: E402
+from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
+from fastkd.losses.fcd import FCDLoss  # noqa: E402
+from fastkd.losses.glmd import GLMDLoss  # noqa: E402
+from fastkd.losses.kd import HintonKDLoss  # noqa: E402
+from fastkd.losses.minilm import MiniLMLoss, MiniLMv2Loss  # noqa: E402
+from fastkd.losses.pkd import PKDLoss  # noqa: E402
+from fastkd.losses.projection import Projection  # noqa: E402
+from fastkd.losses.tinybert import TinyBERTLoss  # noqa: E402
+from fastkd.vocab import VocabMap  # noqa: E402
+
+__all__ = [
+    "BertEMDLoss",
+    "CRDLoss",
+    "CoDIRLoss",
+    "DistilBERTLoss",
+    "FCDLoss",
+    "GLMDLoss",
+    "HintonKDLoss",
+    "MiniLMLoss",
+    "MiniLMv2Loss",
+    "PKDLoss",
+    "Projection",
+    "TinyBERTLoss",
+    "TopK",
+    "TransportPlan",
+    "VocabMap",
+    "attention_costs",
+    "divergence",
+    "emd",
+    "emd_with_flow",
+    "gram_correlation_loss",
+    "info_nce_loss",
+    "layer_costs",
+    "linear_divergence",
+    "nce_loss",
+    "relation_kl_loss",
+    "transport",
+]

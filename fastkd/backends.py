@@ -20,9 +20,9 @@ WRITTEN = {
     "gram": (),
     "relation": (),
     "layer_cost": ("cpu",),
-    "transport": (),
+    "transport": ("cpu", "cuda"),
     "contrast": (),
-    "divergence": ("cpu",),
+    "divergence": ("cpu", "triton"),
     "linear_divergence": (),
 }
 
@@ -51,7 +51,9 @@ def _cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
-        return "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        return (
+            "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
+        )
     return _load("_cuda", "CUDA")
 
 
@@ -146,6 +148,15 @@ def fake(name: str, shapes: Callable) -> None:
 
 def _defined(op: str) -> bool:
     return any(schema.name == op for schema in torch._C._jit_get_schemas_for_operator(op))
+
+
+def support_table() -> str:
+    """What README.md shows, as Markdown."""
+    rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
+    for stem in STEMS:
+        marks = ("✓" if backend in (*WRITTEN[stem], "reference") else "–" for backend in BACKENDS[1:])
+        rows.append(f"| `{stem}` | " + " | ".join(marks) + " |")
+    return "\n".join(rows)
 
 
 def full_precision(x: Tensor):

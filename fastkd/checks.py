@@ -117,7 +117,9 @@ def positive(name: str, x) -> None:
 
 def between(name: str, x: float, low: float, high: float, hint: str = "") -> None:
     if not low < x < high:
-        raise ValueError(f"{name}: must lie strictly between {low} and {high}, got {x!r}" + (f"; {hint}" if hint else ""))
+        raise ValueError(
+            f"{name}: must lie strictly between {low} and {high}, got {x!r}" + (f"; {hint}" if hint else "")
+        )
 
 
 def one_of(name: str, x, options: Sequence[str]) -> None:
@@ -139,7 +141,9 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
 
 
 def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
-    values(name, x, lambda: x.numel() == 0 or ((x >= 0) & (x < size)).all(), f"indices must lie in [0, {size}), the {what}")
+    values(
+        name, x, lambda: x.numel() == 0 or ((x >= 0) & (x < size)).all(), f"indices must lie in [0, {size}), the {what}"
+    )
 
 
 def scores(name: str, x, key_mask: Tensor | None) -> Tensor:

@@ -65,7 +65,9 @@ def gram_correlation_loss(
     checks.positive("eps", eps)
     mask = reduce.as_bool(mask)
     if grouping == "official" and mask is not None:
-        checks.values("mask", mask, mask.all, "grouping='official' has no defined meaning under a mask that hides tokens")
+        checks.values(
+            "mask", mask, mask.all, "grouping='official' has no defined meaning under a mask that hides tokens"
+        )
     if level == "sequence":
         student, teacher, mask = (reduce.gather_rows(x, process_group) for x in (student, teacher, mask))
     values, valid = gram.gram(student, teacher, mask, level, grouping, pearson, normalize, float(eps), backend)
@@ -149,7 +151,9 @@ def layer_costs(
     for name, xs in (("students", students), ("teachers", teachers)):
         for i, x in enumerate(xs):
             checks.tensor(f"{name}[{i}]", x, "[B, S, ...]" if isinstance(x, Tensor) and x.dim() < 2 else "[...]")
-            checks.same_shape(f"{name}[{i}]", x, "students[0]", first, "project the student to the teacher's width first")
+            checks.same_shape(
+                f"{name}[{i}]", x, "students[0]", first, "project the student to the teacher's width first"
+            )
             checks.same_device(**{"students[0]": first, f"{name}[{i}]": x, "mask": mask})
     checks.frozen("teachers", *teachers)
     checks.mask("mask", mask, first.shape[:2], "[B, S]")
@@ -211,14 +215,17 @@ def transport(
     lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
     if n == 0:
         raise ValueError(f"cost: expected at least one row and one column, got {checks.describe(cost)}")
-    a = cost.new_full((*lead, n), 1.0 / n) if a is None else a
-    b = cost.new_full((*lead, m), 1.0 / m) if b is None else b
+    masses = torch.float64 if cost.dtype == torch.float64 else torch.float32  # 1/n in bfloat16 does not sum to 1
+    a = cost.new_full((*lead, n), 1.0 / n, dtype=masses) if a is None else a
+    b = cost.new_full((*lead, m), 1.0 / m, dtype=masses) if b is None else b
     checks.tensor("a", a, "[..., N]")
     checks.tensor("b", b, "[..., M]")
     checks.same_device(cost=cost, a=a, b=b)
     for name, x, extent, axis in (("a", a, n, "rows"), ("b", b, m, "columns")):
         if x.shape[-1] != extent or x.dim() > cost.dim() - 1:
-            raise ValueError(f"{name}: expected one mass per {axis[:-1]} of cost {list(cost.shape)}, got {list(x.shape)}")
+            raise ValueError(
+                f"{name}: expected one mass per {axis[:-1]} of cost {list(cost.shape)}, got {list(x.shape)}"
+            )
     a, b = a.expand(*lead, n), b.expand(*lead, m)
     checks.values("cost", cost, cost.isfinite().all, "costs must be finite")
     for name, x in (("a", a), ("b", b)):
@@ -293,7 +300,9 @@ def nce_loss(
     if bank.shape[1] != query.shape[1]:
         raise ValueError(f"bank: expected the width of query, {query.shape[1]}, got {checks.describe(bank)}")
     if index.shape[1] < 2:
-        raise ValueError(f"index: expected the positive and at least one negative per row, got {checks.describe(index)}")
+        raise ValueError(
+            f"index: expected the positive and at least one negative per row, got {checks.describe(index)}"
+        )
     checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
     checks.positive("n_data", n_data)
     checks.positive("temperature", temperature)
@@ -375,7 +384,10 @@ def linear_divergence(
     vocab (a VocabMap, or kept ids [Vs]): the student's vocabulary is that subset of the teacher's, in that order, and
     the teacher is renormalised over it. weights [...]: per row; "mean" is then sum(w row) / sum(w).
     """
-    sides = (("student", student_hidden, student_head, student_bias), ("teacher", teacher_hidden, teacher_head, teacher_bias))
+    sides = (
+        ("student", student_hidden, student_head, student_bias),
+        ("teacher", teacher_hidden, teacher_head, teacher_bias),
+    )
     for side, hidden, head, bias in sides:
         checks.tensor(f"{side}_hidden", hidden, "[..., D]")
         checks.tensor(f"{side}_head", head, "[V, D]")

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastkd import checks
 
 METHODS = ("decoder", "cosine", "euclidean", "unk")
-_STEM = "vocab_map"
+_STEM, _SUFFIXES = "vocab_map", (".safetensors", ".json")
 # The ids that Hugging Face configurations hold.
 _CONFIG_IDS = (
     "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
@@ -83,7 +83,7 @@ class VocabMap(nn.Module):
 
         counts [V]: how often each id came in the corpus. size: a fraction of V, or a number of ids; rounded up to
         `multiple_of` (the GEMM's tile), at most V. A dropped id becomes the kept id that is nearest in the teacher's
-        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or `unk_id` for all ("unk").
+        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or always `unk_id` ("unk").
         method None: "decoder" with embeddings, else "unk" with unk_id, else dropped ids have no stand-in.
         """
         counts = torch.as_tensor(counts)
@@ -186,9 +186,11 @@ class VocabMap(nn.Module):
     def save(self, path) -> Path:
         """Write to a folder (or a file *.safetensors, *.json): safetensors where it is installed, else JSON."""
         path = Path(path)
-        if path.suffix not in (".safetensors", ".json"):
+        if path.suffix not in _SUFFIXES:
             path.mkdir(parents=True, exist_ok=True)
-            path = path / f"{_STEM}.{'safetensors' if importlib.util.find_spec('safetensors') else 'json'}"
+            for suffix in _SUFFIXES:  # an older map in the other format would be read in its place
+                (path / (_STEM + suffix)).unlink(missing_ok=True)
+            path = path / (_STEM + _SUFFIXES[0 if importlib.util.find_spec("safetensors") else 1])
         tensors = {"kept_ids": self.kept_ids.cpu(), "position_of": self.position_of.cpu()}
         if path.suffix == ".json":
             path.write_text(json.dumps({name: x.tolist() for name, x in tensors.items()}))
@@ -203,7 +205,7 @@ class VocabMap(nn.Module):
         """What `save` wrote, from the same path."""
         path = Path(path)
         if path.is_dir():
-            files = [path / f"{_STEM}.{suffix}" for suffix in ("safetensors", "json")]
+            files = [path / (_STEM + suffix) for suffix in _SUFFIXES]
             found = [file for file in files if file.exists()]
             if not found:
                 raise ValueError(
@@ -244,7 +246,7 @@ class VocabMap(nn.Module):
         for x, kept in zip(_vocabulary_last(model), rows, strict=True):
             x.copy_(kept)
         if padding is not None:
-            model.get_input_embeddings().padding_idx = self.encode(padding)
+            _move_padding(model, padding, self.encode(padding))
         for configuration in _configurations(model):
             for name in _CONFIG_IDS:
                 old = getattr(configuration, name, None)
@@ -277,6 +279,21 @@ def _configurations(model) -> list:
     generation = getattr(model, "generation_config", None)
     unique = {id(c): c for c in (own, text, generation) if c is not None}
     return list(unique.values())
+
+
+def _move_padding(model, old: int, new: int) -> None:
+    """Embeddings know the padding id. RoBERTa's kin also count positions from it: their positions' table moves too."""
+    model.get_input_embeddings().padding_idx = new
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if not isinstance(positions, nn.Embedding) or positions.padding_idx != old or new == old:
+            continue
+        table = positions.weight
+        moved = table.new_zeros(table.shape[0] + new - old, table.shape[1])
+        moved[new:] = table[old:]
+        positions.weight = nn.Parameter(moved, requires_grad=table.requires_grad)
+        positions.num_embeddings, positions.padding_idx, module.padding_idx = len(moved), new, new
+        model.config.max_position_embeddings = len(moved)
 
 
 def _vocabulary_last(model) -> list[Tensor]:

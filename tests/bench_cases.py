@@ -6,7 +6,6 @@ Not collected by default (its name, and the marker). Times are of one machine in
 
 import pytest
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
 from fastkd.bench import check, measure, rivals

@@ -11,7 +11,12 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 AWKWARD_SIZES = (1, 2, 7, 31, 32, 33, 127, 129)
 
 # Per dtype: relative Frobenius error allowed for (loss, gradient) against the float64 reference.
-TOLERANCES = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (1e-2, 1e-2)}
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (1e-6, 1e-5),
+    torch.bfloat16: (1e-2, 1e-2),
+    torch.float16: (1e-2, 1e-2),
+}
 
 
 def det(shape, k, dtype=torch.float64):
@@ -41,5 +46,5 @@ def gradients(loss_function, *inputs, upstream_seed=7):
     """(loss, gradient of each input that is a floating leaf) under a random, never a unit, upstream gradient."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     loss = loss_function(*leaves)
-    upstream = randn(*loss.shape, seed=upstream_seed).to(loss.dtype) + 1.5
+    upstream = randn(*loss.shape, seed=upstream_seed).to(loss) + 1.5
     return loss.detach(), torch.autograd.grad(loss, leaves, upstream)

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import check, machine, measure, plots, report, roofs, run
 from fastkd.bench.case import Case, Work
@@ -269,6 +268,14 @@ def test_what_is_published_on_a_quiet_machine(flags, publishing, monkeypatch):
     monkeypatch.setattr(run, "run_cases", lambda *arguments: seen.append(arguments[-1]) or 0)
     assert run.run(run.parser().parse_args(["divergence", *flags])) == 0
     assert seen == [publishing]
+
+
+def test_a_case_that_does_not_fit_is_left_out_by_name(fake_measure, monkeypatch):
+    assert machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 12 * 2**30) == ""
+    assert "needs about 12 GiB" in machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 11 * 2**30)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 1)
+    outcome = outcome_of([provider("fastkd")], fake_measure)
+    assert outcome.rows == [] and outcome.refused == "" and "left out" in outcome.absent[0].reason
 
 
 # Load -------------------------------------------------------------------------------------------------------------

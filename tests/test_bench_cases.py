@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-
 from fastkd.bench import case as case_module
 from fastkd.bench import cases, check, rivals, roofs
 from fastkd.bench.case import Gemm
@@ -12,7 +11,12 @@ from fastkd.bench.rivals import Absent, Provider
 
 CPU = torch.device("cpu")
 TINY = {"N": 7, "V": 41, "K": 5, "B": 4, "Ds": 12, "Dt": 20, "H": 2, "L": 9, "d": 8, "R": 3, "S": 6, "D": 10, "n": 50}
-TINY_BY_STEM = {"transport": {"P": 3, "N": 4, "M": 6}, "layer_cost": {"N": 2, "M": 3}, "linear_divergence": {"R": 300}}
+TINY_BY_STEM = {
+    "divergence": {"K": 20},
+    "transport": {"P": 3, "N": 4, "M": 6},
+    "layer_cost": {"N": 2, "M": 3},
+    "linear_divergence": {"R": 300},
+}
 
 
 class CountingTimer:

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import GOLDENS, det, gradients, randn, relative_error
-from ranks import on_two_ranks
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.losses.bert_emd import SMALLEST_WEIGHT, BertEMDLoss
 from fastkd.losses.projection import Projection
+from ranks import on_two_ranks
 
 N, M = 4, 12
 VARIANTS = {

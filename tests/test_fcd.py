@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import GOLDENS, det, gradients, randn, relative_error
-from ranks import on_two_ranks
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.functional import gram_correlation_loss
 from fastkd.losses.fcd import FCDLoss
+from ranks import on_two_ranks
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cases import GOLDENS, det, gradients, randn, relative_error
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd import functional
 from fastkd.reference.gram import gram
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import det, gradients, randn, relative_error
 
+from cases import det, gradients, randn, relative_error
 from fastkd import functional
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)

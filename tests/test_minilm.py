@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, randn, relative_error
 
+from cases import gradients, randn, relative_error
 from fastkd.losses.minilm import MiniLMLoss, MiniLMv2Loss
 
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])

@@ -65,8 +65,12 @@ def mutated(subject, where, how):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_no_mutant_survives(subject, backend, where, mutant, check):
     if where == "loss" and mutant == "one tile dropped":
-        pytest.skip("a loss row is one number: dropping a tile of it is dropping the row, which has a mutant of its own")
+        pytest.skip(
+            "a loss row is one number: dropping a tile of it is dropping the row, which has a mutant of its own"
+        )
     if subject.variant == "tvd" and check is test_kernels.test_near_convergence and mutant == "scaled by 1 %":
-        pytest.skip("tvd's gradient near convergence is known to 1 % only (signs turn); the ordinary range kills this one")
+        pytest.skip(
+            "tvd's gradient near convergence is known to 1 % only (signs turn); the ordinary range kills this one"
+        )
     with pytest.raises(AssertionError):
         check(mutated(subject, where, MUTANTS[mutant]), backend)

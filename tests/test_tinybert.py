@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, randn, relative_error
 
+from cases import gradients, randn, relative_error
 from fastkd.losses.pkd import PKDLoss
 from fastkd.losses.tinybert import TinyBERTLoss
 

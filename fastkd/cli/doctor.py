@@ -25,7 +25,9 @@ def _build() -> str:
     except ImportError:
         return "no compiled module (fastkd._C)"
     info = _C.build_info()
-    return f"{info['compiler']}, against torch {info['built_against_torch']}, instruction sets: {info['instruction_sets']}"
+    return (
+        f"{info['compiler']}, against torch {info['built_against_torch']}, instruction sets: {info['instruction_sets']}"
+    )
 
 
 def report(device: str, dtype: torch.dtype) -> list[str]:
@@ -59,7 +61,9 @@ def self_test() -> str:
 
     x = torch.arange(12.0).reshape(3, 4)
     agrees = bool((probe(x) == x.sum(1)).all())
-    return "C++ kernels: " + ("loaded, and they compute" if agrees else "loaded, but they compute WRONG numbers; reinstall")
+    return "C++ kernels: " + (
+        "loaded, and they compute" if agrees else "loaded, but they compute WRONG numbers; reinstall"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ from .kd import hard_cross_entropy
 
 
 class DistilBERTLoss(nn.Module):
-    """loss(student_logits, teacher_logits [B, S, V], student_hidden, teacher_hidden [B, S, D], labels [B, S], mask [B, S]).
+    """loss(student_logits, teacher_logits [B, S, V], student_hidden, teacher_hidden [B, S, D], labels, mask [B, S]).
 
     The KL and the cosine term are means over the real tokens (mask 1), the MLM term over the labelled ones (not
     ignore_index). The causal triple of DistilGPT2 is the same with shifted labels. labels None leaves its term out.

@@ -20,9 +20,9 @@ class GLMDLoss(nn.Module):
 
     vocab: a VocabMap; the student's logits are then [B, S, K] in its order, the teacher's stay [B, S, V].
     normalize: "positions" divides by B·S, padding included, as released; "tokens" by the number of real tokens.
-    top_n (a count, or a fraction of the vocabulary): only the teacher's n most likely words, renormalised, plus the mean
-    of the positive excesses of the student's other logits over its lowest among those n. With teacher_min instead of the
-    penalty all words are compared, the teacher's logits below its n-th set to its lowest.
+    top_n (a count, or a fraction of the words): only the teacher's n most likely words, renormalised, and a penalty,
+    the mean of the positive excesses of the student's other logits over its lowest among those n. With teacher_min, no
+    penalty: all words are compared, the teacher's logits below its n-th set to its lowest.
     mse: the mean squared difference of the logits instead of the KL.
     stage: "words" or "soft"; an attribute, and an argument of each call. In "soft" the logits are [B, C], the mask [B],
     and soft_kind says how they are compared: "soft_ce" (no T²), "forward_kl" (with T²) or "mse" (mean over B·C).
@@ -117,6 +117,9 @@ class GLMDLoss(nn.Module):
         return value / self._denominator(student, student.shape[-1])
 
     def _top_words(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:  # what a padded row holds, NaN too, must not reach the minimum's gradient
+            keep = reduce.as_bool(mask)[..., None]
+            student, teacher = student.masked_fill(~keep, 0), teacher.masked_fill(~keep, 0)
         size = student.shape[-1]
         n = min(max(int(self.top_n * size) if isinstance(self.top_n, float) else self.top_n, 1), size)
         top, words = teacher.topk(n, -1)  # [B, S, n]
@@ -124,7 +127,7 @@ class GLMDLoss(nn.Module):
             lowest = teacher.amin(-1, keepdim=True)
             return self._words(student, torch.where(teacher < top[..., -1:], lowest, teacher), mask)
         chosen = student.gather(-1, words)  # [B, S, n]
-        return self._words(chosen, top, mask) + _excess(student, chosen, words, mask)
+        return self._words(chosen, top, mask) + _excess(student, chosen, words)
 
     def _soft(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         checks.tensor("student_logits", student, "[B, C]")
@@ -138,11 +141,9 @@ class GLMDLoss(nn.Module):
         return f"temperature={self.temperature}, normalize={self.normalize!r}, stage={self.stage!r}"
 
 
-def _excess(student: Tensor, chosen: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean, over those that are positive, of what the student's other logits exceed its lowest chosen one by; else 0."""
+def _excess(student: Tensor, chosen: Tensor, words: Tensor) -> Tensor:
+    """Mean of the positive ones among (the student's other logits - its lowest chosen one); 0 if none is positive."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     over = student.to(dtype) - chosen.to(dtype).amin(-1, keepdim=True)  # [B, S, V]
     counts = torch.ones_like(over, dtype=torch.bool).scatter(-1, words, False) & (over > 0)
-    if mask is not None:
-        counts = counts & reduce.as_bool(mask)[..., None]
     return torch.where(counts, over, 0).sum() / counts.sum().clamp_min(1)

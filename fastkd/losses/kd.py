@@ -1,4 +1,4 @@
-"""Hinton, Vinyals and Dean (2015): (1 - alpha) CE(labels, student) + alpha T² KL(softmax(z_t / T) ‖ softmax(z_s / T))."""
+"""Hinton, Vinyals, Dean (2015): (1 - alpha) CE(labels, student) + alpha T² KL(softmax(z_t / T) ‖ softmax(z_s / T))."""
 
 import torch
 from torch import Tensor, nn

@@ -19,13 +19,26 @@ class TransportPlan(NamedTuple):
     status: Tensor  # [...] int32, 0 = optimal
 
 
+LARGEST = 64  # rows and columns that the compiled solver takes: a subtree of its basis is a pair of 64-bit sets
+
+
+def _plan_fake(cost, a, b, start_flow, start_v):
+    problems, n, m = cost.shape
+    new = lambda *shape, dtype=torch.float64: cost.new_empty(shape, dtype=dtype)  # noqa: E731 (four of the same)
+    return new(problems, n, m), new(problems, n), new(problems, m), new(problems, dtype=torch.int32)
+
+
+backends.fake("transport", _plan_fake)
+backends.fake("transport_emulated", _plan_fake)
+
+
 class Transport(torch.autograd.Function):
     """value = <flow, cost>. Its gradient is the flow (to the cost) and the duals (to the marginals), by the envelope
     theorem; u and v are only defined up to u + c, v - c, so each is centred."""
 
     @staticmethod
-    def forward(ctx, cost, a, b, solve):
-        flow, u, v, status = solve(cost, a, b)
+    def forward(ctx, cost, a, b, start_flow, start_v, backend):
+        flow, u, v, status = _solve(cost, a, b, start_flow, start_v, backend)
         value = (flow * cost.to(flow.dtype)).sum((-2, -1))
         ctx.save_for_backward(flow, u, v)
         ctx.dtypes = cost.dtype, a.dtype, b.dtype
@@ -41,21 +54,35 @@ class Transport(torch.autograd.Function):
         to_cost = grad[..., None, None] * flow
         to_a, to_b = (grad[..., None] * (x - x.mean(-1, keepdim=True)) for x in (u, v))
         cost_dtype, a_dtype, b_dtype = ctx.dtypes
-        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None
+        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None, None, None
 
 
 def _result_dtype(cost: Tensor) -> torch.dtype:
     return torch.float64 if cost.dtype == torch.float64 else torch.float32
 
 
-def _solve_reference(cost, a, b):
+def _solve(cost, a, b, start_flow, start_v, backend):
+    """flow, u, v in float64 and status, with the leading shape of cost."""
     *lead, n, m = cost.shape
-    flow, u, v = reference.transport(cost.reshape(-1, n, m), a.reshape(-1, n), b.reshape(-1, m))
-    status = torch.zeros(lead, dtype=torch.int32, device=cost.device)
-    return flow.reshape(*lead, n, m), u.reshape(*lead, n), v.reshape(*lead, m), status
+    dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
+    problems = cost.reshape(-1, n, m).to(dtype), a.reshape(-1, n).to(dtype), b.reshape(-1, m).to(dtype)
+    if backend == "reference":
+        flow, u, v = reference.transport(*problems)
+        status = torch.where(flow.isfinite().all((-2, -1)), 0, 1).to(torch.int32)  # [P]
+    else:
+        if start_flow is not None:
+            start_flow = start_flow.detach().expand(cost.shape).reshape(-1, n, m).double()
+            start_v = start_v.detach().expand(*lead, m).reshape(-1, m).double()
+        flow, u, v, status = torch.ops.fastkd.transport(*problems, start_flow, start_v)
+    return flow.reshape(cost.shape), u.reshape(*lead, n), v.reshape(*lead, m), status.reshape(lead)
 
 
 def transport(cost, a, b, warm_start, backend) -> TransportPlan:
-    """Solve every problem of the batch exactly, in float64."""
-    backends.choose("transport", backend, cost)
-    return TransportPlan(*Transport.apply(cost, a, b, _solve_reference))
+    """Solve every problem of the batch exactly, in float64. A warm start gives the arcs and prices to begin with."""
+    if max(cost.shape[-2:]) > LARGEST and backend == "auto":
+        backend = "reference"
+    backend = backends.choose("transport", backend, cost)
+    if max(cost.shape[-2:]) > LARGEST and backend != "reference":
+        raise ValueError(f"cost: the {backend} solver takes up to {LARGEST} rows and columns, got {list(cost.shape)}")
+    start = (None, None) if warm_start is None else (warm_start.flow, warm_start.v)
+    return TransportPlan(*Transport.apply(cost, a, b, *start, backend))

@@ -39,7 +39,7 @@ def nce(query, bank, index, n_data, temperature, z):
 
 
 def partition(query, bank, index, n_data, temperature, z):
-    """z if it is set (> 0), else n_data · mean e^(<query, ·> / T) over this batch; 0 if no score is finite -> [] as z"""
+    """z if it is set (> 0), else n_data · mean e^(<query, ·> / T) of this batch; 0 if no score is finite -> [] as z"""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = _scores(query.detach().to(dtype) / temperature, bank, index, dtype)  # [B, 1 + K]
     finite = scores.isfinite()  # a NaN row must not be frozen into z

@@ -5,7 +5,9 @@ rounding: no tolerances, and 1e-30 is as good as 1e30. Masses are perturbed symb
 basis is degenerate: every pivot lowers the cost, hence no cycle. The basis is a spanning tree over rows and columns;
 the duals are its potentials. An invalid problem (not finite, negative mass, sums that differ) gives NaN, alone.
 """
+
 import math
+from itertools import pairwise
 
 import torch
 
@@ -13,8 +15,8 @@ import torch
 def transport(cost, a, b):
     solved = [_solve(*problem) for problem in zip(*(x.detach().double().tolist() for x in (cost, a, b)), strict=True)]
     flow, u, v = ([problem[k] for problem in solved] for k in range(3))
-    shapes = cost.shape, a.shape, b.shape  # [P, N, M], [P, N], [P, M]
-    return tuple(cost.new_tensor(x, dtype=torch.float64).reshape(s) for x, s in zip((flow, u, v), shapes, strict=True))
+    pairs = zip((flow, u, v), (cost, a, b), strict=True)  # [P, N, M], [P, N], [P, M]
+    return tuple(like.new_tensor(x, dtype=torch.float64).reshape(like.shape) for x, like in pairs)
 
 
 def _solve(cost, a, b):
@@ -30,7 +32,6 @@ def _solve(cost, a, b):
     a = [(x << bits) + M + 1 for x in a]  # no proper subset of rows weighs as much as a subset of columns
     b = [(y << bits) + 1 for y in b]
     b[-1] += sum(a) - sum(b)
-
     flow = {}  # the basis, started greedily from the cheapest cell: (row, N + column) -> mass
     for k in sorted(range(N * M), key=c.__getitem__):
         i, j = divmod(k, M)
@@ -48,7 +49,7 @@ def _solve(cost, a, b):
         while len(up) > 1 and len(down) > 1 and up[-2] == down[-2]:
             up.pop(), down.pop()
         path = up + down[-2::-1]  # row i, column, row, …, column j, through the tree
-        edges = [(min(x), max(x)) for x in zip(path, path[1:], strict=False)]
+        edges = [(min(x), max(x)) for x in pairwise(path)]
         leave = min(edges[::2], key=flow.__getitem__)
         theta = flow[leave]
         for sign, edge in zip([-1, 1] * M, edges, strict=False):

@@ -1,0 +1,54 @@
+// Problems over torch's own thread pool; the simplex is in csrc/transport_simplex.h.
+#include "transport.h"
+
+#include "cpu/isa.h"
+#include "cpu/tensors.h"
+#include "transport_tensors.h"
+#include "transport_warp.h"
+
+FASTKD_DECLARE(TransportTable, transport);
+
+namespace fastkd {
+namespace {
+
+// Problems per thread so that they are worth waking it for: about 16 microseconds.
+int64_t problems_per_thread(const TransportBatch& batch) { return 1 + 768 / (batch.n * batch.m); }
+
+transport::Plan plan_by(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
+                        const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v) {
+  const auto run = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
+    const auto solve = in_doubles ? table.doubles : table.floats;
+    parallel_for(0, problems, problems_per_thread(batch),
+                 [&](int64_t begin, int64_t end) { solve(batch, begin, end); });
+  };
+  return transport::plan_of(cost, a, b, start_flow, start_v, run);
+}
+
+transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                               std::optional<Tensor> start_v) {
+  return plan_by(FASTKD_CHOOSE(transport), cost, a, b, start_flow, start_v);
+}
+
+// The CUDA kernel's 32 lanes, played by the host: what runs on a GPU can be tested without one.
+template <class Cost>
+void emulate(const TransportBatch& batch, int64_t begin, int64_t end) {
+  using namespace transport;
+  double cost[SIDE * SIDE];
+  Workspace workspace;
+  workspace.cost = cost;
+  WarpLanes lanes;
+  for (int64_t p = begin; p < end; ++p) solve<Cost>(lanes, workspace, batch, p);
+}
+
+transport::Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b,
+                                   std::optional<Tensor> start_flow, std::optional<Tensor> start_v) {
+  return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v);
+}
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("transport", TORCH_BOX(&fastkd::transport_plan));
+  m.impl("transport_emulated", TORCH_BOX(&fastkd::transport_emulated));
+}

@@ -1,0 +1,21 @@
+#include "cpu/isa.h"
+#include "cpu/transport_lanes.h"
+#include "transport.h"
+
+namespace {
+
+using namespace fastkd::transport;
+
+template <class Cost>
+void solve_all(const TransportBatch& batch, int64_t begin, int64_t end) {
+  alignas(64) double cost[SIDE * SIDE];
+  alignas(64) Workspace workspace;
+  workspace.cost = cost;
+  CpuLanes lanes;
+  for (int64_t p = begin; p < end; ++p) solve<Cost>(lanes, workspace, batch, p);
+}
+
+}  // namespace
+
+extern const TransportTable FASTKD_TABLE(transport);
+const TransportTable FASTKD_TABLE(transport) = {solve_all<double>, solve_all<float>};

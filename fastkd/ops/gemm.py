@@ -1,0 +1,24 @@
+"""The shared CPU GEMM tile by itself. The stems call it from C++ (csrc/cpu/gemm.h), tests and the bench from here."""
+
+import torch
+from torch import Tensor
+
+from fastkd import backends
+
+# Bits of `how`, the same as in csrc/cpu/gemm.cpp.
+DIRECT = 1  # read `a` where it lies instead of packing it
+FLOAT32_ONLY = 2  # widen bfloat16 even where the machine multiplies it
+ROUND = 4  # round float32 to bfloat16 where the machine multiplies that
+SPLIT = 8  # with ROUND: `a` as a high and a low bfloat16 part
+EMULATE_AMX = 16  # bfloat16 with the packing and tiling of AMX, its tile registers emulated
+
+if backends.UNAVAILABLE["cpu"] is None:
+
+    @torch.library.register_fake("fastkd::gemm_nt")
+    def _(a, b, start=None, alpha=1.0, how=0):
+        return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+
+
+def gemm_nt(a: Tensor, b: Tensor, start: Tensor | None = None, alpha: float = 1.0, how: int = 0) -> Tensor:
+    """alpha * a @ b.T + start in float32, from a [M, K] and b [N, K] in float32, bfloat16 or float16, any strides."""
+    return torch.ops.fastkd.gemm_nt(a, b, start, alpha, how)  # [M, N]

@@ -1,0 +1,112 @@
+"""Errors teach: which argument, what came, what to do."""
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import functional as F
+
+X = torch.randn(2, 5, 8)
+L = torch.randn(4, 7)
+H = torch.randn(2, 3, 5, 4)
+Q = torch.randn(3, 6)
+BANK = torch.randn(9, 6)
+INDEX = torch.zeros(3, 2, dtype=torch.int64)
+
+# (the call, what its message must contain): the argument's name first, then what came or what to do
+WRONG = {
+    "shape of the student": (lambda: F.gram_correlation_loss(X[0], X), "student: expected shape [B, N, D], got float32[5, 8]"),
+    "not a tensor": (lambda: F.divergence([1.0], L), "student_logits: expected a tensor [..., V], got list"),
+    "integer logits": (lambda: F.divergence(L.long(), L), "cast it, for example with .float()"),
+    "batch differs": (lambda: F.gram_correlation_loss(X, X[:1]), "student and teacher must agree in their first 2 axes"),
+    "vocabularies differ": (lambda: F.divergence(L, L[:, :5]), "slice the teacher's columns"),
+    "teacher with a graph": (lambda: F.divergence(L, L.clone().requires_grad_()), "teacher requires grad"),
+    "mask of another shape": (lambda: F.divergence(L, L, mask=torch.ones(3)), "mask: expected shape [...] = [4]"),
+    "unknown kind": (lambda: F.divergence(L, L, kind="kl"), "kind: expected one of 'forward_kl'"),
+    "unknown reduction": (lambda: F.divergence(L, L, reduction="avg"), "reduction: expected one of 'mean', 'sum', 'none'"),
+    "temperature 0": (lambda: F.divergence(L, L, temperature=0), "temperature: must be a finite number > 0, got 0"),
+    "beta at its end": (lambda: F.divergence(L, L, kind="jsd", beta=1.0), "kind='reverse_kl'"),
+    "sparse teacher out of range": (
+        lambda: F.divergence(L, fastkd.TopK(torch.full((4, 2), 7), torch.zeros(4, 2))),
+        "teacher.indices: indices must lie in [0, 7)",
+    ),
+    "sparse teacher has no logits": (
+        lambda: F.divergence(L, fastkd.TopK(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)), kind="mse"),
+        "use soft_ce or forward_kl",
+    ),
+    "reverse KL without a tail": (
+        lambda: F.divergence(L, fastkd.TopK(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)), kind="reverse_kl"),
+        "tail=True",
+    ),
+    "official grouping under a mask": (
+        lambda: F.gram_correlation_loss(X, X, level="sequence", grouping="official", mask=torch.tensor([[1, 1, 1, 1, 0]] * 2)),
+        "grouping='official' has no defined meaning",
+    ),
+    "no layers": (lambda: F.layer_costs([], [X]), "students: the list of layers is empty"),
+    "not a list of layers": (lambda: F.layer_costs(X, [X]), "students: expected a list with one entry per layer"),
+    "widths of layers differ": (lambda: F.layer_costs([X], [X[..., :4]]), "project the student to the teacher's width"),
+    "head counts differ": (lambda: F.attention_costs([(H, H)], [(H[:, :2], H[:, :2])]), "heads='mean'"),
+    "relations do not pair up": (lambda: F.relation_kl_loss([H], [H, H]), "student and teacher must pair up one to one"),
+    "relation heads": (lambda: F.relation_kl_loss([H], [H], heads=5), "heads: must divide the width of student[0], 3·4 = 12"),
+    "negative mass": (lambda: F.transport(torch.rand(2, 3), torch.tensor([1.5, -0.5])), "a: masses must be finite and >= 0"),
+    "NaN cost": (lambda: F.transport(torch.full((2, 3), float("nan"))), "cost: costs must be finite"),
+    "unequal mass": (lambda: F.transport(torch.rand(2, 3), torch.ones(2)), "a and b must have the same total mass"),
+    "bank of another width": (lambda: F.info_nce_loss(Q, Q, BANK[:, :4]), "bank: expected the width of query, 6"),
+    "index out of range": (lambda: F.info_nce_loss(Q, Q, BANK, INDEX + 9), "index: indices must lie in [0, 9)"),
+    "only the positive": (
+        lambda: F.nce_loss(Q, BANK, INDEX[:, :1], n_data=9, temperature=0.1, z=1.0),
+        "index: expected the positive and at least one negative",
+    ),
+    "head turned round": (lambda: F.linear_divergence(L, L.t(), L, L), "a head is [V, D], as nn.Linear.weight"),
+    "heads of different size": (
+        lambda: F.linear_divergence(L, torch.randn(20, 7), L, torch.randn(30, 7)),
+        "if the student's vocabulary is a subset, pass vocab=",
+    ),
+    "device": (
+        lambda: F.divergence(L, torch.empty(4, 7, device="meta")),
+        "teacher is on meta, but student_logits is on cpu; move it with teacher.to(student_logits.device)",
+    ),
+    "layer count of BERT-EMD": (
+        lambda: fastkd.BertEMDLoss(3, 2)(None, None, [X, X], [X, X]),
+        "expected 3",
+    ),
+    "lists of FCD": (lambda: fastkd.FCDLoss()([X], [X, X]), "must pair up one to one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_error_names_the_argument(mistake):
+    call, message = WRONG[mistake]
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - what it must say is checked below, without escapes
+        call()
+    assert message in str(error.value)
+
+
+def test_a_teacher_under_no_grad_may_be_a_parameter():
+    with torch.no_grad():
+        F.divergence(L, L.clone().requires_grad_())
+
+
+def test_nothing_counts_is_zero_with_a_graph():
+    leaf = L.clone().requires_grad_()
+    loss = F.divergence(leaf, L * 2, mask=torch.zeros(4))
+    assert loss.item() == 0
+    loss.backward()
+    assert (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_inside(dtype):
+    """Under autocast the losses still compute in float32: the reference's matrix products would lose their digits."""
+    student = X.clone().requires_grad_()
+    outside = F.gram_correlation_loss(student, X + 0.1)
+    with torch.autocast("cpu", dtype):
+        inside = F.gram_correlation_loss(student, X + 0.1)
+    assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+
+
+def test_scaled_half_precision_gradients_come_back():
+    """What fp16's GradScaler does: a large upstream factor, gradients in the student's dtype, finite."""
+    student = L.half().requires_grad_()
+    (F.divergence(student, L, temperature=2.0) * 2.0**10).backward()
+    assert student.grad.dtype == torch.float16 and student.grad.isfinite().all() and student.grad.abs().sum() > 0
