@@ -3,18 +3,19 @@
 import copy
 
 import pytest
-import tiny
 import torch
 
-pytest.importorskip("transformers")
-from transformers import AutoConfig, logging  # noqa: E402
+import tiny
 
-from fastkd.train import methods  # noqa: E402
-from fastkd.train.batch import Batch  # noqa: E402
-from fastkd.train.methods import FAMILIES, METHODS, Setup, Side, Term, build, refusal  # noqa: E402
-from fastkd.train.states import read, record_attention  # noqa: E402
-from fastkd.train.student import from_layers  # noqa: E402
-from fastkd.train.trainer import DistillTrainer  # noqa: E402
+pytest.importorskip("transformers")
+from transformers import AutoConfig, logging
+
+from fastkd.train import methods
+from fastkd.train.batch import Batch
+from fastkd.train.methods import FAMILIES, METHODS, Setup, Side, Term, build, refusal
+from fastkd.train.states import read, record_attention
+from fastkd.train.student import from_layers
+from fastkd.train.trainer import DistillTrainer
 
 logging.set_verbosity_error()
 SMALL = {"minilmv2": "relation_heads=4", "codir": "nce_k=3,feat_dim=8"}

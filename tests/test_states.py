@@ -1,11 +1,12 @@
 """The capture of hidden states and of queries, keys, values leaves every family's outputs what SDPA makes them."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
+
 pytest.importorskip("transformers")
-from fastkd.train import states  # noqa: E402 (needs transformers)
+from fastkd.train import states
 
 
 @pytest.mark.parametrize("family", tiny.MORE_FAMILIES)

@@ -3,22 +3,24 @@
 import copy
 
 import pytest
-import tiny
 import torch
 
-pytest.importorskip("transformers")
-from test_methods import METHODS, pair, spelled, task_of  # noqa: E402
-from transformers import logging  # noqa: E402
+import tiny
 
-from fastkd.train import methods  # noqa: E402
-from fastkd.train.batch import Batch  # noqa: E402
-from fastkd.train.states import read  # noqa: E402
-from fastkd.train.trainer import DistillTrainer  # noqa: E402
+pytest.importorskip("transformers")
+from transformers import logging
+
+from fastkd.train import methods
+from fastkd.train.batch import Batch
+from fastkd.train.states import read
+from fastkd.train.trainer import DistillTrainer
+from test_methods import METHODS, pair, task_of
 
 logging.set_verbosity_error()
 SEPARABLE = [
     "kd", "fcd:beta=0,share=1", "fcd:alpha=0,beta=0,gamma=0.0001,share=0", "pkd", "tinybert:share=1", "tinybert:share=0",
-    "minilm:share=1", "minilmv2:relation_heads=4,share=1", "distilbert", "glmd", "forward_kl", "reverse_kl", "jsd", "skew_kl",
+    "minilm:share=1", "minilmv2:relation_heads=4,share=1", "distilbert", "glmd", "forward_kl", "reverse_kl", "jsd",
+    "skew_kl",
 ]  # fmt: skip
 
 
@@ -194,10 +196,10 @@ def test_resuming_with_another_method_or_without_its_state_is_refused(tmp_path):
 
     trainer("bert_emd").train()
     checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(ValueError, match="written by method bert_emd, and this run is kd"):
+    with pytest.raises(ValueError, match=r"written by method bert_emd, and this run is kd"):
         trainer("kd").train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-1" / "fastkd_method.json").unlink()
-    with pytest.raises(ValueError, match="has no fastkd_method.json"):
+    with pytest.raises(ValueError, match=r"has no fastkd_method\.json"):
         trainer("bert_emd").train(resume_from_checkpoint=checkpoint)
 
 
