@@ -308,3 +308,40 @@ def test_the_other_sentence_tasks_train(task, tmp_path):
         assert entries[4]["loss"] < entries[0]["loss"] and entries[-1]["loss"] < entries[5]["loss"] + 1e-4
     else:
         assert entries[-1]["loss"] < entries[0]["loss"]
+
+
+RANKS = """
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+import tiny
+from test_methods import pair
+from fastkd.train.trainer import DistillTrainer
+teacher, student = pair("bert", "classification")
+args = tiny.arguments({folder!r}, optim="sgd", learning_rate=1.0, per_device_train_batch_size=8 // {world}, **{more})
+torch.manual_seed(0)
+data = tiny.dataset("classification", even=True)
+trainer = DistillTrainer(student, teacher, "tinybert:share=1", args=args, train_dataset=data)
+assert args.world_size == {world}, args.world_size
+trainer.train()
+wrapped = type(trainer.model_wrapped).__name__, type(trainer.teacher).__name__
+result = [p.detach() for p in (*student.parameters(), *trainer.method.parameters())]
+logged = trainer.state.log_history[0]
+result = {{"wrapped": wrapped, "parameters": result, "loss": logged["loss"], "term": logged["term/tinybert/hidden"]}}
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    """Student (wrapped by DDP) and projection (not in it) both take the mean gradient; the teacher is never wrapped."""
+    from ranks import on_two_ranks
+
+    namespace = {"os": type("os", (), {"environ": {}}), "torch": torch, "rank": 0}
+    exec(RANKS.format(folder=str(tmp_path / "one"), world=1, more={}), namespace)
+    one = namespace["result"]
+    two = on_two_ranks(RANKS.format(folder=str(tmp_path / "two"), world=2, more={"ddp_backend": "gloo"}))
+    assert two[0]["wrapped"] == ("DistributedDataParallel", "BertForSequenceClassification")
+    for rank in two:
+        for ours, theirs in zip(rank["parameters"], one["parameters"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert two[0]["term"] == pytest.approx(one["term"], rel=1e-3)
