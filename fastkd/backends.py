@@ -22,7 +22,7 @@ WRITTEN = {
     "layer_cost": ("cpu",),
     "transport": ("cpu", "cuda"),
     "contrast": (),
-    "divergence": ("cpu",),
+    "divergence": ("cpu", "triton"),
     "linear_divergence": (),
 }
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, randn, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import gradients, randn, relative_error
 from fastkd import functional
 from fastkd.reference import contrast, contrast_bank
 
