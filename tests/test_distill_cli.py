@@ -21,24 +21,10 @@ import fastkd
 from fastkd.cli import distill
 from fastkd.train import arguments, data, student
 
-WORDS = [
-    "good",
-    "fine",
-    "great",
-    "bad",
-    "poor",
-    "awful",
-    "film",
-    "plot",
-    "actor",
-    "was",
-    "is",
-    "the",
-    "a",
-    "it",
-    "very",
+WORDS = [  # moods first: three good, three bad
+    "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "actor", "was", "is", "the", "a", "it", "very",
     "quite",
-]
+]  # fmt: skip
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -184,7 +170,7 @@ WRONG = [
     ({"device": "cuda", "use_cpu": None}, "device: cuda was asked for, but torch finds no CUDA device"),
     ({"label_column": "score"}, "'score' holds fractions; for a number to predict choose --task regression"),
     ({"output_dir": "."}, "holds something that is not a run of fastkd"),
-    ({"student_layers": None, "student_config": "hidden_size=10"}, "hidden_size=10 must be a multiple of num_attention_heads=4"),
+    ({"student_layers": None, "student_config": "hidden_size=10"}, "hidden_size=10 must be a multiple of num_attention"),
     ({"student_layers": None, "student_config": "width=8"}, "BertConfig has no width"),
 ]  # fmt: skip
 
@@ -241,7 +227,7 @@ def test_tokenizers_that_differ_are_refused_by_word(tmp_path):
         vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
 
-    with pytest.raises(ValueError, match="'(good' is 5 and 6|bad' is 6 and 5)"):
+    with pytest.raises(ValueError, match=r"'(good' is 5 and 6|bad' is 6 and 5)"):
         check_tokenizers(tokenizer(["good", "bad"]), tokenizer(["bad", "good"]))
 
 

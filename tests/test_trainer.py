@@ -19,7 +19,8 @@ from test_methods import METHODS, pair, task_of
 logging.set_verbosity_error()
 SEPARABLE = [
     "kd", "fcd:beta=0,share=1", "fcd:alpha=0,beta=0,gamma=0.0001,share=0", "pkd", "tinybert:share=1", "tinybert:share=0",
-    "minilm:share=1", "minilmv2:relation_heads=4,share=1", "distilbert", "glmd", "forward_kl", "reverse_kl", "jsd", "skew_kl",
+    "minilm:share=1", "minilmv2:relation_heads=4,share=1", "distilbert", "glmd", "forward_kl", "reverse_kl", "jsd",
+    "skew_kl",
 ]  # fmt: skip
 
 
@@ -195,10 +196,10 @@ def test_resuming_with_another_method_or_without_its_state_is_refused(tmp_path):
 
     trainer("bert_emd").train()
     checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(ValueError, match="written by method bert_emd, and this run is kd"):
+    with pytest.raises(ValueError, match=r"written by method bert_emd, and this run is kd"):
         trainer("kd").train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-1" / "fastkd_method.json").unlink()
-    with pytest.raises(ValueError, match=r"has no fastkd_method.json"):
+    with pytest.raises(ValueError, match=r"has no fastkd_method\.json"):
         trainer("bert_emd").train(resume_from_checkpoint=checkpoint)
 
 
@@ -307,3 +308,40 @@ def test_the_other_sentence_tasks_train(task, tmp_path):
         assert entries[4]["loss"] < entries[0]["loss"] and entries[-1]["loss"] < entries[5]["loss"] + 1e-4
     else:
         assert entries[-1]["loss"] < entries[0]["loss"]
+
+
+RANKS = """
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+import tiny
+from test_methods import pair
+from fastkd.train.trainer import DistillTrainer
+teacher, student = pair("bert", "classification")
+args = tiny.arguments({folder!r}, optim="sgd", learning_rate=1.0, per_device_train_batch_size=8 // {world}, **{more})
+torch.manual_seed(0)
+data = tiny.dataset("classification", even=True)
+trainer = DistillTrainer(student, teacher, "tinybert:share=1", args=args, train_dataset=data)
+assert args.world_size == {world}, args.world_size
+trainer.train()
+wrapped = type(trainer.model_wrapped).__name__, type(trainer.teacher).__name__
+result = [p.detach() for p in (*student.parameters(), *trainer.method.parameters())]
+logged = trainer.state.log_history[0]
+result = {{"wrapped": wrapped, "parameters": result, "loss": logged["loss"], "term": logged["term/tinybert/hidden"]}}
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    """Student (wrapped by DDP) and projection (not in it) both take the mean gradient; the teacher is never wrapped."""
+    from ranks import on_two_ranks
+
+    namespace = {"os": type("os", (), {"environ": {}}), "torch": torch, "rank": 0}
+    exec(RANKS.format(folder=str(tmp_path / "one"), world=1, more={}), namespace)
+    one = namespace["result"]
+    two = on_two_ranks(RANKS.format(folder=str(tmp_path / "two"), world=2, more={"ddp_backend": "gloo"}))
+    assert two[0]["wrapped"] == ("DistributedDataParallel", "BertForSequenceClassification")
+    for rank in two:
+        for ours, theirs in zip(rank["parameters"], one["parameters"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert two[0]["term"] == pytest.approx(one["term"], rel=1e-3)

@@ -57,8 +57,9 @@ def run(argv: list[str]) -> int:
     exported = Path(args.output_dir) / "student"
     trainer.save_model(str(exported))
     rows = report.measure({"teacher": teacher, "student": student}, trainer)
+    source = data_args.dataset or data_args.train_file
     page = report.write(
-        Path(args.output_dir) / arguments.FINISHED, title=f"{method_args.method} · {data_args.dataset or data_args.train_file}",
+        Path(args.output_dir) / arguments.FINISHED, title=f"{method_args.method} · {source}",
         rows=rows, histories={"student": trainer.state.log_history}, maps=watch.maps, config=options,
     )  # fmt: skip
     print(f"student: {exported}\nreport:  {page}")

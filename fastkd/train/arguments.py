@@ -154,7 +154,8 @@ def examine_folder(run: Run) -> str | None:
     differing = sorted(key for key in {*before, *run.options} if before.get(key) != run.options.get(key))
     if differing:
         raise ValueError(
-            f"output_dir: {folder} holds another run ({', '.join(differing)} differ); choose another folder, or the same options"
+            f"output_dir: {folder} holds another run ({', '.join(differing)} differ); choose another folder, or the same "
+            "options"
         )
     if (folder / FINISHED).exists():
         raise ValueError(

@@ -18,12 +18,12 @@ STYLE = {
 }  # fmt: skip
 
 
-def comparison(rows: list[dict], metric: str, path: Path) -> Path:
+def comparison(rows: list[dict], metric: str, where: str, path: Path) -> Path:
     """One panel per quantity, one bar per model, the number at its end."""
     panels = [
         (
             metric,
-            f"{metric} on the validation set",
+            f"{metric} on the {where} set",
             [row["metric"] for row in rows],
             "{:.1%}" if metric == "accuracy" else "{:.3f}",
         ),
@@ -32,14 +32,17 @@ def comparison(rows: list[dict], metric: str, path: Path) -> Path:
     ]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 0.9 + 0.5 * len(rows)), sharey=True)
-        for axis, (_, title, values, form) in zip(axes, panels, strict=True):
+        for axis, (quantity, title, values, form) in zip(axes, panels, strict=True):
             places = range(len(rows))
             axis.barh(places, values, color=[COLOURS[i % len(COLOURS)] for i in places], height=0.62)
             for place, value in zip(places, values, strict=True):
                 axis.text(value, place, " " + form.format(value), va="center", ha="left", fontweight="bold")
             axis.set(title=title, xlim=(0, max(values) * 1.22), yticks=list(places))
             axis.set_yticklabels([row["name"] for row in rows], color=INK)
-            axis.invert_yaxis() if axis is axes[0] else None
+            if axis is axes[0]:
+                axis.invert_yaxis()
+            if quantity == "accuracy":
+                axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
             axis.grid(axis="y", visible=False)
             axis.tick_params(length=0)
         figure.tight_layout(w_pad=2.5)
@@ -136,8 +139,8 @@ def transport(maps: list[dict], path: Path) -> Path | None:
                 axis.set_title(f"{kind} · step {entry['step']}", fontsize=10)
             line[0].set_ylabel("student layer")
             steps = [entry["step"] for entry in maps]
-            for layer in range(len(maps[0]["weights"][f"{kind}_student_weight"])):
-                values = [entry["weights"][f"{kind}_student_weight"][layer] for entry in maps]
+            for layer in range(len(maps[0]["weights"][kind])):
+                values = [entry["weights"][kind][layer] for entry in maps]
                 line[3].plot(steps, values, color=COLOURS[(layer + 2) % 5], linewidth=2, label=f"layer {layer + 1}")
             line[3].set_title("weight of each student layer", fontsize=10)
             line[3].legend(fontsize=8)

@@ -21,20 +21,23 @@ STYLE = """
 main { max-width:1080px; margin:0 auto; padding:48px 24px 80px }
 h1 { font-size:30px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px; margin:0 0 12px }
 p.lead { color:var(--soft); margin:0 0 28px } section { background:#fff; border:1px solid var(--line); border-radius:10px;
-padding:24px 26px; margin:0 0 22px } img { width:100%; display:block } p.note { color:var(--soft); font-size:14px; margin:10px 0 0 }
+padding:24px 26px; margin:0 0 22px } img { width:100%; display:block }
+p.note { color:var(--soft); font-size:14px; margin:10px 0 0 }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(180px,1fr)); gap:14px; margin:0 0 22px }
 .card { background:#fff; border:1px solid var(--line); border-radius:10px; padding:18px 20px }
 .card b { display:block; font-size:27px; letter-spacing:-.02em } .card span { color:var(--soft); font-size:14px }
 .card.warm b { color:var(--warm) } table { border-collapse:collapse; width:100%; font-size:15px }
-th { text-align:left; color:var(--soft); font-weight:500 } th,td { padding:7px 10px 7px 0; border-bottom:1px solid var(--line) }
-td.n,th.n { text-align:right; font-variant-numeric:tabular-nums } pre { background:#f5f7fa; border-radius:8px; padding:14px 16px;
+th { text-align:left; color:var(--soft); font-weight:500 }
+th,td { padding:7px 10px 7px 0; border-bottom:1px solid var(--line) }
+td.n,th.n { text-align:right; font-variant-numeric:tabular-nums }
+pre { background:#f5f7fa; border-radius:8px; padding:14px 16px;
 overflow:auto; font-size:13px; margin:0 } details summary { cursor:pointer; color:var(--deep); margin-bottom:10px }
 """
 
 
-def measure(models: dict, trainer, batch_size: int = 16) -> list[dict]:
-    """For each model: the metric on the trainer's validation set, its size, its latency on that set's first rows."""
-    data = trainer.eval_dataset
+def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict]:
+    """For each model: the metric on `data` (None: the trainer's own), its size, its latency on the first rows."""
+    data = trainer.eval_dataset if data is None else data
     if data is None:
         return []
     columns = [
@@ -51,7 +54,7 @@ def measure(models: dict, trainer, batch_size: int = 16) -> list[dict]:
         network = model.to(trainer.args.device)
         accepted = arguments_of(network)
         inputs = {k: v.to(trainer.args.device) for k, v in sample.items() if k in accepted and k != "labels"}
-        measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(network).items()}
+        measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(network, data).items()}
         if "accuracy" not in measured and "mse" not in measured:
             measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
         metric = next(m for m in METRICS if m in measured)
@@ -65,7 +68,15 @@ def measure(models: dict, trainer, batch_size: int = 16) -> list[dict]:
 
 
 def write(
-    folder, *, title: str, rows: list[dict], histories: dict, maps: list[dict], config: dict, lead: str = ""
+    folder,
+    *,
+    title: str,
+    rows: list[dict],
+    histories: dict,
+    maps: list[dict],
+    config: dict,
+    lead: str = "",
+    where: str = "validation",
 ) -> Path:
     """The page's path. histories: name -> Trainer's log_history; the last one's terms are drawn."""
     folder = Path(folder)
@@ -74,7 +85,7 @@ def write(
     last = list(histories.values())[-1]
     pictures = []
     if rows:
-        pictures.append(("Quality, size, speed", plots.comparison(rows, metric, folder / "comparison.png"), ""))
+        pictures.append(("Quality, size, speed", plots.comparison(rows, metric, where, folder / "comparison.png"), ""))
         pictures.append(("What it costs", plots.tradeoff(rows, metric, folder / "tradeoff.png"), ""))
         teacher = next((row["metric"] for row in rows if row["name"] == "teacher"), None)
         pictures.append(("While training", plots.progress(histories, metric, teacher, folder / "progress.png"), ""))
@@ -82,7 +93,7 @@ def write(
     pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), note))
     note = (
         "Each cell is the share of mass that a student layer receives from a teacher layer in the optimal transport of "
-        "the last micro-batch before that step; rows sum to the student layer's weight."
+        "each step, averaged over the steps since the log before; a row's sum is its layer's weight, drawn on the right."
     )
     pictures.append(
         ("Which teacher layer teaches which student layer", plots.transport(maps, folder / "transport.png"), note)
@@ -119,7 +130,8 @@ def _page(title: str, lead: str, rows: list[dict], metric: str, pictures: list, 
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>"
-        f"<p class=lead>{html.escape(lead or 'A distillation with fastkd.')}</p>{_cards(rows, metric)}{_table(rows, metric)}"
+        f"<p class=lead>{html.escape(lead or 'A distillation with fastkd.')}</p>"
+        f"{_cards(rows, metric)}{_table(rows, metric)}"
         f"{sections}<section><h2>Configuration and versions</h2><details><summary>Options that differ from the defaults"
         f"</summary><pre>{html.escape(json.dumps(config, indent=2, default=str))}</pre></details>"
         f"<pre>{html.escape('  '.join(f'{k} {v}' for k, v in versions().items()))}</pre></section></main></html>"

@@ -143,14 +143,14 @@ class DistillTrainer(Trainer):
             self._weights[name] = weight
         return loss
 
-    def evaluate_other(self, model) -> dict[str, float]:
+    def evaluate_other(self, model, data=None) -> dict[str, float]:
         """`evaluate` of another model, the teacher for example, on the same data and in the same way; not logged."""
         own, accepts = self.model, self._accepts["student"]
         self.model = self.model_wrapped = model
         self._accepts["student"] = arguments_of(model)
         self.log = lambda *_, **__: None
         try:
-            return self.evaluate()
+            return self.evaluate(data)
         finally:
             del self.log
             self.model = self.model_wrapped = own

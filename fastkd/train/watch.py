@@ -10,22 +10,30 @@ from .trainer import DistillTrainer
 
 
 class Watch(TrainerCallback):
-    """At every logging step, for methods that transport: the flows and the layers' weights. `.maps` is a list of
-    {"step", "flows": {kind: [N][M]}, "weights": {name: [...]}}."""
+    """For methods that transport: the flows and the layers' weights that they used, each the mean over the steps since
+    the log before. A single step would mislead: weights by inverse cost can swing from one step to the next.
+    `.maps` is a list of {"step", "flows": {kind: [N][M]}, "weights": {kind: [N]}}; a row of a flow sums to its weight."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer, self.maps = trainer, []
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        methods = {} if self.trainer.method is None else self.trainer.method.methods
+        for method in methods.values():
+            for kind, flow in getattr(getattr(method, "loss", None), "flows", {}).items():
+                self._sums[kind] = self._sums.get(kind, 0) + flow.float()  # on the device; looked at when Trainer logs
+        self._steps += 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs or self.trainer.method is None:
+        if not logs or "loss" not in logs or not self._sums:
             return
-        for method in self.trainer.method.methods.values():
-            loss = getattr(method, "loss", None)
-            flows = getattr(loss, "flows", None)
-            if flows:
-                weights = {name: x.tolist() for name, x in loss.named_buffers() if name.endswith("_weight")}
-                flows = {kind: x.float().tolist() for kind, x in flows.items()}
-                self.maps.append({"step": state.global_step, "flows": flows, "weights": weights})
+        flows = {kind: (total / self._steps).cpu() for kind, total in self._sums.items()}
+        weights = {kind: flow.sum(1).tolist() for kind, flow in flows.items()}
+        flows = {kind: flow.tolist() for kind, flow in flows.items()}
+        self.maps.append({"step": state.global_step, "flows": flows, "weights": weights})
+        self._sums, self._steps = {}, 0
 
 
 class RichProgress(TrainerCallback):
