@@ -17,7 +17,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
-    "gram": (),
+    "gram": ("cpu",),
     "relation": (),
     "layer_cost": ("cpu",),
     "transport": ("cpu", "cuda"),
