@@ -19,7 +19,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 WRITTEN = {
     "gram": ("cpu",),
     "relation": (),
-    "layer_cost": ("cpu",),
+    "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": (),
     "divergence": ("cpu", "triton"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 TILE_S, TILE_T = 6, 12
 PROGRAMS = 528  # of the forward: 4 on each of an H200's 132 multiprocessors
+MOST_BLOCKS = 256  # that one program adds up in float32
 BACKWARD_PAIRS = 96
 
 
@@ -154,7 +155,7 @@ def layer_cost_fwd(
     layout = Layout(students, teachers, mask)
     block, parts = layout.parts(256)
     units = layout.rows * parts
-    programs = max(min(PROGRAMS, units), 1)
+    programs = max(min(units, max(PROGRAMS, triton.cdiv(units, MOST_BLOCKS))), 1)
     partial = torch.empty((programs, n, m), dtype=torch.float32, device=x.device)
     for i in range(0, n, TILE_S):
         for j in range(0, m, TILE_T):
