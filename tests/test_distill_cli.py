@@ -276,3 +276,11 @@ def test_import_fastkd_leaves_transformers_alone():
 
     code = "import sys, fastkd; sys.exit('transformers' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parents[2]).returncode == 0
+
+
+def test_the_shipped_set_is_a_data_set_like_any_other(files, capsys):
+    save_pair(files / "teacher", "bert", "classification")
+    few = {"dataset": "movie-reviews", "train_file": None, "validation_file": None, "max_train_samples": 16}
+    assert distill.main(flags(files, **few, max_eval_samples=16)) == 0, capsys.readouterr().err
+    config = json.loads((files / "run" / "student" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2

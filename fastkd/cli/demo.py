@@ -125,8 +125,9 @@ def _train(options, work: Path, tokenizer, sets):
     pretrained = AutoModelForSequenceClassification.from_pretrained(_model_folder(), **labels)
     pretrained.base_model.embeddings.requires_grad_(False)  # half of the weights, and they have seen enough text
     teacher = copy.deepcopy(pretrained)
-    _trainer(work, tokenizer, sets, teacher, None, steps=options.teacher_steps, title="1/3 teacher").train()
-    models, histories, maps, trainer = {"teacher": teacher}, {}, [], None
+    trainer = _trainer(work, tokenizer, sets, teacher, None, steps=options.teacher_steps, title="1/3 teacher")
+    trainer.train()
+    models, histories, maps = {"teacher": teacher}, {"teacher": trainer.state.log_history}, []
     runs = (
         ("2/3 student alone", "student alone", None),
         ("3/3 student distilled", "student distilled", options.method),
@@ -154,7 +155,7 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
     args = TrainingArguments(
         str(work), max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=64, learning_rate=1e-4,
         lr_scheduler_type="linear", warmup_steps=0.1, weight_decay=0.01, logging_steps=max(steps // 40, 1),
-        eval_strategy="steps" if teacher is not None or "alone" in title else "no", eval_steps=max(steps // 4, 1),
+        eval_strategy="steps", eval_steps=max(steps // 4, 1),
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
         train_sampling_strategy="group_by_length",
     )  # fmt: skip

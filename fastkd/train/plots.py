@@ -100,11 +100,11 @@ def terms(history: list[dict], path: Path) -> Path | None:
 
 
 def progress(histories: dict[str, list[dict]], metric: str, teacher: float | None, path: Path) -> Path | None:
-    """The metric on the validation set during training, a line per student, the teacher as a level."""
+    """The metric on the validation set during training, a line per model; `teacher` (where it did not train here) as a level."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(11, 3.4))
         drawn = 0
-        for i, (name, history) in enumerate(histories.items(), start=1):
+        for i, (name, history) in enumerate(histories.items(), start=0 if "teacher" in histories else 1):
             points = [(e["step"], e[f"eval_{metric}"]) for e in history if f"eval_{metric}" in e]
             if points:
                 drawn += 1

@@ -87,7 +87,8 @@ def write(
     if rows:
         pictures.append(("Quality, size, speed", plots.comparison(rows, metric, where, folder / "comparison.png"), ""))
         pictures.append(("What it costs", plots.tradeoff(rows, metric, folder / "tradeoff.png"), ""))
-        teacher = next((row["metric"] for row in rows if row["name"] == "teacher"), None)
+        known = where == "validation" and "teacher" not in histories
+        teacher = next((row["metric"] for row in rows if known and row["name"] == "teacher"), None)
         pictures.append(("While training", plots.progress(histories, metric, teacher, folder / "progress.png"), ""))
     note = "Light: as logged. Orange: smoothed. The factor after each name is its weight in the loss."
     pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), note))
