@@ -74,14 +74,6 @@ char* unit_row(const Call& call, int64_t group, int64_t i) {
   return call.unit + (b * positions + position) * call.s.width * call.unit_item;
 }
 
-void write_unit(const Call& call, int64_t group, int64_t i, const float* grad) {
-  char* to = unit_row(call, group, i);
-  if (call.unit_item == 2)
-    call.table.narrow(grad, call.s.width, reinterpret_cast<uint16_t*>(to));
-  else
-    std::memcpy(to, grad, call.s.width * sizeof(float));
-}
-
 void write_zeros(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
   if (!call.unit || int64_t(kept.size()) == call.length) return;
   size_t next = 0;
@@ -126,8 +118,13 @@ void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& ke
     for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
     const bool live = s.normalize && s.scale[i] < float(1 / kLeastNorm);
     const GramRow of = {s.row(i), s.raw ? nullptr : s.centre, s.raw, live, s.scale[i], float(sums[i - begin])};
-    call.table.finish(of, s.padded, pull, scratch.u);
-    write_unit(call, group, kept[i], pull);
+    char* to = unit_row(call, group, kept[i]);
+    const bool direct = call.unit_item == 4 && s.padded == s.width;
+    call.table.finish(of, s.padded, pull, scratch.u, direct ? reinterpret_cast<float*>(to) : pull);
+    if (call.unit_item == 2)
+      call.table.narrow(pull, s.width, reinterpret_cast<uint16_t*>(to));
+    else if (!direct)
+      std::memcpy(to, pull, s.width * sizeof(float));
   }
 }
 

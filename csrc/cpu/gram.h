@@ -17,7 +17,8 @@ struct GramRow {
 
 struct GramTable {
   // `count` (any) elements copied, or widened into floats; returns the sum of their squares. `element`: cpu/tensors.h.
-  double (*take)(const void* row, int element, bool raw, int64_t count, void* out);
+  // `next`: null, or the row that will be asked for next.
+  double (*take)(const void* row, const void* next, int element, bool raw, int64_t count, void* out);
   void (*add_scaled)(const void* row, bool raw, float scale, int64_t count, float* sums);
   // row = (scale + scale_low) * row - centre, by one rounding where there are fused multiplications; returns
   // <row, centre>.
@@ -34,8 +35,9 @@ struct GramTable {
   void (*mirror)(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size);
   // The sum of a row, whose elements are then multiplied by `scale` unless that is null.
   double (*weigh)(float* row, int64_t count, const float* scale);
-  // In place: `pull` holds the weighted sum of the other rows and becomes the gradient. `scratch`: count floats.
-  void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch);
+  // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient. `scratch`: count
+  // floats.
+  void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch, float* out);
   void (*narrow)(const float* in, int64_t count, uint16_t* out);  // any count, to bfloat16
   // out = by * in, any count, both float32 or both bfloat16
   void (*multiply)(const void* in, bool bfloat16, float by, int64_t count, void* out);

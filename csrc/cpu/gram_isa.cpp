@@ -33,17 +33,41 @@ inline vfloat load_row(const void* row, bool raw, int64_t k) {
   return raw ? load_bfloat16(static_cast<const uint16_t*>(row) + k) : load(static_cast<const float*>(row) + k);
 }
 
-double take(const void* row, int element, bool raw, int64_t count, void* out) {
-  const int64_t size = raw ? 2 : 4, padded = gram_padded(count);
-  const void* from = raw ? row : as_floats(row, element, static_cast<float*>(out), count);
-  if (from != out) std::memcpy(out, from, count * size);
-  std::memset(static_cast<char*>(out) + count * size, 0, (padded - count) * size);
+// Sums of products: in floats over a few vectors, in doubles from there on.
+constexpr int64_t kRun = 8 * kLanes;
+
+template <class Source>
+double copy_and_square(const Source* row, const Source* next, int64_t count, Source* out) {
+  constexpr bool kRaw = sizeof(Source) == 2;
   vdouble sum = {};
-  for (int64_t k = 0; k < padded; k += kLanes) {
-    const vdouble x = wide(load_row(out, raw, k));
-    sum += x * x;
+  int64_t k = 0;
+  while (k + kLanes <= count) {
+    const int64_t end = k + kRun < count ? k + kRun : count;
+    vfloat run = {};
+    for (; k + kLanes <= end; k += kLanes) {
+      if (next) __builtin_prefetch(next + k);
+      const vfloat x = load_row(row + k, kRaw, 0);
+      std::memcpy(out + k, row + k, kLanes * sizeof(Source));
+      run += x * x;
+    }
+    sum += wide(run);
   }
-  return sum_lanes(sum);
+  if (k == count) return sum_lanes(sum);
+  std::memset(static_cast<void*>(out + k), 0, (gram_padded(count) - k) * sizeof(Source));
+  std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
+  const vfloat x = load_row(out + k, kRaw, 0);
+  return sum_lanes(sum + wide(x * x));
+}
+
+double take(const void* row, const void* next, int element, bool raw, int64_t count, void* out) {
+  if (raw)
+    return copy_and_square(static_cast<const uint16_t*>(row), static_cast<const uint16_t*>(next), count,
+                           static_cast<uint16_t*>(out));
+  auto* floats = static_cast<float*>(out);
+  if (element == 0)
+    return copy_and_square(static_cast<const float*>(row), static_cast<const float*>(next), count, floats);
+  as_floats(row, element, floats, count);
+  return copy_and_square<float>(floats, nullptr, count, floats);
 }
 
 void add_scaled(const void* row, bool raw, float scale, int64_t count, float* sums) {
@@ -52,11 +76,16 @@ void add_scaled(const void* row, bool raw, float scale, int64_t count, float* su
 
 double shift(float* row, float scale, float scale_low, const float* centre, int64_t count) {
   vdouble sum = {};
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const vfloat x = load(row + k), c = load(centre + k);
-    const vfloat v = x * scale_low + (x * scale - c);
-    store(row + k, v);
-    sum += wide(v) * wide(c);
+  for (int64_t k = 0; k < count;) {
+    const int64_t end = k + kRun < count ? k + kRun : count;
+    vfloat run = {};
+    for (; k < end; k += kLanes) {
+      const vfloat x = load(row + k), c = load(centre + k);
+      const vfloat v = x * scale_low + (x * scale - c);
+      store(row + k, v);
+      run += v * c;
+    }
+    sum += wide(run);
   }
   return sum_lanes(sum);
 }
@@ -122,7 +151,7 @@ double weigh(float* row, int64_t count, const float* scale) {
   return sum_lanes(sum);
 }
 
-void finish(const GramRow& of, int64_t count, float* pull, float* scratch) {
+void finish(const GramRow& of, int64_t count, float* pull, float* scratch, float* out) {
   vfloat along_u = {};
   const auto* v = static_cast<const float*>(of.row);
   for (int64_t k = 0; k < count; k += kLanes) {
@@ -141,7 +170,7 @@ void finish(const GramRow& of, int64_t count, float* pull, float* scratch) {
   const float along = of.project ? sum_lanes(along_u) : 0.f;
   for (int64_t k = 0; k < count; k += kLanes) {
     const vfloat d = load(pull + k);
-    store(pull + k, (of.project ? d - load(scratch + k) * along : d) * of.scale);
+    store(out + k, (of.project ? d - load(scratch + k) * along : d) * of.scale);
   }
 }
 

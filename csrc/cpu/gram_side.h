@@ -97,7 +97,8 @@ struct Side {
       float* sum = sums + begin / chunk * padded;
       std::memset(sum, 0, padded * sizeof(float));
       for (int64_t i = begin; i < end; ++i) {
-        const double norm = std::sqrt(table.take(from + kept[i] * row_stride, element, raw, width, row(i)));
+        const char* next = i + 1 < end ? from + kept[i + 1] * row_stride : nullptr;
+        const double norm = std::sqrt(table.take(from + kept[i] * row_stride, next, element, raw, width, row(i)));
         const double inverse = !normalize ? 1 : 1 / (norm < kLeastNorm ? kLeastNorm : norm);
         scale[i] = float(inverse);
         low[i] = float(inverse - scale[i]);
