@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import AWKWARD_SIZES, randn, relative_error
 from torch._dynamo.testing import CompileCounter
 
+from cases import AWKWARD_SIZES, randn, relative_error
 from fastkd import backends
 from fastkd.ops.gemm import DIRECT, EMULATE_AMX, FLOAT32_ONLY, ROUND, SPLIT, gemm_nt
 
@@ -183,6 +183,35 @@ def test_amx_packing_and_tiling_with_emulated_tile_registers():
         assert torch.equal(gemm_nt(a.float(), b.float(), how=EMULATE_AMX), exact(a, b)), (m, n, k)
     a, b = randn(40, 2050, seed=1, dtype=torch.float32), randn(70, 2050, seed=2, dtype=torch.float32).bfloat16().float()
     assert relative_error(gemm_nt(a, b, how=EMULATE_AMX | SPLIT), a.double() @ b.double().t()) < 5e-6
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from fastkd.ops.gemm import DIRECT, FLOAT32_ONLY, gemm_nt
+libc, pages = ctypes.CDLL(None, use_errno=True), 8
+room = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+end = ctypes.addressof(ctypes.c_char.from_buffer(room)) + pages * mmap.PAGESIZE
+assert libc.mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+for dtype, hows in ((torch.float32, (0, DIRECT)), (torch.bfloat16, (0, DIRECT, FLOAT32_ONLY)), (torch.float16, (0,))):
+    for rows in (1, 2, 7, 9, 17, 33):
+        for k in (1, 3, 15, 17, 31, 33, 65):
+            size = rows * k * dtype.itemsize
+            x = torch.frombuffer(room, dtype=dtype, count=rows * k, offset=pages * mmap.PAGESIZE - size).fill_(1)
+            for how in hows:
+                try:
+                    gemm_nt(x.view(rows, k), torch.ones(5, k, dtype=dtype), how=how)
+                except RuntimeError:
+                    assert dtype == torch.bfloat16 and how == DIRECT
+            for view in (x.view(rows, k), x.view(k, rows).t()):
+                gemm_nt(torch.ones(5, k, dtype=dtype), view)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards a page with mprotect")
+def test_nothing_is_read_past_the_end():
+    """Inputs that end where memory ends: reading one element too many is a crash (of the child)."""
+    result = subprocess.run([sys.executable, "-c", GUARDED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-2000:]}"
 
 
 def test_mistakes_are_named():

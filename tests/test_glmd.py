@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GOLDENS, det, gradients, randn, relative_error
 
+from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.losses.glmd import GLMDLoss
 from fastkd.vocab import VocabMap
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, randn
 
+from cases import gradients, randn
 from fastkd.losses.distilbert import DistilBERTLoss
 from fastkd.losses.kd import HintonKDLoss
 

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from cases import randn
 
+from cases import randn
 from fastkd import vocab as vocab_module
 from fastkd.vocab import VocabMap
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -30,8 +30,29 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline vfloat splat(float x) { return vfloat{} + x; }
 inline vint bits(vfloat x) { return (vint)x; }
 inline vfloat from_bits(vint x) { return (vfloat)x; }
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }  // of a NaN and b: b
 inline vfloat magnitude(vfloat x) { return from_bits(bits(x) & 0x7fffffff); }
+
+// The larger of a and b; if either is NaN, b. One instruction, which the compiler does not find by itself.
+inline vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// x 2^n for a whole n >= -1500; past the range of floats 0 or infinity, as it should be.
+inline vfloat scale_by_power(vfloat x, vfloat n, vint n_in_low_bits) {
+#if defined(__AVX512F__)
+  (void)n_in_low_bits;
+  return (vfloat)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  const vfloat scaled = x * from_bits((n_in_low_bits << 23) + 0x3f800000);
+  return n < -126.f ? vfloat{} : (n > 127.f ? x * kInfinity : scaled);
+#endif
+}
 
 inline vfloat load(const float* p) {
   vfloat x;
@@ -69,26 +90,24 @@ inline float max_lanes(vfloat x) {
 // e^x, e^x - 1, and e^x - 1 - x without the cancellations that the last two names promise to avoid.
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + w. Where n = 0, r is x itself, so every digit of w survives.
 struct Exponential {
-  vfloat x, power, r, w;
-  vint vanishes;
-  vfloat exp() const { return vanishes ? vfloat{} : power + power * (r + w); }
-  vfloat expm1() const { return vanishes ? splat(-1.f) : power * (r + w) + (power - 1.f); }
-  vfloat expm1_minus_x() const { return vanishes ? -1.f - x : power * w + ((power * r + (power - 1.f)) - x); }
+  vfloat x, power, r, w;  // power = 2^n
+  vfloat exp() const { return power + power * (r + w); }
+  vfloat expm1() const { return power * (r + w) + (power - 1.f); }
+  vfloat expm1_minus_x() const { return power * w + ((power * r + (power - 1.f)) - x); }
 };
 
 inline Exponential exponential(vfloat x) {
-  const vfloat top = x > 88.f ? splat(88.f) : x;
-  const vfloat bounded = top < -87.f ? splat(-87.f) : top;
-  const vfloat scaled = bounded * 1.44269504088896341f;
-  const vint n = __builtin_convertvector(scaled + (scaled < 0.f ? splat(-0.5f) : splat(0.5f)), vint);
-  const vfloat whole = __builtin_convertvector(n, vfloat);
-  const vfloat r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  const vfloat bounded = larger(splat(-1000.f), x);  // -inf would be inf - inf below; NaN stays
+  const vfloat shifted = bounded * 1.44269504088896341f + kRound;
+  const vfloat n = shifted - kRound;
+  const vfloat r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
   vfloat w = splat(1.f / 5040) * r + 1.f / 720;
   w = w * r + 1.f / 120;
   w = w * r + 1.f / 24;
   w = w * r + 1.f / 6;
   w = (w * r + 0.5f) * (r * r);
-  return {x, from_bits((n + 127) << 23), r, w, x < -87.f};
+  return {bounded, scale_by_power(splat(1.f), n, bits(shifted)), r, w};
 }
 
 inline vfloat exp(vfloat x) { return exponential(x).exp(); }
