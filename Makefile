@@ -6,15 +6,16 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: test ci demo bench gpu lint build format clean
 
 test: build lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 ci: test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest $(WORKERS) -m long
 
 demo: build $(VENV)/demo
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m fastkd demo

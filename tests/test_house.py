@@ -102,6 +102,12 @@ def test_readme_support_table_is_the_one_of_backends():
     )
 
 
+def test_readme_method_table_is_the_one_of_the_trainer():
+    from fastkd.train import methods
+
+    assert methods.table() in (ROOT / "README.md").read_text(), "README.md: paste fastkd.train.methods.table()"
+
+
 def test_readme_example_runs():
     """Every ```python block of the README, one after the other, in one namespace."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -71,7 +71,17 @@ def _divergence(kind, temperature=2.0):
     )
 
 
-SUBJECTS = [_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")]
+def layer_costs_of_rows(student, teacher, backend):
+    """Every row a layer of its own; of the matrix of all pairs the diagonal."""
+    students, teachers = ([row[None, None] for row in x] for x in (student, teacher))
+    return functional.layer_costs(students, teachers, backend=backend).diagonal()
+
+
+LAYER_COST = Subject("layer_cost", "rows", _logits, layer_costs_of_rows, lambda s, t: (s - t).square().mean(-1))
+SUBJECTS = [
+    *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
+    LAYER_COST,
+]
 
 
 def device_of(backend):
