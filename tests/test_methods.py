@@ -1,6 +1,7 @@
 """Every method where it makes sense: it trains, its own terms matter, its student is a plain model. Elsewhere: refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +230,8 @@ def test_the_table_lists_every_method_and_family():
     lines = methods.table().splitlines()
     assert len(lines) == len(METHODS) + 2
     assert all(family in lines[0] for family in FAMILIES)
+    readme = (Path(methods.__file__).parents[3] / "README.md").read_text()
+    assert methods.table() in readme
     assert "| `codir` | yes | yes | yes | yes | – | – | – | classification |" in lines
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LENGTH = 48
 LAYERS = "0,2,4"
-METHOD = "bert_emd:beta=0.05,projection=identity + kd:alpha=0.9,temperature=2"
+METHOD = "bert_emd:beta=0.01,projection=identity + kd:alpha=0.9,temperature=2"
 
 
 def main(argv: list[str]) -> int:

@@ -116,14 +116,8 @@ def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> d
             f"{recorder.calls - 1})"
         )
     found = recorder.kept
-    checkpointed = torch.is_grad_enabled() and getattr(
-        getattr(model, "module", model), "is_gradient_checkpointing", False
-    )
-    if (
-        checkpointed
-        and any(p.requires_grad for p in model.parameters())
-        and not any(x.requires_grad for layer in found.values() for x in layer)
-    ):
+    lost = torch.is_grad_enabled() and not any(x.requires_grad for layer in found.values() for x in layer)
+    if lost and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise RuntimeError(
             f"{_name(model)}: queries and keys were recorded without a gradient, as reentrant gradient checkpointing does; "
             "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
