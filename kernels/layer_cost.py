@@ -23,6 +23,7 @@ TILE_S, TILE_T = 6, 12
 PROGRAMS = 528  # of the forward: 4 on each of an H200's 132 multiprocessors
 MOST_BLOCKS = 256  # that one program adds up in float32
 BACKWARD_PAIRS = 96
+SPILL_LIMIT = {"partial_kernel": 0, "gradient_kernel": 16}  # bytes of stack per thread; triton 3.6 needs 8 in one form
 
 
 @triton.jit

@@ -23,9 +23,9 @@ class Compiled:
     sass: str
 
 
-def compile_kernel(kernel, signature: dict[str, str], constants: dict, chip: int, num_warps: int, num_stages: int = 3):
-    """signature: argument -> "*fp32", "i32", "fp32", …; constants: every tl.constexpr argument. 16-byte alignment of
-    pointers is assumed, as torch gives it."""
+def compile_kernel(kernel, signature: dict, constants: dict, chip: int, num_warps: int, num_stages: int = 3):
+    """signature: argument -> "*fp32", "i32", "fp32", …, or a tuple of them; constants: every tl.constexpr argument. 16-byte
+    alignment of pointers is assumed, as torch gives it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -33,12 +33,21 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, chip: int
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter does not compile"
     names = kernel.arg_names
     full = {name: signature.get(name, "constexpr") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*")}
+    aligned = {path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _pointers(full[name], (i,))}
     source = ASTSource(kernel, full, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(compiled.metadata.shared, registers, stack, compiled.asm["sass"])
+
+
+def _pointers(kind, path: tuple):
+    """Where the pointers are: (argument,), or (argument, place) within a tuple."""
+    if isinstance(kind, tuple):
+        for i, part in enumerate(kind):
+            yield from _pointers(part, (*path, i))
+    elif kind.startswith("*"):
+        yield path
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

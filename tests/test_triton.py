@@ -33,9 +33,15 @@ def test_kernels_in_the_interpreter():
 
 
 @not_interpreted
+def test_layer_cost_in_the_interpreter():
+    interpreted("tests/test_layer_cost.py", "-k", "triton")
+
+
+@not_interpreted
 @pytest.mark.long
 def test_every_kernel_test_in_the_interpreter():
-    interpreted("tests/test_kernels.py", "tests/test_sabotage.py", "tests/test_divergence.py", "-k", "triton")
+    files = ("kernels", "sabotage", "divergence", "layer_cost", "layer_cost_kernels")
+    interpreted(*(f"tests/test_{name}.py" for name in files), "-k", "triton")
 
 
 def divergence_configurations():
@@ -99,3 +105,45 @@ def test_every_divergence_configuration_compiles_offline(name, chip):
         if name.startswith("_sparse") and (kind == 6 or s != t):
             continue  # mse has no sparse form, and a sparse teacher no dtype of its own
         compile_divergence(kernels, name, kind, s, t, vocabulary, chip)
+
+
+def compile_layer_cost(name, s, t, counts, masked, chip):
+    from fastkd.kernels import layer_cost as kernels
+    from offline import POINTERS, assert_fits, compile_kernel
+
+    n, m = counts
+    students, teachers = (POINTERS[s],) * n, (POINTERS[t],) * m
+    strides = {"strides_s": (("i32", "i32"),) * n, "strides_t": (("i32", "i32"),) * m}
+    shared = {"students": students, "teachers": teachers, **strides, "parts": "i32", "S": "i32", "L": "i32"}
+    shared |= {"clamp": "fp32", "first_i": "i32", "M": "i32"} | ({"mask_ptr": "*u8"} if masked else {})
+    constants = {"N_TILE": n, "M_TILE": m, "CLAMP": masked} | ({} if masked else {"mask_ptr": None})
+    if name == "partial_kernel":
+        signature = {**shared, "partial_ptr": "*fp32", "units": "i32", "first_j": "i32", "NM": "i32"}
+        block, warps = 256, 8
+    else:
+        signature = {**shared, "grad_ptr": "*fp32", "outputs": students, "elements": "i32"}
+        signature |= {"count_ptr": "*i64"} if masked else {}
+        constants |= {} if masked else {"count_ptr": None}
+        block, warps = 1024, 4
+    kernel = getattr(kernels, name)
+    compiled = compile_kernel(kernel, signature, {**constants, "BLOCK": block}, chip, warps)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert "LDG" in compiled.sass and "HMMA" not in compiled.sass
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["partial_kernel", "gradient_kernel"])
+def test_layer_cost_compiles_offline(name, chip):
+    compile_layer_cost(name, "bfloat16", "bfloat16", (6, 12), True, chip)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["partial_kernel", "gradient_kernel"])
+def test_every_layer_cost_configuration_compiles_offline(name, chip):
+    for s, t in (("float32", "float32"), ("float32", "bfloat16"), ("float16", "float16")):
+        for counts in ((1, 1), (4, 12), (6, 12)):
+            for masked in (False, True):
+                compile_layer_cost(name, s, t, counts, masked, chip)
