@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -21,6 +22,20 @@ struct Arena {
     T* place = reinterpret_cast<T*>(base + used);
     used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return place;
+  }
+};
+
+// Scratch of one thread, or shared by all.
+struct Memory {
+  std::unique_ptr<char[]> bytes;
+
+  template <class F>
+  void fill(const F& carve) {
+    Arena arena;
+    carve(arena);
+    bytes.reset(new char[arena.used + 64]);
+    arena = {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) & ~uintptr_t(63)), 0};
+    carve(arena);
   }
 };
 
