@@ -197,8 +197,7 @@ struct Long {
   int64_t strip, columns;  // rows and columns of a tile
   Memory memory;
 
-  explicit Long(const Call& of) : call(of), strip(of.s.strip > of.t.strip ? of.s.strip : of.t.strip) {
-    columns = 16 * strip;  // whole panels of both sides: their panels are equally high, or one's divides the other's
+  explicit Long(const Call& of) : call(of), strip(of.s.strip), columns(16 * of.s.strip) {
     memory.fill([&](Arena& arena) {
       call.t.carve(arena, 0);
       call.s.carve(arena, call.unit ? columns : 0);
@@ -295,20 +294,21 @@ std::tuple<Tensor, Tensor, Tensor> gram_fwd(const Tensor& student, const Tensor&
                                          bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
   if (with_gradient) use_huge_pages(unit);
   const GramTable& table = FASTKD_CHOOSE(gram);
-  const Call call = {table,
-                     Side(table, s, sequence, normalize),
-                     Side(table, t, sequence, normalize),
-                     mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
-                     mask ? mask->stride(sequence ? 1 : 0) : 0,
-                     mask ? mask->stride(sequence ? 0 : 1) : 0,
-                     groups,
-                     length,
-                     sequence,
-                     eps,
-                     values.mutable_data_ptr<float>(),
-                     static_cast<bool*>(valid.mutable_data_ptr()),
-                     with_gradient ? static_cast<char*>(unit.mutable_data_ptr()) : nullptr,
-                     int64_t(unit.element_size())};
+  Call call = {table,
+               Side(table, s, sequence, normalize),
+               Side(table, t, sequence, normalize),
+               mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
+               mask ? mask->stride(sequence ? 1 : 0) : 0,
+               mask ? mask->stride(sequence ? 0 : 1) : 0,
+               groups,
+               length,
+               sequence,
+               eps,
+               values.mutable_data_ptr<float>(),
+               static_cast<bool*>(valid.mutable_data_ptr()),
+               with_gradient ? static_cast<char*>(unit.mutable_data_ptr()) : nullptr,
+               int64_t(unit.element_size())};
+  Side::agree(call.s, call.t);
   if (length > kWhole) {
     Long work(call);
     for (int64_t group = 0; group < groups; ++group) work.run(group);

@@ -40,6 +40,7 @@ template <class Source>
 double copy_and_square(const Source* row, const Source* next, int64_t count, Source* out) {
   constexpr bool kRaw = sizeof(Source) == 2;
   vdouble sum = {};
+  std::memset(static_cast<void*>(out + count), 0, (gram_padded(count) - count) * sizeof(Source));
   int64_t k = 0;
   while (k + kLanes <= count) {
     const int64_t end = k + kRun < count ? k + kRun : count;
@@ -47,16 +48,17 @@ double copy_and_square(const Source* row, const Source* next, int64_t count, Sou
     for (; k + kLanes <= end; k += kLanes) {
       if (next) __builtin_prefetch(next + k);
       const vfloat x = load_row(row + k, kRaw, 0);
-      std::memcpy(out + k, row + k, kLanes * sizeof(Source));
+      if (out != row) std::memcpy(out + k, row + k, kLanes * sizeof(Source));
       run += x * x;
     }
     sum += wide(run);
   }
-  if (k == count) return sum_lanes(sum);
-  std::memset(static_cast<void*>(out + k), 0, (gram_padded(count) - k) * sizeof(Source));
-  std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
-  const vfloat x = load_row(out + k, kRaw, 0);
-  return sum_lanes(sum + wide(x * x));
+  if (k < count) {
+    if (out != row) std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
+    const vfloat x = load_row(out + k, kRaw, 0);
+    sum += wide(x * x);
+  }
+  return sum_lanes(sum);
 }
 
 double take(const void* row, const void* next, int element, bool raw, int64_t count, void* out) {

@@ -84,8 +84,19 @@ struct Side {
         stride(padded + kSkew),
         raw(element == kBFloat16 && gemm.operand == kBFloat16),
         normalize(normalize) {
-    strip = (32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b;
+    cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
+  }
+
+  void cut_by(int64_t rows_of_a_strip) {
+    strip = rows_of_a_strip;
     chunk = 2 * strip;
+  }
+  // Both sides' Grams are cut alike.
+  static void agree(Side& s, Side& t) {
+    int64_t rows = s.strip;
+    while (rows % t.strip) rows += s.strip;
+    s.cut_by(rows);
+    t.cut_by(rows);
   }
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
