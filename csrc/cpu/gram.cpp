@@ -65,9 +65,10 @@ struct Weights {
 
 using Sums = std::array<double, 3>;  // of P P, Q Q and P Q
 
-Weights conclude(const Sums& sums, double eps, float* value) {
+Weights conclude(const Sums& sums, int64_t n, double eps, float* value) {
   const double ab = std::sqrt(sums[0] * sums[1]), den = ab + eps, a = std::sqrt(sums[0]), b = std::sqrt(sums[1]);
   *value = float((ab - sums[2] + eps) / den);
+  if (n == 1) return {0, 0};  // what is left of P and Q is rounding
   return {a > 0 ? float(2 * sums[2] * b / (a * den * den)) : a == 0 ? 0.f : float(a), float(-2 / den)};
 }
 
@@ -171,7 +172,7 @@ struct Whole {
       call.s.tile(i, end, i, n, scratch->ones, p + at, stride);
       call.table.moments(p + at, q + at, stride, end - i, gram_padded(n - i), strip, sums.data());
     });
-    const Weights weights = conclude(sums, call.eps, call.values + group);
+    const Weights weights = conclude(sums, n, call.eps, call.values + group);
     if (call.unit) gradient(group, kept, weights);
   }
 
@@ -235,7 +236,7 @@ struct Long {
     if (n == 0) return;
     call.t.prepare(group, kept, true);
     call.s.prepare(group, kept, true);
-    const Weights weights = conclude(moments(n), call.eps, call.values + group);
+    const Weights weights = conclude(moments(n), n, call.eps, call.values + group);
     if (!call.unit) return;
     call.s.turn(n, columns, true);
     parallel_for(0, (n + strip - 1) / strip, 1, [&](int64_t first, int64_t last) {
