@@ -20,6 +20,7 @@
 // in an order that depends on shapes only.
 #include "cpu/gram_side.h"
 
+#include <array>
 #include <memory>
 #include <tuple>
 
@@ -62,9 +63,12 @@ struct Weights {
   float of_p, of_q;
 };
 
-Weights conclude(const double (&sums)[3], double eps, float* value) {
+using Sums = std::array<double, 3>;  // of P P, Q Q and P Q
+
+Weights conclude(const Sums& sums, int64_t n, double eps, float* value) {
   const double ab = std::sqrt(sums[0] * sums[1]), den = ab + eps, a = std::sqrt(sums[0]), b = std::sqrt(sums[1]);
   *value = float((ab - sums[2] + eps) / den);
+  if (n == 1) return {0, 0};  // what is left of P and Q is rounding
   return {a > 0 ? float(2 * sums[2] * b / (a * den * den)) : a == 0 ? 0.f : float(a), float(-2 / den)};
 }
 
@@ -132,16 +136,12 @@ void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& ke
 struct Whole {
   Call call;  // a copy: the sides point into this thread's scratch
   int64_t stride, block;
-  std::unique_ptr<char[]> memory;
+  Memory memory;
   float *p, *q;
   std::unique_ptr<Scratch> scratch;
 
   explicit Whole(const Call& of) : call(of), stride(gram_padded(of.length) + kSkew), block(gram_padded(of.length)) {
-    Arena arena;
-    carve(arena);
-    memory.reset(new char[arena.used + 64]);
-    arena = {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63)), 0};
-    carve(arena);
+    memory.fill([&](Arena& arena) { carve(arena); });
     for (int64_t i = 0; i < stride; ++i) scratch->ones[i] = 1;
   }
 
@@ -166,13 +166,13 @@ struct Whole {
     each(false, n, call.t.strip,
          [&](int64_t i, int64_t end) { call.t.tile(i, end, i, n, scratch->ones, q + i * stride + i, stride); });
     call.s.prepare(group, kept, false);
-    double sums[3] = {};
+    Sums sums = {};
     each(false, n, strip, [&](int64_t i, int64_t end) {
       const int64_t at = i * stride + i;
       call.s.tile(i, end, i, n, scratch->ones, p + at, stride);
-      call.table.moments(p + at, q + at, stride, end - i, gram_padded(n - i), strip, sums);
+      call.table.moments(p + at, q + at, stride, end - i, gram_padded(n - i), strip, sums.data());
     });
-    const Weights weights = conclude(sums, call.eps, call.values + group);
+    const Weights weights = conclude(sums, n, call.eps, call.values + group);
     if (call.unit) gradient(group, kept, weights);
   }
 
@@ -192,6 +192,94 @@ struct Whole {
   }
 };
 
+// Longer groups, one after another: every thread takes strips of the same Gram, a tile of P and Q at a time.
+struct Long {
+  Call call;
+  int64_t strip, columns;  // rows and columns of a tile
+  Memory memory;
+
+  explicit Long(const Call& of) : call(of), strip(of.s.strip), columns(16 * of.s.strip) {
+    memory.fill([&](Arena& arena) {
+      call.t.carve(arena, 0);
+      call.s.carve(arena, call.unit ? columns : 0);
+    });
+  }
+
+  // A thread's own tiles.
+  struct Tiles {
+    Memory memory;
+    int64_t stride;
+    float *p, *q;
+    std::unique_ptr<Scratch> scratch;
+
+    explicit Tiles(const Long& of) : stride(gram_padded(of.columns) + kSkew) {
+      memory.fill([&](Arena& arena) {
+        p = arena.take<float>(of.strip * stride);
+        q = arena.take<float>(of.strip * stride);
+        scratch.reset(new Scratch(arena, of.call.s, of.columns, of.call.length + kGramLanes));
+      });
+      for (int64_t i = 0; i < of.call.length + kGramLanes; ++i) scratch->ones[i] = 1;
+    }
+  };
+
+  void make(Tiles& tiles, int64_t i, int64_t end, int64_t j, int64_t j_end) const {
+    call.t.tile(i, end, j, j_end, tiles.scratch->ones, tiles.q, tiles.stride);
+    call.s.tile(i, end, j, j_end, tiles.scratch->ones, tiles.p, tiles.stride);
+  }
+
+  void run(int64_t group) {
+    const std::vector<int64_t> kept = kept_rows(call, group);
+    const int64_t n = int64_t(kept.size());
+    write_zeros(call, group, kept);
+    call.valid[group] = n > 0;
+    call.values[group] = 0;
+    if (n == 0) return;
+    call.t.prepare(group, kept, true);
+    call.s.prepare(group, kept, true);
+    const Weights weights = conclude(moments(n), n, call.eps, call.values + group);
+    if (!call.unit) return;
+    call.s.turn(n, columns, true);
+    parallel_for(0, (n + strip - 1) / strip, 1, [&](int64_t first, int64_t last) {
+      Tiles tiles(*this);
+      for (int64_t at = first; at < last; ++at) gradient(group, kept, weights, at * strip, tiles);
+    });
+  }
+
+  Sums moments(int64_t n) const {
+    const int64_t strips = (n + strip - 1) / strip;
+    std::vector<Sums> of_strip(strips);
+    parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
+      Tiles tiles(*this);
+      for (int64_t at = first; at < last; ++at) {  // a long and a short one by turns: the upper triangle's strips
+        const int64_t which = at % 2 ? strips - 1 - at / 2 : at / 2, i = which * strip;
+        const int64_t end = i + strip < n ? i + strip : n;
+        for (int64_t j = i; j < n; j += columns) {
+          const int64_t j_end = j + columns < n ? j + columns : n;
+          make(tiles, i, end, j, j_end);
+          call.table.moments(tiles.p, tiles.q, tiles.stride, end - i, gram_padded(j_end - j), j == i ? strip : 0,
+                             of_strip[which].data());
+        }
+      }
+    });
+    Sums sums = {};
+    for (const Sums& part : of_strip)
+      for (int k = 0; k < 3; ++k) sums[k] += part[k];
+    return sums;
+  }
+
+  void gradient(int64_t group, const std::vector<int64_t>& kept, Weights weights, int64_t i, Tiles& tiles) const {
+    const int64_t n = int64_t(kept.size()), end = i + strip < n ? i + strip : n;
+    std::vector<double> sums(strip);
+    for (int64_t j = 0; j < n; j += columns) {
+      const int64_t j_end = j + columns < n ? j + columns : n;
+      make(tiles, i, end, j, j_end);
+      call.table.combine(tiles.p, tiles.q, tiles.stride, end - i, gram_padded(j_end - j), weights.of_p, weights.of_q);
+      pull_rows(call.s, tiles.p, tiles.stride, end - i, j, j_end, columns, *tiles.scratch, sums.data());
+    }
+    finish_rows(call, group, kept, i, end, *tiles.scratch, sums.data());
+  }
+};
+
 Tensor rows_side_by_side(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
@@ -207,25 +295,31 @@ std::tuple<Tensor, Tensor, Tensor> gram_fwd(const Tensor& student, const Tensor&
                                          bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
   if (with_gradient) use_huge_pages(unit);
   const GramTable& table = FASTKD_CHOOSE(gram);
-  const Call call = {table,
-                     Side(table, s, sequence, normalize),
-                     Side(table, t, sequence, normalize),
-                     mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
-                     mask ? mask->stride(sequence ? 1 : 0) : 0,
-                     mask ? mask->stride(sequence ? 0 : 1) : 0,
-                     groups,
-                     length,
-                     sequence,
-                     eps,
-                     values.mutable_data_ptr<float>(),
-                     static_cast<bool*>(valid.mutable_data_ptr()),
-                     with_gradient ? static_cast<char*>(unit.mutable_data_ptr()) : nullptr,
-                     int64_t(unit.element_size())};
-  parallel_for(0, groups, grain(length * length * (call.s.width + call.t.width), 1 << 20),
-               [&](int64_t begin, int64_t end) {
-                 Whole whole(call);
-                 for (int64_t group = begin; group < end; ++group) whole.run(group);
-               });
+  Call call = {table,
+               Side(table, s, sequence, normalize),
+               Side(table, t, sequence, normalize),
+               mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
+               mask ? mask->stride(sequence ? 1 : 0) : 0,
+               mask ? mask->stride(sequence ? 0 : 1) : 0,
+               groups,
+               length,
+               sequence,
+               eps,
+               values.mutable_data_ptr<float>(),
+               static_cast<bool*>(valid.mutable_data_ptr()),
+               with_gradient ? static_cast<char*>(unit.mutable_data_ptr()) : nullptr,
+               int64_t(unit.element_size())};
+  Side::agree(call.s, call.t);
+  if (length > kWhole) {
+    Long work(call);
+    for (int64_t group = 0; group < groups; ++group) work.run(group);
+    return {values, valid, unit};
+  }
+  const int64_t worth = grain(length * length * (call.s.width + call.t.width), 1 << 20);
+  parallel_for(0, groups, worth, [&](int64_t begin, int64_t end) {
+    Whole work(call);
+    for (int64_t group = begin; group < end; ++group) work.run(group);
+  });
   return {values, valid, unit};
 }
 

@@ -33,30 +33,32 @@ inline vfloat load_row(const void* row, bool raw, int64_t k) {
   return raw ? load_bfloat16(static_cast<const uint16_t*>(row) + k) : load(static_cast<const float*>(row) + k);
 }
 
-// Sums of products: in floats over a few vectors, in doubles from there on.
+// Vectors whose products are summed before they meet the others.
 constexpr int64_t kRun = 8 * kLanes;
 
 template <class Source>
 double copy_and_square(const Source* row, const Source* next, int64_t count, Source* out) {
   constexpr bool kRaw = sizeof(Source) == 2;
-  vdouble sum = {};
+  vdouble sum = {};  // in doubles at once: an error of a length shifts a whole row of the Gram
+  std::memset(static_cast<void*>(out + count), 0, (gram_padded(count) - count) * sizeof(Source));
   int64_t k = 0;
   while (k + kLanes <= count) {
     const int64_t end = k + kRun < count ? k + kRun : count;
-    vfloat run = {};
+    vdouble run = {};
     for (; k + kLanes <= end; k += kLanes) {
       if (next) __builtin_prefetch(next + k);
-      const vfloat x = load_row(row + k, kRaw, 0);
-      std::memcpy(out + k, row + k, kLanes * sizeof(Source));
+      const vdouble x = wide(load_row(row + k, kRaw, 0));
+      if (out != row) std::memcpy(out + k, row + k, kLanes * sizeof(Source));
       run += x * x;
     }
-    sum += wide(run);
+    sum += run;
   }
-  if (k == count) return sum_lanes(sum);
-  std::memset(static_cast<void*>(out + k), 0, (gram_padded(count) - k) * sizeof(Source));
-  std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
-  const vfloat x = load_row(out + k, kRaw, 0);
-  return sum_lanes(sum + wide(x * x));
+  if (k < count) {
+    if (out != row) std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
+    const vdouble x = wide(load_row(out + k, kRaw, 0));
+    sum += x * x;
+  }
+  return sum_lanes(sum);
 }
 
 double take(const void* row, const void* next, int element, bool raw, int64_t count, void* out) {

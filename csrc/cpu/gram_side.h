@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -21,6 +22,20 @@ struct Arena {
     T* place = reinterpret_cast<T*>(base + used);
     used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return place;
+  }
+};
+
+// Scratch of one thread, or shared by all.
+struct Memory {
+  std::unique_ptr<char[]> bytes;
+
+  template <class F>
+  void fill(const F& carve) {
+    Arena arena;
+    carve(arena);
+    bytes.reset(new char[arena.used + 64]);
+    arena = {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) & ~uintptr_t(63)), 0};
+    carve(arena);
   }
 };
 
@@ -69,8 +84,19 @@ struct Side {
         stride(padded + kSkew),
         raw(element == kBFloat16 && gemm.operand == kBFloat16),
         normalize(normalize) {
-    strip = (32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b;
+    cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
+  }
+
+  void cut_by(int64_t rows_of_a_strip) {
+    strip = rows_of_a_strip;
     chunk = 2 * strip;
+  }
+  // Both sides' Grams are cut alike.
+  static void agree(Side& s, Side& t) {
+    int64_t rows = s.strip;
+    while (rows % t.strip) rows += s.strip;
+    s.cut_by(rows);
+    t.cut_by(rows);
   }
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
