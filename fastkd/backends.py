@@ -21,7 +21,7 @@ WRITTEN = {
     "relation": (),
     "layer_cost": ("cpu",),
     "transport": ("cpu", "cuda"),
-    "contrast": (),
+    "contrast": ("cpu",),
     "divergence": ("cpu",),
     "linear_divergence": (),
 }
