@@ -8,9 +8,13 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
 
   // cost [P, N, M], a [P, N], b [P, M], a flow [P, N, M] and potentials of the columns [P, M] to
   // start from -> flow, u, v (float64), status.
-  m.def("transport(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "transport(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   // The same through the 32 lanes of the CUDA kernel, on the CPU; for tests.
-  m.def("transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
   m.def("divergence_fwd(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix) -> (Tensor, Tensor)");
@@ -40,4 +44,10 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
       "(Tensor, Tensor)");
+  // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
+  // upstream 1 (no rows of it unless with_gradient).
+  m.def(
+      "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
 }

@@ -17,12 +17,12 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
-    "gram": (),
+    "gram": ("cpu",),
     "relation": (),
-    "layer_cost": ("cpu",),
+    "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu",),
-    "divergence": ("cpu",),
+    "divergence": ("cpu", "triton"),
     "linear_divergence": (),
 }
 

@@ -193,18 +193,19 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastkd.nce_fwd.default, (query, bank, index, number, 0.07, True))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["gathered", "nce"])
 @pytest.mark.parametrize("bad", [-1, 300])
 def test_an_index_out_of_range_is_an_error_not_a_crash(mode, bad):
     """The public functions look first; under torch.compile only the kernel can."""
     query, positive, bank, index, _ = problem(6, 300, 16)
     index[2, 3] = bad
     number = torch.tensor(14.0, dtype=torch.float64)
+    if mode == "nce":
+        op, arguments = torch.ops.fastkd.nce_fwd, (query, bank, index, number, 0.07, True)
+    else:
+        op, arguments = torch.ops.fastkd.info_nce_fwd, (query, positive, bank, index, number, None, None, True)
     with pytest.raises(RuntimeError):
-        if mode == "nce":
-            torch.ops.fastkd.nce_fwd(query, bank, index, number, 0.07, True)
-        else:
-            torch.ops.fastkd.info_nce_fwd(query, positive, bank, index, number, None, None, True)
+        op(*arguments)
 
 
 def test_z_as_a_tensor():
@@ -225,7 +226,7 @@ def test_only_the_positive_or_only_the_temperature_needs_a_gradient():
 
 
 def test_what_the_kernels_leave_to_the_reference():
-    query, positive, bank, index, ids = problem(6, 300, 64)
+    query, positive, bank, index, _ = problem(6, 300, 64)
     trained = bank.clone().requires_grad_()
     cases = [
         ("bank needs a gradient", lambda b: call("shared", query, positive, trained, index, backend=b)),

@@ -1,4 +1,4 @@
-"""A query against a bank of negatives (InfoNCE, NCE): the autograd Functions, and which implementation runs."""
+"""A query against a bank of negatives (InfoNCE, NCE), its sampling and its bank: which implementation runs."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.reference import contrast as reference
+from fastkd.reference import contrast_bank as bank_reference
 
 # The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
 # that are in the cache. Reading the bank again in the backward would double the time. The backward only scales.
@@ -115,6 +116,26 @@ def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     shift = log_z + math.log(c + reference.EPS)
     dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
     return NCE.apply(query, bank, index.long(), shift, temperature) - dropped
+
+
+def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
+    """NCE's normaliser: z if it is set, else this batch's, []."""
+    backends.choose("contrast", backend, query)
+    with backends.full_precision(query):
+        return reference.partition(query, bank, index, n_data, temperature, z)
+
+
+def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, backend) -> Tensor:
+    """Ids of other labels, [B, count]."""
+    backends.choose("contrast", backend, index[:0].float())  # whole numbers: every backend draws the same way
+    return bank_reference.sample_negatives(index, count, n_data, labels, order, bounds, state, replacement)
+
+
+def update_bank(bank, index, rows, momentum, backend) -> None:
+    """Move the bank's rows towards the new ones, in place."""
+    backends.choose("contrast", backend, bank)
+    with backends.full_precision(bank):
+        bank_reference.update_bank(bank, index, rows, momentum)
 
 
 def _bank_reason(bank: Tensor) -> str | None:

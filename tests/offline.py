@@ -1,0 +1,63 @@
+"""Compile a Triton kernel for a chip that is not here, and read what the compiler made of it.
+
+Must run in a process without TRITON_INTERPRET. Used for every kernel × configuration, so that a spill, too much shared
+memory or a missing tensor-core instruction shows without a GPU.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, per chip
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "bool": "*i1"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    shared: int  # bytes per block
+    registers: int  # per thread
+    stack: int  # bytes per thread: what did not fit into registers
+    sass: str
+
+
+def compile_kernel(kernel, signature: dict[str, str], constants: dict, chip: int, num_warps: int, num_stages: int = 3):
+    """signature: argument -> "*fp32", "i32", "fp32", …; constants: every tl.constexpr argument. 16-byte alignment of
+    pointers is assumed, as torch gives it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter does not compile"
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*")}
+    source = ASTSource(kernel, full, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Compiled(compiled.metadata.shared, registers, stack, compiled.asm["sass"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(folder / "cuobjdump"), "-res-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = out.stdout + out.stderr
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def assert_fits(compiled: Compiled, chip: int, spill_limit: int):
+    assert compiled.shared <= SHARED_MEMORY[chip], f"{compiled.shared} bytes of shared memory on sm_{chip}"
+    assert compiled.stack <= spill_limit, f"{compiled.stack} bytes of stack, declared limit {spill_limit}"
+
+
+def tensor_core_instructions(compiled: Compiled) -> int:
+    return len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", compiled.sass))
