@@ -35,6 +35,15 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
 
+  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
+  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B].
+  m.def(
+      "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
+      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor)");
+  // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
+  m.def(
+      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
+      "(Tensor, Tensor)");
   // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
   // upstream 1 (no rows of it unless with_gradient).
   m.def(

@@ -21,7 +21,7 @@ WRITTEN = {
     "relation": (),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
-    "contrast": (),
+    "contrast": ("cpu",),
     "divergence": ("cpu", "triton"),
     "linear_divergence": (),
 }
