@@ -65,7 +65,7 @@ def check(mode, inputs, exclude=None, wrong=lambda g: g):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (1, 1, 1),
+        (1, 1, 3),
         (2, 257, 31),
         (7, 129, 33),
         (31, 513, 127),
