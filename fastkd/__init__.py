@@ -9,7 +9,8 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from fastkd.functional import (  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.earth_mover import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.functional import (  # noqa: E402
     TopK,
     TransportPlan,
     attention_costs,
@@ -23,6 +24,8 @@ from fastkd.functional import (  # noqa: E402 - fastkd.kernels must be found fir
     transport,
 )
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
+from fastkd.losses.codir import CoDIRLoss  # noqa: E402
+from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
@@ -35,6 +38,8 @@ from fastkd.vocab import VocabMap  # noqa: E402
 
 __all__ = [
     "BertEMDLoss",
+    "CRDLoss",
+    "CoDIRLoss",
     "DistilBERTLoss",
     "FCDLoss",
     "GLMDLoss",
@@ -49,6 +54,8 @@ __all__ = [
     "VocabMap",
     "attention_costs",
     "divergence",
+    "emd",
+    "emd_with_flow",
     "gram_correlation_loss",
     "info_nce_loss",
     "layer_costs",

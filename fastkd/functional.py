@@ -1,4 +1,5 @@
-"""The public functions, one per hot path: check once, let the op choose its implementation, reduce.
+"""The public functions, one per hot path: check once, let the op choose its implementation, reduce. One file, although a long
+one, so that the whole surface is read in one place.
 
 Everywhere: a mask has 1 where something counts; student and teacher dtypes may differ; losses come back in float32
 (float64 for float64 inputs), gradients in the student's dtype; no gradient flows to the teacher.
@@ -26,8 +27,11 @@ __all__ = [
     "layer_costs",
     "linear_divergence",
     "nce_loss",
+    "nce_partition",
     "relation_kl_loss",
+    "sample_negatives",
     "transport",
+    "update_bank",
 ]
 
 
@@ -310,6 +314,73 @@ def nce_loss(
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     rows = contrast.nce(query, bank, index, n_data, float(temperature), z, backend)
     return reduce.reduce(rows, None, reduction)
+
+
+def nce_partition(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    *,
+    n_data: int,
+    temperature: float,
+    z: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """nce_loss's z as it is frozen after the first batch: `z` where it is > 0, else n_data · mean e^<q,n>/T of this
+    batch (over its finite scores; 0 if there are none). Without a gradient and without a look at z."""
+    checks.tensor("query", query, "[B, D]")
+    checks.tensor("bank", bank, "[K, D]")
+    checks.integers("index", index, "[B, K]")
+    checks.same_leading("index", index, "query", query, 1)
+    checks.same_device(query=query, bank=bank, index=index, z=z)
+    checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
+    checks.positive("n_data", n_data)
+    checks.positive("temperature", temperature)
+    return contrast.partition(query, bank, index, n_data, float(temperature), z, backend)
+
+
+def sample_negatives(
+    index: Tensor,
+    count: int,
+    state: Tensor,
+    *,
+    n_data: int,
+    labels: tuple[Tensor, Tensor, Tensor] | None = None,
+    replacement: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """[B, count] negatives for the examples index [B], drawn on the device, uniform over what has another label.
+
+    labels = (classes 0..C-1 [n_data], ids sorted by class [n_data], where each class starts in them [C + 1]); None: all
+    other examples. state int64 [2] is (seed, step): equal states give equal draws on every device. Where fewer than
+    `count` ids remain they are drawn with replacement.
+    """
+    checks.integers("index", index, "[B]")
+    checks.positive("count", count)
+    checks.mask("state", state, (2,), "[2]")
+    checks.integers("state", state, "[2]")
+    checks.indices_in_range("index", index, n_data, "n_data examples")
+    classes, order, bounds = (None, None, None) if labels is None else labels
+    for name, x in (("labels[0]", classes), ("labels[1]", order)):
+        checks.mask(name, x, (n_data,), "[n_data]")
+    checks.same_device(index=index, state=state, classes=classes, order=order, bounds=bounds)
+    return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, backend)
+
+
+def update_bank(bank: Tensor, index: Tensor, rows: Tensor, *, momentum: float, backend: str = "auto") -> None:
+    """bank[index] = normalise(momentum · bank[index] + (1 - momentum) · rows), in place. bank [K, D], index [B],
+    rows [B, D]. Of equal ids the last counts, on every device; a row that is not finite is not written."""
+    checks.tensor("bank", bank, "[K, D]")
+    checks.tensor("rows", rows, "[B, D]")
+    checks.integers("index", index, "[B]")
+    checks.same_leading("rows", rows, "index", index, 1)
+    checks.same_device(bank=bank, rows=rows, index=index)
+    checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
+    if rows.shape[1] != bank.shape[1]:
+        raise ValueError(f"rows: expected the width of bank, {bank.shape[1]}, got {checks.describe(rows)}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: must lie in [0, 1), got {momentum!r}")
+    contrast.update_bank(bank, index, rows, float(momentum), backend)
 
 
 def divergence(

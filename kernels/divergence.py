@@ -28,8 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.divergence_topk import divergence_topk_bwd, divergence_topk_fwd  # noqa: F401 - the stem's other form
-
 # The order of fastkd.checks.KINDS.
 FORWARD_KL, REVERSE_KL, SKEW_KL, JSD, TVD, SOFT_CE, MSE = (tl.constexpr(kind) for kind in range(7))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -362,8 +360,11 @@ def backward_kernel(
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 
-# Words of a row per step and warps of a program, forward and backward, by the width of the row: what was compiled for sm_80
-# and sm_90 with fewest registers per byte in flight (tests/test_triton.py asserts their spills).
+# Bytes of local memory a thread may use, whatever the kind, dtype and chip: tests/test_triton.py asserts it.
+SPILL_LIMIT = {"forward_kernel": 0, "backward_kernel": 0}
+
+# Words of a row per step and warps of a program, forward and backward, by the width of the row. 8 and 16 words a thread keep
+# the sums in registers, with two programs or more on a multiprocessor.
 SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}
 LARGE = {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 8}
 

@@ -209,6 +209,9 @@ def words_backward_kernel(
     tl.store(grad_ptr + i_n * V + b_i, grad.to(tl.float32).to(grad_ptr.dtype.element_ty), mask=m_k)
 
 
+# Bytes of local memory a thread may use, whatever the kind, dtype and chip: tests/test_triton.py asserts it.
+SPILL_LIMIT = {"mark_kernel": 0, "topk_forward_kernel": 0, "rest_backward_kernel": 0, "words_backward_kernel": 0}
+
 # Words of a row per step and warps of a program, by the width of the row; at most so many of the k words at a time.
 SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}
 LARGE = {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 8}

@@ -46,5 +46,5 @@ def gradients(loss_function, *inputs, upstream_seed=7):
     """(loss, gradient of each input that is a floating leaf) under a random, never a unit, upstream gradient."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     loss = loss_function(*leaves)
-    upstream = randn(*loss.shape, seed=upstream_seed).to(loss.dtype) + 1.5
+    upstream = randn(*loss.shape, seed=upstream_seed).to(loss) + 1.5
     return loss.detach(), torch.autograd.grad(loss, leaves, upstream)

@@ -1,88 +1,86 @@
-"""Compiles Triton kernels without a GPU and reads what came out: shared memory, registers, spills, instructions.
+"""Compile a Triton kernel for a chip that is not here, and read what the compiler made of it.
 
-Only in a process without TRITON_INTERPRET: there the kernels are Python functions, and there is nothing to compile.
+Must run in a process without TRITON_INTERPRET. Used for every kernel × configuration, so that a spill, too much shared
+memory or a missing tensor-core instruction shows without a GPU.
 """
 
+import os
 import re
 import subprocess
 import tempfile
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-# Per chip: bytes of shared memory a program can use, registers and threads of a multiprocessor.
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
-REGISTERS = 65536
-THREADS = 2048
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
-
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, per chip
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "bool": "*i1"}
 
 
+@dataclass(frozen=True)
 class Compiled:
-    """One kernel for one chip. `stack` is local memory per thread, in bytes: more than 0 means that registers spilled."""
-
-    def __init__(self, kernel, chip: int):
-        self._kernel = kernel
-        self.chip = chip
-        self.warps = kernel.metadata.num_warps
-        self.shared = kernel.metadata.shared
-        usage = self._cuobjdump("-res-usage")
-        self.registers = int(re.search(r"REG:(\d+)", usage)[1])
-        self.stack = int(re.search(r"STACK:(\d+)", usage)[1])
-
-    def _cuobjdump(self, what: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self._kernel.asm["cubin"])
-            file.flush()
-            return subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-
-    @cached_property
-    def sass(self) -> str:
-        return self._cuobjdump("-sass")
-
-    @property
-    def ptx(self) -> str:
-        return self._kernel.asm["ptx"]
-
-    def count(self, instruction: str) -> int:
-        """How often a SASS instruction occurs, by the beginning of its name."""
-        return len(re.findall(rf"(?<![A-Z]){instruction}\b", self.sass))
-
-    @property
-    def uses_tf32(self) -> bool:
-        return "TF32" in self.sass or ".tf32" in self.ptx
+    chip: int
+    warps: int
+    shared: int  # bytes per block
+    registers: int  # per thread
+    stack: int  # bytes per thread: what did not fit into registers
+    sass: str
 
     @property
     def programs_per_multiprocessor(self) -> int:
-        """How many of its programs one multiprocessor holds at a time."""
+        """How many of its programs a multiprocessor holds at a time: 64 K registers, 2048 threads, and shared memory."""
         threads = 32 * self.warps
-        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        by_shared = SHARED[self.chip] // self.shared if self.shared else THREADS
-        return min(by_registers, by_shared, THREADS // threads)
-
-    def __repr__(self):
-        return (
-            f"sm_{self.chip}: {self.registers} registers, {self.stack} bytes of stack, {self.shared} of shared memory, "
-            f"{self.programs_per_multiprocessor} programs of {self.warps} warps per multiprocessor"
-        )
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * threads)
+        return min(by_registers, 2048 // threads, SHARED_MEMORY[self.chip] // max(self.shared, 1))
 
 
-def compile_kernel(kernel, signature: dict, constants: dict, chip: int, divisible: tuple = (), **options) -> Compiled:
-    """`kernel`: a @triton.jit function. signature: Triton's type of each argument at run time ("*bf16", "i32", "fp32");
-    constants: the rest, None for an absent tensor; divisible: integers that are multiples of 16 (pointers always are);
-    options: num_warps, num_stages, enable_fp_fusion …"""
+def compile_kernel(kernel, signature: dict, constants: dict, chip: int, num_warps: int, num_stages: int = 3, **options):
+    """signature: argument -> "*fp32", "i32", "fp32", …, or a tuple of them; constants: every tl.constexpr argument, and None
+    for a tensor that is absent. 16-byte alignment of pointers is assumed, as torch gives it. options: enable_fp_fusion …"""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter does not compile"
     names = kernel.arg_names
-    missing = set(names) - set(signature) - set(constants)
-    assert not missing, f"{kernel.__name__}: neither a type nor a value for {sorted(missing)}"
-    aligned = [i for i, name in enumerate(names) if signature.get(name, "").startswith("*") or name in divisible]
-    source = ASTSource(
-        kernel,
-        {name: signature.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    return Compiled(triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options), chip)
+    full = {name: signature.get(name, "constexpr") for name in names}
+    aligned = {path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _pointers(full[name], (i,))}
+    source = ASTSource(kernel, full, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Compiled(chip, num_warps, compiled.metadata.shared, registers, stack, compiled.asm["sass"])
+
+
+def _pointers(kind, path: tuple):
+    """Where the pointers are: (argument,), or (argument, place) within a tuple."""
+    if isinstance(kind, tuple):
+        for i, part in enumerate(kind):
+            yield from _pointers(part, (*path, i))
+    elif kind.startswith("*"):
+        yield path
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(folder / "cuobjdump"), "-res-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = out.stdout + out.stderr
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def assert_fits(compiled: Compiled, chip: int, spill_limit: int):
+    assert compiled.shared <= SHARED_MEMORY[chip], f"{compiled.shared} bytes of shared memory on sm_{chip}"
+    assert compiled.stack <= spill_limit, f"{compiled.stack} bytes of stack, declared limit {spill_limit}"
+
+
+def assert_no_tensor_cores(compiled: Compiled):
+    """An fp32 path without products of matrices: no tf32, no tensor-core instruction at all."""
+    assert tensor_core_instructions(compiled) == 0 and "TF32" not in compiled.sass
+
+
+def tensor_core_instructions(compiled: Compiled) -> int:
+    return len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", compiled.sass))

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GOLDENS, det, randn
-from ranks import on_two_ranks
 
+from cases import GOLDENS, det, randn
 from fastkd.losses.codir import CoDIRLoss
 from fastkd.losses.crd import CRDLoss
+from ranks import on_two_ranks
 
 
 def golden_loss(cls=CoDIRLoss):

@@ -15,9 +15,14 @@ def fcd(**options):
     return FCDLoss(backend="reference", **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "auto")]
+)
 @pytest.mark.parametrize(("B", "N", "Ds", "Dt"), [(4, 7, 12, 20), (2, 5, 6, 6), (3, 9, 16, 8)])
-def test_the_authors_numbers(B, N, Ds, Dt, dtype):
+def test_the_authors_numbers(B, N, Ds, Dt, dtype, backend):
+    def fcd(**options):
+        return FCDLoss(backend=backend, **options)
+
     golden, tolerance = GOLDENS[f"fcd_B{B}_N{N}_Ds{Ds}_Dt{Dt}"], {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     student, teacher = det((B, N, Ds), 1, dtype).requires_grad_(), det((B, N, Dt), 2, dtype)
     official = fcd(grouping="official")(student, teacher)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import AWKWARD_SIZES, randn, relative_error
 from torch._dynamo.testing import CompileCounter
 
+from cases import AWKWARD_SIZES, randn, relative_error
 from fastkd import backends
 from fastkd.ops.gemm import DIRECT, EMULATE_AMX, FLOAT32_ONLY, ROUND, SPLIT, gemm_nt
 

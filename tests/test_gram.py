@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cases import GOLDENS, det, gradients, randn, relative_error
-from fastkd import functional
+from fastkd import backends, functional
+from fastkd.ops import gram as ops
 from fastkd.reference.gram import gram
 
 SHAPES = [(4, 7, 12, 20), (2, 5, 6, 6), (3, 9, 16, 8)]
@@ -22,8 +23,30 @@ KINDS = [
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
 
 
-def loss(student, teacher, **options):
-    return functional.gram_correlation_loss(student, teacher, backend="reference", **options)
+# Kernels are for float32 and below, and for these of the kinds; the others are the reference's (fastkd/ops/gram.py).
+KERNELS = [b for b in ("cpu", "triton", "cuda") if b in backends.WRITTEN["gram"] and not backends.UNAVAILABLE[b]]
+HERE = ["reference", *KERNELS]
+EVERY_KIND = [("reference", *kind) for kind in KINDS]
+EVERY_KIND += [(b, *kind) for b in KERNELS for kind in KINDS if kind[1:] == ("position", "matrix")]
+on_every_backend = pytest.mark.parametrize("backend", HERE)
+on_every_kind = pytest.mark.parametrize(("backend", "level", "grouping", "pearson"), EVERY_KIND)
+
+
+def loss(student, teacher, backend="reference", **options):
+    if backend != "reference":
+        student, teacher = (x.float() if x.dtype == torch.float64 else x for x in (student, teacher))
+    return functional.gram_correlation_loss(student, teacher, backend=backend, **options)
+
+
+def close(backend, factor=1.0):
+    """Relative tolerance: of float64 in the reference, of float32 in a kernel."""
+    return factor * (1e-12 if backend == "reference" else 1e-6)
+
+
+def values_and_valid(backend, student, teacher, mask, level, pearson="matrix"):
+    if backend == "reference":
+        return gram(student, teacher, mask, level, "position", pearson, True, 1e-6)
+    return ops.gram(student.float(), teacher.float(), mask, level, "position", pearson, True, 1e-6, backend)
 
 
 def brute_force(student, teacher, keep, level, grouping, pearson, normalize):
@@ -47,33 +70,35 @@ def brute_force(student, teacher, keep, level, grouping, pearson, normalize):
     return np.mean([1 - np.corrcoef(np.array(pairs).T)[0, 1] for pairs in lists])
 
 
+@on_every_backend
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_authors_numbers(shape):
+def test_the_authors_numbers(shape, backend):
     B, N, Ds, Dt = shape
     golden = GOLDENS[f"fcd_B{B}_N{N}_Ds{Ds}_Dt{Dt}"]
     student, teacher = det((B, N, Ds), 1).requires_grad_(), det((B, N, Dt), 2)
-    token = loss(student, teacher, level="token")
-    official = loss(student, teacher, level="sequence", grouping="official")
-    position = loss(student, teacher, level="sequence", grouping="position")
-    assert token.item() == pytest.approx(golden["token"], abs=1e-12)
-    assert official.item() == pytest.approx(golden["seq_official_viewB"], abs=1e-12)
-    assert position.item() == pytest.approx(golden["seq_viewN"], abs=1e-12)
+    token = loss(student, teacher, backend, level="token")
+    official = loss(student, teacher, backend, level="sequence", grouping="official")
+    position = loss(student, teacher, backend, level="sequence", grouping="position")
+    near = close(backend)
+    assert token.item() == pytest.approx(golden["token"], abs=near)
+    assert official.item() == pytest.approx(golden["seq_official_viewB"], abs=near)
+    assert position.item() == pytest.approx(golden["seq_viewN"], abs=near)
     (grad,) = torch.autograd.grad(token + official, student)
-    assert grad.abs().sum().item() == pytest.approx(golden["grad_l1"], abs=1e-12)
-    assert grad[0, 0, 0].item() == pytest.approx(golden["grad_000"], abs=1e-12)
-    assert grad[-1, -1, -1].item() == pytest.approx(golden["grad_last"], abs=1e-12)
+    assert grad.abs().sum().item() == pytest.approx(golden["grad_l1"], abs=near)
+    assert grad[0, 0, 0].item() == pytest.approx(golden["grad_000"], abs=near)
+    assert grad[-1, -1, -1].item() == pytest.approx(golden["grad_last"], abs=near)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("level", "grouping", "pearson"), KINDS)
-def test_against_corrcoef_in_loops(level, grouping, pearson, normalize):
+@on_every_kind
+def test_against_corrcoef_in_loops(backend, level, grouping, pearson, normalize):
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     options = {"level": level, "grouping": grouping, "pearson": pearson, "normalize": normalize}
     masks = [torch.ones(4, 6, dtype=torch.bool)] + ([MASK] if grouping == "position" else [])
     for mask in masks:
-        value = loss(student, teacher, mask=mask, eps=1e-30, **options)
+        value = loss(student, teacher, backend, mask=mask, eps=1e-30, **options)
         expected = brute_force(student, teacher, mask, **options)
-        assert value.item() == pytest.approx(expected, rel=1e-12)
+        assert value.item() == pytest.approx(expected, rel=close(backend))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -90,81 +115,87 @@ def test_gradcheck(level, grouping, pearson, normalize):
         assert torch.autograd.gradgradcheck(values, student)
 
 
-@pytest.mark.parametrize(("level", "grouping", "pearson"), KINDS)
-def test_a_mask_of_ones_changes_no_bit(level, grouping, pearson):
+@on_every_kind
+def test_a_mask_of_ones_changes_no_bit(backend, level, grouping, pearson):
     inputs = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     options = {"level": level, "grouping": grouping, "pearson": pearson}
-    without = gradients(lambda s: loss(s, inputs[1], **options), inputs[0])
+    without = gradients(lambda s: loss(s, inputs[1], backend, **options), inputs[0])
     for dtype in (torch.bool, torch.int64, torch.float32):
         mask = torch.ones(4, 6, dtype=dtype)
-        with_mask = gradients(lambda s, mask=mask: loss(s, inputs[1], mask=mask, **options), inputs[0])
+        with_mask = gradients(lambda s, mask=mask: loss(s, inputs[1], backend, mask=mask, **options), inputs[0])
         assert torch.equal(without[0], with_mask[0])
         assert torch.equal(without[1][0], with_mask[1][0])
 
 
-@pytest.mark.parametrize(("level", "grouping", "pearson"), KINDS)
-def test_relations_forget_order_rotation_and_scale(level, grouping, pearson):
+@on_every_kind
+def test_relations_forget_order_rotation_and_scale(backend, level, grouping, pearson):
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     options = {"level": level, "grouping": grouping, "pearson": pearson}
-    expected = loss(student, teacher, **options)
+    expected = loss(student, teacher, backend, **options)
     rotation = torch.linalg.qr(randn(5, 5, seed=5))[0]
     for scale in (3.5, 1e-9):
-        assert relative_error(loss(scale * student @ rotation, teacher, **options), expected) < 1e-12
+        assert relative_error(loss(scale * student @ rotation, teacher, backend, **options), expected) < close(backend)
     if grouping == "official":
         return  # its groups straddle positions, so that order matters
     tokens, sequences = torch.randperm(6), torch.randperm(4)
     shuffled = (x[sequences][:, tokens] for x in (student, teacher))
-    assert relative_error(loss(*shuffled, **options), expected) < 1e-12
+    assert relative_error(loss(*shuffled, backend, **options), expected) < close(backend)
 
 
-@pytest.mark.parametrize(("level", "grouping", "pearson"), KINDS)
-def test_a_student_equal_to_its_teacher(level, grouping, pearson):
+@on_every_kind
+def test_a_student_equal_to_its_teacher(backend, level, grouping, pearson):
     x = randn(4, 6, 5, seed=1)
-    value, (grad,) = gradients(lambda s: loss(s, x, level=level, grouping=grouping, pearson=pearson), x)
+    options = {"level": level, "grouping": grouping, "pearson": pearson}
+    value, (grad,) = gradients(lambda s: loss(s, x, backend, **options), x)
     assert 0 < value < 1e-5  # eps / (ab + eps)
     assert grad.abs().max() < 1e-4
-    value, (grad,) = gradients(lambda s: loss(s, x, level=level, grouping=grouping, pearson=pearson, eps=1e-300), x)
-    assert value.abs() < 1e-14
-    assert grad.abs().max() < 1e-14
+    value, (grad,) = gradients(lambda s: loss(s, x, backend, eps=1e-30, **options), x)
+    nothing = 1e-14 if backend == "reference" else 1e-6
+    assert value.abs() < nothing
+    assert grad.abs().max() < nothing
 
 
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("pearson", ["matrix", "row"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_what_padding_holds_does_not_matter(level, pearson, garbage):
+@on_every_backend
+def test_what_padding_holds_does_not_matter(backend, level, pearson, garbage):
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     options = {"level": level, "pearson": pearson, "mask": MASK}
-    value, (grad,) = gradients(lambda s: loss(s, teacher, **options), student)
+    value, (grad,) = gradients(lambda s: loss(s, teacher, backend, **options), student)
     dirty = (x.masked_fill(~MASK[..., None], garbage) for x in (student, teacher))
     dirty_student, dirty_teacher = dirty
-    dirty_value, (dirty_grad,) = gradients(lambda s: loss(s, dirty_teacher, **options), dirty_student)
+    dirty_value, (dirty_grad,) = gradients(lambda s: loss(s, dirty_teacher, backend, **options), dirty_student)
     assert torch.equal(value, dirty_value)
     assert torch.equal(grad, dirty_grad)
     assert (grad[~MASK] == 0).all()
     assert (grad[2] != 0).any()
 
 
-def test_a_padded_sequence_is_the_shorter_sequence():
+@on_every_backend
+def test_a_padded_sequence_is_the_shorter_sequence(backend):
     student, teacher = randn(1, 6, 5, seed=1), randn(1, 6, 3, seed=2)
     for pearson, kept in itertools.product(("matrix", "row"), (slice(0, 4), slice(2, 6))):
         mask = torch.zeros(1, 6, dtype=torch.bool)
         mask[:, kept] = True
-        padded = loss(student, teacher, mask=mask, pearson=pearson)
-        assert relative_error(padded, loss(student[:, kept], teacher[:, kept], pearson=pearson)) < 1e-13
+        padded = loss(student, teacher, backend, mask=mask, pearson=pearson)
+        shorter = loss(student[:, kept], teacher[:, kept], backend, pearson=pearson)
+        assert relative_error(padded, shorter) < close(backend, 0.1)
 
 
 @pytest.mark.parametrize(("level", "enough"), [("token", 2), ("sequence", 3)])
-def test_a_group_of_too_few_rows_leaves_the_mean(level, enough):
+@on_every_backend
+def test_a_group_of_too_few_rows_leaves_the_mean(backend, level, enough):
     student, teacher = randn(5, 5, 4, seed=1), randn(5, 5, 3, seed=2)
     mask = torch.ones(5, 5, dtype=torch.bool)
     groups = mask if level == "token" else mask.T
     groups[1, enough - 1 :] = False
     groups[2, enough:] = False
-    values, valid = gram(student, teacher, mask, level, "position", "matrix", True, 1e-6)
+    values, valid = values_and_valid(backend, student, teacher, mask, level)
     assert valid.tolist() == [True, False, True, True, True]
     assert values[1] == 0
-    assert loss(student, teacher, level=level, mask=mask).item() == pytest.approx(values[valid].mean().item())
-    rows, valid_rows = gram(student, teacher, mask, level, "position", "row", True, 1e-6)
+    assert loss(student, teacher, backend, level=level, mask=mask).item() == pytest.approx(values[valid].mean().item())
+    rows, valid_rows = values_and_valid(backend, student, teacher, mask, level, "row")
     assert valid_rows.sum() == 15 + enough
     assert (rows[~valid_rows] == 0).all()
 
@@ -181,43 +212,52 @@ HAZARDS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hazard", HAZARDS)
-@pytest.mark.parametrize(("level", "grouping", "pearson"), KINDS)
-def test_hazards_stay_finite(level, grouping, pearson, hazard, dtype):
+@on_every_kind
+def test_hazards_stay_finite(backend, level, grouping, pearson, hazard, dtype):
+    if backend != "reference" and dtype == torch.float64:
+        pytest.skip("kernels do not take float64")
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     teachers = [HAZARDS[hazard](teacher)] + ([teacher] if teacher.shape == HAZARDS[hazard](teacher).shape else [])
     for other in teachers:
         options = {"level": level, "grouping": grouping, "pearson": pearson}
         value, (grad,) = gradients(
-            lambda s, t=other, o=options: loss(s, t.to(dtype), **o), HAZARDS[hazard](student).to(dtype)
+            lambda s, t=other, o=options: loss(s, t.to(dtype), backend, **o), HAZARDS[hazard](student).to(dtype)
         )
         assert value.isfinite() and grad.isfinite().all()
         assert -1e-6 <= value <= 2
 
 
-def test_one_sequence_has_sequence_loss_one_and_no_gradient():
-    value, (grad,) = gradients(lambda s: loss(s, randn(1, 6, 3), level="sequence"), randn(1, 6, 5))
+@on_every_backend
+def test_one_sequence_has_sequence_loss_one_and_no_gradient(backend):
+    value, (grad,) = gradients(lambda s: loss(s, randn(1, 6, 3), backend, level="sequence"), randn(1, 6, 5))
     assert value == 1 and (grad == 0).all()
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_nothing_valid_is_zero_with_a_graph(level):
+@on_every_backend
+def test_nothing_valid_is_zero_with_a_graph(backend, level):
     student = torch.full((3, 4, 5), float("nan"))
-    value, (grad,) = gradients(lambda s: loss(s, student, level=level, mask=torch.zeros(3, 4)), student)
+    value, (grad,) = gradients(lambda s: loss(s, student, backend, level=level, mask=torch.zeros(3, 4)), student)
     assert value == 0 and (grad == 0).all()
 
 
 @pytest.mark.parametrize(("level", "axis"), [("token", 0), ("sequence", 1)])
-def test_a_nan_row_poisons_only_its_group(level, axis):
+@on_every_backend
+def test_a_nan_row_poisons_only_its_group(backend, level, axis):
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
-    clean = gram(student, teacher, None, level, "position", "matrix", True, 1e-6)[0]
+    options = {"level": level, "reduction": "none"}
+    clean, (clean_grad,) = gradients(lambda s: loss(s, teacher, backend, **options), student)
     student[2, 2] = float("nan")
-    values = gram(student, teacher, None, level, "position", "matrix", True, 1e-6)[0]
+    values, (grad,) = gradients(lambda s: loss(s, teacher, backend, **options), student)
     others = torch.arange(student.shape[axis]) != 2
     assert values[2].isnan() and torch.equal(values[others], clean[others])
+    grad, clean_grad = (x.transpose(0, axis) for x in (grad, clean_grad))
+    assert grad[2].isnan().any() and torch.equal(grad[others], clean_grad[others])
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_float32_near_convergence_on_anisotropic_features(level):
+@on_every_backend
+def test_float32_near_convergence_on_anisotropic_features(backend, level):
     """Cosines around 0.95 and student = teacher + 1e-3: where moments that are not centred lose 1 - rho."""
     teacher = (randn(6, 16, 64, seed=1) + 4 * randn(64, seed=2)).float()
     student = (teacher + 1e-3 * randn(6, 16, 64, seed=3)).float()
@@ -229,20 +269,28 @@ def test_float32_near_convergence_on_anisotropic_features(level):
         return (1 - covariance / (variances[0] * variances[1]).sqrt()).mean()
 
     oracle, (oracle_grad,) = gradients(lambda s: loss(s, teacher.double(), level=level), student.double())
-    value, (grad,) = gradients(lambda s: loss(s, teacher, level=level), student)
+    value, (grad,) = gradients(lambda s: loss(s, teacher, backend, level=level), student)
     _, (raw_grad,) = gradients(lambda s: raw_moments(s, teacher), student)
     assert abs(value.item() - oracle.item()) < 1e-7
     assert relative_error(grad, oracle_grad) < 0.1 * relative_error(raw_grad, oracle_grad)
 
 
-def test_dtypes_and_strides():
-    student, teacher = randn(3, 5, 8, seed=1, dtype=torch.bfloat16), randn(3, 5, 4, seed=2)
-    value, (grad,) = gradients(lambda s: loss(s, teacher.bfloat16()), student)
-    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
-    exact = loss(student.double(), teacher.bfloat16().double())
-    assert relative_error(value, exact) < 1e-6
-    strided = student.double().transpose(0, 2).contiguous().transpose(0, 2)
-    assert torch.equal(loss(strided, teacher), loss(student.double(), teacher))
+@on_every_backend
+def test_dtypes_and_strides(backend):
+    student, teacher = randn(3, 5, 24, seed=1, dtype=torch.bfloat16), randn(3, 5, 9, seed=2)
+    for s, t in itertools.product((student, student.half(), student.float()), (teacher.bfloat16(), teacher.half())):
+        value, (grad,) = gradients(lambda x, t=t: loss(x, t, backend), s)
+        exact, (exact_grad,) = gradients(lambda x, t=t: loss(x, t.double()), s.double())
+        assert value.dtype == torch.float32 and grad.dtype == s.dtype
+        assert relative_error(value, exact) < 1e-6
+        assert relative_error(grad, exact_grad) < (1e-5 if s.dtype == torch.float32 else 1e-2)
+    for level in ("token", "sequence"):
+        strided = student.float().transpose(0, 2).contiguous().transpose(0, 2)
+        turned = student.float().transpose(0, 1).contiguous().transpose(0, 1)
+        expected, (expected_grad,) = gradients(lambda s, o=level: loss(s, teacher, backend, level=o), student.float())
+        for other in (strided, turned, student.float().repeat(1, 1, 2)[..., 24:]):
+            value, (grad,) = gradients(lambda s, o=level: loss(s, teacher, backend, level=o), other)
+            assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
 def test_mistakes():

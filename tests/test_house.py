@@ -70,7 +70,11 @@ def test_every_stem_stands_in_every_layer():
     for stem in backends.STEMS:
         assert (ROOT / f"fastkd/reference/{stem}.py").exists()
         assert (ROOT / f"fastkd/ops/{stem}.py").exists()
-        for backend, path in (("cpu", f"csrc/cpu/{stem}.cpp"), ("triton", f"kernels/{stem}.py"), ("cuda", f"csrc/cuda/{stem}.cu")):
+        for backend, path in (
+            ("cpu", f"csrc/cpu/{stem}.cpp"),
+            ("triton", f"kernels/{stem}.py"),
+            ("cuda", f"csrc/cuda/{stem}.cu"),
+        ):
             assert (ROOT / path).exists() == (backend in backends.WRITTEN[stem]), f"{path} against backends.WRITTEN"
 
 
@@ -98,6 +102,12 @@ def test_readme_support_table_is_the_one_of_backends():
     )
 
 
+def test_readme_method_table_is_the_one_of_the_trainer():
+    from fastkd.train import methods
+
+    assert methods.table() in (ROOT / "README.md").read_text(), "README.md: paste fastkd.train.methods.table()"
+
+
 def test_readme_example_runs():
     """Every ```python block of the README, one after the other, in one namespace."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -109,7 +119,9 @@ def test_readme_example_runs():
 
 def test_backend_that_cannot_run_says_why():
     x = torch.randn(2, 5)
-    with pytest.raises(RuntimeError, match=r"divergence: backend='cuda' cannot run here: divergence has no cuda kernel"):
+    with pytest.raises(
+        RuntimeError, match=r"divergence: backend='cuda' cannot run here: divergence has no cuda kernel"
+    ):
         fastkd.divergence(x, x, backend="cuda")
     with pytest.raises(ValueError, match="backend: expected one of"):
         fastkd.divergence(x, x, backend="tpu")

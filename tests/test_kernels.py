@@ -71,14 +71,37 @@ def _divergence(kind, temperature=2.0):
     )
 
 
-SUBJECTS = [_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")]
+def layer_costs_of_rows(student, teacher, backend):
+    """Every row a layer of its own; of the matrix of all pairs the diagonal."""
+    students, teachers = ([row[None, None] for row in x] for x in (student, teacher))
+    return functional.layer_costs(students, teachers, backend=backend).diagonal()
+
+
+LAYER_COST = Subject("layer_cost", "rows", _logits, layer_costs_of_rows, lambda s, t: (s - t).square().mean(-1))
+SUBJECTS = [
+    *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
+    LAYER_COST,
+]
+
+
+def device_of(backend):
+    return "cuda" if backend in ("triton", "cuda") and not backends.INTERPRETED else "cpu"
+
+
 HERE = [
-    pytest.param(subject, backend, id=f"{subject}-{backend}")
+    pytest.param(
+        subject, backend, id=f"{subject}-{backend}", marks=[pytest.mark.gpu] if device_of(backend) == "cuda" else []
+    )
     for subject in SUBJECTS
     for backend in ("cpu", "triton", "cuda", "reference")
-    if backend == "reference" or (backend in backends.WRITTEN[subject.stem] and backends.UNAVAILABLE[backend] is None)
+    if backend == "reference"
+    or (backend in backends.WRITTEN[subject.stem] and (backend != "cpu" or backends.UNAVAILABLE["cpu"] is None))
 ]
 on_every_backend = pytest.mark.parametrize(("subject", "backend"), HERE)
+
+
+def inputs(subject, backend, *arguments, **options):
+    return (x.to(device_of(backend)) for x in subject.inputs(*arguments, **options))
 
 
 def run(subject, backend, student, teacher):
@@ -100,7 +123,7 @@ def errors(subject, backend, student, teacher):
 @pytest.mark.parametrize("width", AWKWARD_SIZES)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_awkward_shapes(subject, backend, rows, width):
-    student, teacher = subject.inputs(width, torch.float32, rows, width)
+    student, teacher = inputs(subject, backend, width, torch.float32, rows, width)
     loss, (grad,) = run(subject, backend, student, teacher)
     true_loss, (true_grad,) = oracle(subject, student, teacher)
     # One class or two may leave a loss or gradient of exactly 0 in float64: compare with the size of the numbers involved.
@@ -111,7 +134,7 @@ def test_awkward_shapes(subject, backend, rows, width):
 
 @on_every_backend
 def test_float32_in_the_ordinary_range(subject, backend):
-    student, teacher = subject.inputs(3, torch.float32, 16, 4099)
+    student, teacher = inputs(subject, backend, 3, torch.float32, 16, 4099)
     loss_error, grad_error = errors(subject, backend, student, teacher)
     allowed_loss, allowed_grad = TOLERANCES[torch.float32]
     assert loss_error <= allowed_loss
@@ -121,7 +144,7 @@ def test_float32_in_the_ordinary_range(subject, backend):
 @on_every_backend
 def test_near_convergence(subject, backend):
     """Where distillation lives: student = teacher + 1e-3."""
-    student, teacher = subject.inputs(4, torch.float32, 16, 32000, noise=1e-3)
+    student, teacher = inputs(subject, backend, 4, torch.float32, 16, 32000, noise=1e-3)
     loss_error, grad_error = errors(subject, backend, student, teacher)
     assert loss_error <= 1e-5
     # tvd's gradient jumps where q = p: a few of 32000 signs turn, by rounding of the inputs' own size
@@ -132,9 +155,11 @@ def test_near_convergence(subject, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_no_worse_than_eager(subject, backend, dtype):
     """RMS over seeds: 1.0x eager's error for the loss, 1.25x for the gradient plus one rounding of the output."""
+    if backend == "triton" and backends.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates where it stores bfloat16")
     ours, eagers = [], []
     for seed in range(8):
-        student, teacher = subject.inputs(seed, dtype, 8, 1031)
+        student, teacher = inputs(subject, backend, seed, dtype, 8, 1031)
         true_loss, (true_grad,) = oracle(subject, student, teacher)
         for found, call in ((ours, lambda s, t: subject.call(s, t, backend)), (eagers, subject.eager)):
             loss, (grad,) = gradients(lambda s, call=call, t=teacher: call(s, t).float(), student)
@@ -148,7 +173,7 @@ def test_half_precision_is_no_worse_than_eager(subject, backend, dtype):
 
 @on_every_backend
 def test_two_runs_are_bitwise_equal(subject, backend):
-    student, teacher = subject.inputs(5, torch.float32, 7, 1000)
+    student, teacher = inputs(subject, backend, 5, torch.float32, 7, 1000)
     (first, (first_grad,)), (second, (second_grad,)) = (run(subject, backend, student, teacher) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first_grad, second_grad)
@@ -157,14 +182,14 @@ def test_two_runs_are_bitwise_equal(subject, backend):
 @on_every_backend
 def test_nothing_returned_aliases_a_buffer(subject, backend):
     """Two results held at once, and two backwards through one graph, leave each other alone; inputs stay as they were."""
-    student, teacher = subject.inputs(6, torch.float32, 4, 333)
+    student, teacher = inputs(subject, backend, 6, torch.float32, 4, 333)
     before = student.clone(), teacher.clone()
     leaf = student.clone().requires_grad_()
     loss = subject.call(leaf, teacher, backend)
     kept_loss = loss.detach().clone()
     (grad,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
     kept_grad = grad.clone()
-    other, (other_grad,) = run(subject, backend, *subject.inputs(60, torch.float32, 4, 333))
+    other, (other_grad,) = run(subject, backend, *inputs(subject, backend, 60, torch.float32, 4, 333))
     (again,) = torch.autograd.grad(loss.sum(), leaf)
     assert torch.equal(loss, kept_loss) and torch.equal(grad, kept_grad) and torch.equal(again, kept_grad)
     assert not torch.equal(other, loss) and not torch.equal(other_grad, grad)
@@ -173,15 +198,15 @@ def test_nothing_returned_aliases_a_buffer(subject, backend):
 
 @on_every_backend
 def test_strided_inputs(subject, backend):
-    student, teacher = subject.inputs(7, torch.float32, 6, 257)
-    wide = torch.full((6, 600), float("nan"))
+    student, teacher = inputs(subject, backend, 7, torch.float32, 6, 257)
+    wide = torch.full((6, 600), float("nan"), device=student.device)
     wide[:, 100:357] = student
     strided, turned = wide[:, 100:357], teacher.t().contiguous().t()
     assert not strided.is_contiguous() and not turned.is_contiguous()
     loss, (grad,) = run(subject, backend, student, teacher)
     other = strided.detach().requires_grad_()
     other_loss = subject.call(other, turned, backend)
-    upstream = randn(*loss.shape, seed=7).to(loss.dtype) + 1.5
+    upstream = randn(*loss.shape, seed=7).to(loss) + 1.5
     (other_grad,) = torch.autograd.grad(other_loss, other, upstream)
     torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(other_grad, grad, rtol=1e-5, atol=1e-7)
@@ -189,7 +214,7 @@ def test_strided_inputs(subject, backend):
 
 @on_every_backend
 def test_a_nan_row_poisons_only_itself(subject, backend):
-    student, teacher = subject.inputs(8, torch.float32, 5, 100)
+    student, teacher = inputs(subject, backend, 8, torch.float32, 5, 100)
     clean, (clean_grad,) = run(subject, backend, student, teacher)
     student = student.clone()
     student[2, 17] = float("nan")
@@ -201,10 +226,10 @@ def test_a_nan_row_poisons_only_itself(subject, backend):
 
 @on_every_backend
 def test_equal_student_and_teacher(subject, backend):
-    _, teacher = subject.inputs(9, torch.float32, 5, 300)
+    _, teacher = inputs(subject, backend, 9, torch.float32, 5, 300)
     loss, (grad,) = run(subject, backend, teacher.clone(), teacher)
     if subject.variant == "soft_ce":
-        assert relative_error(grad, torch.zeros(())) == 0
+        assert (grad == 0).all()
     else:
         assert (loss == 0).all() and (grad == 0).all()
 
@@ -212,7 +237,7 @@ def test_equal_student_and_teacher(subject, backend):
 @on_every_backend
 def test_mixed_dtypes(subject, backend):
     """A bfloat16 teacher beside a float32 student is the normal case; the gradient comes in the student's dtype."""
-    student, teacher = subject.inputs(10, torch.float32, 5, 300)
+    student, teacher = inputs(subject, backend, 10, torch.float32, 5, 300)
     teacher = teacher.bfloat16()
     loss, (grad,) = run(subject, backend, student, teacher)
     true_loss, (true_grad,) = oracle(subject, student, teacher)
@@ -227,7 +252,7 @@ def test_compiled_equals_eager(subject, backend):
         lambda s, t: subject.call(s, t, backend), fullgraph=True, dynamic=True, backend="aot_eager"
     )
     for rows, width in ((4, 65), (5, 130)):
-        student, teacher = subject.inputs(11, torch.float32, rows, width)
+        student, teacher = inputs(subject, backend, 11, torch.float32, rows, width)
         loss, (grad,) = run(subject, backend, student, teacher)
         other, (other_grad,) = gradients(lambda s, t=teacher: compiled(s, t), student)
         torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)

@@ -3,40 +3,71 @@
 import pytest
 import torch
 
-from cases import det, gradients, randn, relative_error
-from fastkd import functional
+from cases import gradients, randn, relative_error
+from fastkd import backends, functional
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
 B, H, S, D = 3, 2, 5, 6
 
 
-def hidden(count, seed, dtype=torch.float64):
-    return [randn(B, S, D, seed=seed + i, dtype=dtype) for i in range(count)]
+def available(backend):
+    if backend == "triton":
+        return backend in backends.WRITTEN["layer_cost"]
+    return backend == "reference" or backends.UNAVAILABLE[backend] is None
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" and not backends.INTERPRETED else "cpu"
+
+
+on_every_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(backend, marks=[pytest.mark.gpu] if device_of(backend) == "cuda" else [])
+        for backend in ("reference", "cpu", "triton")
+        if available(backend)
+    ],
+)
+
+
+def hidden(count, seed, dtype=torch.float64, backend="reference", shape=(B, S, D)):
+    """float64 for the reference; kernels take float32, of values that it holds exactly."""
+    dtype = torch.float32 if backend != "reference" and dtype == torch.float64 else dtype
+    return [randn(*shape, seed=seed + i, dtype=dtype).to(device_of(backend)) for i in range(count)]
+
+
+def precision(backend):
+    return 1e-13 if backend == "reference" else 5e-7
 
 
 def queries_and_keys(count, seed, d, groups=H):
     return [(randn(B, H, S, d, seed=seed + i), randn(B, groups, S, d, seed=seed + 50 + i)) for i in range(count)]
 
 
-def layer_costs(*args, **options):
-    return functional.layer_costs(*args, backend="reference", **options)
+def layer_costs(*args, backend="reference", **options):
+    return functional.layer_costs(*args, backend=backend, **options)
 
 
 def attention_costs(*args, **options):
     return functional.attention_costs(*args, backend="reference", **options)
 
 
+def on(mask, backend):
+    return None if mask is None else mask.to(device_of(backend))
+
+
 def entry(x, clamp):
     return 0.0 if clamp is not None and x <= clamp else float(x)
 
 
+@on_every_backend
 @pytest.mark.parametrize("clamp", [None, -0.5])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
-def test_hidden_costs_in_loops(mask, clamp):
-    students, teachers = hidden(2, 1), hidden(3, 11)
+def test_hidden_costs_in_loops(mask, clamp, backend):
+    students, teachers = hidden(2, 1, backend=backend), hidden(3, 11, backend=backend)
     students[0][0, 0, 0] = -0.5  # a value at the clamp counts as 0
-    costs = layer_costs(students, teachers, mask=mask, clamp=clamp)
-    assert costs.shape == (2, 3) and costs.dtype == torch.float64
+    costs = layer_costs(students, teachers, mask=on(mask, backend), clamp=clamp, backend=backend)
+    assert costs.shape == (2, 3) and costs.dtype == students[0].dtype
     for i, s in enumerate(students):
         for j, t in enumerate(teachers):
             squares = [
@@ -46,7 +77,7 @@ def test_hidden_costs_in_loops(mask, clamp):
                 for k in range(D)
                 if mask is None or mask[b, n]
             ]
-            assert costs[i, j].item() == pytest.approx(sum(squares) / len(squares), rel=1e-13)
+            assert costs[i, j].item() == pytest.approx(sum(squares) / len(squares), rel=precision(backend))
 
 
 def scores_in_loops(q, k, mask, causal, scale):
@@ -96,19 +127,22 @@ def test_the_value_rule_is_applied_to_each_side_by_itself():
     assert attention_costs([s], [t]).item() == 102.0**2 / 4
 
 
-def test_gradient_is_the_closed_form():
+@on_every_backend
+def test_gradient_is_the_closed_form(backend):
     """d/ds_i of sum f_ij d_ij = 2 / numel (s_i sum_j f_ij - sum_j f_ij t_j), and 0 where masked or clamped."""
-    students, teachers, flow = hidden(2, 1), hidden(3, 11), randn(2, 3, seed=5)
-    for mask, clamp in ((None, None), (MASK, None), (MASK, -0.5)):
+    students, teachers = hidden(2, 1, backend=backend), hidden(3, 11, backend=backend)
+    flow = randn(2, 3, seed=5, dtype=students[0].dtype).to(device_of(backend))
+    for mask, clamp in ((None, None), (on(MASK, backend), None), (on(MASK, backend), -0.5)):
         leaves = [x.clone().requires_grad_() for x in students]
-        (flow * layer_costs(leaves, teachers, mask=mask, clamp=clamp)).sum().backward()
-        keep = torch.ones(B, S, 1, dtype=torch.bool) if mask is None else mask[..., None]
+        (flow * layer_costs(leaves, teachers, mask=mask, clamp=clamp, backend=backend)).sum().backward()
+        keep = torch.ones_like(students[0][..., :1], dtype=torch.bool) if mask is None else mask[..., None]
         for i, leaf in enumerate(leaves):
-            s, *ts = (x if clamp is None else x.masked_fill(x <= clamp, 0) for x in (students[i], *teachers))
-            carried = sum(f * t for f, t in zip(flow[i], ts, strict=True))
-            expected = 2 / float(keep.sum() * D) * (flow[i].sum() * s - carried)
+            wide = [x.double() for x in (students[i], *teachers)]
+            s, *ts = (x if clamp is None else x.masked_fill(x <= clamp, 0) for x in wide)
+            carried = sum(f * t for f, t in zip(flow[i].double(), ts, strict=True))
+            expected = 2 / float(keep.sum() * D) * (flow[i].double().sum() * s - carried)
             alive = keep if clamp is None else keep & (students[i] > clamp)
-            assert relative_error(leaf.grad, torch.where(alive, expected, 0.0)) < 1e-13
+            assert relative_error(leaf.grad, torch.where(alive, expected, 0.0)) < precision(backend)
             assert (leaf.grad[~alive.expand_as(leaf)] == 0).all()
 
 
@@ -125,28 +159,38 @@ def test_gradcheck(mask):
         assert torch.autograd.gradcheck(lambda q, k, o=options: attention_costs([(q, k)], teachers, **o), leaves)
 
 
-def test_a_mask_of_ones_changes_nothing():
-    students, teachers = hidden(2, 1), hidden(3, 11)
-    ones = torch.ones(B, S, dtype=torch.int64)
+@on_every_backend
+def test_a_mask_of_ones_changes_nothing(backend):
+    students, teachers = hidden(2, 1, backend=backend), hidden(3, 11, backend=backend)
+    ones = on(torch.ones(B, S, dtype=torch.int64), backend)
+    masked = layer_costs(students, teachers, mask=ones, backend=backend)
+    assert relative_error(masked, layer_costs(students, teachers, backend=backend)) <= precision(backend)
+    if backend != "reference":
+        return
     assert torch.equal(layer_costs(students, teachers, mask=ones), layer_costs(students, teachers))
     students, teachers = queries_and_keys(2, 1, 3), queries_and_keys(3, 11, 7)
     assert torch.equal(attention_costs(students, teachers, mask=ones), attention_costs(students, teachers))
 
 
+@on_every_backend
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
-def test_what_padding_holds_does_not_matter(garbage):
-    students, teachers = hidden(2, 1), hidden(3, 11)
+def test_what_padding_holds_does_not_matter(garbage, backend):
+    students, teachers = hidden(2, 1, backend=backend), hidden(3, 11, backend=backend)
+    options = {"mask": on(MASK, backend), "backend": backend}
 
     def dirty(layers):
-        return [x.masked_fill(~MASK[..., None], garbage) for x in layers]
+        return [x.masked_fill(~options["mask"][..., None], garbage) for x in layers]
 
-    value, grads = gradients(lambda *xs: layer_costs(xs, teachers, mask=MASK), *students)
-    dirty_value, dirty_grads = gradients(lambda *xs: layer_costs(xs, dirty(teachers), mask=MASK), *dirty(students))
+    value, grads = gradients(lambda *xs: layer_costs(xs, teachers, **options), *students)
+    dirty_value, dirty_grads = gradients(lambda *xs: layer_costs(xs, dirty(teachers), **options), *dirty(students))
     assert torch.equal(value, dirty_value)
     for grad, dirty_grad in zip(grads, dirty_grads, strict=True):
         assert torch.equal(grad, dirty_grad)
-        assert (grad[~MASK] == 0).all()
+        assert (grad[~options["mask"]] == 0).all()
 
+
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
+def test_what_masked_keys_hold_does_not_matter(garbage):
     # Attention masks keys only: pad queries count, as the authors count them.
     (q, k), teachers = queries_and_keys(1, 1, 3)[0], queries_and_keys(2, 11, 7)
     poisoned = [(x, y.masked_fill(~MASK[:, None, :, None], garbage)) for x, y in teachers]
@@ -157,37 +201,44 @@ def test_what_padding_holds_does_not_matter(garbage):
     assert torch.equal(grads[0], dirty_grads[0]) and torch.equal(grads[1], dirty_grads[1])
 
 
-def test_nothing_valid_is_zero_with_a_graph():
-    x = torch.full((B, S, D), float("nan"))
-    value, (grad,) = gradients(lambda s: layer_costs([s], [x, x], mask=torch.zeros(B, S)), x)
+@on_every_backend
+def test_nothing_valid_is_zero_with_a_graph(backend):
+    x = torch.full((B, S, D), float("nan"), device=device_of(backend))
+    mask = on(torch.zeros(B, S), backend)
+    value, (grad,) = gradients(lambda s: layer_costs([s], [x, x], mask=mask, backend=backend), x)
     assert (value == 0).all() and (grad == 0).all()
 
 
-def test_a_nan_layer_poisons_only_its_row():
-    students, teachers = hidden(3, 1), hidden(2, 11)
-    clean = layer_costs(students, teachers)
+@on_every_backend
+@pytest.mark.parametrize("clamp", [None, -0.5])
+def test_a_nan_layer_poisons_only_its_row(clamp, backend):
+    students, teachers = hidden(3, 1, backend=backend), hidden(2, 11, backend=backend)
+    clean = layer_costs(students, teachers, clamp=clamp, backend=backend)
     students[1][0, 0, 0] = float("nan")
-    costs = layer_costs(students, teachers)
+    costs, grads = gradients(lambda *xs: layer_costs(xs, teachers, clamp=clamp, backend=backend), *students)
     assert costs[1].isnan().all() and torch.equal(costs[[0, 2]], clean[[0, 2]])
+    assert grads[1].isnan().sum() == 1 and not grads[0].isnan().any() and not grads[2].isnan().any()
 
 
-def test_float32_keeps_its_digits_near_convergence():
+@on_every_backend
+def test_float32_keeps_its_digits_near_convergence(backend):
     """The Gram identity |s|² + |t|² - 2<s, t> loses them all; the test shows that it would be noticed."""
     teacher = randn(8, 16, 64, seed=1)
-    student = (teacher + 1e-4 * randn(8, 16, 64, seed=2)).float()
-    teacher = teacher.float()
+    student = (teacher + 1e-4 * randn(8, 16, 64, seed=2)).float().to(device_of(backend))
+    teacher = teacher.float().to(device_of(backend))
     oracle, (oracle_grad,) = gradients(lambda s: layer_costs([s], [teacher.double()]), student.double())
-    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher]), student)
+    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher], backend=backend), student)
     assert relative_error(value, oracle) < 1e-6
     assert relative_error(grad, oracle_grad) < 1e-6
     identity = (student**2).mean() + (teacher**2).mean() - 2 * (student * teacher).mean()
     assert relative_error(identity, oracle) > 1e-2
-    assert layer_costs([teacher], [teacher]).item() == 0
+    assert layer_costs([teacher], [teacher], backend=backend).item() == 0
 
 
-def test_the_backward_keeps_layers_not_differences():
-    students = [x.requires_grad_() for x in hidden(4, 1)]
-    teachers = hidden(12, 21)
+@on_every_backend
+def test_the_backward_keeps_layers_not_differences(backend):
+    students = [x.requires_grad_() for x in hidden(4, 1, backend=backend)]
+    teachers = hidden(12, 21, backend=backend)
     kept = {}
 
     def pack(x):
@@ -195,21 +246,38 @@ def test_the_backward_keeps_layers_not_differences():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        layer_costs(students, teachers)
+        layer_costs(students, teachers, backend=backend)
     layer_bytes = students[0].untyped_storage().nbytes()
     assert sum(kept.values()) <= 17 * layer_bytes
 
 
-def test_dtypes_strides_and_any_trailing_shape():
-    student, teacher = randn(B, S, D, seed=1, dtype=torch.bfloat16), randn(B, S, D, seed=2)
-    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher.half()]), student)
+@on_every_backend
+def test_dtypes_strides_and_any_trailing_shape(backend):
+    student, teacher = hidden(1, 1, torch.bfloat16, backend)[0], hidden(1, 2, backend=backend)[0]
+    value, (grad,) = gradients(lambda s: layer_costs([s], [teacher.half()], backend=backend), student)
     assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
     assert relative_error(value, layer_costs([student.double()], [teacher.half().double()])) < 1e-6
     strided = teacher.transpose(0, 2).contiguous().transpose(0, 2)
-    assert torch.equal(layer_costs([strided], [student]), layer_costs([teacher], [student]))
-    x, y = det((B, S, 2, 3), 1), det((B, S, 2, 3), 2)
-    expected = layer_costs([x.flatten(2)], [y.flatten(2)], mask=MASK)
-    assert torch.equal(layer_costs([x], [y], mask=MASK), expected)
+    sliced = torch.full((B, 2 * S, D + 3), float("nan"), device=teacher.device, dtype=teacher.dtype)
+    sliced[:, ::2, 1 : D + 1] = teacher
+    for other in (strided, sliced[:, ::2, 1 : D + 1]):
+        for layers in ([teacher, student], [student, student]):
+            expected = layer_costs([teacher], layers, backend=backend)
+            assert relative_error(layer_costs([other], layers, backend=backend), expected) <= precision(backend)
+    shape = (B, S, 2, 3)
+    x, y = hidden(2, 1, backend=backend, shape=shape)
+    turned = y.transpose(2, 3).contiguous().transpose(2, 3)
+    mask = on(MASK, backend)
+    expected = layer_costs([x.flatten(2)], [y.flatten(2)], mask=mask, backend=backend)
+    for layer in (y, turned):
+        assert relative_error(layer_costs([x], [layer], mask=mask, backend=backend), expected) <= precision(backend)
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason=f"C++ kernels: {backends.UNAVAILABLE['cpu']}")
+def test_attention_costs_has_no_kernel_and_says_so():
+    scores = [torch.zeros(1, 2, 3, 3)]
+    with pytest.raises(RuntimeError, match="attention_costs has no cpu kernel yet"):
+        functional.attention_costs(scores, scores, backend="cpu")
 
 
 def test_mistakes():

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CALL = "import torch, fastkd; fastkd.divergence(torch.randn(2, 9), torch.randn(2, 9)).item(); "
-WHERE = "import fastkd.bench.run, importlib.util as u; print(fastkd.__file__, u.find_spec('fastkd.kernels') is not None)"
+WHERE = (
+    "import fastkd.bench.run, importlib.util as u; print(fastkd.__file__, u.find_spec('fastkd.kernels') is not None)"
+)
 
 
 def python(code, cwd, **env):
@@ -39,7 +41,9 @@ def install(source, target, build, editable=False):
     command += ["--disable-pip-version-check", *(["-e"] if editable else []), str(source)]
     if not editable:
         command += ["--target", str(target)]
-    return subprocess.run(command, env=os.environ | {"FASTKD_BUILD": build}, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, env=os.environ | {"FASTKD_BUILD": build}, capture_output=True, text=True, timeout=600
+    )
 
 
 def wheel(source, out, build, **env):
@@ -86,7 +90,9 @@ def test_a_failing_compiler_under_auto_does_not_fail_the_install(tmp_path):
     found, _ = wheel(checkout(tmp_path), tmp_path / "out", "auto", CXX=str(fake))
     site = tmp_path / "site"
     zipfile.ZipFile(found).extractall(site)
-    assert "it is not built" in python(CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])", tmp_path, PYTHONPATH=str(site))
+    assert "it is not built" in python(
+        CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])", tmp_path, PYTHONPATH=str(site)
+    )
 
 
 def test_build_cpu_with_a_failing_compiler_is_an_error(tmp_path):
@@ -95,7 +101,9 @@ def test_build_cpu_with_a_failing_compiler_is_an_error(tmp_path):
     fake.chmod(0o755)
     tree = checkout(tmp_path)
     env = os.environ | {"FASTKD_BUILD": "cpu", "CXX": str(fake)}
-    result = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=tree, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=tree, env=env, capture_output=True, text=True
+    )
     assert result.returncode != 0
 
 
@@ -111,8 +119,21 @@ def test_editable(tmp_path):
     import sysconfig
 
     (Path(purelib) / "outer.pth").write_text(sysconfig.get_paths()["purelib"])
-    command = [str(inside), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(tree)]
-    result = subprocess.run(command, env=os.environ | {"FASTKD_BUILD": "cpu"}, capture_output=True, text=True, timeout=600)
+    command = [
+        str(inside),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-e",
+        str(tree),
+    ]
+    result = subprocess.run(
+        command, env=os.environ | {"FASTKD_BUILD": "cpu"}, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr
     code = CALL + "print(fastkd.backends.UNAVAILABLE['cpu']);" + WHERE
     result = subprocess.run([str(inside), "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from cases import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import randn
 from fastkd.reference.transport import transport
 
 

@@ -5,6 +5,7 @@
 #include "cpu/layer_cost.h"
 
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -47,7 +48,7 @@ struct Panel {
       pieces += valid;
       used += valid ? count : 0;
     });
-    const int64_t padded = (used + kLayerLanes - 1) / kLayerLanes * kLayerLanes;
+    const int64_t padded = (used + kLayerPad - 1) / kLayerPad * kLayerPad;
     const bool whole = pieces == 1 && padded == used && !clamp;
     in_place = whole && natural.t != kFloat32;
     space.pieces(begin, end, [&](int64_t row, int64_t column, int64_t count, bool valid) {
@@ -86,17 +87,20 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
     Panel panel(table, layers, n, space, clamp ? &limit : nullptr, blocks.block);
     const void** data = panel.data.data();
-    std::vector<double> lanes(pairs * kLayerLanes);
+    std::vector<double> sums(pairs * kLayerSums);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      std::fill(lanes.begin(), lanes.end(), 0.);
+      std::fill(sums.begin(), sums.end(), 0.);
       blocks.of(chunk, [&](int64_t from, int64_t to) {
         const int64_t count = panel.load(from, to);
         const Elements as = panel.natural;
         if (count)
           table.distances(data, panel.in_place ? as.s : kFloat32, n, data + n, panel.in_place ? as.t : kFloat32, m,
-                          count, lanes.data());
+                          count, sums.data());
       });
-      for (int64_t i = 0; i < pairs * kLayerLanes; ++i) partial[chunk * pairs + i / kLayerLanes] += lanes[i];
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const double* first = sums.data() + pair * kLayerSums;
+        partial[chunk * pairs + pair] = std::accumulate(first, first + kLayerSums, 0.);
+      }
     }
   });
   Tensor costs = torch::stable::new_empty(students[0], {n, m}, ScalarType::Float);

@@ -4,7 +4,8 @@
 // One block of every layer at a time. Both sides come as float32, or both as bfloat16, or float32 beside bfloat16
 // (students, teachers); everything else is packed into floats first. `element` as in cpu/tensors.h; `clamp`: null, or
 // the value at and below which an element counts as 0.
-constexpr int64_t kLayerLanes = 16;  // a multiple of every instruction set's vector
+constexpr int64_t kLayerPad = 16;  // a multiple of every instruction set's vector
+constexpr int64_t kLayerSums = 8;  // partial sums per pair
 
 constexpr bool layers_are_read_as_they_are(int element_s, int element_t) {
   return element_t == 0 ? element_s == 0 : element_t == 1 && element_s <= 1;

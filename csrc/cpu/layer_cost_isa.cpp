@@ -3,7 +3,8 @@
 // Differences are taken directly, (s - t)^2: |s|^2 + |t|^2 - 2 <s, t> loses its digits exactly where a student nears
 // its teacher. A tile of pairs keeps its sums in registers while it walks the block: 24 sums, 6 students, a teacher and
 // a difference are all 32 registers of AVX-512 (2 students x 12 teachers took twice as long: every difference loads its
-// teacher again). Few layers at a time and long blocks, so that the hardware's prefetcher keeps up with every layer.
+// teacher again). Few layers at a time and long blocks, so that the hardware's prefetcher keeps up with every layer; it
+// loses its way whenever sums are folded, so whatever a tile is the first to read is asked for in time.
 #include "cpu/layer_cost.h"
 
 #include <utility>
@@ -24,13 +25,24 @@ constexpr int kRows = 3, kColumns = 3;
 #endif
 constexpr int64_t kRun = 64 * kLanes;  // float sums are folded into doubles after so many elements
 
-typedef double vdouble __attribute__((vector_size(kLanes * 8)));
-
+// sums += x, its upper half folded onto the lower first.
 inline void add(double* sums, vfloat x) {
-  vdouble sum;
-  std::memcpy(&sum, sums, sizeof sum);
-  sum += __builtin_convertvector(x, vdouble);
-  std::memcpy(sums, &sum, sizeof sum);
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(half)));
+#elif defined(__AVX2__)
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(half)));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[lane];
+#endif
+}
+
+constexpr int64_t kAhead = 2048;  // bytes
+
+template <int kElement>
+inline void fetch(const void* p, int64_t i, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(p) + i * (kElement == 0 ? 4 : 2) + ahead, 0, 2);  // into the second cache
 }
 
 template <int kElement>
@@ -38,16 +50,26 @@ inline vfloat load_as(const void* p, int64_t i) {
   if constexpr (kElement == 0) return load(static_cast<const float*>(p) + i);
   vhalf x;
   std::memcpy(&x, static_cast<const uint16_t*>(p) + i, sizeof x);
+#if defined(__AVX512F__)  // one instruction, of which __builtin_convertvector makes four
+  return from_bits((vint)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#elif defined(__AVX2__)
+  return from_bits((vint)_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
   return from_bits(__builtin_convertvector(x, vint) << 16);
+#endif
 }
 
+// ahead_s, ahead_t: kAhead where this tile is the first of the block to read its students, its teachers, else 0.
 template <int kS, int kT, int kR, int kC>
-void tile(const void* const* s, const void* const* t, int64_t count, double* sums, int64_t teachers) {
+void tile(const void* const* s, const void* const* t, int64_t count, int64_t ahead_s, int64_t ahead_t, double* sums,
+          int64_t teachers) {
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = begin + kRun < count ? begin + kRun : count;
     vfloat run[kR][kC] = {};
     for (int64_t k = begin; k < end; k += kLanes) {
       vfloat a[kR];
+      for (int r = 0; r < kR; ++r) fetch<kS>(s[r], k, ahead_s);
+      for (int c = 0; c < kC; ++c) fetch<kT>(t[c], k, ahead_t);
       for (int r = 0; r < kR; ++r) a[r] = load_as<kS>(s[r], k);
       for (int c = 0; c < kC; ++c) {
         const vfloat b = load_as<kT>(t[c], k);
@@ -55,7 +77,7 @@ void tile(const void* const* s, const void* const* t, int64_t count, double* sum
       }
     }
     for (int r = 0; r < kR; ++r)
-      for (int c = 0; c < kC; ++c) add(sums + (r * teachers + c) * kLayerLanes, run[r][c]);
+      for (int c = 0; c < kC; ++c) add(sums + (r * teachers + c) * kLayerSums, run[r][c]);
   }
 }
 
@@ -88,7 +110,8 @@ void distances_of(const void* const* s, int students, const void* const* t, int 
       const int rows = students - i < step_s ? students - i : step_s;
       const int columns = teachers - j < step_t ? teachers - j : step_t;
       const Tile run = tile_of<kS, kT>(rows, columns, std::make_integer_sequence<int, kRows>());
-      run(s + i, t + j, count, sums + (int64_t(i) * teachers + j) * kLayerLanes, teachers);
+      run(s + i, t + j, count, j ? 0 : kAhead, i ? 0 : kAhead, sums + (int64_t(i) * teachers + j) * kLayerSums,
+          teachers);
     }
 }
 

@@ -11,11 +11,11 @@
 
 namespace fastkd {
 
-constexpr int64_t kPanelBytes = 512 << 10;  // a block of all layers, as floats, stays in the second cache
+constexpr int64_t kPanelBytes = 640 << 10;  // a block of all layers, as floats, stays in the second cache
 constexpr int64_t kBlockStep = 1024;        // blocks are a multiple of it: long enough for the hardware's prefetcher
 constexpr int64_t kLongestBlock = 16384;
-constexpr int64_t kBlocksPerChunk = 2;
-constexpr int64_t kMostChunks = 256;  // so that partial sums stay small beside the layers
+constexpr int64_t kBlocksPerChunk = 4;
+constexpr int64_t kMostChunks = 128;  // so that partial sums stay small beside the layers
 
 struct Layer {
   Tensor tensor;  // keeps a copy alive where one was needed

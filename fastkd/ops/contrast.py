@@ -1,20 +1,156 @@
-"""A query against a bank of negatives (InfoNCE, NCE): which implementation runs."""
+"""A query against a bank of negatives (InfoNCE, NCE), its sampling and its bank: which implementation runs."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from fastkd import backends
 from fastkd.reference import contrast as reference
+from fastkd.reference import contrast_bank as bank_reference
+
+# The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
+# that are in the cache. Reading the bank again in the backward would double the time. The backward only scales.
+
+
+def _info_nce_fake(query, positive, bank, index, inverse_temperature, query_ids, bank_ids, with_direction):
+    rows = query.new_empty(query.shape[0], dtype=torch.float32)
+    return rows, _direction_fake(query, with_direction), torch.empty_like(rows)
+
+
+def _nce_fake(query, bank, index, shift, temperature, with_direction):
+    return query.new_empty(query.shape[0], dtype=torch.float32), _direction_fake(query, with_direction)
+
+
+def _direction_fake(query, wanted):
+    return query.new_empty((query.shape[0] if wanted else 0, query.shape[1]), dtype=torch.float32)
+
+
+backends.fake("info_nce_fwd", _info_nce_fake)
+backends.fake("nce_fwd", _nce_fake)
+
+
+class InfoNCE(torch.autograd.Function):
+    """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p)."""
+
+    @staticmethod
+    def forward(ctx, query, positive, inverse_temperature, bank, index, query_ids, bank_ids):
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        inverse = inverse_temperature.double()
+        rows, direction, weight = torch.ops.fastkd.info_nce_fwd(
+            query, positive, bank, index, inverse, query_ids, bank_ids, wanted
+        )
+        ctx.save_for_backward(query, inverse, direction, weight)
+        ctx.positive_dtype, ctx.temperature_dtype = positive.dtype, inverse_temperature.dtype
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, inverse, direction, weight = ctx.saved_tensors
+        to_query = to_positive = to_inverse = None
+        scaled = grad * inverse  # [B]
+        if ctx.needs_input_grad[0]:
+            to_query = (direction * scaled[:, None]).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            to_positive = (query * (scaled * -weight)[:, None]).to(ctx.positive_dtype)
+        if ctx.needs_input_grad[2]:
+            slope = (query.double() * direction).sum(-1)  # [B]
+            to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
+        return to_query, to_positive, to_inverse, None, None, None, None
+
+
+class NCE(torch.autograd.Function):
+    """The forward's direction is the gradient itself."""
+
+    @staticmethod
+    def forward(ctx, query, bank, index, shift, temperature):
+        rows, direction = torch.ops.fastkd.nce_fwd(query, bank, index, shift, temperature, ctx.needs_input_grad[0])
+        ctx.save_for_backward(direction)
+        ctx.dtype = query.dtype
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (direction,) = ctx.saved_tensors
+        return (direction * grad[:, None]).to(ctx.dtype), None, None, None, None
 
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]."""
-    backends.choose("contrast", backend, query)
-    with backends.full_precision(query):
-        return reference.info_nce(query, positive, bank, index, inverse_temperature, exclude, scale)
+    why_not = _bank_reason(bank)
+    if scale is not None:
+        why_not = "rows with a scale are not written there yet"
+    elif isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
+        why_not = "it takes one temperature for all queries"
+    elif exclude is not None and any(ids.is_floating_point() for ids in exclude):
+        why_not = "it compares whole-number ids"
+    if _choose(backend, query, why_not) == "reference":
+        with backends.full_precision(query):
+            return reference.info_nce(query, positive, bank, index, inverse_temperature, exclude, scale)
+    if not isinstance(inverse_temperature, Tensor):
+        inverse_temperature = torch.tensor(inverse_temperature, dtype=torch.float64)
+    query_ids, bank_ids = (None, None) if exclude is None else (ids.long() for ids in exclude)
+    return InfoNCE.apply(
+        query,
+        positive.float() if positive.dtype == torch.float64 else positive,
+        inverse_temperature.reshape(()),
+        bank,
+        None if index is None else index.long(),
+        query_ids,
+        bank_ids,
+    )
 
 
 def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     """NCE per query, [B]."""
+    why_not = _bank_reason(bank)
+    if isinstance(z, Tensor) and (z.numel() != 1 or z.requires_grad):
+        why_not = "z must be one number without a gradient"
+    if _choose(backend, query, why_not) == "reference":
+        with backends.full_precision(query):
+            return reference.nce(query, bank, index, n_data, temperature, z)
+    c = (index.shape[1] - 1) / n_data
+    log_z = z.double().reshape(()).log() if isinstance(z, Tensor) else torch.tensor(math.log(z), dtype=torch.float64)
+    shift = log_z + math.log(c + reference.EPS)
+    dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
+    return NCE.apply(query, bank, index.long(), shift, temperature) - dropped
+
+
+def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
+    """NCE's normaliser: z if it is set, else this batch's, []."""
     backends.choose("contrast", backend, query)
     with backends.full_precision(query):
-        return reference.nce(query, bank, index, n_data, temperature, z)
+        return reference.partition(query, bank, index, n_data, temperature, z)
+
+
+def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, backend) -> Tensor:
+    """Ids of other labels, [B, count]."""
+    backends.choose("contrast", backend, index[:0].float())  # whole numbers: every backend draws the same way
+    return bank_reference.sample_negatives(index, count, n_data, labels, order, bounds, state, replacement)
+
+
+def update_bank(bank, index, rows, momentum, backend) -> None:
+    """Move the bank's rows towards the new ones, in place."""
+    backends.choose("contrast", backend, bank)
+    with backends.full_precision(bank):
+        bank_reference.update_bank(bank, index, rows, momentum)
+
+
+def _bank_reason(bank: Tensor) -> str | None:
+    """Why the kernels cannot take this bank, as a clause that follows "because"; None if they can."""
+    if bank.requires_grad and torch.is_grad_enabled():
+        return "the bank needs a gradient, which the kernels do not form"
+    if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the bank is {str(bank.dtype).removeprefix('torch.')}, and kernels take float32, bfloat16 and float16"
+    return None
+
+
+def _choose(backend: str, query: Tensor, why_not: str | None) -> str:
+    chosen = backends.choose("contrast", backend, query)
+    if chosen == "reference" or why_not is None:
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise RuntimeError(f"contrast: backend='{backend}' cannot run here: {why_not}")

@@ -64,7 +64,9 @@ def _first_tensor(layers) -> Tensor:
 def attention_cost(students, teachers, mask, causal, scale, heads, backend) -> Tensor:
     """[N, M] mean squared differences between attention scores."""
     x = _first_tensor(students)
-    if backend != "auto":
-        backends.choose("layer_cost", backend, x)
+    if backend != "auto" and backends.choose("layer_cost", backend, x) != "reference":
+        raise RuntimeError(
+            f"layer_cost: backend='{backend}' cannot run here: attention_costs has no {backend} kernel yet"
+        )
     with backends.full_precision(x):
         return reference.attention_cost(students, teachers, mask, causal, scale, heads)

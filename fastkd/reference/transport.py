@@ -1,9 +1,9 @@
 """Exact optimal transport: min sum f_ij c_ij over f >= 0 with row sums a and column sums b.
 
-A transportation simplex in integers. Floats are dyadic rationals, so costs and masses become Python integers without
-rounding: no tolerances, and 1e-30 is as good as 1e30. Masses are perturbed symbolically (their lowest bits), so that no
-basis is degenerate: every pivot lowers the cost, hence no cycle. The basis is a spanning tree over rows and columns;
-the duals are its potentials. An invalid problem (not finite, negative mass, sums that differ) gives NaN, alone.
+A transportation simplex in integers. Floats are dyadic rationals, so costs and masses become Python integers exactly: no
+tolerances, at any scale. Masses are perturbed in bits below their lowest, so that no basis is degenerate: every pivot
+lowers the cost, hence no cycle. The basis is a spanning tree over rows and columns; the duals are its potentials.
+An invalid problem (not finite, a negative mass, sums that differ) gives NaN, alone.
 """
 
 import math
@@ -51,10 +51,9 @@ def _solve(cost, a, b):
         path = up + down[-2::-1]  # row i, column, row, …, column j, through the tree
         edges = [(min(x), max(x)) for x in pairwise(path)]
         leave = min(edges[::2], key=flow.__getitem__)
-        theta = flow[leave]
+        flow[i, j] = theta = flow[leave]
         for sign, edge in zip([-1, 1] * M, edges, strict=False):
             flow[edge] += sign * theta
-        flow[i, j] = theta
         del flow[leave]
     plan = [[((flow.get((i, N + j), 0) + (1 << bits - 1)) >> bits) / mass_unit for j in range(M)] for i in range(N)]
     dual = [x / cost_unit for x in dual]

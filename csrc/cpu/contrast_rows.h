@@ -1,0 +1,44 @@
+// What both forms of InfoNCE, the shared bank and the gathered rows, do once per query.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "cpu/contrast.h"
+#include "cpu/tensors.h"
+
+namespace fastkd {
+
+inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / kColumnStep * kColumnStep; }
+
+// Row i of x [N, D] as floats, with zeros up to the padded width.
+inline void float_row(const ContrastTable& table, const Tensor& x, int64_t i, float* out) {
+  const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
+  table.widen(row, element_of(x), x.size(1), padded_width(x.size(1)), out);
+}
+
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+struct InfoNceOut {
+  float* loss;       // softplus(lse - p)
+  float* weight;     // its derivative with respect to lse, minus that with respect to p
+  float* direction;  // weight (mean of the negatives - positive) [D]; null if nobody asked
+};
+
+// mean: the weighted sum of the negatives, mass: the sum of their weights e^(score - largest).
+inline void finish_row(const float* query, const float* positive, int64_t width, double inverse_temperature,
+                       double largest, double mass, const float* mean, const InfoNceOut& out) {
+  double p = 0;
+  for (int64_t d = 0; d < width; ++d) p += double(query[d]) * double(positive[d]);
+  const double gap = largest + std::log(mass) - p * inverse_temperature;  // no negative left: -inf
+  const double e = std::exp(-std::fabs(gap));
+  const double weight = gap > 0 ? 1 / (1 + e) : e / (1 + e);
+  *out.loss = float((gap > 0 ? gap : 0) + std::log1p(e));
+  *out.weight = float(weight);
+  if (!out.direction) return;
+  const float of_mean = mass == 0 ? 0.f : float(weight / mass), of_positive = float(weight);
+  for (int64_t d = 0; d < width; ++d) out.direction[d] = of_mean * mean[d] - of_positive * positive[d];
+}
+
+}  // namespace fastkd

@@ -1,0 +1,190 @@
+// One side (student or teacher) of one group: its rows, centred where that is possible, packed, and strips of its Gram.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/gram.h"
+#include "cpu/tensors.h"
+
+namespace fastkd {
+
+// Consecutive aligned pieces of one allocation; with no memory it only counts.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* place = reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return place;
+  }
+};
+
+// Scratch of one thread, or shared by all.
+struct Memory {
+  std::unique_ptr<char[]> bytes;
+
+  template <class F>
+  void fill(const F& carve) {
+    Arena arena;
+    carve(arena);
+    bytes.reset(new char[arena.used + 64]);
+    arena = {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) & ~uintptr_t(63)), 0};
+    carve(arena);
+  }
+};
+
+constexpr int64_t kSkew = 16;  // floats added to a row's stride: powers of two would fall on the same cache sets
+constexpr double kLeastNorm = 1e-12;
+
+// Work on ranges [begin, end) of `count`, one after another or over the threads.
+template <class F>
+void each(bool threads, int64_t count, int64_t step, const F& f) {
+  const int64_t chunks = (count + step - 1) / step;
+  const auto run = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i * step, (i + 1) * step < count ? (i + 1) * step : count);
+  };
+  if (threads)
+    parallel_for(0, chunks, 1, run);
+  else
+    run(0, chunks);
+}
+
+struct Side {
+  const GramTable& table;
+  const Gemm& gemm;
+  const char* data;
+  int element;
+  int64_t item, group_stride, row_stride;  // in bytes
+  int64_t most_rows, width, padded, stride;
+  bool raw;  // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
+  bool normalize;
+  int64_t strip, chunk;  // rows of a strip of the Gram, and rows that are prepared together: whole panels
+
+  // Of the group at hand.
+  char *rows, *packed, *turned;
+  float *scale, *offset, *centre, *sums;
+
+  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize)
+      : table(table),
+        gemm(fastkd::gemm(element_of(x))),
+        data(static_cast<const char*>(x.const_data_ptr())),
+        element(element_of(x)),
+        item(int64_t(x.element_size())),
+        group_stride(x.stride(sequence ? 1 : 0) * item),
+        row_stride(x.stride(sequence ? 0 : 1) * item),
+        most_rows(x.size(sequence ? 0 : 1)),
+        width(x.size(2)),
+        padded(gram_padded(width)),
+        stride(padded + kSkew),
+        raw(element == kBFloat16 && gemm.operand == kBFloat16),
+        normalize(normalize) {
+    cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
+  }
+
+  void cut_by(int64_t rows_of_a_strip) {
+    strip = rows_of_a_strip;
+    chunk = 2 * strip;
+  }
+  // Both sides' Grams are cut alike.
+  static void agree(Side& s, Side& t) {
+    int64_t rows = s.strip;
+    while (rows % t.strip) rows += s.strip;
+    s.cut_by(rows);
+    t.cut_by(rows);
+  }
+
+  int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
+  char* row(int64_t i) const { return rows + i * row_bytes(); }
+
+  // `block`: rows behind one piece of the turned operand, 0 where no gradient is wanted.
+  void carve(Arena& arena, int64_t block) {
+    const int64_t n = gram_padded(most_rows), chunks = (most_rows + chunk - 1) / chunk;
+    rows = arena.take<char>(most_rows * row_bytes());
+    packed = arena.take<char>(gemm.bytes_b(n + chunk, width));
+    turned = arena.take<char>(block ? (most_rows + block - 1) / block * gemm.bytes_b(width, block) : 0);
+    scale = arena.take<float>(n);
+    offset = arena.take<float>(n);
+    centre = arena.take<float>(padded);
+    sums = arena.take<float>(chunks * padded);
+  }
+
+  // Rows `kept` of the group: copied, scaled, and their mean taken away.
+  void prepare(int64_t group, const std::vector<int64_t>& kept, bool threads) {
+    const int64_t n = int64_t(kept.size());
+    const char* from = data + group * group_stride;
+    std::vector<float> low(n);
+    each(threads, n, chunk, [&](int64_t begin, int64_t end) {
+      float* sum = sums + begin / chunk * padded;
+      std::memset(sum, 0, padded * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) {
+        const char* next = i + 1 < end ? from + kept[i + 1] * row_stride : nullptr;
+        const double norm = std::sqrt(table.take(from + kept[i] * row_stride, next, element, raw, width, row(i)));
+        const double inverse = !normalize ? 1 : 1 / (norm < kLeastNorm ? kLeastNorm : norm);
+        scale[i] = float(inverse);
+        low[i] = float(inverse - scale[i]);
+        table.add_scaled(row(i), raw, scale[i], padded, sum);
+      }
+    });
+    const double square = mean(n);
+    if (raw) {
+      for (int64_t i = 0; i < n; ++i) offset[i] = float(-square / 2);
+    } else {
+      shift(n, low, threads);
+    }
+    each(threads, n, chunk,
+         [&](int64_t begin, int64_t end) { gemm.pack_b(source(begin, end), packed + gemm.bytes_b(begin, width)); });
+    for (int64_t i = n; i < gram_padded(n); ++i) scale[i] = offset[i] = 0;
+  }
+
+  GemmSource source(int64_t begin, int64_t end) const {
+    return {row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width};
+  }
+
+  // The mean row, and its squared length: the mean of the Gram.
+  double mean(int64_t n) {
+    double square = 0;
+    for (int64_t k = 0; k < padded; ++k) {
+      double sum = 0;
+      for (int64_t c = 0; c * chunk < n; ++c) sum += sums[c * padded + k];
+      centre[k] = float(sum / n);
+      square += sum / n * (sum / n);
+    }
+    return square;
+  }
+
+  void shift(int64_t n, const std::vector<float>& low, bool threads) {
+    std::vector<double> onto(n);
+    each(threads, n, chunk, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        onto[i] = table.shift(reinterpret_cast<float*>(row(i)), scale[i], low[i], centre, padded);
+    });
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += onto[i];
+    for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
+  }
+
+  // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.
+  void tile(int64_t i, int64_t i_end, int64_t j, int64_t j_end, const float* ones, float* out,
+            int64_t out_stride) const {
+    gemm.tile_direct(row(i), stride, packed + gemm.bytes_b(j, width), {i_end - i, j_end - j, width},
+                     {out, out_stride, 1, false});
+    const float* by = raw ? scale : nullptr;
+    table.place(out, out_stride, i_end - i, j_end - j, by ? by + i : ones, by ? by + j : ones, offset + i, offset + j);
+  }
+
+  // The rows as the second operand of (weights x rows), in pieces of `block` rows.
+  void turn(int64_t n, int64_t block, bool threads) {
+    each(threads, n, block, [&](int64_t begin, int64_t end) {
+      gemm.pack_b({row(begin), raw ? kBFloat16 : kFloat32, 1, stride, width, end - begin}, piece(begin, block));
+    });
+  }
+  char* piece(int64_t begin, int64_t block) const { return turned + begin / block * gemm.bytes_b(width, block); }
+};
+
+}  // namespace fastkd

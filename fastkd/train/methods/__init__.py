@@ -1,0 +1,170 @@
+"""The methods by name, which of them makes sense where, and how "--method" is read.
+
+"kd", "bert_emd:beta=0.005", "fcd + kd:weight=0.5,alpha=0.7": one method or several, each with its options and a weight.
+A third party adds one through the entry-point group `fastkd.methods`; the entry's name is the method's.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+from typing import NamedTuple
+
+from torch import nn
+
+from fastkd.train.batch import SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
+
+from .base import DECODERS, Method, Setup, Side, Term
+
+__all__ = ["FAMILIES", "METHODS", "Combined", "Method", "Setup", "Side", "Term", "build", "refusal", "table"]
+
+GROUP = "fastkd.methods"
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+FAMILIES = (*ENCODERS, *DECODERS)
+
+
+class Entry(NamedTuple):
+    """Where a method lives, and where it makes sense; `otherwise` is the sentence for families that it is not for."""
+
+    where: str
+    families: tuple[str, ...] = FAMILIES
+    tasks: tuple[str, ...] = TASKS
+    otherwise: str = ""
+
+
+_DECODERS_ONLY = "it compares next-word distributions of a decoder; for an encoder's predictions choose kd or glmd"
+METHODS = {
+    "kd": Entry("kd:KD"),
+    "fcd": Entry("fcd:FCD"),
+    "bert_emd": Entry("bert_emd:BertEMD"),
+    "codir": Entry(
+        "codir:CoDIR",
+        ENCODERS,
+        ("classification",),
+        "it contrasts [CLS] vectors by the sentences' labels, and a decoder's first token has not seen the sentence",
+    ),
+    "glmd": Entry("glmd:GLMD", FAMILIES, ("masked_lm", "causal_lm", "cloze")),
+    "pkd": Entry("pkd:PKD", FAMILIES, SENTENCE_TASKS),
+    "distilbert": Entry("distilbert:DistilBERT", FAMILIES, WORD_TASKS),
+    "tinybert": Entry("tinybert:TinyBERT"),
+    "minilm": Entry("minilm:MiniLM"),
+    "minilmv2": Entry("minilmv2:MiniLMv2"),
+    "forward_kl": Entry("divergences:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "reverse_kl": Entry("divergences:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "jsd": Entry("divergences:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "skew_kl": Entry("divergences:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+}
+
+
+def _third_parties() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def find(name: str) -> type[Method]:
+    if name in METHODS:
+        module, kind = METHODS[name].where.split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    others = _third_parties()
+    if name not in others:
+        known = ", ".join((*METHODS, *others))
+        raise ValueError(f"method: there is no {name!r}; there are {known}")
+    return others[name].load()
+
+
+def refusal(name: str, family: str, task: str | None = None) -> str | None:
+    """Why this method makes no sense for this family (or task); None if it does."""
+    if name not in METHODS:
+        return None  # a third party's method knows best
+    entry = METHODS[name]
+    if family in FAMILIES and family not in entry.families:
+        return f"{name} makes no sense for {family}: {entry.otherwise}"
+    if task is not None and task not in entry.tasks:
+        return f"{name} makes no sense for the task {task}; it is for {', '.join(entry.tasks)}"
+    return None
+
+
+def table() -> str:
+    """The table method × family as the README shows it."""
+    head = ("method", *FAMILIES, "tasks")
+    rows = [head, tuple("---" for _ in head)]
+    for name, entry in METHODS.items():
+        marks = ("yes" if family in entry.families else "–" for family in FAMILIES)
+        rows.append((f"`{name}`", *marks, "all" if entry.tasks == TASKS else ", ".join(entry.tasks)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def parse(text: str) -> list[tuple[str, dict]]:
+    """ "fcd + kd:weight=0.5,alpha=0.7" -> [("fcd", {}), ("kd", {"weight": 0.5, "alpha": 0.7})]."""
+    found = []
+    for part in text.split("+"):
+        name, _, options = part.strip().partition(":")
+        given = {}
+        for option in filter(None, options.split(",")):
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise ValueError(f"method: expected option=value in {part.strip()!r}, got {option!r}")
+            given[key.strip()] = _literal(value.strip())
+        if name in dict(found):
+            raise ValueError(f"method: {name} is named twice in {text!r}")
+        found.append((name, given))
+    return found
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a word
+
+
+class Combined(nn.Module):
+    """The weighted sum of methods; what the trainer calls. Its terms are named method/term."""
+
+    def __init__(self, methods: dict[str, Method], weights: dict[str, float]):
+        super().__init__()
+        self.methods, self.weights = nn.ModuleDict(methods), weights
+        for method in methods.values():
+            method.alone = len(methods) == 1
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        terms = {}
+        for name, method in self.methods.items():
+            for term, (value, weight) in method(batch).items():
+                terms[f"{name}/{term}"] = Term(value, weight * self.weights[name])
+        return terms
+
+    def attention(self, side: str, progress: float | None = None) -> list[int]:
+        """The layers whose queries, keys and values are read: now, or (None) ever."""
+        now = [m for m in self.methods.values() if progress is None or m.features(progress)]
+        return sorted({layer for method in now for layer in method.attention(side)})
+
+    def hidden(self, progress: float) -> bool:
+        return any(method.hidden and method.features(progress) for method in self.methods.values())
+
+    def teaches(self, progress: float) -> bool:
+        return any(method.teaches(progress) for method in self.methods.values())
+
+
+def build(text: str, setup: Setup) -> Combined:
+    """The methods that `text` names, checked against the models and the task."""
+    methods, weights = {}, {}
+    for name, options in parse(text):
+        kind = find(name)
+        if setup.student.causal != setup.teacher.causal:
+            raise ValueError(
+                f"{name}: teacher ({setup.teacher.family}) and student ({setup.student.family}) must both be encoders or "
+                "both be decoders; their tokens see different contexts"
+            )
+        for side in (setup.teacher, setup.student):
+            why_not = refusal(name, side.family, setup.task)
+            if why_not is not None:
+                raise ValueError(f"method: {why_not}")
+        weights[name] = float(options.pop("weight", 1.0))
+        known = {key for key, p in inspect.signature(kind.__init__).parameters.items() if key not in ("self", "setup")}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(
+                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(known))}"
+            )
+        methods[name] = kind(setup, **options)
+    return Combined(methods, weights)

@@ -1,0 +1,72 @@
+"""CoDIR (Sun et al., EMNLP 2020): a sentence's states in the student against its own in the teacher, among sentences of
+other labels. (1 - beta) CE + beta T² KL + crd · contrast.
+
+Student layers 1 … N, teacher layers 1, 3, 5, …, concatenated; "official" takes [CLS] and two-sided NCE against the bank,
+"paper" the mean over tokens and InfoNCE. The released code adds `crd_weight` to *sums* over a batch of B; the weight here
+is relative to their means, so it is the released one divided by B.
+"""
+
+import torch
+
+from fastkd import reduce
+
+from .base import Method, Setup, Term
+
+
+class CoDIR(Method):
+    hidden = True
+
+    def __init__(
+        self,
+        setup: Setup,
+        beta: float = 0.5,
+        temperature: float = 2.0,
+        crd: float = 0.1,
+        preset: str = "official",
+        feat_dim: int = 128,
+        nce_k: int = 100,
+        nce_t: float = 0.07,
+        nce_m: float = 0.5,
+    ):
+        super().__init__(setup)
+        from fastkd.losses.codir import CoDIRLoss
+
+        self.beta, self.temperature, self.crd = beta, temperature, crd
+        widths = (
+            setup.student.width * setup.student.layers,
+            setup.teacher.width * len(range(0, setup.teacher.layers, 2)),
+        )
+        options = {"feat_dim": feat_dim, "nce_k": nce_k, "nce_t": nce_t, "nce_m": nce_m, "preset": preset}
+        self.loss = CoDIRLoss(*widths, setup.n_data, **options)
+        if setup.labels is not None:
+            self.loss.set_labels(setup.labels)
+        self.seen: list[tuple] = []
+
+    def forward(self, batch):
+        if batch.ids is None:
+            raise ValueError("codir: needs to know which example is which; the batch lost its example_id")
+        student = self._sentences(batch.student.hidden[1:], batch.mask)
+        teacher = self._sentences(batch.teacher.hidden[1::2], batch.mask)
+        whole_step = batch.advance and not self.seen
+        self.loss.train(self.training and whole_step)
+        contrast = self.loss(student, teacher, batch.ids)
+        if self.training and not whole_step:
+            self._remember(student, teacher, batch)
+        return {
+            "hard": Term(batch.hard(), 1 - self.beta),
+            "soft": Term(batch.soft(self.temperature), self.beta),
+            "contrast": Term(contrast.squeeze(), self.crd),
+        }
+
+    def _sentences(self, hidden, mask):
+        """[B, layers · D]: of every layer the first token, or the mean over the real ones."""
+        pooled = [x[:, 0] if self.loss.pool == "cls" else reduce.masked_mean(x.float(), mask, 1) for x in hidden]
+        return torch.cat(pooled, -1)
+
+    @torch.no_grad()
+    def _remember(self, student, teacher, batch) -> None:
+        """Under accumulation the bank moves once, with all examples of the step, when its last micro-batch is done."""
+        self.seen.append((student.detach(), teacher.detach(), batch.ids))
+        if batch.advance:
+            self.loss.train()(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
+            self.seen.clear()

@@ -1,0 +1,22 @@
+"""MiniLM (Wang et al., 2020): the last layer's attention distributions and value relations, by KL; then fine-tuning."""
+
+from fastkd.losses.minilm import MiniLMLoss
+
+from .base import Method, Setup, Term, same_heads
+
+
+class MiniLM(Method):
+    stages = ("relations", "task")
+
+    def __init__(self, setup: Setup, share: float = 0.5):
+        super().__init__(setup, share)
+        same_heads(setup, "minilm")
+        self.loss = MiniLMLoss(causal=setup.student.causal)
+
+    def attention(self, side):
+        return [getattr(self.setup, side).layers - 1]
+
+    def forward(self, batch):
+        if self.stage(batch.progress) == "task":
+            return {"hard": Term(batch.hard(), 1.0)}
+        return {"relations": Term(self.loss(*self.qkv(batch, "student"), *self.qkv(batch, "teacher"), batch.mask), 1.0)}

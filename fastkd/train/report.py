@@ -1,0 +1,181 @@
+"""The report of a run: pictures, the numbers as JSON, and one HTML page that carries everything inside."""
+
+import base64
+import html
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from . import plots
+from .states import forget_attention
+from .trainer import arguments_of
+from .watch import latency
+
+METRICS = ("accuracy", "matthews", "pearson", "perplexity")
+STYLE = """
+:root { --ink:#1f2933; --soft:#616e7c; --line:#e4e7eb; --warm:#e8743b; --deep:#334e68 }
+* { box-sizing:border-box } body { margin:0; background:#f5f7fa; color:var(--ink); font:16px/1.55 system-ui,sans-serif }
+main { max-width:1080px; margin:0 auto; padding:48px 24px 80px }
+h1 { font-size:30px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px; margin:0 0 12px }
+p.lead { color:var(--soft); margin:0 0 28px } section { background:#fff; border:1px solid var(--line); border-radius:10px;
+padding:24px 26px; margin:0 0 22px } img { width:100%; display:block }
+p.note { color:var(--soft); font-size:14px; margin:10px 0 0 }
+.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(180px,1fr)); gap:14px; margin:0 0 22px }
+.card { background:#fff; border:1px solid var(--line); border-radius:10px; padding:18px 20px }
+.card b { display:block; font-size:27px; letter-spacing:-.02em } .card span { color:var(--soft); font-size:14px }
+.card.warm b { color:var(--warm) } table { border-collapse:collapse; width:100%; font-size:15px }
+th { text-align:left; color:var(--soft); font-weight:500 }
+th,td { padding:7px 10px 7px 0; border-bottom:1px solid var(--line) }
+td.n,th.n { text-align:right; font-variant-numeric:tabular-nums }
+pre { background:#f5f7fa; border-radius:8px; padding:14px 16px;
+overflow:auto; font-size:13px; margin:0 } details summary { cursor:pointer; color:var(--deep); margin-bottom:10px }
+"""
+
+
+def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict]:
+    """For each model: the metric on `data` (None: the trainer's own), its size, its latency on the first rows."""
+    data = trainer.eval_dataset if data is None else data
+    if data is None:
+        return []
+    columns = [
+        c
+        for c in data.column_names
+        if c in ("input_ids", "attention_mask", "labels", "token_type_ids", "example_id", "blank")
+    ]
+    sample = trainer.data_collator(
+        [{c: row[c] for c in columns} for row in data.select(range(min(batch_size, len(data))))]
+    )
+    rows = []
+    for name, model in models.items():
+        forget_attention(model)
+        network = model.to(trainer.args.device)
+        accepted = arguments_of(network)
+        inputs = {k: v.to(trainer.args.device) for k, v in sample.items() if k in accepted and k != "labels"}
+        measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(network, data).items()}
+        if "accuracy" not in measured and "mse" not in measured:
+            measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
+        metric = next(m for m in METRICS if m in measured)
+        parameters = sum(p.numel() for p in network.parameters())
+        bytes_ = sum(p.numel() * p.element_size() for p in network.parameters())
+        rows.append({
+            "name": name, "metric_name": metric, "metric": measured[metric], "parameters": parameters, "bytes": bytes_,
+            "latency": latency(network, inputs), "all": {k: v for k, v in measured.items() if isinstance(v, float)},
+        })  # fmt: skip
+    return rows
+
+
+def write(
+    folder,
+    *,
+    title: str,
+    rows: list[dict],
+    histories: dict,
+    maps: list[dict],
+    config: dict,
+    lead: str = "",
+    where: str = "validation",
+) -> Path:
+    """The page's path. histories: name -> Trainer's log_history; the last one's terms are drawn."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metric = rows[0]["metric_name"] if rows else "accuracy"
+    last = list(histories.values())[-1]
+    pictures = []
+    if rows:
+        pictures.append(("Quality, size, speed", plots.comparison(rows, metric, where, folder / "comparison.png"), ""))
+        pictures.append(("What it costs", plots.tradeoff(rows, metric, folder / "tradeoff.png"), ""))
+        known = where == "validation" and "teacher" not in histories
+        teacher = next((row["metric"] for row in rows if known and row["name"] == "teacher"), None)
+        pictures.append(("While training", plots.progress(histories, metric, teacher, folder / "progress.png"), ""))
+    note = "Light: as logged. Orange: smoothed. The factor after each name is its weight in the loss."
+    pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), note))
+    note = (
+        "Each cell is the share of mass that a student layer receives from a teacher layer in the optimal transport of "
+        "each step, averaged over the steps since the log before; a row's sum is its layer's weight, drawn on the right."
+    )
+    pictures.append(
+        ("Which teacher layer teaches which student layer", plots.transport(maps, folder / "transport.png"), note)
+    )
+    record = {
+        "title": title,
+        "models": rows,
+        "histories": histories,
+        "transport": maps,
+        "config": config,
+        "versions": versions(),
+    }
+    (folder / "report.json").write_text(json.dumps(record, indent=1, default=str))
+    page = folder / "index.html"
+    page.write_text(_page(title, lead, rows, metric, [p for p in pictures if p[1] is not None], config))
+    return page
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    import fastkd
+
+    return {"fastkd": fastkd.__version__, **found, "threads": str(torch.get_num_threads())}
+
+
+def _page(title: str, lead: str, rows: list[dict], metric: str, pictures: list, config: dict) -> str:
+    sections = "".join(
+        f"<section><h2>{html.escape(head)}</h2><img alt='{html.escape(head)}' src='{_inline(path)}'>"
+        + (f"<p class=note>{html.escape(note)}</p>" if note else "") + "</section>"
+        for head, path, note in pictures
+    )  # fmt: skip
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>"
+        f"<p class=lead>{html.escape(lead or 'A distillation with fastkd.')}</p>"
+        f"{_cards(rows, metric)}{_table(rows, metric)}"
+        f"{sections}<section><h2>Configuration and versions</h2><details><summary>Options that differ from the defaults"
+        f"</summary><pre>{html.escape(json.dumps(config, indent=2, default=str))}</pre></details>"
+        f"<pre>{html.escape('  '.join(f'{k} {v}' for k, v in versions().items()))}</pre></section></main></html>"
+    )
+
+
+def _cards(rows: list[dict], metric: str) -> str:
+    if len(rows) < 2:
+        return ""
+    teacher, student = rows[0], rows[-1]
+    form = "{:.1%}" if metric == "accuracy" else "{:.3f}"
+    cards = [
+        ("warm", form.format(student["metric"]), f"{metric}; the teacher's is {form.format(teacher['metric'])}"),
+        (
+            "",
+            f"{teacher['parameters'] / student['parameters']:.2f}× smaller",
+            f"{student['parameters'] / 1e6:.1f} M parameters",
+        ),
+        ("", f"{teacher['latency'] / student['latency']:.2f}× faster", f"{student['latency']:.2f} ms per example"),
+    ]
+    if len(rows) > 2:
+        gain = student["metric"] - rows[1]["metric"]
+        text = f"{100 * gain:+.1f} points" if metric == "accuracy" else f"{gain:+.3f}"
+        cards.append(("warm", text, f"against {rows[1]['name']}"))
+    return (
+        "<div class=cards>"
+        + "".join(f"<div class='card {k}'><b>{b}</b><span>{s}</span></div>" for k, b, s in cards)
+        + "</div>"
+    )
+
+
+def _table(rows: list[dict], metric: str) -> str:
+    if not rows:
+        return ""
+    form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
+    lines = "".join(
+        f"<tr><td>{html.escape(r['name'])}<td class=n>{form.format(r['metric'])}<td class=n>{r['parameters']:,}"
+        f"<td class=n>{r['bytes'] / 1e6:.1f} MB<td class=n>{r['latency']:.2f} ms"
+        for r in rows
+    )
+    head = f"<tr><th>model<th class=n>{metric}<th class=n>parameters<th class=n>weights<th class=n>latency per example"
+    return f"<section><table>{head}{lines}</table></section>"
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

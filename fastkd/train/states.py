@@ -1,0 +1,129 @@
+"""What a model computed on the way: hidden states, and the queries, keys and values of its attention layers.
+
+Hidden states come from `output_hidden_states`. Queries, keys and values come through transformers' attention interface:
+an implementation named "fastkd" records them and hands over to SDPA, so nobody needs eager attention. Its mask function
+is SDPA's own; without a registered one transformers would pass no mask at all, and padding would be attended to.
+
+Gradient checkpointing: only the first forward records; what backward recomputes is not seen again. The non-reentrant
+kind (transformers' default) keeps the recorded tensors in the graph; the reentrant kind would not, and is refused.
+"""
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "fastkd"
+QKV = tuple[Tensor, Tensor, Tensor]
+_recorder: ContextVar["_Recorder | None"] = ContextVar("fastkd_recorder", default=None)
+
+
+class States(NamedTuple):
+    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: (q, k, v) of every layer asked for (0-based), [B, H, S, d]
+    each, after any rotary embedding; keys and values may have fewer, grouped heads. None where it was not asked for."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+    qkv: dict[int, QKV] | None = None
+
+
+class _Recorder:
+    """Counts the attention calls of one forward, and keeps the tensors of the layers that were asked for."""
+
+    def __init__(self, layers: Sequence[int]):
+        self.layers, self.calls, self.kept = set(layers), 0, {}
+
+    def see(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if self.calls in self.layers:
+            self.kept[self.calls] = (query, key, value)
+        self.calls += 1
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.see(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def depth(model: nn.Module) -> int:
+    """The number of layers, embeddings not counted."""
+    return model.config.get_text_config().num_hidden_layers
+
+
+def record_attention(model: nn.Module) -> None:
+    """Let `model` use the recording attention from now on. Its results are SDPA's, bit for bit."""
+    kind = type(model).__name__
+    now = model.config._attn_implementation
+    if now not in (None, "sdpa", "eager", ATTENTION):
+        raise ValueError(
+            f"{kind}: this method reads queries and keys, which is done beside SDPA, but the model was loaded with "
+            f"attn_implementation={now!r}; load it with attn_implementation='sdpa'"
+        )
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"{kind}: its attention does not go through transformers' attention interface, so queries and keys cannot be "
+            "read; choose a method that uses hidden states or logits only"
+        )
+
+
+def forget_attention(model: nn.Module) -> None:
+    """Back to plain SDPA, as before `record_attention`."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation("sdpa")
+
+
+def read(model: nn.Module, inputs: dict, *, hidden: bool = False, layers: Sequence[int] = ()) -> States:
+    """One forward of `model` (wrapped by DDP or not: it is called as it is), and what was asked for of it.
+
+    layers: which layers' queries, keys and values (0-based); `record_attention` must have been called on the model.
+    """
+    recorder = _Recorder(layers) if len(layers) else None
+    before = _recorder.set(recorder)
+    try:
+        options = {"output_hidden_states": True} if hidden else {}
+        outputs = model(**inputs, **options, return_dict=True)
+    finally:
+        _recorder.reset(before)
+    states = outputs.hidden_states if hidden else None
+    if hidden and not states:
+        raise RuntimeError(
+            f"{_name(model)} returned no hidden states, although they were asked for; it cannot be distilled"
+        )
+    return States(outputs.logits, states, None if recorder is None else _recorded(model, recorder, layers))
+
+
+def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> dict[int, QKV]:
+    if recorder.calls == 0:
+        raise RuntimeError(
+            f"{_name(model)}: no attention layer was seen, so this method would have nothing to learn from; call "
+            "fastkd.train.states.record_attention(model) first, and do not change its attn_implementation afterwards"
+        )
+    missing = sorted(set(layers) - set(recorder.kept))
+    if missing:
+        raise RuntimeError(
+            f"{_name(model)}: attention layers {missing} were asked for, but only {recorder.calls} were seen (0 to "
+            f"{recorder.calls - 1})"
+        )
+    found = recorder.kept
+    lost = torch.is_grad_enabled() and not any(x.requires_grad for layer in found.values() for x in layer)
+    if lost and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise RuntimeError(
+            f"{_name(model)}: queries and keys were recorded without a gradient, as reentrant gradient checkpointing does; "
+            "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    return found
+
+
+def _name(model: nn.Module) -> str:
+    return type(getattr(model, "module", model)).__name__

@@ -1,0 +1,244 @@
+"""DistillTrainer: transformers' Trainer, with a frozen teacher beside the student and a method between them."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer
+
+from . import states
+from .agreement import check_pair, teacher_labels
+from .batch import Batch
+from .methods import Combined, Setup, Side, build
+
+STATE = "fastkd_method"
+EXTRA = ("example_id", "blank")
+
+
+class DistillTrainer(Trainer):
+    """Trainer(model=student, …) with `teacher` and `method` ("bert_emd", "fcd + kd:weight=0.5"; see fastkd.train.methods).
+
+    The teacher is frozen and in eval mode, never wrapped, never saved. The method's learned pieces (projections, layer
+    weights, banks) train with the student, are saved in every checkpoint, and never become part of the student.
+    Each term is logged as term/<method>/<name> with its weight; a mean over micro-batches, without a look at it before
+    Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
+    micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
+    """
+
+    loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them
+
+    def __init__(
+        self,
+        model,
+        teacher,
+        method: str | None = None,
+        *,
+        task: str = "classification",
+        answers: Tensor | None = None,
+        advance: str = "step",
+        teacher_dtype: str = "auto",
+        compile_teacher: bool = False,
+        **kwargs,
+    ):
+        if advance not in ("step", "micro"):
+            raise ValueError(f"advance: expected 'step' or 'micro', got {advance!r}")
+        args = kwargs.get("args")
+        if args is None:
+            raise ValueError("args: DistillTrainer needs TrainingArguments, with an output_dir")
+        args.remove_unused_columns = False  # example_id, and a teacher's own columns
+        args.logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
+        super().__init__(model=model, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.task, self.advance = task, advance
+        self.answers = None if answers is None else answers.to(self.args.device)
+        self.teacher, self.method, self.relabel = None, None, None
+        self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
+        if teacher is not None:
+            self.method = self._method(model, teacher, method)
+            self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
+        self._step_begins = True
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
+
+    def _method(self, model, teacher, method: str | None) -> Combined:
+        check_pair(model, teacher, self.task)
+        relabel = teacher_labels(model, teacher) if self.task == "classification" else None
+        self.relabel = None if relabel is None else relabel.to(self.args.device)
+        data = self.train_dataset
+        labels = None
+        if self.task == "classification" and data is not None and "labels" in data.column_names:
+            labels = torch.as_tensor(data["labels"][:])
+        setup = Setup(Side.of(model), Side.of(teacher), self.task, 0 if data is None else len(data), labels)
+        built = build(method, setup)
+        if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
+            )
+        for side, network in (("student", model), ("teacher", teacher)):
+            if built.attention(side):
+                states.record_attention(network)
+        return built.to(self.args.device)
+
+    def _prepared(self, teacher, dtype: str, compiled: bool):
+        teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        if dtype == "auto":
+            on_gpu = self.args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            dtype = "bfloat16" if on_gpu else "float32"
+        teacher = teacher.to(getattr(torch, dtype))
+        if not compiled:
+            return teacher
+        if self.method.attention("teacher"):
+            raise ValueError(
+                "compile_teacher: this method reads the teacher's attention while it runs; leave it uncompiled"
+            )
+        return torch.compile(teacher)
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        extra = {name: inputs.pop(name, None) for name in EXTRA}
+        training = model.training
+        distils = training and self.method is not None
+        progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
+        student = self._states(model, inputs, "student", progress, distils)
+        if self.relabel is not None and self.model is self.teacher:  # evaluate_other
+            student = student._replace(logits=student.logits[..., self.relabel])
+        teacher = None
+        if distils and self.method.teaches(progress):
+            with torch.no_grad():
+                teacher = self._states(self.teacher, inputs, "teacher", progress, True)
+                if self.relabel is not None:
+                    teacher = teacher._replace(logits=teacher.logits[..., self.relabel])
+        mask = inputs.get("attention_mask")
+        batch = Batch(
+            self.task, student, teacher, torch.ones_like(inputs["input_ids"]) if mask is None else mask, labels,
+            extra["example_id"], self.answers, extra["blank"], progress,
+            self.advance == "micro" or self.accelerator.sync_gradients,
+        )  # fmt: skip
+        loss = self._terms(batch) if distils else batch.hard()
+        return (loss, {"loss": loss, "logits": batch.task_logits(student)}) if return_outputs else loss
+
+    def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
+        inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
+        if not reads:
+            return states.read(model, inputs)
+        return states.read(
+            model, inputs, hidden=self.method.hidden(progress), layers=self.method.attention(side, progress)
+        )
+
+    def _terms(self, batch: Batch) -> Tensor:
+        self.method.train()
+        loss = 0.0
+        for name, (value, weight) in self.method(batch).items():
+            loss = loss + weight * value
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._weights[name] = weight
+        return loss
+
+    def evaluate_other(self, model, data=None) -> dict[str, float]:
+        """`evaluate` of another model, the teacher for example, on the same data and in the same way; not logged."""
+        own, accepts = self.model, self._accepts["student"]
+        self.model = self.model_wrapped = model
+        self._accepts["student"] = arguments_of(model)
+        self.log = lambda *_, **__: None
+        try:
+            return self.evaluate(data)
+        finally:
+            del self.log
+            self.model = self.model_wrapped = own
+            self._accepts["student"] = accepts
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[n] / self._counts[n] for n in names])
+            means = self.accelerator.reduce(means, "mean")
+            for name, value in zip(names, means.tolist(), strict=True):  # the one look, where Trainer looks too
+                logs[f"term/{name}"] = value
+                logs[f"weight/{name}"] = self._weights[name]
+            self._sums, self._counts = {}, {}
+        super().log(logs, start_time)
+
+    # -- the method's learned pieces -----------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
+        super().create_optimizer(model)
+        learned = [] if self.method is None else list(self.method.parameters())
+        if fresh and learned:
+            shared = {k: v for k, v in self.optimizer.defaults.items() if k not in ("params", "weight_decay")}
+            decayed = [p for p in learned if p.dim() > 1]
+            biases = [p for p in learned if p.dim() <= 1]
+            for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0)):
+                if group:
+                    self.optimizer.add_param_group({"params": group, "weight_decay": decay, **shared})
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step_begins and self.method is not None:
+            self.method.zero_grad()  # Trainer zeroes the gradients of its model, not those of its optimizer
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_begins = self.accelerator.sync_gradients
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1 and self.method is not None:
+            for parameter in self.method.parameters():  # DDP averages the student's gradients; these are not in it
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.accelerator.num_processes
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.args.should_save and self.method is not None:
+            save_method(self.method, output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.method is not None:
+            load_method(self.method, resume_from_checkpoint)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The student alone, loadable with AutoModel….from_pretrained: nothing of the teacher or the method, no pickle."""
+        if not self.args.should_save:
+            return
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        output_dir = output_dir or self.args.output_dir
+        student.save_pretrained(output_dir, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+
+def arguments_of(model) -> set[str]:
+    """What a model's forward takes by name: DistilBERT and decoders, for example, know no token types."""
+    return set() if model is None else set(inspect.signature(model.forward).parameters)
+
+
+def save_method(method: Combined, folder) -> None:
+    """fastkd_method.safetensors: parameters and buffers; fastkd_method.json: which methods they belong to."""
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in method.state_dict().items()}
+    save_file(tensors, Path(folder) / f"{STATE}.safetensors")
+    (Path(folder) / f"{STATE}.json").write_text(
+        json.dumps({"methods": list(method.methods), "weights": method.weights})
+    )
+
+
+def load_method(method: Combined, folder) -> None:
+    path = Path(folder) / f"{STATE}.json"
+    if not path.exists():
+        raise ValueError(
+            f"resume: {folder} has no {path.name}, so what the method had learned is lost; resume elsewhere"
+        )
+    saved = json.loads(path.read_text())
+    if saved["methods"] != list(method.methods):
+        raise ValueError(
+            f"resume: {folder} was written by method {' + '.join(saved['methods'])}, and this run is "
+            f"{' + '.join(method.methods)}; resume with the same, or choose another output folder"
+        )
+    method.load_state_dict(load_file(path.with_suffix(".safetensors")))

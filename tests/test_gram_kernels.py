@@ -1,0 +1,238 @@
+"""gram's kernels: digits where eager loses them, long groups, sabotage, repetition, and torch.compile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases import gradients, randn, relative_error
+from fastkd import backends, functional
+from fastkd.ops.gram import KERNELS
+
+on_every_kernel = pytest.mark.parametrize("backend", list(KERNELS))
+on_both_levels = pytest.mark.parametrize("level", ["token", "sequence"])
+
+
+def rows(student, teacher, backend, level, **options):
+    options = {"level": level, "reduction": "none", **options}
+    return functional.gram_correlation_loss(student, teacher, backend=backend, **options)
+
+
+def run(student, teacher, backend, level, **options):
+    return gradients(lambda s: rows(s, teacher, backend, level, **options), student)
+
+
+def oracle(student, teacher, level, **options):
+    return run(student.double(), teacher.double(), "reference", level, **options)
+
+
+def errors(student, teacher, backend, level, **options):
+    value, (grad,) = run(student, teacher, backend, level, **options)
+    true_value, (true_grad,) = oracle(student, teacher, level, **options)
+    return relative_error(value, true_value), relative_error(grad, true_grad)
+
+
+def anisotropic(seed, B, N, Ds, Dt, offset, outliers=None, dtype=torch.float32):
+    """Rows with something in common: mean cosine about offset² / (1 + offset²), in all dimensions or in a few."""
+    sides = []
+    for k, D in enumerate((Ds, Dt)):
+        shared = torch.zeros(D, dtype=torch.float64)
+        shared[:outliers] = offset * randn(D, seed=seed + 10 + k)[:outliers]
+        sides.append((randn(B, N, D, seed=seed + k) + shared).to(dtype))
+    return sides
+
+
+@on_both_levels
+@on_every_kernel
+def test_float32_in_the_ordinary_range(backend, level):
+    loss_error, grad_error = errors(*anisotropic(1, 24, 40, 33, 64, 0.0), backend, level)
+    assert loss_error <= 1e-6 and grad_error <= 1e-5
+
+
+@on_both_levels
+@on_every_kernel
+def test_near_convergence(backend, level):
+    teacher = anisotropic(2, 24, 40, 48, 48, 2.0)[0]
+    student = (teacher + 1e-3 * randn(24, 40, 48, seed=5)).float()
+    value, (grad,) = run(student, teacher, backend, level)
+    _, (eager_grad,) = run(student, teacher, "reference", level)
+    true_value, (true_grad,) = oracle(student, teacher, level)
+    assert (value - true_value).abs().max() <= 1e-6
+    assert relative_error(grad, true_grad) <= relative_error(eager_grad, true_grad)
+
+
+CHECKS = [test_float32_in_the_ordinary_range, test_near_convergence]
+MUTANTS = {
+    "zeroed": lambda g: g * 0,
+    "sign flipped": lambda g: -g,
+    "scaled by 1 %": lambda g: g * 1.01,
+    "one tile dropped": lambda g: g.index_fill(1, torch.arange(32, 40), 0) if g.dim() == 3 else g,
+    "one group dropped": lambda g: g.index_fill(0, torch.tensor([0]), 0),
+}
+
+
+@on_every_kernel
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_no_mutant_survives(backend, where, mutant, check, monkeypatch):
+    """A kernel with a wrong gradient or loss fails each of the checks."""
+    if where == "loss" and mutant == "one tile dropped":
+        pytest.skip("a group's loss is one number: dropping a tile of it is not dropping a number")
+    if where == "loss" and mutant in ("scaled by 1 %", "one group dropped") and check is test_near_convergence:
+        pytest.skip("1 - rho itself is about 1e-6 here, which is what it is held to; the ordinary range kills these")
+    how, whole = MUTANTS[mutant], KERNELS[backend]
+
+    def fwd(*args):
+        values, valid, unit = whole.fwd(*args)
+        return how(values) if where == "loss" else values, valid, unit
+
+    def bwd(*args):
+        return how(whole.bwd(*args)) if where == "gradient" else whole.bwd(*args)
+
+    monkeypatch.setitem(KERNELS, backend, backends.Kernels(fwd, bwd))
+    for level in ("token", "sequence"):
+        with pytest.raises(AssertionError):
+            check(backend, level)
+
+
+@pytest.mark.parametrize("offset", [10.0, 200.0])
+@on_both_levels
+@on_every_kernel
+def test_outlier_dimensions(backend, level, offset):
+    """Three dimensions shared by all rows, up to 200 times larger: raw moments lose 6e-3 of rho there."""
+    student, teacher = anisotropic(3, 12, 33, 64, 96, offset, outliers=3)
+    value, (grad,) = run(student, teacher, backend, level)
+    eager_value, (eager_grad,) = run(student, teacher, "reference", level)
+    true_value, (true_grad,) = oracle(student, teacher, level)
+    assert (value - true_value).abs().max() <= 1e-6
+    assert relative_error(value, true_value) <= relative_error(eager_value, true_value) + 1e-7
+    assert relative_error(grad, true_grad) <= min(1e-5, relative_error(eager_grad, true_grad))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 3.0])
+@on_both_levels
+@on_every_kernel
+def test_bfloat16_is_as_good_as_float32_arithmetic(backend, level, offset):
+    """RMS over seeds: the loss within twice float32 eager's error, the gradient within 1e-2 and far below bfloat16's."""
+    ours, full, half = [], [], []
+    for seed in range(8):
+        student, teacher = anisotropic(20 * seed, 16, 48, 64, 96, offset, dtype=torch.bfloat16)
+        true_value, (true_grad,) = oracle(student, teacher, level)
+        found = run(student, teacher, backend, level)
+        float32 = run(student.float(), teacher.float(), "reference", level)
+        bfloat16 = gradients(lambda s, t=teacher: as_released(s, t, level), student)
+        for kept, (value, (grad,)) in ((ours, found), (full, float32), (half, bfloat16)):
+            kept.append((relative_error(value, true_value), relative_error(grad, true_grad)))
+    ours, full, half = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, full, half))
+    assert ours[0] <= 2 * full[0] + 1e-7
+    assert ours[1] <= 1e-2 and ours[1] <= half[1]
+    if offset == 3.0:
+        assert ours[1] <= 0.02 * half[1]
+
+
+def as_released(student, teacher, level):
+    """The authors' way: everything in the inputs' own dtype."""
+    grams = []
+    for x in (student, teacher):
+        x = F.normalize(x if level == "token" else x.transpose(0, 1), dim=-1)
+        gram = (x @ x.mT).flatten(1)
+        grams.append(gram - gram.mean(1, keepdim=True))
+    a, b = grams
+    return 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [511, 512, 513, 1100])
+@on_every_kernel
+def test_long_groups(backend, length, masked, dtype):
+    """On both sides of where a group no longer is one thread's."""
+    mask = randn(2, length, seed=3) > -0.5 if masked else None
+    student, teacher = anisotropic(5, 2, length, 24, 17, 0.5, dtype=dtype)
+    loss_error, grad_error = errors(student, teacher, backend, "token", mask=mask)
+    assert loss_error <= 1e-6 and grad_error <= (1e-5 if dtype == torch.float32 else 1e-2)
+    turned = [x.transpose(0, 1) for x in (student, teacher)]
+    turned_mask = None if mask is None else mask.t()
+    value, (grad,) = run(*turned, backend, "sequence", mask=turned_mask)
+    same, (same_grad,) = run(student, teacher, backend, "token", mask=mask)
+    assert torch.equal(value, same) and torch.equal(grad.transpose(0, 1), same_grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 31, 7, 2), (7, 33, 17, 129), (3, 127, 31, 1), (129, 5, 33, 32)])
+@pytest.mark.parametrize("normalize", [True, False])
+@on_both_levels
+@on_every_kernel
+def test_awkward_shapes(backend, level, normalize, shape):
+    student, teacher = anisotropic(6, *shape, 0.3)
+    value, (grad,) = run(student, teacher, backend, level, normalize=normalize)
+    true_value, (true_grad,) = oracle(student, teacher, level, normalize=normalize)
+    assert (value - true_value).abs().max() <= 1e-6
+    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + 1e-6
+
+
+@on_both_levels
+@on_every_kernel
+def test_any_number_of_threads_gives_the_same_bits(backend, level):
+    found = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        for length in (40, 600):
+            student, teacher = anisotropic(7, 3, length, 20, 12, 1.0)
+            found.append(run(student, teacher, backend, level))
+    for k in range(2, len(found)):
+        assert torch.equal(found[k][0], found[k % 2][0]) and torch.equal(found[k][1][0], found[k % 2][1][0])
+
+
+@on_both_levels
+@on_every_kernel
+def test_two_backwards_and_two_results_at_once(backend, level):
+    student, teacher = anisotropic(8, 5, 6, 20, 12, 1.0)
+    before = student.clone(), teacher.clone()
+    leaf = student.clone().requires_grad_()
+    value = rows(leaf, teacher, backend, level)
+    kept = value.detach().clone()
+    (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+    first = grad.clone()
+    grad.mul_(3)
+    run(*anisotropic(9, 5, 6, 20, 12, 1.0), backend, level)
+    (again,) = torch.autograd.grad(value.sum(), leaf)
+    assert torch.equal(value, kept) and torch.equal(again, first)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+@on_every_kernel
+def test_without_a_gradient_nothing_is_kept_for_one(backend):
+    student, teacher = anisotropic(10, 5, 6, 20, 12, 1.0)
+    assert KERNELS[backend].fwd(student, teacher, None, False, True, 1e-6, False)[2].numel() == 0
+    assert not rows(student, teacher, backend, "token").requires_grad
+    with torch.no_grad():
+        value = rows(student.requires_grad_(), teacher, backend, "token")
+    assert torch.equal(value, rows(student, teacher, backend, "token").detach())
+
+
+@on_both_levels
+@on_every_kernel
+def test_compiled_equals_eager(backend, level):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda s, t, m: rows(s, t, backend, level, mask=m), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for B, N in ((4, 7), (5, 9)):
+        student, teacher = anisotropic(11, B, N, 20, 12, 1.0)
+        mask = randn(B, N, seed=4) > -1
+        value, (grad,) = run(student, teacher, backend, level, mask=mask)
+        other, (other_grad,) = gradients(lambda s, t=teacher, m=mask: compiled(s, t, m), student)
+        assert torch.equal(value, other) and torch.equal(grad, other_grad)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_opcheck(sequence, dtype):
+    student, teacher = anisotropic(12, 3, 4, 5, 6, 1.0, dtype=dtype)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    for wanted in (False, True):
+        args = (student, teacher, mask, sequence, True, 1e-6, wanted)
+        torch.library.opcheck(torch.ops.fastkd.gram_fwd, args)
+    values, _, unit = torch.ops.fastkd.gram_fwd(*args)
+    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (torch.rand_like(values), unit, sequence))

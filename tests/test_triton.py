@@ -1,0 +1,177 @@
+"""Triton kernels without a GPU: their arithmetic in the interpreter, their machine code for chips that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import backends
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter does not compile")
+
+
+def interpreted(*arguments):
+    """pytest in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout
+
+
+@not_interpreted
+def test_divergence_in_the_interpreter():
+    interpreted("tests/test_triton_divergence.py")
+
+
+@not_interpreted
+def test_layer_cost_in_the_interpreter():
+    interpreted("tests/test_layer_cost.py", "-k", "triton")
+
+
+@not_interpreted
+@pytest.mark.long
+def test_every_kernel_test_in_the_interpreter():
+    files = ("kernels", "sabotage", "divergence", "layer_cost", "layer_cost_kernels", "triton_divergence")
+    interpreted(*(f"tests/test_{name}.py" for name in files), "-k", "triton")
+
+
+FLOATS = "*fp32"
+DENSE = ("forward_kernel", "backward_kernel")
+SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")
+
+
+def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8):
+    from fastkd.kernels import divergence as kernels
+    from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
+
+    forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
+    launch = {"ALIGN": align, "enable_fp_fusion": True} | (forward if name == "forward_kernel" else backward)
+    constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
+    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS, "V": "i32", "inv_T": "fp32", "mix": "fp32"}
+    signature |= {"s_stride": "i32", "t_stride": "i32"} | ({"mask_ptr": "*i1"} if masked else {})
+    if name == "forward_kernel":
+        signature |= {"values_ptr": FLOATS}
+    else:
+        signature |= {"g_ptr": FLOATS, "grad_ptr": POINTERS[s], "g_stride": "i32", "blocks": "i32"}
+    constants |= {"KIND": kind} | ({} if masked else {"mask_ptr": None})
+    compiled = compile_kernel(getattr(kernels, name), signature, constants, chip, **launch)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert_no_tensor_cores(compiled)
+    return compiled
+
+
+def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, masked=False):
+    from fastkd.kernels import divergence_topk as kernels
+    from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
+
+    forward, rest, words = kernels.geometry(vocabulary, k)
+    launch = {"topk_forward_kernel": forward, "rest_backward_kernel": rest}.get(name, words)
+    constants = {key: launch.pop(key) for key in ("BLOCK", "STAGES", "WORDS") if key in launch}
+    types = {"s_ptr": POINTERS[s], "indices_ptr": "*i64", "marks_ptr": "*i32", "tail_ptr": FLOATS, "mask_ptr": "*i1"}
+    types |= {"grad_ptr": POINTERS[s], "inv_T": "fp32", "k_high": "fp32", "k_low": "fp32", "mix": "fp32"}
+    types |= dict.fromkeys(("log_probs_ptr", "values_ptr", "stats_ptr", "g_ptr"), FLOATS)
+    types |= dict.fromkeys(("s_stride", "g_stride", "V", "k", "width", "blocks"), "i32")
+    kernel = getattr(kernels, name)
+    absent = [argument for argument, there in (("tail_ptr", tail), ("mask_ptr", masked)) if not there]
+    signature = {name: types[name] for name in kernel.arg_names if name in types and name not in absent}
+    more = {"KIND": kind, "SAME_MASS": tail} | dict.fromkeys(absent)
+    constants |= {key: value for key, value in more.items() if key in kernel.arg_names}
+    compiled = compile_kernel(kernel, signature, constants, chip, **launch)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert_no_tensor_cores(compiled)
+    return compiled
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", DENSE)
+def test_divergence_compiles_offline(name, chip):
+    """The two kinds that differ most in what they keep in registers. Rows of any width are read 16 bytes at a time, the
+    forward's by asynchronous copies two blocks ahead; two programs at least share a multiprocessor."""
+    for kind in (0, 3):
+        compiled = compile_divergence(name, chip, kind, "bfloat16", "bfloat16", 30522)
+        assert "MUFU.EX2" in compiled.sass
+        assert compiled.programs_per_multiprocessor >= 2
+        assert ("LDGSTS.E.BYPASS.128" if name == "forward_kernel" else "STG.E.128") in compiled.sass
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_divergence_compiles_offline(name):
+    compile_sparse_divergence(name, 90, 0, "bfloat16", 30522)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", DENSE)
+def test_every_divergence_configuration_compiles_offline(name, chip):
+    dtypes = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float16")]
+    for kind in range(7):
+        for s, t in dtypes:
+            for vocabulary in (1000, 32000):
+                compile_divergence(name, chip, kind, s, t, vocabulary, masked=t == "bfloat16")
+        compile_divergence(name, chip, kind, "bfloat16", "bfloat16", 32000, align=1)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_sparse_divergence_configuration_compiles_offline(name, chip):
+    for kind in range(6):  # mse has no sparse form
+        for s in ("float32", "bfloat16", "float16"):
+            for vocabulary, k in ((1000, 3), (32000, 100), (32000, 1000)):
+                for tail in (False, True):
+                    compile_sparse_divergence(name, chip, kind, s, vocabulary, k, tail, masked=tail)
+
+
+def compile_layer_cost(name, s, t, counts, masked, chip):
+    from fastkd.kernels import layer_cost as kernels
+    from offline import POINTERS, assert_fits, compile_kernel
+
+    n, m = counts
+    students, teachers = (POINTERS[s],) * n, (POINTERS[t],) * m
+    strides = {"strides_s": (("i32", "i32"),) * n, "strides_t": (("i32", "i32"),) * m}
+    shared = {"students": students, "teachers": teachers, **strides, "parts": "i32", "S": "i32", "L": "i32"}
+    shared |= {"clamp": "fp32", "first_i": "i32", "M": "i32"} | ({"mask_ptr": "*u8"} if masked else {})
+    constants = {"N_TILE": n, "M_TILE": m, "CLAMP": masked} | ({} if masked else {"mask_ptr": None})
+    if name == "partial_kernel":
+        signature = {**shared, "partial_ptr": "*fp32", "units": "i32", "first_j": "i32", "NM": "i32"}
+        block, warps = 256, 8
+    else:
+        signature = {**shared, "grad_ptr": "*fp32", "outputs": students, "elements": "i32"}
+        signature |= {"count_ptr": "*i64"} if masked else {}
+        constants |= {} if masked else {"count_ptr": None}
+        block, warps = 1024, 4
+    kernel = getattr(kernels, name)
+    compiled = compile_kernel(kernel, signature, {**constants, "BLOCK": block}, chip, warps)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert "LDG" in compiled.sass and "HMMA" not in compiled.sass
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["partial_kernel", "gradient_kernel"])
+def test_layer_cost_compiles_offline(name, chip):
+    compile_layer_cost(name, "bfloat16", "bfloat16", (6, 12), True, chip)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["partial_kernel", "gradient_kernel"])
+def test_every_layer_cost_configuration_compiles_offline(name, chip):
+    for s, t in (("float32", "float32"), ("float32", "bfloat16"), ("float16", "float16")):
+        for counts in ((1, 1), (4, 12), (6, 12)):
+            for masked in (False, True):
+                compile_layer_cost(name, s, t, counts, masked, chip)

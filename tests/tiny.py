@@ -1,0 +1,118 @@
+"""Tiny models made from configurations alone, one per family, and a padded batch for them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    Qwen2Config,
+    RobertaConfig,
+    TrainingArguments,
+)
+
+VOCAB, LENGTH = 60, 10
+AUTO = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
+    "cloze": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+}
+FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama")
+MORE_FAMILIES = (*FAMILIES, "modernbert", "qwen2")
+
+
+def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extra):
+    common = {"vocab_size": VOCAB, "pad_token_id": 1, **extra}
+    ends = {"bos_token_id": 0, "eos_token_id": 2}
+    sizes = {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 2 * width,
+        "max_position_embeddings": 32,
+    }  # fmt: skip
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    gpt2 = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 32}
+    still = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    distil = {
+        "dim": width,
+        "n_layers": layers,
+        "n_heads": heads,
+        "hidden_dim": 2 * width,
+        "max_position_embeddings": 32,
+    }
+    modern = {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 0, "sep_token_id": 2}
+    kinds = {
+        "bert": lambda: BertConfig(**sizes, **calm, **common),
+        "roberta": lambda: RobertaConfig(**{**sizes, "max_position_embeddings": 34}, **calm, **common, **ends),
+        "distilbert": lambda: DistilBertConfig(
+            **distil, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **common
+        ),
+        "gpt2": lambda: GPT2Config(**gpt2, **still, **common, **ends),
+        "llama": lambda: LlamaConfig(**sizes, num_key_value_heads=heads // 2, **common, **ends),
+        "qwen2": lambda: Qwen2Config(**sizes, num_key_value_heads=heads // 2, **common, **ends),
+        "modernbert": lambda: ModernBertConfig(**sizes, **modern, **common, **ends),
+    }
+    return kinds[family]()
+
+
+def model(family: str, task: str = "classification", *, seed: int = 0, dropout: float = 0.0, **sizes):
+    torch.manual_seed(seed)
+    if task == "regression":
+        sizes["num_labels"] = 1
+    made = AUTO[task].from_config(config(family, **sizes))
+    for module in made.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return made
+
+
+def padded(rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded ids of different lengths; 1 is the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCAB, (rows, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, LENGTH - row % 3 * 3 :] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def dataset(task: str, rows: int = 8, *, seed: int = 0, even: bool = False) -> Dataset:
+    """even=True: no padding, so that every micro-batch has equally many tokens."""
+    batch = padded(rows, seed)
+    if even:
+        batch["input_ids"] = torch.randint(5, VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    ids = batch["input_ids"]
+    columns = {name: x.tolist() for name, x in batch.items()}
+    columns["example_id"] = list(range(rows))
+    if task in ("classification", "cloze"):
+        columns["labels"] = [i % 2 for i in range(rows)]
+    if task == "cloze":
+        columns["blank"] = [2] * rows
+    if task == "regression":
+        columns["labels"] = [float(i % 5) / 4 for i in range(rows)]
+    if task in ("causal_lm", "masked_lm"):
+        labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
+        if task == "masked_lm":
+            hidden = torch.arange(LENGTH) % 4 != 1
+            labels = labels.masked_fill(hidden, -100)
+        columns["labels"] = labels.tolist()
+    return Dataset.from_dict(columns)
+
+
+def arguments(folder, **changes) -> TrainingArguments:
+    options = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 1e-3,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+        "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "weight_decay": 0.0, "seed": 1,
+    }  # fmt: skip
+    return TrainingArguments(**{**options, **changes})
