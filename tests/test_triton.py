@@ -17,7 +17,7 @@ not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpret
 def interpreted(*arguments):
     """pytest in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -137,6 +137,7 @@ def test_every_sparse_divergence_configuration_compiles_offline(name, chip):
 
 def compile_layer_cost(name, s, t, counts, masked, chip):
     from fastkd.kernels import layer_cost as kernels
+
     from offline import POINTERS, assert_fits, compile_kernel
 
     n, m = counts

@@ -166,7 +166,12 @@ inline void finish_streaming() {
 inline vhalf as_bfloat16(vfloat x) {
   const vint wide = bits(x), nan = (wide & 0x7fffffff) > 0x7f800000;
   const vint rounded = wide + 0x7fff + ((wide >> 16) & 1);  // to nearest, ties to even
-  return __builtin_convertvector((nan ? wide | 0x400000 : rounded) >> 16, vhalf);
+  const vint upper = (nan ? wide | 0x400000 : rounded) >> 16;
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_cvtepi32_epi16((__m512i)upper);
+#else
+  return __builtin_convertvector(upper, vhalf);
+#endif
 }
 
 template <int kElement, bool kStream>
