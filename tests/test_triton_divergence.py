@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import test_kernels
-from cases import gradients, randn, relative_error
+from cases import randn, relative_error
 from fastkd import backends
 from fastkd.checks import KINDS
 from fastkd.functional import TopK, divergence
@@ -20,7 +20,11 @@ FLOAT32 = (1e-6, 1e-5)  # of the loss, of the gradient: DESIGN's ordinary range
 
 def logits(rows, width, seed=0, noise=None, scale=3.0, dtype=torch.float32, teacher_dtype=None):
     teacher = randn(rows, width, seed=seed, scale=scale)
-    student = randn(rows, width, seed=seed + 1, scale=scale) if noise is None else teacher + noise * randn(rows, width, seed=9)
+    student = (
+        randn(rows, width, seed=seed + 1, scale=scale)
+        if noise is None
+        else teacher + noise * randn(rows, width, seed=9)
+    )
     return student.to(DEVICE, dtype), teacher.to(DEVICE, teacher_dtype or dtype)
 
 
@@ -37,7 +41,11 @@ def rows_of(kind, teacher, backend, temperature=2.0, **options):
 
 def both(kind, student, teacher, temperature=2.0, **options):
     """(loss, gradient) of the kernel, and of the reference in float64 on the same numbers, for one random upstream."""
-    exact = teacher.double() if isinstance(teacher, torch.Tensor) else teacher._replace(log_probs=teacher.log_probs.double())
+    exact = (
+        teacher.double()
+        if isinstance(teacher, torch.Tensor)
+        else teacher._replace(log_probs=teacher.log_probs.double())
+    )
     loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", temperature, **options), student)
     true = gradients_on_device(rows_of(kind, exact, "reference", temperature, **options), student.double())
     assert loss.dtype == torch.float32 and grad.dtype == student.dtype
@@ -96,7 +104,9 @@ def test_half_precision_is_no_worse_than_eager(kind, dtype):
         student, teacher = logits(4, 515, seed=seed, dtype=dtype)
         loss, grad, true_loss, true_grad = both(kind, student, teacher, beta=0.5)
         ours.append((relative_error(loss, true_loss), relative_error(grad, true_grad)))
-        eager = gradients_on_device(lambda s, t=teacher: test_kernels.eager_divergence(s, t, kind, 2.0).float(), student)
+        eager = gradients_on_device(
+            lambda s, t=teacher: test_kernels.eager_divergence(s, t, kind, 2.0).float(), student
+        )
         eagers.append((relative_error(eager[0], true_loss), relative_error(eager[1][0], true_grad)))
     ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
     # The interpreter's bfloat16 stores truncate: a whole unit of the last place instead of half.
@@ -146,7 +156,9 @@ def test_a_first_block_that_tells_nothing_about_the_row(kind, where):
         teacher[:, 4000:] += 200 if where != "student" else 0
     loss, grad, true_loss, true_grad = both(kind, student, teacher, temperature=1.0)
     assert relative_error(loss, true_loss) <= 1e-6
-    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + 1e-7 * (kind in ("reverse_kl", "jsd", "skew_kl", "tvd"))
+    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + 1e-7 * (
+        kind in ("reverse_kl", "jsd", "skew_kl", "tvd")
+    )
 
 
 @every_kind
@@ -347,7 +359,9 @@ def test_more_than_two_to_the_31_elements(kind):
     mask[::1000] = True
     loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", mask=mask), student)
     some = torch.tensor([0, 99, 1000, 16000, rows - 2, rows - 1], device="cuda")
-    true_loss, (true_grad,) = gradients_on_device(rows_of(kind, teacher[some].double(), "reference"), student[some].double())
+    true_loss, (true_grad,) = gradients_on_device(
+        rows_of(kind, teacher[some].double(), "reference"), student[some].double()
+    )
     upstream = (randn(rows, seed=7) + 1.5)[some.cpu()], randn(len(some), seed=7) + 1.5
     true_grad *= (upstream[0] / upstream[1]).to("cuda")[:, None]
     assert relative_error(loss[some], true_loss) <= 1e-6 and relative_error(grad[some], true_grad) <= 1e-2
