@@ -18,7 +18,7 @@ ci: test
 	$(BIN)/python -m pytest $(WORKERS) -m long
 
 demo: build $(VENV)/demo
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m fastkd demo
+	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo
 
 bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8

@@ -1,12 +1,14 @@
 """Installed, editable or not at all; with and without a compiler, triton, and Hugging Face's `kernels`."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 CALL = "import torch, fastkd; fastkd.divergence(torch.randn(2, 9), torch.randn(2, 9)).item(); "
@@ -154,3 +156,18 @@ def test_without_triton(tmp_path):
     )
     out = python(block + CALL + "print(fastkd.backends.UNAVAILABLE['triton'])", tmp_path, PYTHONPATH=str(ROOT))
     assert out == "triton is not installed; pip install 'fastkd[triton]'"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_library_compiles_and_links_without_a_gpu(tmp_path):
+    """FASTKD_BUILD=cuda builds regardless of what is visible, for both chips; a CPU torch says what it lacks on loading."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "obj")]
+    env = os.environ | {"FASTKD_BUILD": "cuda"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    library = tmp_path / "lib/fastkd/_cuda.so"
+    assert b"sm_80" in library.read_bytes() and b"sm_90" in library.read_bytes()
+    if torch.version.cuda is None:
+        with pytest.raises(OSError, match=r"undefined symbol|Could not load"):
+            torch.ops.load_library(library)

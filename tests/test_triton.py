@@ -37,13 +37,6 @@ def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
 
 
-@not_interpreted
-@pytest.mark.long
-def test_every_kernel_test_in_the_interpreter():
-    files = ("kernels", "sabotage", "divergence", "layer_cost", "layer_cost_kernels", "triton_divergence")
-    interpreted(*(f"tests/test_{name}.py" for name in files), "-k", "triton")
-
-
 FLOATS = "*fp32"
 DENSE = ("forward_kernel", "backward_kernel")
 SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")
