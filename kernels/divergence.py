@@ -96,7 +96,7 @@ def blocks_of(row, BLOCK: tl.constexpr):
 @triton.jit
 def maxima(row, stop, BLOCK: tl.constexpr):
     """Of both sides up to `stop`; 0 where nothing but -inf is found."""
-    s_ptr, t_ptr, head, end = row
+    s_ptr, t_ptr, head, _ = row
     top_s = tl.full([BLOCK], float("-inf"), tl.float32)
     top_t = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, stop, BLOCK):
@@ -290,7 +290,8 @@ def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl
             value, mean = second_pass(row, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T, mix, KIND, BLOCK, STAGES)
         if KIND == SOFT_CE:
             value += (tl.log(exact_sum_t) - energy / exact_sum_t).to(tl.float32)
-    return tl.where(value < 0, 0.0, value), refs, sum_s, sum_t, kappa, mean  # < 0: logits near float32's largest, rounded
+    value = tl.where(value < 0, 0.0, value)  # from the rounding of logits near float32's largest
+    return value, refs, sum_s, sum_t, kappa, mean
 
 
 @triton.jit

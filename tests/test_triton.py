@@ -51,13 +51,14 @@ SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_b
 
 def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8):
     from fastkd.kernels import divergence as kernels
+
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
 
     forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
     launch = {"ALIGN": align, "enable_fp_fusion": True} | (forward if name == "forward_kernel" else backward)
     constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
-    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS, "V": "i32", "inv_T": "fp32", "mix": "fp32"}
-    signature |= {"s_stride": "i32", "t_stride": "i32"} | ({"mask_ptr": "*i1"} if masked else {})
+    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS, "inv_T": "fp32", "mix": "fp32"}
+    signature |= dict.fromkeys(("V", "s_stride", "t_stride"), "i32") | ({"mask_ptr": "*i1"} if masked else {})
     if name == "forward_kernel":
         signature |= {"values_ptr": FLOATS}
     else:
@@ -71,6 +72,7 @@ def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8
 
 def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, masked=False):
     from fastkd.kernels import divergence_topk as kernels
+
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
 
     forward, rest, words = kernels.geometry(vocabulary, k)

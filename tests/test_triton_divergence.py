@@ -1,5 +1,7 @@
 """divergence in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton.py starts it)."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ FLOAT32 = (1e-6, 1e-5)  # of the loss, of the gradient: DESIGN's ordinary range
 
 def logits(rows, width, seed=0, noise=None, scale=3.0, dtype=torch.float32, teacher_dtype=None):
     teacher = randn(rows, width, seed=seed, scale=scale)
-    student = randn(rows, width, seed=seed + 1, scale=scale) if noise is None else teacher + noise * randn(rows, width, seed=9)
+    student = randn(rows, width, seed=seed + 1, scale=scale)
+    if noise is not None:
+        student = teacher + noise * student / scale
     return student.to(DEVICE, dtype), teacher.to(DEVICE, teacher_dtype or dtype)
 
 
@@ -30,7 +34,8 @@ def rows_of(kind, teacher, backend, temperature=2.0, **options):
 
 def both(kind, student, teacher, temperature=2.0, **options):
     """(loss, gradient) of the kernel, and of the reference in float64 on the same numbers, for one random upstream."""
-    exact = teacher.double() if isinstance(teacher, torch.Tensor) else teacher._replace(log_probs=teacher.log_probs.double())
+    sparse_form = isinstance(teacher, TopK)
+    exact = teacher._replace(log_probs=teacher.log_probs.double()) if sparse_form else teacher.double()
     loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", temperature, **options), student)
     true = gradients_on_device(rows_of(kind, exact, "reference", temperature, **options), student.double())
     assert loss.dtype == torch.float32 and grad.dtype == student.dtype
@@ -89,7 +94,8 @@ def test_half_precision_is_no_worse_than_eager(kind, dtype):
         student, teacher = logits(4, 515, seed=seed, dtype=dtype)
         loss, grad, true_loss, true_grad = both(kind, student, teacher, beta=0.5)
         ours.append((relative_error(loss, true_loss), relative_error(grad, true_grad)))
-        eager = gradients_on_device(lambda s, t=teacher: test_kernels.eager_divergence(s, t, kind, 2.0).float(), student)
+        call = partial(test_kernels.eager_divergence, teacher=teacher, kind=kind, temperature=2.0)
+        eager = gradients_on_device(lambda s, call=call: call(s).float(), student)
         eagers.append((relative_error(eager[0], true_loss), relative_error(eager[1][0], true_grad)))
     ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
     # The interpreter's bfloat16 stores truncate: a whole unit of the last place instead of half.
@@ -139,7 +145,10 @@ def test_a_first_block_that_tells_nothing_about_the_row(kind, where):
         teacher[:, 4000:] += 200 if where != "student" else 0
     loss, grad, true_loss, true_grad = both(kind, student, teacher, temperature=1.0)
     assert relative_error(loss, true_loss) <= 1e-6
-    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + 1e-7 * (kind in ("reverse_kl", "jsd", "skew_kl", "tvd"))
+    # Where student and teacher have no word in common, gradients of the mixed kinds vanish into differences of ones.
+    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + (
+        0 if kind in ("forward_kl", "soft_ce", "mse") else 1e-7
+    )
 
 
 @every_kind
