@@ -290,14 +290,8 @@ def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl
             value, mean = second_pass(row, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T, mix, KIND, BLOCK, STAGES)
         if KIND == SOFT_CE:
             value += (tl.log(exact_sum_t) - energy / exact_sum_t).to(tl.float32)
-    return (
-        tl.where(value < 0, 0.0, value),
-        refs,
-        sum_s,
-        sum_t,
-        kappa,
-        mean,
-    )  # < 0: logits near float32's largest, rounded
+    value = tl.where(value < 0, 0.0, value)  # from the rounding of logits near float32's largest
+    return value, refs, sum_s, sum_t, kappa, mean
 
 
 @triton.jit

@@ -201,16 +201,11 @@ def words_backward_kernel(
     per_T = one_over_temperature(k_high, k_low)
     stats_ptr += 4 * i_n
     raw = tl.load(stats_ptr).to(tl.float64) + tl.load(stats_ptr + 1).to(tl.float64)
-    b_i, m_k, x, log_p = load_words(
-        s_ptr + i_n * s_stride,
-        indices_ptr + i_n * k,
-        log_probs_ptr + i_n * k,
-        tl.program_id(1) * WORDS,
-        k,
-        V,
-        per_T,
-        WORDS,
-    )
+    s_ptr += i_n * s_stride
+    indices_ptr += i_n * k
+    log_probs_ptr += i_n * k
+    start = tl.program_id(1) * WORDS
+    b_i, m_k, x, log_p = load_words(s_ptr, indices_ptr, log_probs_ptr, start, k, V, per_T, WORDS)
     q, _, slope = word(log_p, x - raw * per_T, mix, KIND, SAME_MASS)
     grad = q * (slope - tl.load(stats_ptr + 2)) * (tl.load(g_ptr + i_n * g_stride) * per_T)
     tl.store(grad_ptr + i_n * V + b_i, grad.to(tl.float32).to(grad_ptr.dtype.element_ty), mask=m_k)

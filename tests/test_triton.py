@@ -50,15 +50,8 @@ def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8
     forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
     launch = {"ALIGN": align, "enable_fp_fusion": True} | (forward if name == "forward_kernel" else backward)
     constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
-    signature = {
-        "s_ptr": POINTERS[s],
-        "t_ptr": POINTERS[t],
-        "stats_ptr": FLOATS,
-        "V": "i32",
-        "inv_T": "fp32",
-        "mix": "fp32",
-    }
-    signature |= {"s_stride": "i32", "t_stride": "i32"} | ({"mask_ptr": "*i1"} if masked else {})
+    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS, "inv_T": "fp32", "mix": "fp32"}
+    signature |= dict.fromkeys(("V", "s_stride", "t_stride"), "i32") | ({"mask_ptr": "*i1"} if masked else {})
     if name == "forward_kernel":
         signature |= {"values_ptr": FLOATS}
     else:

