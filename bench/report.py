@@ -51,6 +51,7 @@ class Row:
     match: bool
     sweep: str
     goal: str
+    label: str
     foreign_cores: float | None
     device: str
     threads: int

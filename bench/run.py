@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from fastkd.bench import archive, check, compare, machine, measure, plots, report, rivals
+from fastkd.bench import archive, check, compare, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
 from fastkd.bench.case import Case, Inputs
@@ -163,13 +163,14 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
             loss_error=errors.loss, gradient_error=errors.gradient,
             eager_loss_error=eager.loss if eager else None, eager_gradient_error=eager.gradient if eager else None,
             match=True, sweep=f"{case.sweep}={case.shape[case.sweep]}" if case.sweep else "", goal=case.goal,
+            label=case.label,
             foreign_cores=outcome.foreign, **columns, **facts,
         ))  # fmt: skip
     return outcome
 
 
 def show(case: Case, outcome: Outcome) -> None:
-    goal = f" · goal: {case.goal}" if case.goal else ""
+    goal = "".join((f" · {case.label}" if case.label else "", f" · goal: {case.goal}" if case.goal else ""))
     if outcome.refused:
         print(f"\n{case.stem} {case.name}: no speed is shown, the check failed: {outcome.refused}")
     elif outcome.rows:
@@ -195,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("fastkd bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
+    add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
     add("--kind", default="", help="only this kind, such as forward_kl")
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", help="float32, bfloat16, float64")
@@ -221,11 +223,17 @@ def default_folder() -> pathlib.Path:
     return machine.ROOT / "bench" / "results" if inside_checkout else pathlib.Path("fastkd-bench")
 
 
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.shape:
+        texts, device = arguments.shape.split(","), torch.device(arguments.device)
+        return shapes.select(texts, arguments.dtype, device, arguments.stems, arguments.kind, arguments.case)
+    wanted = (arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick)
+    return list(case_module.select(*wanted))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """0: measured, and published unless told not to; 1: a check failed; 2: the machine was busy."""
-    chosen = list(case_module.select(
-        arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick
-    ))  # fmt: skip
+    chosen = chosen_cases(arguments)
     if arguments.list or not chosen:
         print("\n".join(f"{case.stem} {case.name}" for case in chosen) or "no case matches")
         return 0 if chosen else 1
@@ -285,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare:
             return compare.compare(*arguments.compare, arguments.tolerance)
-        machine.passive_threads(sys.orig_argv[1:])
+        if chosen_cases(arguments) and not arguments.list:  # mistakes are named before the process starts again
+            machine.passive_threads(sys.orig_argv[1:])
         return run(arguments)
     except ValueError as error:
         print(f"fastkd bench: {error}", file=sys.stderr)

@@ -342,7 +342,7 @@ SCHEMA = """
     median_ms minimum_ms p20_ms p80_ms median_low_ms median_high_ms
     times_ours_median times_ours_low times_ours_high times_ours_minimum
     floor_ms floor_bound floor_share gemms_ms flops bytes copy_gb_s gemm_gflop_s launches peak_extra_mib memory_method
-    loss_error gradient_error eager_loss_error eager_gradient_error match sweep goal foreign_cores
+    loss_error gradient_error eager_loss_error eager_gradient_error match sweep goal label foreign_cores
     device threads cpu_capability driver torch cuda triton python commit dirty date
 """
 

@@ -12,7 +12,7 @@ FIELDS = {
     "median_high_ms": 1.0, "times_ours_minimum": 1.0, "floor_ms": 0.5, "floor_bound": "copy", "floor_share": 0.5,
     "gemms_ms": None, "flops": 1e6, "bytes": 1e6, "copy_gb_s": 10.0, "gemm_gflop_s": 100.0, "launches": None,
     "memory_method": "fake", "loss_error": 1e-8, "gradient_error": 1e-8, "eager_loss_error": 1e-8,
-    "eager_gradient_error": 1e-8, "match": True, "sweep": "", "goal": "", "foreign_cores": 0.0, "device": "box",
+    "eager_gradient_error": 1e-8, "match": True, "sweep": "", "goal": "", "label": "", "foreign_cores": 0.0, "device": "box",
     "threads": 2, "cpu_capability": "x", "driver": "", "torch": "2", "cuda": "", "triton": "", "python": "3",
     "commit": "abc", "dirty": False, "date": "2026-01-01T00:00:00Z",
 }  # fmt: skip
