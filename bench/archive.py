@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from fastkd.bench import report
 
 FORMAT = 1
+OOM = "out of memory"
 
 
 def typed(row: Mapping[str, str]) -> dict:
@@ -31,6 +32,11 @@ def read(path: pathlib.Path) -> list[dict]:
 def absent_of(path: pathlib.Path) -> dict[str, dict[str, str]]:
     """case -> rival -> reason, as an earlier run left it."""
     return json.loads(path.read_text())["absent"] if path.exists() else {}
+
+
+def out_of_memory(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(case, rival) that ran out of memory, for the curves."""
+    return [(case, name) for case, there in absent_of(path).items() for name, why in there.items() if OOM in why]
 
 
 def write(folder: pathlib.Path, stem: str, absent: Mapping[str, Mapping[str, str]]) -> pathlib.Path:

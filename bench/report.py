@@ -68,7 +68,7 @@ class Row:
 
 TYPES = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(Row)}
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-KEY = ("case", "mode", "launch", "cache", "provider")
+PROFILE = "profile"  # profile.csv beside the stems' files is `fastkd profile`'s
 
 
 def as_text(value) -> str:
@@ -92,6 +92,11 @@ def read_rows(path: pathlib.Path) -> list[dict]:
         return []
     with path.open(newline="") as handle:
         return list(csv.DictReader(handle))
+
+
+def rows_of(folder: pathlib.Path) -> list[dict]:
+    """Every row of a device, stem after stem."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.stem != PROFILE for row in read_rows(path)]
 
 
 def merge(old: Iterable[dict], new: Sequence[dict]) -> list[dict]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from fastkd.bench import archive, check, compare, machine, measure, plots, report, rivals, shapes
+from fastkd.bench import archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
 from fastkd.bench.case import Case, Inputs
@@ -277,8 +277,11 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
             busy += [f"{case.name}: {reason}"] if reason else []
             stems += [] if reason else [case.stem]
     for stem in dict.fromkeys(stems):
-        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder)
+        lost = archive.out_of_memory(folder / f"{stem}.json")
+        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder, lost)
         print(f"published {folder / stem}.csv", *(path.name for path in paths), reason)
+    if stems:
+        print(*(path.name for path in device_plots.draw(report.rows_of(folder), folder)[0]))
     if absent:
         print("\nnot measured here:", *archive.summary(absent), sep="\n  – ")
     for text in busy:
