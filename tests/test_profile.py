@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastkd
-import tiny  # first: it tells transformers to stay offline
+import tiny  # noqa: F401  first: it tells transformers to stay offline
 from cases import randn
 
 pytest.importorskip("transformers")
