@@ -126,6 +126,13 @@ def test_without_a_gpu_the_plan_is_printed_and_nothing_is_run(monkeypatch, capsy
     assert gpu.main(["--dry-run"]) == 0 and "dry run: nothing was run" in capsys.readouterr().out
 
 
+def test_every_gpu_test_is_in_the_plan():
+    named = {word for stage in gpu.plan() for word in stage.command}
+    assert {
+        f"tests/test_{name}.py" for name in ("gpu", "gpu_stems", "kernels", "cuda_build", "transport_simplex")
+    } <= named
+
+
 def test_the_makefile_calls_it():
     done = subprocess.run(
         ["make", "-n", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, check=True
