@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_bwd(Tensor grad, Tensor s, Tensor t, Tensor? mask, Tensor stats, int kind, float temperature, "
       "float mix) -> Tensor");
+  // Rows [N] and at once the gradient of s for the upstream that is likely: factor, or factor / N (`mean`); then, for
+  // the upstream that came, what is left to do to it.
+  m.def(
+      "divergence_fwd_grad(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix, bool mean, "
+      "float factor) -> (Tensor, Tensor)");
+  m.def("divergence_settle(Tensor(a!) grad, Tensor upstream, Tensor? mask, bool mean, float factor) -> ()");
   // A sparse teacher; tail is the log-mass of the rest.
   m.def(
       "divergence_topk_fwd(Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, int kind, "
@@ -34,6 +40,14 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
+  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
+  // gradients of all queries, then of all keys.
+  m.def(
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
+      "-> Tensor");
+  m.def(
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
+      "float scale) -> Tensor[]");
 
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
   // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B].

@@ -422,9 +422,11 @@ def divergence(
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     flat = None if counted is None else counted.reshape(-1)
     args = (kind, float(temperature), float(beta), float(alpha))
-    rows = divergence_op.divergence(student_logits.reshape(-1, vocab), teacher, flat, *args, backend)  # [N]
-    if t_squared and kind != "mse":
-        rows = rows * float(temperature) ** 2
+    factor = float(temperature) ** 2 if t_squared and kind != "mse" else 1.0
+    likely = (reduction == "mean", factor)
+    rows = divergence_op.divergence(student_logits.reshape(-1, vocab), teacher, flat, *args, backend, likely)  # [N]
+    if factor != 1.0:
+        rows = rows * factor
     return reduce.reduce(rows.reshape(shape), counted, reduction)
 
 

@@ -16,8 +16,19 @@ struct DivergenceStats {
   float max_s, max_t, sum_s, sum_t, kappa, mean;
 };
 
+// A gradient that is wanted with the value: of upstream * value. `scratch`: scratch_size(columns) floats of the
+// caller's.
+struct DivergenceGradient {
+  float* out;  // null: not wanted
+  float* scratch;
+  float upstream;
+
+  static int64_t scratch_size(int64_t columns) { return columns + columns / 256 + 2; }
+};
+
 struct DivergenceTable {
-  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats);
+  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
+                   DivergenceGradient gradient);
   void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                    const DivergenceStats& stats, float upstream, float* grad);
   // For the sparse teacher: parts of softmax(s / T).

@@ -13,6 +13,7 @@
 #include "cpu/divergence.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/vec.h"
@@ -33,17 +34,23 @@ inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&
   }
 }
 
-// Sums of N quantities over a row: f(a, b, sums) adds to N vectors.
+// Sums of N quantities over a row: f(a, b, sums, i, count) adds to N vectors.
 template <int N, class F>
 inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N], F&& f) {
   for (double& total : totals) total = 0;
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
     vfloat sums[N] = {};
-    sweep(s, t, begin, end, [&](vfloat a, vfloat b, int64_t, int) { f(a, b, sums); });
+    sweep(s, t, begin, end, [&](vfloat a, vfloat b, int64_t i, int count) { f(a, b, sums, i, count); });
     for (int k = 0; k < N; ++k) totals[k] += sum_lanes(sums[k]);
   }
 }
+
+}  // namespace
+
+#include "cpu/divergence_apart.h"
+
+namespace {
 
 // What the softmaxes of one row need; the arithmetic of one vector of it.
 struct Row {
@@ -120,15 +127,21 @@ struct Moments {
   double sum_t, excess, mean_c, bregman, entropy;  // e^t, e^t expm1(c), e^t c, e^t (expm1(c) - c), -e^t t
 };
 
-template <bool kLoss, bool kEntropy>
-Moments moments(const Row& row, const float* s, const float* t, int64_t columns) {
+// kKeep: leaves e^t expm1(c) in `excess` and e^t in `exponential`, for a gradient.
+template <bool kLoss, bool kEntropy, bool kKeep>
+Moments moments(const Row& row, const float* s, const float* t, int64_t columns, float* excess, float* exponential_t) {
   double totals[5];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5]) {
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5], int64_t i, int count) {
     const vfloat e = row.teacher(b), c = row.shifted(a, b);
     const vint near = c < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
     sums[0] += e;
-    sums[1] += near ? e * x.expm1() : x.exp() - e;
+    const vfloat more = near ? e * x.expm1() : x.exp() - e;
+    sums[1] += more;
+    if constexpr (kKeep) {
+      store_some(excess + i, more, count);
+      store_some(exponential_t + i, e, count);
+    }
     if constexpr (kLoss) {
       const vint there = e > 0.f;
       const vfloat ec = there ? e * c : e;
@@ -154,7 +167,7 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
 template <int kKind>
 double second_pass(const Row& row, const float* s, const float* t, int64_t columns, float mix, double* mean) {
   double totals[3];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3]) {
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
     const Pair x = pair(row, a, b);
     sums[0] += term<kKind>(x, mix);
     sums[1] += x.q;
@@ -167,17 +180,20 @@ double second_pass(const Row& row, const float* s, const float* t, int64_t colum
 // KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
 double kl_from(const Moments& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
+  if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
   if (direct > 0.25 * (std::fabs(kappa) + std::fabs(mean_c))) return direct;
   if (shifted > 0.25 * bregman) return shifted;
   return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
 }
 
-template <int kKind>
-float forward(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats) {
+// Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
+template <int kKind, bool kKeep>
+float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
+                      DivergenceStats* stats, DivergenceGradient gradient) {
   if constexpr (kKind == kMSE) {
     double totals[1];
-    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1]) {
+    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
       const vint same = a == b;  // also the filling of a short last vector
       sums[0] += same ? vfloat{} : (a - b) * (a - b);
     });
@@ -187,12 +203,22 @@ float forward(const float* s, const float* t, int64_t columns, DivergenceOptions
     constexpr bool kDirect = kKind == kForwardKL || kKind == kSoftCE;
     Row row = maxima(s, t, columns, options.inverse_temperature);
     *stats = {};
-    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return 0;  // no class exists on either side
-    const Moments m = moments<kDirect, kKind == kSoftCE>(row, s, t, columns);
+    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) {  // no class exists on either side
+      if (kKeep) std::memset(gradient.out, 0, columns * sizeof(float));
+      return 0;
+    }
+    const Moments m = moments<kDirect, kKind == kSoftCE, kKeep>(row, s, t, columns, gradient.out, gradient.scratch);
     const double kappa = std::log1p(m.excess / m.sum_t), sum_s = m.sum_t + m.excess;
     row.inverse_sum_s = float(1 / sum_s);
     row.inverse_sum_t = float(1 / m.sum_t);
     row.kappa = float(kappa);
+    if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t)
+      const double scale = double(gradient.upstream) * options.inverse_temperature;
+      const float of_excess = float(scale / sum_s), of_teacher = float(scale * (m.excess / sum_s) / m.sum_t);
+      sweep(gradient.out, gradient.scratch, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
+        store_some(gradient.out + i, a * of_excess - b * of_teacher, count);
+      });
+    }
     double mean = 0, value;
     if constexpr (kDirect) {
       value = kl_from(m, kappa);
@@ -227,10 +253,29 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
   });
 }
 
-float forward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats) {
+template <int kKind>
+float forward(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
+              DivergenceGradient gradient) {
+  if constexpr (kKind == kForwardKL || kKind == kSoftCE) {
+    constexpr bool kEntropy = kKind == kSoftCE;
+    const float scale = gradient.upstream * options.inverse_temperature;
+    const auto quick = gradient.out ? apart<kEntropy, true> : apart<kEntropy, false>;
+    const Apart x = quick(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
+    if (!x.refused) return float(kEntropy ? x.kl + x.entropy : x.kl);
+    const auto careful = gradient.out ? careful_forward<kKind, true> : careful_forward<kKind, false>;
+    return careful(s, t, columns, options, stats, gradient);
+  } else {
+    const float value = careful_forward<kKind, false>(s, t, columns, options, stats, gradient);
+    if (gradient.out) backward<kKind>(s, t, columns, options, *stats, gradient.upstream, gradient.out);
+    return value;
+  }
+}
+
+float forward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
+                  DivergenceGradient gradient) {
   static constexpr decltype(&forward<0>) kForward[] = {forward<0>, forward<1>, forward<2>, forward<3>,
                                                        forward<4>, forward<5>, forward<6>};
-  return kForward[options.kind](s, t, columns, options, stats);
+  return kForward[options.kind](s, t, columns, options, stats, gradient);
 }
 
 void backward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
@@ -244,8 +289,9 @@ float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1)
 
 double sum_of_exponentials(const float* s, int64_t columns, float inverse_temperature, float shift) {
   double totals[1];
-  accumulate(s, s, columns, totals,
-             [&](vfloat a, vfloat, vfloat(&sums)[1]) { sums[0] += exp(a * inverse_temperature - shift); });
+  accumulate(s, s, columns, totals, [&](vfloat a, vfloat, vfloat(&sums)[1], int64_t, int) {
+    sums[0] += exp(a * inverse_temperature - shift);
+  });
   return totals[0];
 }
 
