@@ -80,15 +80,15 @@ def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend) 
     mix = 1.0 - alpha if kind == "skew_kl" else 1.0 - beta
     options = (student, mask, KINDS.index(kind), temperature, mix)
     if isinstance(teacher, TopK):
-        return Divergence.apply(backend, "sparse", *options, *_kernel_form(teacher))
-    return Divergence.apply(backend, "dense", *options, _kernel_dtype(teacher))
+        return Divergence.apply(backend, "sparse", *options, *kernel_form(teacher))
+    return Divergence.apply(backend, "dense", *options, kernel_dtype(teacher))
 
 
-def _kernel_dtype(x: Tensor) -> Tensor:
+def kernel_dtype(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 else x
 
 
-def _kernel_form(teacher: TopK):
+def kernel_form(teacher: TopK):
     """indices int64, log_probs float32, and the tail as a log-mass: of what the k words leave over where tail is True."""
     indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.float(), teacher.tail
     if tail is True:
