@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kWords = 128;      // of a tile: as packed, they and their logits stay in L2
 constexpr int64_t kRows = 64;        // that are packed, or pulled, together
 constexpr int64_t kDepth = 512;      // words behind one piece of the turned head
+constexpr int64_t kStrip = 32;       // of them that are turned together: a whole block of every panel's layout
 constexpr int64_t kPieces = 4;       // of it that are there at a time
 constexpr int64_t kWidthBlock = 96;  // of the turned operands, packed by one thread
 
@@ -162,18 +163,25 @@ struct HiddenPull {
   }
 
  private:
+  // A few words, all of their width before the next ones: the head is read in the order in which it lies. Within a
+  // panel k goes on from strip to strip.
+  void turn(int64_t word, int64_t words, int64_t begin, int64_t end) const {
+    const Gemm& gemm = *side.gemm;
+    const int64_t item = int64_t(side.head.element_size()), from = begin % kDepth;
+    const int64_t depth = std::min(kDepth, end - (begin - from));
+    for (int64_t d = 0; d < side.width; d += gemm.rows_b) {
+      const int64_t columns = std::min<int64_t>(gemm.rows_b, side.width - d);
+      gemm.pack_b({side.word(word) + d * item, element_of(side.head), 1, side.width, columns, words},
+                  piece(begin) + gemm.bytes_b(d, depth) + gemm.bytes_b(gemm.rows_b, from));
+    }
+  }
+
   void some(const float* gradient, int64_t stride, int64_t rows, int64_t v, int64_t v_end, float* hidden,
             bool accumulate) const {
     const Gemm& gemm = *side.gemm;
-    const int64_t width = side.width, blocks = (width + kWidthBlock - 1) / kWidthBlock;
-    const int64_t pieces = (v_end - v + kDepth - 1) / kDepth, item = int64_t(side.head.element_size());
-    share(pieces * blocks, 1, 0, [&](int64_t task, int64_t, char*) {
-      const int64_t w = task / blocks * kDepth, d = task % blocks * kWidthBlock;
-      const int64_t depth = std::min(kDepth, v_end - v - w);
-      gemm.pack_b(
-          {side.word(v + w) + d * item, element_of(side.head), 1, width, std::min(kWidthBlock, width - d), depth},
-          piece(w) + gemm.bytes_b(d, depth));
-    });
+    const int64_t width = side.width;
+    share(v_end - v, kStrip, 0,
+          [&](int64_t begin, int64_t end, char*) { turn(v + begin, end - begin, begin, v_end - v); });
     share(rows, kRows, gemm.bytes_a(kRows + gemm.rows_a, kDepth), [&](int64_t begin, int64_t end, char* a) {
       for (int64_t w = 0; w < v_end - v; w += kDepth) {
         const int64_t depth = std::min(kDepth, v_end - v - w);
