@@ -111,7 +111,8 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     for task in plain:  # warm-up: compilation and allocator
         timer.sample(task, 1)
     memory = {task.provider: measure.peak_memory(task, settings.device) for task in plain}
-    launches = {task.provider: measure.count_launches(task, settings.device) for task in plain}
+    counted = [task for task in plain if task.provider in ("fastkd", "eager") and launch == "plain"]
+    launches = {task.provider: measure.count_launches(task, settings.device) for task in counted}
     timings = measure.interleave(tasks, timer, settings.rounds, settings.budget)
     seconds, bound = roofs.floor_of(case, mode)
     own, moved = timings.get("fastkd"), case.bytes.of(mode)
@@ -131,7 +132,7 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
             "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / t.median,
             "gemms_ms": 1e3 * gemms[mode] if gemms.get(mode) else None,
             "flops": case.flops.of(mode), "bytes": moved, "copy_gb_s": roofs.copy_rate(moved) / 1e9,
-            "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9, "launches": launches[provider.name],
+            "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9, "launches": launches.get(provider.name),
             "peak_extra_mib": None if peak is None else peak / 2**20, "memory_method": method,
         })  # fmt: skip
     return columns, absent

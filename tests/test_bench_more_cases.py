@@ -85,3 +85,10 @@ def test_running_out_of_memory_is_a_result():
 )
 def test_what_counts_as_out_of_memory(error, out):
     assert machine.ran_out(error) == out
+
+
+def test_on_a_gpu_the_targets_come_first():
+    """make gpu stops a stem's bench when its seconds are over."""
+    for stem in case_module.REGISTRY:
+        goals = [bool(case.goal) for case in case_module.select([stem], gpu=True)]
+        assert goals == sorted(goals, reverse=True) and (goals[0] or stem == "transport")
