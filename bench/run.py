@@ -5,6 +5,7 @@ fastkd bench divergence --quick        a few small cases, printed only
 fastkd bench gram --kind fcd --dtype bfloat16 --mode both --no-publish
 fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512, or a YAML file
 fastkd bench --compare A.json B.json   what got slower, by ratios measured within each run; 1 if anything did
+fastkd bench gram --against main       the same cases at another commit, built in a worktree, then compared
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from fastkd.bench import archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
+from fastkd.bench import against, archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
 from fastkd.bench import more_cases as _far_ends  # noqa: F401
@@ -229,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
     add("--list", action="store_true", help="name the cases and stop")
     add("--compare", nargs=2, type=pathlib.Path, metavar=("BEFORE", "AFTER"), help="two .json, .csv or result folders")
-    add("--tolerance", type=float, default=0.05, help="--compare: a smaller loss is none (0.05)")
+    add("--against", default="", metavar="REF", help="measure the same at another commit too, then compare")
+    add("--tolerance", type=float, default=0.05, help="of a comparison: a smaller loss is none (0.05)")
     return result
 
 
@@ -311,10 +313,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare:
             return compare.compare(*arguments.compare, arguments.tolerance)
+        if arguments.against:
+            return against.against(arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance)
         if chosen_cases(arguments) and not arguments.list:  # mistakes are named before the process starts again
             machine.passive_threads(sys.orig_argv[1:])
         return run(arguments)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("against: "):
+            raise
         print(f"fastkd bench: {error}", file=sys.stderr)
         return 2
 
