@@ -2,6 +2,7 @@
 
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from test_methods import METHODS, pair, task_of
 
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
 # Checks of values that the user gave, which fastkd.checks.looks_are_free allows on the CPU only.
-FREE = ("fastkd/checks.py", "values")
+FREE = {("checks.py", "values"), ("checks.py", "solved")}
 OPTIONS = {"codir": "codir:nce_k=3,feat_dim=8", "minilmv2": "minilmv2:relation_heads=4"}
 
 
@@ -29,7 +30,7 @@ class Looks(TorchDispatchMode):
         if func.name().partition(".")[0] in LOOKS:
             ours = [frame for frame in traceback.extract_stack() if "fastkd/" in frame.filename]
             at = ours[-1] if ours else None
-            if at is None or not (at.filename.endswith(FREE[0]) and at.name == FREE[1]):
+            if at is None or (Path(at.filename).name, at.name) not in FREE:
                 self.seen[f"{func.name()} at {at and f'{at.filename}:{at.lineno}'}"] += 1
         return func(*args, **(kwargs or {}))
 
