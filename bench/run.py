@@ -224,7 +224,12 @@ def parser() -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
     add("--rounds", type=int, default=0, help="interleaved rounds (30, quick 10)")
     add("--budget", type=float, default=0.0, help="seconds for the rounds of one mode (20, quick 3)")
-    add("--memory", type=float, default=0.0, help="CPU: GiB that a call may add before it counts as out of memory")
+    add(
+        "--memory",
+        type=float,
+        default=0.0,
+        help="CPU: GiB a call may add; more is out of memory (--scale: half of what is free)",
+    )
     add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
     add("--no-publish", action="store_true", help="print only")
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
@@ -233,6 +238,12 @@ def parser() -> argparse.ArgumentParser:
     add("--against", default="", metavar="REF", help="measure the same at another commit too, then compare")
     add("--tolerance", type=float, default=0.05, help="of a comparison: a smaller loss is none (0.05)")
     return result
+
+
+def half_of_memory() -> float:
+    """GiB: on a CPU the system kills what asks for more than there is, instead of saying no."""
+    available = machine.available_bytes(torch.device("cpu"))
+    return 0.0 if available is None else max(1.0, available // 2**31)
 
 
 def default_folder() -> pathlib.Path:
@@ -268,7 +279,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         device, modes=(arguments.mode,) if arguments.mode else (),
         rounds=arguments.rounds or (10 if arguments.quick else 30),
-        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold, memory=arguments.memory,
+        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold,
+        memory=arguments.memory or (half_of_memory() if arguments.scale and device.type == "cpu" else 0.0),
         rivals=tuple(filter(None, arguments.rivals.split(","))), backends=tuple(arguments.backends.split(",")),
     )  # fmt: skip
     publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
@@ -285,7 +297,10 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
     ))  # fmt: skip
     failed, busy, stems, absent = [], [], [], []
     for case in chosen:
-        outcome = bench_case(case, settings, roofs, facts)
+        try:
+            outcome = bench_case(case, settings, roofs, facts)
+        except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
+            outcome = Outcome(refused=problem_of(error, settings.memory))
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
         absent += [(case.stem, rival.name, rival.reason) for rival in outcome.absent]
