@@ -34,6 +34,20 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
+  // The same from hidden [N, D] and head [V, D] of both sides (of the sparse teacher: indices, log_probs, tail), times
+  // `factor`, plus `hard` times the cross-entropy with `labels`. scale and cap (0: none) shape the logits. Rows [N, 1];
+  // gradients in float32 (without rows unless asked for), of sum weights * rows (speed) or sum grad * rows (bwd).
+#define FASTKD_LINEAR_ARGUMENTS                                                                                   \
+  "Tensor hidden, Tensor head, Tensor? bias, Tensor? t_hidden, Tensor? t_head, Tensor? t_bias, Tensor? indices, " \
+  "Tensor? log_probs, Tensor? tail, Tensor? mask, Tensor? labels, int kind, float temperature, float mix, "       \
+  "float factor, float hard, float scale, float cap, float t_scale, float t_cap"
+  m.def("linear_divergence_speed(Tensor weights, " FASTKD_LINEAR_ARGUMENTS
+        ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_divergence_fwd(" FASTKD_LINEAR_ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("linear_divergence_bwd(Tensor grad, Tensor stats, " FASTKD_LINEAR_ARGUMENTS
+        ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_divergence_scale(Tensor x, Tensor factor, Tensor like) -> Tensor");
+
   // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
   m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 

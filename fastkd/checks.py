@@ -189,7 +189,8 @@ def divergence_options(kind: str, temperature: float, beta: float, alpha: float)
         raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
 
 
-def topk(teacher, student: Tensor, kind: str) -> None:
+def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
+    """student: logits, or hidden states over a vocabulary of `size` words."""
     indices, log_probs, tail = teacher
     integers("teacher.indices", indices, "[..., k]")
     tensor("teacher.log_probs", log_probs, "[..., k]")
@@ -197,7 +198,8 @@ def topk(teacher, student: Tensor, kind: str) -> None:
     same_leading("teacher.indices", indices, "student_logits", student, student.dim() - 1)
     same_device(student_logits=student, indices=indices, log_probs=log_probs)
     frozen("teacher.log_probs", log_probs)
-    indices_in_range("teacher.indices", indices, student.shape[-1], "student's vocabulary")
+    words = student.shape[-1] if size is None else size
+    indices_in_range("teacher.indices", indices, words, "student's vocabulary")
     if kind == "mse":
         raise ValueError("kind='mse' compares logits, and TopK has none; use soft_ce or forward_kl")
     if kind == "reverse_kl" and tail is None:

@@ -105,8 +105,8 @@ def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, 
     mix = 1.0 - alpha if kind == "skew_kl" else 1.0 - beta
     options = (KINDS.index(kind), temperature, mix)
     if isinstance(teacher, TopK):
-        return Divergence.apply(backend, "sparse", student, mask, *options, *_kernel_form(teacher))
-    teacher = _kernel_dtype(teacher)
+        return Divergence.apply(backend, "sparse", student, mask, *options, *kernel_form(teacher))
+    teacher = kernel_dtype(teacher)
     if _gradient_at_once(backend, student):
         return DivergenceAtOnce.apply(student, teacher, mask, options, likely)
     return Divergence.apply(backend, "dense", student, mask, *options, teacher)
@@ -118,11 +118,11 @@ def _gradient_at_once(backend: str, student: Tensor) -> bool:
     return wanted and backend == "cpu" and student.dtype == torch.float32
 
 
-def _kernel_dtype(x: Tensor) -> Tensor:
+def kernel_dtype(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 else x
 
 
-def _kernel_form(teacher: TopK):
+def kernel_form(teacher: TopK):
     """indices int64, log_probs float32, and the tail as a log-mass: of what the k words leave over where tail is True."""
     indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.float(), teacher.tail
     if tail is True:
