@@ -101,10 +101,10 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
 
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
-  // gradients of xs and ys for upstream 1, without rows where the backward makes the scores again.
+  // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).
   m.def(
       "relation_fwd(Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, bool causal, float scale_s, "
-      "float scale_t, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale_t, bool in_forward) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "relation_bwd(Tensor grad, Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, Tensor stats, "
       "Tensor unit_x, Tensor unit_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");

@@ -18,7 +18,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
     "gram": ("cpu",),
-    "relation": ("cpu",),
+    "relation": ("cpu", "triton"),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu",),

@@ -88,3 +88,66 @@ def test_out_of_range_index_is_nan_and_no_fault():
     indices = torch.tensor([[0, 1], [0, 99], [2, 3], [-1, 0]], device="cuda")
     loss = fastkd.divergence(student, fastkd.TopK(indices, torch.full((4, 2), -1.0, device="cuda")), reduction="none")
     assert loss.isnan().tolist() == [False, True, False, True]
+
+
+def every_relation(x, y, t, u, mask):
+    """(rows, gradients) of self-relations and pairs, causal or not, with padding and without."""
+    for causal in (False, True):
+        for of_which in (None, mask):
+            leaves = [v.detach().requires_grad_() for v in (x, y)]
+            rows = fastkd.relation_kl_loss(
+                [leaves[0], tuple(leaves)],
+                [t, (t, u)],
+                mask=of_which,
+                causal=causal,
+                reduction="none",
+                backend="triton",
+            )
+            yield rows.detach()
+            yield from torch.autograd.grad(rows.sum(), leaves)
+
+
+def relation_states(seed, dtype=torch.bfloat16):
+    states = [randn(3, 4, 200, 64, seed=seed + i).to("cuda", dtype) for i in range(4)]
+    return *states, torch.arange(200, device="cuda") < torch.tensor([[200], [130], [7]], device="cuda")
+
+
+def test_relation_never_waits_for_the_device():
+    states = relation_states(0)
+    list(every_relation(*states))  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(every_relation(*states))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_relation_in_a_cuda_graph_and_the_same_twice():
+    states = relation_states(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        list(every_relation(*states))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = list(every_relation(*states))
+    for x, other in zip(states[:4], relation_states(10), strict=False):
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, every_relation(*states), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_relation_at_size(dtype):
+    """Against float64 on a few heads of many."""
+    x, t = (torch.randn(16, 12, 1000, 64, device="cuda", dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    rows = fastkd.relation_kl_loss([x], [t], reduction="none", backend="triton")[0]
+    (grad,) = torch.autograd.grad(rows.sum(), x)
+    few = x.detach()[-1:].double().requires_grad_()
+    true_rows = fastkd.relation_kl_loss([few], [t[-1:].double()], reduction="none", backend="reference")[0]
+    (true_grad,) = torch.autograd.grad(true_rows.sum(), few)
+    assert relative_error(rows[-1:], true_rows) < 1e-6
+    assert relative_error(grad[-1:], true_grad) < (1e-5 if dtype == torch.float32 else 5e-3)

@@ -37,6 +37,12 @@ def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
 
 
+@not_interpreted
+def test_relation_in_the_interpreter():
+    wanted = "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)"
+    interpreted("tests/test_relation_kernels.py", "-k", wanted)
+
+
 FLOATS = "*fp32"
 DENSE = ("forward_kernel", "backward_kernel")
 SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")
@@ -171,3 +177,52 @@ def test_every_layer_cost_configuration_compiles_offline(name, chip):
         for counts in ((1, 1), (4, 12), (6, 12)):
             for masked in (False, True):
                 compile_layer_cost(name, s, t, counts, masked, chip)
+
+
+def compile_relation(name, chip, s, t, widths, causal=False, masked=False, rows=True, columns=False):
+    from fastkd.kernels import relation as kernels
+
+    from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel, tensor_core_instructions
+
+    half = s != "float32" and t != "float32"
+    launch = kernels.geometry(*widths, half, name == "backward_kernel")
+    constants = {key: launch.pop(key) for key in ("BLOCK_S", "BLOCK_T", "BLOCK")} | {"CAUSAL": causal}
+    signature = dict.fromkeys(("H", "L", "D_s", "D_t"), "i32") | dict.fromkeys(("scale_s", "scale_t"), "fp32")
+    signature |= {"strides": (("i32", "i32", "i32"),) * 4, "stats_ptr": FLOATS}
+    constants |= {} if masked else {"mask_ptr": None}
+    signature |= {"mask_ptr": "*u8"} if masked else {}
+    sides = ("x_s", "y_s", "x_t", "y_t") if name == "forward_kernel" else ("own_s", "other_s", "own_t", "other_t")
+    signature |= {side: POINTERS[s if side.endswith("_s") else t] for side in sides}
+    if name == "forward_kernel":
+        signature |= {"rows_ptr": FLOATS}
+    else:
+        signature |= {"g_ptr": FLOATS, "out_ptr": POINTERS["float32" if s == "float16" else s]}
+        constants |= {"ROWS": rows, "COLUMNS": columns}
+    compiled = compile_kernel(getattr(kernels, name), signature, constants, chip, **launch)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    if half:
+        assert tensor_core_instructions(compiled) > 0
+    else:
+        assert_no_tensor_cores(compiled)
+    return compiled
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_relation_compiles_offline(name, chip, dtype):
+    compile_relation(name, chip, dtype, dtype, (64, 64), masked=True, columns=True)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+def test_every_relation_configuration_compiles_offline(name, chip):
+    forms = ((True, True), (True, False), (False, True)) if name == "backward_kernel" else ((True, False),)
+    for s, t in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")):
+        for widths in ((16, 16), (32, 64), (64, 64), (128, 128)):
+            for causal in (False, True):
+                for rows, columns in forms:
+                    compile_relation(name, chip, s, t, widths, causal, causal, rows, columns)
