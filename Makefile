@@ -1,7 +1,8 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
 # make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
-# make gpu     on a CUDA machine (no network needed): build, GPU tests, bench, CSV
+# make readme  the README's figures and pictures from the CSV under bench/results
+# make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ BIN     = $(VENV)/bin
 WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench gpu lint build format clean
+.PHONY: test ci demo bench readme gpu lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -23,11 +24,13 @@ demo: build $(VENV)/demo
 bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
 
-# The machine's own Python: it has the CUDA build of torch, triton and pytest, and no network.
+readme:
+	$(BIN)/python -m fastkd.bench.readme
+
+# The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
+# Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.
 gpu:
-	FASTKD_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -rs
-	$(PYTHON) -m fastkd.bench.run --device cuda --quick --out bench/results
+	$(PYTHON) -m fastkd.bench.gpu $(GPU)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

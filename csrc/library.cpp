@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_bwd(Tensor grad, Tensor s, Tensor t, Tensor? mask, Tensor stats, int kind, float temperature, "
       "float mix) -> Tensor");
+  // Rows [N] and at once the gradient of s for the upstream that is likely: factor, or factor / N (`mean`); then, for
+  // the upstream that came, what is left to do to it.
+  m.def(
+      "divergence_fwd_grad(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix, bool mean, "
+      "float factor) -> (Tensor, Tensor)");
+  m.def("divergence_settle(Tensor(a!) grad, Tensor upstream, Tensor? mask, bool mean, float factor) -> ()");
   // A sparse teacher; tail is the log-mass of the rest.
   m.def(
       "divergence_topk_fwd(Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, int kind, "
@@ -28,12 +34,34 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_topk_bwd(Tensor grad, Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, "
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
+  // The same from hidden [N, D] and head [V, D] of both sides (of the sparse teacher: indices, log_probs, tail), times
+  // `factor`, plus `hard` times the cross-entropy with `labels`. scale and cap (0: none) shape the logits. Rows [N, 1];
+  // gradients in float32 (without rows unless asked for), of sum weights * rows (speed) or sum grad * rows (bwd).
+#define FASTKD_LINEAR_ARGUMENTS                                                                                   \
+  "Tensor hidden, Tensor head, Tensor? bias, Tensor? t_hidden, Tensor? t_head, Tensor? t_bias, Tensor? indices, " \
+  "Tensor? log_probs, Tensor? tail, Tensor? mask, Tensor? labels, int kind, float temperature, float mix, "       \
+  "float factor, float hard, float scale, float cap, float t_scale, float t_cap"
+  m.def("linear_divergence_speed(Tensor weights, " FASTKD_LINEAR_ARGUMENTS
+        ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_divergence_fwd(" FASTKD_LINEAR_ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("linear_divergence_bwd(Tensor grad, Tensor stats, " FASTKD_LINEAR_ARGUMENTS
+        ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_divergence_scale(Tensor x, Tensor factor, Tensor like) -> Tensor");
+
   // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
   m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
+  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
+  // gradients of all queries, then of all keys.
+  m.def(
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
+      "-> Tensor");
+  m.def(
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
+      "float scale) -> Tensor[]");
 
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
   // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B]; log sum e^score of
@@ -61,4 +89,13 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
+
+  // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
+  // gradients of xs and ys for upstream 1, without rows where the backward makes the scores again.
+  m.def(
+      "relation_fwd(Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, bool causal, float scale_s, "
+      "float scale_t, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "relation_bwd(Tensor grad, Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, Tensor stats, "
+      "Tensor unit_x, Tensor unit_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");
 }

@@ -146,6 +146,19 @@ def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
     )
 
 
+def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
+    """Transport: the solver has looked at every number and says in `status` whether all was well; if not, say what."""
+    if not looks_are_free(cost) or not bool(status.any()):
+        return
+    values("cost", cost, cost.isfinite().all, "costs must be finite")
+    for name, x in (("a", a), ("b", b)):
+        values(name, x, lambda x=x: (x.isfinite() & (x >= 0)).all(), "masses must be finite and >= 0")
+    total_a, total_b = a.double().sum(-1), b.double().sum(-1)
+    alike = (total_a - total_b).abs() <= 1e-5 * total_a.abs().clamp_min(1e-30)
+    values("a", a, alike.all, "a and b must have the same total mass; divide each by its sum")
+    raise RuntimeError(f"transport: no optimum found, status {status.flatten().tolist()[:8]}; please report it")
+
+
 def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
     """A layer of attention_costs, whichever of its two forms; returns the tensor that has the heads."""
     if isinstance(x, Tensor):
@@ -176,7 +189,8 @@ def divergence_options(kind: str, temperature: float, beta: float, alpha: float)
         raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
 
 
-def topk(teacher, student: Tensor, kind: str) -> None:
+def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
+    """student: logits, or hidden states over a vocabulary of `size` words."""
     indices, log_probs, tail = teacher
     integers("teacher.indices", indices, "[..., k]")
     tensor("teacher.log_probs", log_probs, "[..., k]")
@@ -184,7 +198,8 @@ def topk(teacher, student: Tensor, kind: str) -> None:
     same_leading("teacher.indices", indices, "student_logits", student, student.dim() - 1)
     same_device(student_logits=student, indices=indices, log_probs=log_probs)
     frozen("teacher.log_probs", log_probs)
-    indices_in_range("teacher.indices", indices, student.shape[-1], "student's vocabulary")
+    words = student.shape[-1] if size is None else size
+    indices_in_range("teacher.indices", indices, words, "student's vocabulary")
     if kind == "mse":
         raise ValueError("kind='mse' compares logits, and TopK has none; use soft_ce or forward_kl")
     if kind == "reverse_kl" and tail is None:

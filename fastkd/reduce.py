@@ -51,6 +51,20 @@ def reduce(rows: Tensor, counted: Tensor | None, reduction: str, weights: Tensor
     return rows.sum() / counted.sum().clamp_min(1)
 
 
+def row_weights(counted: Tensor | None, reduction: str, weights: Tensor | None, like: Tensor) -> Tensor | None:
+    """w [N] with sum w row = what `reduce` returns, where that is one number; None for "none"."""
+    if reduction == "none":
+        return None
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    w = torch.ones(like.shape[:-1], dtype=dtype, device=like.device) if weights is None else weights.to(dtype)
+    if counted is not None:
+        w = torch.where(counted, w, 0.0)
+    if reduction == "mean":
+        total = w.sum()
+        w = w / torch.where(total == 0, 1.0, total)
+    return w.reshape(-1)
+
+
 def masked_mean(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     """Mean of x [B, S, ...] over the tokens of axis `dim` that count; 0 where none does."""
     if mask is None:

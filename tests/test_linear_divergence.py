@@ -8,7 +8,7 @@ from cases import gradients, randn, relative_error
 from fastkd.functional import divergence, linear_divergence
 from fastkd.vocab import VocabMap
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference"]  # float64; the kernels: test_linear_divergence_kernels.py
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -1,19 +1,146 @@
-"""Row-wise divergence from hidden states and LM heads: which implementation runs."""
+"""Row-wise divergence from hidden states and LM heads: the autograd Functions, and which implementation runs."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.checks import KINDS
+from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form
 from fastkd.reference import linear_divergence as reference
 
 
+class Options(NamedTuple):
+    """What is a number. factor multiplies the divergence, hard the cross-entropy with the labels; scales and caps shape
+    the logits of the student and of the teacher (cap 0: none)."""
+
+    kind: str
+    temperature: float
+    beta: float
+    alpha: float
+    factor: float
+    hard: float
+    scales: tuple[float, float]
+    caps: tuple[float, float]
+
+    def as_numbers(self) -> tuple:
+        mix = 1.0 - self.alpha if self.kind == "skew_kl" else 1.0 - self.beta
+        (scale, t_scale), (cap, t_cap) = self.scales, self.caps
+        return KINDS.index(self.kind), self.temperature, mix, self.factor, self.hard, scale, cap, t_scale, t_cap
+
+
+# speed(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the float32 gradients of
+# sum weights * rows; `low`: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…) ->
+# gradients. inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
+SPEED = backends.kernels("linear_divergence", "linear_divergence_speed", "linear_divergence_scale")
+LOW = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
+_INPUTS = 11
+
+
+def _gradients_fake(hidden, head, to_hidden, to_head, to_bias, head_dtype=torch.float32):
+    return (
+        hidden.new_empty(hidden.shape[0] if to_hidden else 0, hidden.shape[1], dtype=torch.float32),
+        head.new_empty(head.shape[0] if to_head else 0, head.shape[1], dtype=head_dtype),
+        head.new_empty(head.shape[0] if to_bias else 0, 1, dtype=torch.float32),
+    )
+
+
+def _rows_fake(hidden, width):
+    return hidden.new_empty(hidden.shape[0], width, dtype=torch.float32)
+
+
+backends.fake(
+    "linear_divergence_speed", lambda w, h, head, *rest: (_rows_fake(h, 1), *_gradients_fake(h, head, *rest[-3:]))
+)
+backends.fake("linear_divergence_fwd", lambda h, *rest: (_rows_fake(h, 1), _rows_fake(h, 8)))
+backends.fake(
+    "linear_divergence_bwd", lambda g, st, h, head, *rest: _gradients_fake(h, head, *rest[-3:], head_dtype=head.dtype)
+)
+backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_like(x, dtype=like.dtype))
+
+
+class Speed(torch.autograd.Function):
+    """sum weights * rows, its gradients made in the forward, while the logits are there, and saved."""
+
+    @staticmethod
+    def forward(ctx, backend, numbers, wanted, weights, hidden, head, bias, *others):
+        rows, *gradients = SPEED[backend].fwd(weights, hidden, head, bias, *others, *numbers, *wanted)
+        ctx.save_for_backward(rows, *gradients)
+        ctx.backend, ctx.wanted, ctx.dtypes = backend, wanted, (hidden.dtype, head.dtype)
+        return (rows[:, 0] * weights).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, hidden, head, bias = ctx.saved_tensors
+        likes = [rows.new_empty(0, dtype=dtype) for dtype in (*ctx.dtypes, torch.float32)]
+        scaled = [
+            SPEED[ctx.backend].bwd(x, grad, like) if wanted else None
+            for x, like, wanted in zip((hidden, head, bias), likes, ctx.wanted, strict=True)
+        ]
+        to_bias = None if scaled[2] is None else scaled[2][:, 0]
+        to_weights = grad * rows[:, 0] if ctx.needs_input_grad[3] else None
+        return None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
+
+
+class Low(torch.autograd.Function):
+    """Rows; keeps eight numbers of each, and makes the logits again in the backward."""
+
+    @staticmethod
+    def forward(ctx, backend, numbers, wanted, *inputs):
+        rows, stats = LOW[backend].fwd(*inputs, *numbers)
+        ctx.save_for_backward(stats, *inputs)
+        ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
+        return rows[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        stats, *inputs = ctx.saved_tensors
+        hidden, head, bias = LOW[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
+        found = (hidden.to(inputs[0].dtype), head.to(inputs[1].dtype), bias[:, 0])
+        found = (x if wanted else None for x, wanted in zip(found, ctx.wanted, strict=True))
+        return None, None, None, *found, *[None] * (_INPUTS - 3)
+
+
 def linear_divergence(
-    student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
-    mask, kind, temperature, beta, alpha, memory, backend,
-) -> Tensor:  # fmt: skip
-    """One value per row of student_hidden [N, Ds], without the T² factor; masked rows give 0."""
-    backends.choose("linear_divergence", backend, student_hidden)
-    with backends.full_precision(student_hidden):
-        return reference.linear_divergence(
-            student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias,
-            mask, kind, temperature, beta, alpha,
-        )  # fmt: skip
+    student: tuple,
+    teacher: tuple | TopK,
+    mask,
+    labels,
+    options: Options,
+    memory: str,
+    row_weights,
+    num_valid,
+    backend: str,
+) -> Tensor:
+    """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0; with row_weights [N], what
+    memory="speed" can do better: sum row_weights * rows."""
+    backend = backends.choose("linear_divergence", backend, student[0])
+    if backend == "reference":
+        sides = (*student, None, None, None) if isinstance(teacher, TopK) else (*student, *teacher)
+        with backends.full_precision(student[0]):
+            rows = reference.linear_divergence(
+                *sides, mask, options.kind, options.temperature, options.beta, options.alpha,
+                topk=teacher if isinstance(teacher, TopK) else None, labels=labels,
+                **{name: getattr(options, name) for name in ("factor", "hard", "scales", "caps")},
+            )  # fmt: skip
+            return rows if row_weights is None else (rows * row_weights).sum()
+    hidden, head, bias = student
+    if isinstance(teacher, TopK):
+        others = (None, None, None, *kernel_form(teacher))
+    else:
+        others = (*map(kernel_dtype, teacher[:2]), _bias(teacher[2]), None, None, None)
+    wanted = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student)
+    inputs = (hidden, kernel_dtype(head), _bias(bias), *others, mask, None if labels is None else labels.long())
+    # Without a gradient, what is streamed is as fast, unless the kind asks for a second look.
+    streams = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
+    if row_weights is not None and memory == "speed" and (any(wanted) or not streams):
+        return Speed.apply(backend, options.as_numbers(), wanted, row_weights.float(), *inputs)
+    rows = Low.apply(backend, options.as_numbers(), wanted, *inputs)
+    return rows if row_weights is None else (rows * row_weights).sum()
+
+
+def _bias(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()

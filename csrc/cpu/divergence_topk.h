@@ -1,0 +1,112 @@
+// One row against a sparse teacher: the student's softmax is over the whole vocabulary; everything else happens on k +
+// 1 numbers, in double. The gradient is q (h - mean) / T for every word, where h is the rest's outside the k words.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "cpu/divergence.h"
+#include "cpu/tensors.h"
+
+namespace fastkd {
+namespace {
+
+struct TopKStats {
+  float max, log_sum, mean, rest_slope;  // of s / T; the rest's slope is 0 where the rest has no probability
+};
+// One word, or the rest: its contribution to the row and h. Without a tail p and q differ in mass, so the terms are
+// plain; with one they are Bregman's, which are never negative.
+struct Word {
+  double value, slope;
+};
+
+inline double kl_term(double a, double log_a, double log_b, bool same_mass) {
+  if (a == 0) return same_mass ? std::exp(log_b) : 0;
+  const double d = log_b - log_a;
+  return same_mass ? a * (std::expm1(d) - d) : -a * d;
+}
+
+inline Word word(int kind, double log_p, double log_q, double mix, bool same_mass) {
+  const double p = std::exp(log_p), q = std::exp(log_q);
+  const double m = p + mix * (q - p), log_m = std::log(m);
+  switch (kind) {
+    case kReverseKL:
+      return {kl_term(q, log_q, log_p, same_mass), q > 0 ? log_q - log_p : 0};
+    case kSkewKL:
+      return {kl_term(p, log_p, log_m, same_mass), m > 0 ? -mix * p / m : 0};
+    case kJSD:
+      return {(1 - mix) * kl_term(p, log_p, log_m, same_mass) + mix * kl_term(q, log_q, log_m, same_mass),
+              q > 0 ? mix * (log_q - log_m) : 0};
+    case kTVD:
+      return {std::fabs(q - p) / 2, q > p ? 0.5 : (q < p ? -0.5 : 0)};
+    case kSoftCE:
+      return {p > 0 ? -p * log_q : 0, q > 0 ? -p / q : 0};
+    default:
+      return {kl_term(p, log_p, log_q, same_mass), q > 0 ? -p / q : 0};
+  }
+}
+
+// k words per row with log-probabilities, and perhaps the log-mass of the rest as one more word.
+struct TopKTeacher {
+  Tensor indices, log_probs, tail;
+  int64_t k;
+  bool has_tail;
+
+  TopKTeacher(const Tensor& ids, const Tensor& probs, const std::optional<Tensor>& rest, int64_t columns)
+      : indices(torch::stable::contiguous(ids)),
+        log_probs(torch::stable::contiguous(probs)),
+        k(ids.size(1)),
+        has_tail(rest.has_value()) {
+    if (has_tail) tail = torch::stable::contiguous(*rest);
+    const int64_t* index = indices.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < ids.size(0) * k; ++i)
+      STD_TORCH_CHECK(index[i] >= 0 && index[i] < columns, "teacher.indices: an index lies outside the vocabulary");
+  }
+  const int64_t* index(int64_t i) const { return indices.const_data_ptr<int64_t>() + i * k; }
+  const float* log_prob(int64_t i) const { return log_probs.const_data_ptr<float>() + i * k; }
+  double log_rest(int64_t i) const {
+    return has_tail ? tail.const_data_ptr<float>()[i] : -std::numeric_limits<double>::infinity();
+  }
+};
+
+// `rest` is scratch for a row.
+inline float topk_forward(const DivergenceTable& table, const TopKTeacher& teacher, int64_t i, const float* s,
+                          int64_t columns, float* rest, int kind, double inverse_temperature, double mix,
+                          TopKStats* stats) {
+  const int64_t* index = teacher.index(i);
+  const float max = table.largest(s, columns) * float(inverse_temperature);
+  std::memcpy(rest, s, columns * sizeof(float));
+  for (int64_t j = 0; j < teacher.k; ++j) rest[index[j]] = -std::numeric_limits<float>::infinity();
+  const double rest_sum = table.sum_of_exponentials(rest, columns, float(inverse_temperature), max);
+  double sum = rest_sum;
+  for (int64_t j = 0; j < teacher.k; ++j) sum += std::exp(s[index[j]] * inverse_temperature - max);
+  const double log_sum = std::log(sum), log_rest_q = std::log(rest_sum) - log_sum;
+  const Word rest_word = word(kind, teacher.log_rest(i), log_rest_q, mix, teacher.has_tail);
+  double value = rest_word.value, mean = std::exp(log_rest_q) * rest_word.slope;
+  for (int64_t j = 0; j < teacher.k; ++j) {
+    const double log_q = s[index[j]] * inverse_temperature - max - log_sum;
+    const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
+    value += x.value;
+    mean += std::exp(log_q) * x.slope;
+  }
+  *stats = {max, float(log_sum), float(mean), float(rest_word.slope)};
+  return float(value);
+}
+
+inline void topk_backward(const DivergenceTable& table, const TopKTeacher& teacher, int64_t i, const float* s,
+                          int64_t columns, int kind, double inverse_temperature, double mix, const TopKStats& stats,
+                          float upstream, float* grad) {
+  const double scale = upstream * inverse_temperature;
+  table.scaled_softmax(s, columns, float(inverse_temperature), stats.max + stats.log_sum,
+                       float((stats.rest_slope - stats.mean) * scale), grad);
+  for (int64_t j = 0; j < teacher.k; ++j) {
+    const int64_t v = teacher.index(i)[j];
+    const double log_q = s[v] * inverse_temperature - stats.max - stats.log_sum;
+    const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
+    grad[v] = float(std::exp(log_q) * (x.slope - stats.mean) * scale);
+  }
+}
+
+}  // namespace
+}  // namespace fastkd
