@@ -21,7 +21,7 @@ WRITTEN = {
     "relation": ("cpu", "triton"),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
-    "contrast": ("cpu",),
+    "contrast": ("cpu", "triton"),
     "divergence": ("cpu", "triton"),
     "linear_divergence": ("cpu",),
 }

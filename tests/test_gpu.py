@@ -151,3 +151,79 @@ def test_relation_at_size(dtype):
     (true_grad,) = torch.autograd.grad(true_rows.sum(), few)
     assert relative_error(rows[-1:], true_rows) < 1e-6
     assert relative_error(grad[-1:], true_grad) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def contrast_inputs(dtype=torch.bfloat16, seed=0):
+    query, positive = (randn(64, 128, seed=seed + i).cuda() / 11 for i in (1, 2))
+    bank = (randn(5000, 128, seed=seed + 3) / 11).to("cuda", dtype)
+    index = torch.randint(5000, (64, 300), generator=torch.Generator().manual_seed(seed)).cuda()
+    return query.float(), positive.float(), bank, index
+
+
+def every_contrast(query, positive, bank, index):
+    """(loss, gradient) of InfoNCE against a bank, gathered, in the batch, with a trained temperature; and of NCE."""
+    temperature = torch.full((), 0.1, device="cuda", requires_grad=True)
+    leaf = query.detach().requires_grad_()
+    for loss in (
+        fastkd.info_nce_loss(leaf, positive, bank, temperature=temperature),
+        fastkd.info_nce_loss(
+            leaf, positive, bank, index, temperature=0.1, exclude=(index[:, 0], index[:, 0].new_zeros(5000))
+        ),
+        fastkd.info_nce_loss(leaf, positive, None, temperature=0.1),
+        fastkd.nce_loss(leaf, bank, index, n_data=5000, temperature=0.1, z=torch.full((), 900.0, device="cuda")),
+    ):
+        yield loss.detach()
+        yield torch.autograd.grad(loss, leaf)[0]
+
+
+def test_contrast_never_waits_for_the_device():
+    from fastkd import functional
+
+    inputs = contrast_inputs()
+    queue, state = fastkd.NegativeQueue(1000, 128).cuda(), torch.tensor([1, 2], device="cuda")
+    bank, ids = fastkd.MemoryBank(5000, 128).cuda(), inputs[3][:, 0].contiguous()
+
+    def step():
+        list(every_contrast(*inputs))
+        queue(inputs[0], inputs[1], ids)
+        queue.push(inputs[1], ids)
+        bank.update(ids, inputs[0])
+        functional.sample_negatives(ids, 50, state, n_data=5000)
+
+    step()  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_contrast_in_a_cuda_graph():
+    inputs = contrast_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        list(every_contrast(*inputs))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = list(every_contrast(*inputs))
+    for x, other in zip(inputs, contrast_inputs(seed=10), strict=True):
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, every_contrast(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_info_nce_memory_does_not_grow_with_the_bank(dtype):
+    query, positive, _, _ = contrast_inputs()
+    extra = []
+    for rows in (1 << 14, 1 << 20):
+        bank = torch.randn(rows, 128, device="cuda").to(dtype)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        leaf = query.detach().requires_grad_()
+        torch.autograd.grad(fastkd.info_nce_loss(leaf, positive, bank), leaf)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    assert extra[1] <= 2 * extra[0] + (1 << 20) and extra[1] < 64 << 20
