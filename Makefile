@@ -1,6 +1,7 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
 # make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
+# make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed): build, GPU tests, bench, CSV
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN     = $(VENV)/bin
 WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench gpu lint build format clean
+.PHONY: test ci demo bench readme gpu lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -22,6 +23,9 @@ demo: build $(VENV)/demo
 
 bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
+
+readme:
+	$(BIN)/python -m fastkd.bench.readme
 
 # The machine's own Python: it has the CUDA build of torch, triton and pytest, and no network.
 gpu:

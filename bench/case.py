@@ -58,6 +58,7 @@ class Case:
     sweep: str = ""  # the size on the x axis of the plot, where this case is a point of a curve
     quick: bool = False
     goal: str = ""
+    label: str = ""  # the model whose shape this is
 
     @property
     def shape_text(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from fastkd.bench.intervals import LEAST_SAMPLES, median_interval, quantile
 
 MODES = ("forward", "backward", "both", "loss_only")
 FLUSH_BYTES = 512 << 20  # twice the largest L2/L3 that we know of on a GPU; on a CPU the caches are asked
@@ -37,6 +38,9 @@ class Timing:
     minimum: float
     p20: float
     p80: float
+    low: float  # 95 % interval of the median
+    high: float
+    samples: tuple[float, ...] = ()
 
 
 def make_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
@@ -54,18 +58,10 @@ def make_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.T
     return Task(provider, {"forward": lambda _: call(), "both": both, "loss_only": loss_only}[mode])
 
 
-def quantile(samples: Sequence[float], share: float) -> float:
-    """Linear interpolation between order statistics."""
-    ordered = sorted(samples)
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
 def summarise(seconds: Sequence[float], number: int) -> Timing:
     """Seconds per call to a Timing in milliseconds."""
     milliseconds = [1e3 * sample for sample in seconds]
+    low, high = median_interval(milliseconds)
     return Timing(
         rounds=len(milliseconds),
         number=number,
@@ -73,6 +69,9 @@ def summarise(seconds: Sequence[float], number: int) -> Timing:
         minimum=min(milliseconds),
         p20=quantile(milliseconds, 0.2),
         p80=quantile(milliseconds, 0.8),
+        low=low,
+        high=high,
+        samples=tuple(milliseconds),
     )
 
 
@@ -184,7 +183,7 @@ def calls_per_sample(seconds: float, least: float = 1e-3, most: int = 64) -> int
 
 
 def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: Callable = time.perf_counter) -> dict:
-    """A B C A B C …: `rounds` rounds, fewer (never under five) once `budget` seconds are spent. name -> Timing."""
+    """A B C A B C …: `rounds` rounds, fewer (never under six) once `budget` seconds are spent. name -> Timing."""
     numbers = {task.provider: calls_per_sample(timer.sample(task, 1)) for task in tasks}
     samples = {task.provider: [] for task in tasks}
     start = clock()
@@ -193,7 +192,7 @@ def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: 
     gc.disable()
     try:
         for done in range(rounds):
-            if done >= 5 and clock() - start > budget:
+            if done >= LEAST_SAMPLES and clock() - start > budget:
                 break
             for task in tasks:
                 samples[task.provider].append(timer.sample(task, numbers[task.provider]))
@@ -262,6 +261,23 @@ def peak_on_cuda(task: Task) -> int:
     task.run(state)
     torch.cuda.synchronize()
     return max(0, torch.cuda.max_memory_allocated() - before)
+
+
+KERNEL_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+
+
+def count_launches(task: Task, device: torch.device) -> int | None:
+    """Kernels that one call starts, counted by the profiler; None on a CPU, where nothing is launched."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    state = task.prepare()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        task.run(state)
+        torch.cuda.synchronize()
+    return sum(event.name in KERNEL_LAUNCHES for event in profiler.events())
 
 
 def peak_memory(task: Task, device: torch.device) -> tuple[int | None, str]:

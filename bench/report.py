@@ -27,12 +27,21 @@ class Row:
     minimum_ms: float
     p20_ms: float
     p80_ms: float
+    median_low_ms: float
+    median_high_ms: float
     times_ours_median: float | None
+    times_ours_low: float | None
+    times_ours_high: float | None
     times_ours_minimum: float | None
     floor_ms: float
     floor_bound: str
     floor_share: float
     gemms_ms: float | None
+    flops: float
+    bytes: float
+    copy_gb_s: float
+    gemm_gflop_s: float
+    launches: int | None
     peak_extra_mib: float | None
     memory_method: str
     loss_error: float
@@ -42,6 +51,7 @@ class Row:
     match: bool
     sweep: str
     goal: str
+    label: str
     foreign_cores: float | None
     device: str
     threads: int
@@ -56,8 +66,9 @@ class Row:
     date: str
 
 
+TYPES = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(Row)}
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-KEY = ("case", "mode", "launch", "cache", "provider")
+PROFILE = "profile"  # profile.csv beside the stems' files is `fastkd profile`'s
 
 
 def as_text(value) -> str:
@@ -66,11 +77,26 @@ def as_text(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def as_value(name: str, text: str):
+    """A field of the CSV as its type in Row says; None where it is empty."""
+    kind = TYPES[name]
+    if "str" in kind:
+        return text
+    if text == "":
+        return None
+    return {"bool": lambda: text == "True", "int": lambda: int(text)}.get(kind.split(" ")[0], lambda: float(text))()
+
+
 def read_rows(path: pathlib.Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="") as handle:
         return list(csv.DictReader(handle))
+
+
+def rows_of(folder: pathlib.Path) -> list[dict]:
+    """Every row of a device, stem after stem."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.stem != PROFILE for row in read_rows(path)]
 
 
 def merge(old: Iterable[dict], new: Sequence[dict]) -> list[dict]:
@@ -99,7 +125,7 @@ def write_csv(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 # The table --------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("provider", "mode", "median ms", "p20–p80", "min ms", "× ours", "× (min)", "floor", "× GEMMs",
+HEADINGS = ("provider", "mode", "median ms", "95 %", "× ours", "95 %", "× (min)", "of floor", "rate", "× GEMMs",
             "extra MiB", "loss error", "gradient error", "match")  # fmt: skip
 
 
@@ -114,6 +140,18 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.1e}"
 
 
+def interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{number(low)}–{number(high)}"
+
+
+def rate(row: Row) -> str:
+    """What was reached of the roof that bounds this case: bytes or FLOPs that nobody can avoid, per second."""
+    if row.floor_bound == "copy":
+        return f"{number(row.bytes / row.median_ms * 1e-6)} GB/s"
+    per_second = row.flops / row.median_ms * 1e-6  # GFLOP/s
+    return f"{number(per_second / 1e3)} TFLOP/s" if per_second >= 1000 else f"{number(per_second)} GFLOP/s"
+
+
 def line(row: Row) -> tuple[str, ...]:
     served = f" → {row.served_by}" if row.served_by and ":" not in row.provider else ""
     launch = f" ({row.launch})" if row.launch != "plain" else ""
@@ -121,11 +159,12 @@ def line(row: Row) -> tuple[str, ...]:
         row.provider + served + (" †" if row.by_eager else ""),
         row.mode + launch,
         number(row.median_ms),
-        f"{number(row.p20_ms)}–{number(row.p80_ms)}",
-        number(row.minimum_ms),
+        interval(row.median_low_ms, row.median_high_ms),
         number(row.times_ours_median),
+        "" if row.provider == "fastkd" else interval(row.times_ours_low, row.times_ours_high),
         number(row.times_ours_minimum),
         f"{row.floor_share:.0%}",
+        rate(row),
         number(row.median_ms / row.gemms_ms) if row.gemms_ms else "–",
         number(row.peak_extra_mib),
         f"{row.loss_error:.0e}",
@@ -135,41 +174,46 @@ def line(row: Row) -> tuple[str, ...]:
 
 
 def footnote(rows: Sequence[Row]) -> str:
-    """Floors, GEMMs and rounds, which are the same for all providers of a mode."""
+    """Floors, GEMMs and rounds, which are the same for all providers of a mode; launches are ours."""
     parts = []
-    for row in {(row.mode, row.launch): row for row in rows}.values():
+    for row in {(row.mode, row.launch): row for row in sorted(rows, key=lambda r: r.provider == "fastkd")}.values():
         launch = f" ({row.launch})" if row.launch != "plain" else ""
         gemms = f", bare GEMMs {number(row.gemms_ms)} ms" if row.gemms_ms else ""
+        launches = f", {row.launches} launches" if row.launches and row.launch == "plain" else ""
         floor = f"floor {number(row.floor_ms)} ms ({row.floor_bound}){gemms}"
-        parts.append(f"{row.mode}{launch}: {floor}, {row.rounds} rounds")
+        parts.append(f"{row.mode}{launch}: {floor}{launches}, {row.rounds} rounds")
     return "  " + " · ".join(parts) + f" · cache: {rows[0].cache}"
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
-    """rich where it is installed, aligned plain text otherwise."""
-    lines = [line(row) for row in rows]
+    """Ours in bold green, a line between the modes."""
+    ours = [i for i, row in enumerate(rows) if row.provider.startswith("fastkd")]
+    ends = [i for i, row in enumerate(rows[:-1]) if rows[i + 1].mode != row.mode]
+    show_table(HEADINGS, [line(row) for row in rows], title, 2, ours, ends)
+
+
+def show_table(headings, lines: Sequence[Sequence[str]], title: str, left: int = 1, strong=(), ends=()) -> None:
+    """rich where it is installed, aligned plain text otherwise. `left` columns are words, the others numbers."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(lines, title))
+        print(plain_table(lines, title, headings, left))
         return
     table = Table(title=title, title_justify="left", pad_edge=False, header_style="bold")
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
-    for i, (row, cells) in enumerate(zip(rows, lines, strict=True)):
-        last = i + 1 < len(rows) and rows[i + 1].mode != row.mode
-        style = "bold green" if row.provider.startswith("fastkd") else ""
-        table.add_row(*cells, style=style, end_section=last)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
+    for i, cells in enumerate(lines):
+        table.add_row(*cells, style="bold green" if i in strong else "", end_section=i in ends)
     console = Console()
-    Console(width=max(console.width, 170)).print(table)
+    Console(width=max(console.width, 180)).print(table)
 
 
-def plain_table(lines: Sequence[Sequence[str]], title: str) -> str:
-    widths = [max(len(row[i]) for row in [HEADINGS, *lines]) for i in range(len(HEADINGS))]
+def plain_table(lines: Sequence[Sequence[str]], title: str, headings: Sequence[str] = HEADINGS, left: int = 2) -> str:
+    widths = [max(len(row[i]) for row in [headings, *lines]) for i in range(len(headings))]
 
     def aligned(row):
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        return "  ".join(cells).rstrip()
+        pairs = enumerate(zip(row, widths, strict=True))
+        return "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in pairs).rstrip()
 
-    return "\n".join([title, aligned(HEADINGS), "-" * (sum(widths) + 2 * len(widths) - 2), *map(aligned, lines)])
+    return "\n".join([title, aligned(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(aligned, lines)])

@@ -1,8 +1,10 @@
 """`python -m fastkd.bench.run [stem …]`: check, then measure, then publish; in that order or not at all.
 
-make bench                                          every case; table, CSV and plots under bench/results/<device>/
-python -m fastkd.bench.run divergence --quick       a few small cases, printed only
-python -m fastkd.bench.run gram --kind fcd --dtype bfloat16 --mode both --no-publish
+make bench                             every case; table, CSV, JSON and plots under bench/results/<device>/
+fastkd bench divergence --quick        a few small cases, printed only
+fastkd bench gram --kind fcd --dtype bfloat16 --mode both --no-publish
+fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512, or a YAML file
+fastkd bench --compare A.json B.json   what got slower, by ratios measured within each run; 1 if anything did
 """
 
 import argparse
@@ -12,10 +14,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from fastkd.bench import archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
-from fastkd.bench import check, machine, measure, plots, report, rivals
 from fastkd.bench.case import Case, Inputs
+from fastkd.bench.intervals import ratio_interval
 from fastkd.bench.rivals import Absent, Provider
 from fastkd.bench.roofs import Roofs
 
@@ -96,21 +99,27 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     for task in plain:  # warm-up: compilation and allocator
         timer.sample(task, 1)
     memory = {task.provider: measure.peak_memory(task, settings.device) for task in plain}
+    launches = {task.provider: measure.count_launches(task, settings.device) for task in plain}
     timings = measure.interleave(tasks, timer, settings.rounds, settings.budget)
     seconds, bound = roofs.floor_of(case, mode)
-    own = timings.get("fastkd")
+    own, moved = timings.get("fastkd"), case.bytes.of(mode)
     columns = []
     for provider in (p for p in passed if p.name in timings):
         t, (peak, method) = timings[provider.name], memory[provider.name]
+        low, high = ratio_interval(t.samples, own.samples) if own else (None, None)
         columns.append({
             "mode": mode, "launch": launch, "cache": measure.cache_state(settings.device, settings.cold),
             "provider": provider.name, "served_by": provider.served_by,
             "by_eager": provider.served_by in SERVED_BY_EAGER, "rounds": t.rounds, "calls_per_sample": t.number,
             "median_ms": t.median, "minimum_ms": t.minimum, "p20_ms": t.p20, "p80_ms": t.p80,
+            "median_low_ms": t.low, "median_high_ms": t.high,
             "times_ours_median": t.median / own.median if own else None,
+            "times_ours_low": low, "times_ours_high": high,
             "times_ours_minimum": t.minimum / own.minimum if own else None,
             "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / t.median,
             "gemms_ms": 1e3 * gemms[mode] if gemms.get(mode) else None,
+            "flops": case.flops.of(mode), "bytes": moved, "copy_gb_s": roofs.copy_rate(moved) / 1e9,
+            "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9, "launches": launches[provider.name],
             "peak_extra_mib": None if peak is None else peak / 2**20, "memory_method": method,
         })  # fmt: skip
     return columns, absent
@@ -154,13 +163,14 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
             loss_error=errors.loss, gradient_error=errors.gradient,
             eager_loss_error=eager.loss if eager else None, eager_gradient_error=eager.gradient if eager else None,
             match=True, sweep=f"{case.sweep}={case.shape[case.sweep]}" if case.sweep else "", goal=case.goal,
+            label=case.label,
             foreign_cores=outcome.foreign, **columns, **facts,
         ))  # fmt: skip
     return outcome
 
 
 def show(case: Case, outcome: Outcome) -> None:
-    goal = f" · goal: {case.goal}" if case.goal else ""
+    goal = "".join((f" · {case.label}" if case.label else "", f" · goal: {case.goal}" if case.goal else ""))
     if outcome.refused:
         print(f"\n{case.stem} {case.name}: no speed is shown, the check failed: {outcome.refused}")
     elif outcome.rows:
@@ -169,14 +179,16 @@ def show(case: Case, outcome: Outcome) -> None:
         if any(row.by_eager for row in outcome.rows):
             print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
-        print(f"  – {absent.name}: {absent.reason}")
+        if absent.name == case.name or "check" in absent.reason or "graph" in absent.name:
+            print(f"  – {absent.name}: {absent.reason}")  # what is missing everywhere is named once, at the end
 
 
-def publish(outcome: Outcome, folder: pathlib.Path) -> str:
-    """Writes the rows, or says why not: an empty string means written."""
+def publish(case: Case, outcome: Outcome, folder: pathlib.Path) -> str:
+    """Writes the rows as CSV and JSON, or says why not: an empty string means written."""
     reason = machine.busy_reason(outcome.foreign, "while this case was measured")
     if not reason and outcome.rows:
         report.write_csv(outcome.rows, folder)
+        archive.write(folder, case.stem, {case.name: {absent.name: absent.reason for absent in outcome.absent}})
     return reason
 
 
@@ -184,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("fastkd bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
+    add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
     add("--kind", default="", help="only this kind, such as forward_kl")
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", help="float32, bfloat16, float64")
@@ -200,6 +213,8 @@ def parser() -> argparse.ArgumentParser:
     add("--no-publish", action="store_true", help="print only")
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
     add("--list", action="store_true", help="name the cases and stop")
+    add("--compare", nargs=2, type=pathlib.Path, metavar=("BEFORE", "AFTER"), help="two .json, .csv or result folders")
+    add("--tolerance", type=float, default=0.05, help="--compare: a smaller loss is none (0.05)")
     return result
 
 
@@ -208,11 +223,17 @@ def default_folder() -> pathlib.Path:
     return machine.ROOT / "bench" / "results" if inside_checkout else pathlib.Path("fastkd-bench")
 
 
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.shape:
+        texts, device = arguments.shape.split(","), torch.device(arguments.device)
+        return shapes.select(texts, arguments.dtype, device, arguments.stems, arguments.kind, arguments.case)
+    wanted = (arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick)
+    return list(case_module.select(*wanted))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """0: measured, and published unless told not to; 1: a check failed; 2: the machine was busy."""
-    chosen = list(case_module.select(
-        arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick
-    ))  # fmt: skip
+    chosen = chosen_cases(arguments)
     if arguments.list or not chosen:
         print("\n".join(f"{case.stem} {case.name}" for case in chosen) or "no case matches")
         return 0 if chosen else 1
@@ -245,18 +266,24 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
         f"{str(dtype).removeprefix('torch.')} GEMM {roofs.gemm_rate(dtype) / 1e9:.0f} GFLOP/s"
         for dtype in dict.fromkeys(case.dtype for case in chosen)
     ))  # fmt: skip
-    failed, busy, stems = [], [], []
+    failed, busy, stems, absent = [], [], [], []
     for case in chosen:
         outcome = bench_case(case, settings, roofs, facts)
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
+        absent += [(case.stem, rival.name, rival.reason) for rival in outcome.absent]
         if publishing and outcome.rows:
-            reason = publish(outcome, folder)
+            reason = publish(case, outcome, folder)
             busy += [f"{case.name}: {reason}"] if reason else []
             stems += [] if reason else [case.stem]
     for stem in dict.fromkeys(stems):
-        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder)
+        lost = archive.out_of_memory(folder / f"{stem}.json")
+        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder, lost)
         print(f"published {folder / stem}.csv", *(path.name for path in paths), reason)
+    if stems:
+        print(*(path.name for path in device_plots.draw(report.rows_of(folder), folder)[0]))
+    if absent:
+        print("\nnot measured here:", *archive.summary(absent), sep="\n  – ")
     for text in busy:
         print(f"not published: {text}")
     for name in failed:
@@ -265,8 +292,16 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    machine.passive_threads(sys.orig_argv[1:])
-    return run(parser().parse_args(argv))
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.compare:
+            return compare.compare(*arguments.compare, arguments.tolerance)
+        if chosen_cases(arguments) and not arguments.list:  # mistakes are named before the process starts again
+            machine.passive_threads(sys.orig_argv[1:])
+        return run(arguments)
+    except ValueError as error:
+        print(f"fastkd bench: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "divergence_bwd(Tensor grad, Tensor s, Tensor t, Tensor? mask, Tensor stats, int kind, float temperature, "
       "float mix) -> Tensor");
+  // Rows [N] and at once the gradient of s for the upstream that is likely: factor, or factor / N (`mean`); then, for
+  // the upstream that came, what is left to do to it.
+  m.def(
+      "divergence_fwd_grad(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix, bool mean, "
+      "float factor) -> (Tensor, Tensor)");
+  m.def("divergence_settle(Tensor(a!) grad, Tensor upstream, Tensor? mask, bool mean, float factor) -> ()");
   // A sparse teacher; tail is the log-mass of the rest.
   m.def(
       "divergence_topk_fwd(Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, int kind, "

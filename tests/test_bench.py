@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from fastkd.bench import case as case_module
-from fastkd.bench import check, machine, measure, plots, report, roofs, run
+from fastkd.bench import check, intervals, machine, measure, plots, report, roofs, run
 from fastkd.bench.case import Case, Work
 from fastkd.bench.rivals import Absent, Provider
 
@@ -72,9 +72,32 @@ def outcome_of(providers, timer, **changes):
 
 
 def test_quantiles_interpolate_and_do_not_need_sorted_samples():
-    assert measure.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
-    assert measure.quantile([2.0, 1.0], 0.2) == pytest.approx(1.2)
-    assert measure.quantile([7.0], 0.8) == 7.0
+    assert intervals.quantile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
+    assert intervals.quantile([2.0, 1.0], 0.2) == pytest.approx(1.2)
+    assert intervals.quantile([7.0], 0.8) == 7.0
+
+
+@pytest.mark.parametrize(("count", "dropped"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (20, 5), (30, 9)])
+def test_order_statistics_that_hold_the_median(count, dropped):
+    assert intervals.rank(count) == dropped
+    covered = [1 - 2 * sum(math.comb(count, i) for i in range(d + 1)) / 2**count for d in (dropped, dropped + 1)]
+    assert covered[1] < 0.95 <= covered[0] or count < intervals.LEAST_SAMPLES
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(2000, 15, generator=generator).square()  # skewed; the median is 0.25
+    inside = [low <= 0.25 <= high for low, high in map(intervals.median_interval, samples.tolist())]
+    assert 0.95 < sum(inside) / len(inside) < 0.98  # 96.5 % by the binomial
+
+
+def test_a_ratio_is_sure_where_slow_moments_hit_both():
+    mood = (1 + torch.rand(30, generator=torch.Generator().manual_seed(1))).tolist()  # a machine between 1x and 2x
+    paired = intervals.ratio_interval([3 * x for x in mood], mood)
+    assert paired == (pytest.approx(3.0), pytest.approx(3.0))
+    low, high = intervals.ratio_interval([3 * x for x in mood], mood[::-1])
+    assert low < 2.9 < 3.1 < high
+    assert intervals.ratio_interval([3 * x for x in mood], mood[::-1]) == (low, high)  # the same draws every time
 
 
 def test_summary_is_in_milliseconds_per_call():
@@ -82,6 +105,7 @@ def test_summary_is_in_milliseconds_per_call():
     assert (timing.rounds, timing.number) == (5, 8)
     assert timing.median == pytest.approx(3.0) and timing.minimum == pytest.approx(1.0)
     assert timing.p20 == pytest.approx(1.8) and timing.p80 == pytest.approx(23.2)
+    assert (timing.low, timing.high) == (pytest.approx(1.0), pytest.approx(100.0))
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(1.0, 1), (1e-3, 1), (1e-4, 10), (1e-9, 64), (0.0, 64)])
@@ -97,11 +121,11 @@ def test_providers_are_interleaved():
     assert timings["b"].median == pytest.approx(20.0) and timings["b"].rounds == 6
 
 
-def test_a_budget_ends_the_rounds_but_not_before_five():
+def test_a_budget_ends_the_rounds_but_not_before_six():
     ticks = iter(range(0, 400, 4))
     tasks = [measure.Task("a", lambda _: None)]
     timings = measure.interleave(tasks, FakeTimer({"a": 1.0}), rounds=30, budget=3.0, clock=lambda: next(ticks))
-    assert timings["a"].rounds == 5
+    assert timings["a"].rounds == 6  # five cannot give a 95 % interval
 
 
 def test_preparation_and_flush_are_not_timed():
@@ -241,11 +265,11 @@ def test_nothing_is_published_on_a_busy_machine(tmp_path, fake_measure):
     outcome = outcome_of([provider("fastkd"), provider("eager")], fake_measure)
     for foreign, expected in ((0.6, "0.60 cores"), (None, "unknown")):
         outcome.foreign = foreign
-        assert expected in run.publish(outcome, tmp_path)
+        assert expected in run.publish(toy_case(), outcome, tmp_path)
         assert not list(tmp_path.iterdir())
     outcome.foreign = 0.01
-    assert run.publish(outcome, tmp_path) == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["divergence.csv"]
+    assert run.publish(toy_case(), outcome, tmp_path) == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["divergence.csv", "divergence.json"]
 
 
 @pytest.mark.parametrize(("flags", "code", "publishing"), [([], 2, None), (["--force"], 0, False)])
@@ -315,9 +339,10 @@ def test_openmp_threads_are_made_passive_once():
 
 SCHEMA = """
     stem case kind shape dtype mode launch cache provider served_by by_eager rounds calls_per_sample
-    median_ms minimum_ms p20_ms p80_ms times_ours_median times_ours_minimum
-    floor_ms floor_bound floor_share gemms_ms peak_extra_mib memory_method
-    loss_error gradient_error eager_loss_error eager_gradient_error match sweep goal foreign_cores
+    median_ms minimum_ms p20_ms p80_ms median_low_ms median_high_ms
+    times_ours_median times_ours_low times_ours_high times_ours_minimum
+    floor_ms floor_bound floor_share gemms_ms flops bytes copy_gb_s gemm_gflop_s launches peak_extra_mib memory_method
+    loss_error gradient_error eager_loss_error eager_gradient_error match sweep goal label foreign_cores
     device threads cpu_capability driver torch cuda triton python commit dirty date
 """
 

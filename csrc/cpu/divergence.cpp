@@ -1,6 +1,7 @@
 // Rows over torch's own thread pool; the arithmetic of a row is in divergence_isa.cpp.
 #include "cpu/divergence.h"
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -29,32 +30,87 @@ const float* float_row(const DivergenceTable& table, const Tensor& x, int elemen
   return table.as_floats(row, element, scratch.data(), columns);
 }
 
-std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
-                                          int64_t kind, double temperature, double mix) {
+// What the gradient of each row will most likely be multiplied with: `factor`, over the number of rows where their mean
+// is taken. Rounded as torch rounds it on the way back, so that a right guess is right to the last bit.
+float likely_upstream(const Tensor& student, const bool* kept, bool mean, double factor) {
+  const int64_t rows = student.size(0);
+  const int64_t count = kept ? std::count(kept, kept + rows, true) : rows;
+  return (mean ? 1.f / float(count > 0 ? count : 1) : 1.f) * float(factor);
+}
+
+const bool* rows_kept(const std::optional<Tensor>& mask, Tensor* holder) {
+  if (!mask) return nullptr;
+  *holder = torch::stable::contiguous(*mask);
+  return holder->const_data_ptr<bool>();
+}
+
+// Values, stats, and (grad: [N, V], or none) the gradient of upstream * value.
+std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor& teacher, const bool* kept,
+                                            DivergenceOptions how, float* grad, float upstream) {
   const Tensor s = torch::stable::contiguous(student), t = torch::stable::contiguous(teacher);
   const int64_t rows = s.size(0), columns = s.size(1);
   Tensor values = torch::stable::new_empty(s, {rows}, ScalarType::Float);
   Tensor stats = torch::stable::new_empty(s, {rows, kStats}, ScalarType::Float);
-  const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
-  const bool* kept = mask ? keep.const_data_ptr<bool>() : nullptr;
   const int element_s = element_of(s), element_t = element_of(t);
   float* value = values.mutable_data_ptr<float>();
   auto* stat = reinterpret_cast<DivergenceStats*>(stats.mutable_data_ptr<float>());
-  const DivergenceOptions how = options(kind, temperature, mix);
   const DivergenceTable& table = FASTKD_CHOOSE(divergence);
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch_s, scratch_t;
+    std::vector<float> scratch_s, scratch_t, scratch(grad ? DivergenceGradient::scratch_size(columns) : 0);
     for (int64_t i = begin; i < end; ++i) {
+      float* out = grad ? grad + i * columns : nullptr;
       if (kept && !kept[i]) {
         value[i] = 0;
         stat[i] = {};
+        if (out) std::memset(out, 0, columns * sizeof(float));
         continue;
       }
-      value[i] = table.forward(float_row(table, s, element_s, i, scratch_s),
-                               float_row(table, t, element_t, i, scratch_t), columns, how, stat + i);
+      value[i] =
+          table.forward(float_row(table, s, element_s, i, scratch_s), float_row(table, t, element_t, i, scratch_t),
+                        columns, how, stat + i, {out, scratch.data(), upstream});
     }
   });
   return {values, stats};
+}
+
+std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
+                                          int64_t kind, double temperature, double mix) {
+  Tensor holder;
+  const bool* kept = rows_kept(mask, &holder);
+  return values_and_stats(student, teacher, kept, options(kind, temperature, mix), nullptr, 0);
+}
+
+// The gradient of float32 rows in the pass that finds the value: half of the exponentials, and the logits are read
+// once.
+std::tuple<Tensor, Tensor> divergence_fwd_grad(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
+                                               int64_t kind, double temperature, double mix, bool mean, double factor) {
+  STD_TORCH_CHECK(student.scalar_type() == ScalarType::Float, "divergence_fwd_grad takes a float32 student");
+  Tensor holder;
+  const bool* kept = rows_kept(mask, &holder);
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  use_huge_pages(grad);
+  const auto [values, stats] =
+      values_and_stats(student, teacher, kept, options(kind, temperature, mix), grad.mutable_data_ptr<float>(),
+                       likely_upstream(student, kept, mean, factor));
+  return {values, grad};
+}
+
+// From the gradient for the likely upstream to that for the one which came: most often nothing is left to do.
+void divergence_settle(Tensor grad, const Tensor& upstream, std::optional<Tensor> mask, bool mean, double factor) {
+  Tensor holder;
+  const bool* kept = rows_kept(mask, &holder);
+  const float guess = likely_upstream(grad, kept, mean, factor);
+  const Tensor g = torch::stable::contiguous(upstream);
+  const float* up = g.const_data_ptr<float>();
+  float* out = grad.mutable_data_ptr<float>();
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if ((kept && !kept[i]) || up[i] == guess) continue;
+      const float ratio = up[i] / guess;
+      for (int64_t j = i * columns; j < (i + 1) * columns; ++j) out[j] *= ratio;
+    }
+  });
 }
 
 Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
@@ -64,8 +120,8 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   const int64_t rows = s.size(0), columns = s.size(1), width = int64_t(s.element_size());
   Tensor grad = torch::stable::new_empty(s, {rows, columns});
   use_huge_pages(grad);
-  const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
-  const bool* kept = mask ? keep.const_data_ptr<bool>() : nullptr;
+  Tensor holder;
+  const bool* kept = rows_kept(mask, &holder);
   const int element_s = element_of(s), element_t = element_of(t);
   const float* up = g.const_data_ptr<float>();
   const auto* stat = reinterpret_cast<const DivergenceStats*>(stats.const_data_ptr<float>());
@@ -94,5 +150,7 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence_fwd));
+  m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence_fwd_grad));
+  m.impl("divergence_settle", TORCH_BOX(&fastkd::divergence_settle));
   m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence_bwd));
 }

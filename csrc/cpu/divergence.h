@@ -16,6 +16,16 @@ struct DivergenceStats {
   float max_s, max_t, sum_s, sum_t, kappa, mean;
 };
 
+// A gradient that is wanted with the value: of upstream * value. `scratch`: scratch_size(columns) floats of the
+// caller's.
+struct DivergenceGradient {
+  float* out;  // null: not wanted
+  float* scratch;
+  float upstream;
+
+  static int64_t scratch_size(int64_t columns) { return columns + columns / 256 + 2; }
+};
+
 // A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^t, e^t expm1(c),
 // e^t c, e^t (expm1(c) - c), -e^t t). Then of a second look at the row: the value, q and q h.
 struct DivergenceSums {
@@ -25,7 +35,8 @@ struct DivergenceSums {
 };
 
 struct DivergenceTable {
-  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats);
+  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
+                   DivergenceGradient gradient);
   void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                    const DivergenceStats& stats, float upstream, float* grad);
   // The forward in parts: gather() for each part of the row, then conclude(); where that returns true, refine() for

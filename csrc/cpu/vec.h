@@ -43,6 +43,16 @@ inline vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
+inline vfloat smaller(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // x 2^n for a whole n >= -1500; past the range of floats 0 or infinity, as it should be.
 inline vfloat scale_by_power(vfloat x, vfloat n, vint n_in_low_bits) {
 #if defined(__AVX512F__)
@@ -86,6 +96,7 @@ inline float max_lanes(vfloat x) {
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
 }
+inline float min_lanes(vfloat x) { return -max_lanes(-x); }
 
 // e^x, e^x - 1, and e^x - 1 - x without the cancellations that the last two names promise to avoid.
 // x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + w. Where n = 0, r is x itself, so every digit of w survives.
@@ -111,6 +122,18 @@ inline Exponential exponential(vfloat x) {
 }
 
 inline vfloat exp(vfloat x) { return exponential(x).exp(); }
+
+// 2^u for |u| <= 1000, to 8e-8 relative: the shortest way where neither 2^u - 1 nor an infinite u is asked for.
+inline vfloat power_of_two(vfloat u) {
+  constexpr float kRound = 12582912.f;
+  const vfloat shifted = u + kRound, n = shifted - kRound, f = u - n;
+  vfloat w = splat(1.53533506e-4f) * f + 1.33988750e-3f;
+  w = w * f + 9.61843692e-3f;
+  w = w * f + 5.55033237e-2f;
+  w = w * f + 0.240226477f;
+  w = w * f + 0.693147182f;
+  return scale_by_power(w * f + 1.f, n, bits(shifted));
+}
 
 // log(1 + y) and y - log(1 + y), the latter with all its digits as y -> 0 (it is about y^2 / 2 there, never negative).
 struct Logarithm {

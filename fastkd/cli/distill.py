@@ -42,7 +42,8 @@ def run(argv: list[str]) -> int:
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     trainer = DistillTrainer(
         student, teacher, method_args.method, task=data_args.task, answers=answers, advance=method_args.advance,
-        teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher, args=args,
+        teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher,
+        teacher_cache=model_args.teacher_cache, args=args,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
         data_collator=data.collator(tokenizer, data_args.task, data_args.mlm_probability),
         compute_metrics=data.metrics(data_args.task, corpus.glue),

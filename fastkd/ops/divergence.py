@@ -47,6 +47,8 @@ def _grad_fake(grad, student, *_):
 
 backends.fake("divergence_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 6, dtype=torch.float32)))
 backends.fake("divergence_bwd", _grad_fake)
+backends.fake("divergence_fwd_grad", lambda s, *rest: (_rows_fake(s), _grad_fake(None, s)))
+backends.fake("divergence_settle", lambda *_: None)
 backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 4, dtype=torch.float32)))
 backends.fake("divergence_topk_bwd", _grad_fake)
 
@@ -69,8 +71,31 @@ class Divergence(torch.autograd.Function):
         return None, None, bwd(grad, student, *teacher, mask, stats, *ctx.options), *[None] * (4 + len(teacher))
 
 
-def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend) -> Tensor:
-    """One value per row of student [N, V], without the T² factor; masked rows give 0."""
+class DivergenceAtOnce(torch.autograd.Function):
+    """On the CPU, in float32: the gradient comes out of the pass that finds the value, for the upstream that is likely. The
+    first backward hands it over (settled, should another upstream come); a further one makes its own."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, options, likely):
+        rows, ctx.gradient = torch.ops.fastkd.divergence_fwd_grad(student, teacher, mask, *options, *likely)
+        ctx.save_for_backward(student, teacher, mask)
+        ctx.options, ctx.likely = options, likely
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        student, teacher, mask = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None  # a reference kept here would make autograd copy it
+        if gradient is None:
+            _, gradient = torch.ops.fastkd.divergence_fwd_grad(student, teacher, mask, *ctx.options, *ctx.likely)
+        torch.ops.fastkd.divergence_settle(gradient, grad, mask, *ctx.likely)
+        return gradient, None, None, None, None
+
+
+def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, likely=(False, 1.0)) -> Tensor:
+    """One value per row of student [N, V], without the T² factor; masked rows give 0. likely: (mean, factor), the caller
+    will take the mean of the rows, or their sum, times factor; another use is as right, and a little slower."""
     backend = backends.choose("divergence", backend, student)
     if backend == "reference":
         with backends.full_precision(student):
@@ -78,10 +103,19 @@ def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend) 
                 return reference.divergence_topk(student, *teacher, mask, kind, temperature, beta, alpha)
             return reference.divergence(student, teacher, mask, kind, temperature, beta, alpha)
     mix = 1.0 - alpha if kind == "skew_kl" else 1.0 - beta
-    options = (student, mask, KINDS.index(kind), temperature, mix)
+    options = (KINDS.index(kind), temperature, mix)
     if isinstance(teacher, TopK):
-        return Divergence.apply(backend, "sparse", *options, *kernel_form(teacher))
-    return Divergence.apply(backend, "dense", *options, kernel_dtype(teacher))
+        return Divergence.apply(backend, "sparse", student, mask, *options, *kernel_form(teacher))
+    teacher = kernel_dtype(teacher)
+    if _gradient_at_once(backend, student):
+        return DivergenceAtOnce.apply(student, teacher, mask, options, likely)
+    return Divergence.apply(backend, "dense", student, mask, *options, teacher)
+
+
+def _gradient_at_once(backend: str, student: Tensor) -> bool:
+    """In half precision the gradient would be rounded twice; a compiled graph cannot hand over what a forward left."""
+    wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return wanted and backend == "cpu" and student.dtype == torch.float32
 
 
 def kernel_dtype(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 
-from . import states
+from . import cache, states
 from .agreement import check_pair, teacher_labels
 from .batch import Batch
 from .methods import Combined, Setup, Side, build
@@ -26,7 +26,8 @@ class DistillTrainer(Trainer):
     weights, banks) train with the student, are saved in every checkpoint, and never become part of the student.
     Each term is logged as term/<method>/<name> with its weight; a mean over micro-batches, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
-    micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
+    micro-batch, as most papers' releases do. answers: in cloze, the token of each class. teacher_cache: a folder for the teacher's logits,
+    computed once instead of in every step.
     """
 
     loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them
@@ -42,6 +43,7 @@ class DistillTrainer(Trainer):
         advance: str = "step",
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
+        teacher_cache: str | None = None,
         **kwargs,
     ):
         if advance not in ("step", "micro"):
@@ -55,11 +57,20 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
-        self.teacher, self.method, self.relabel = None, None, None
+        self.teacher, self.method, self.relabel, self.taught = None, None, None, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         if teacher is not None:
             self.method = self._method(model, teacher, method)
+            if teacher_cache:
+                cache.check_method(self.method, task)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
+            if teacher_cache:
+                size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
+                with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
+                    self.taught = cache.logits(
+                        teacher_cache, self.teacher, self.train_dataset, self.data_collator, accepts, task, size,
+                        self.args.device,
+                    )  # fmt: skip
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -112,10 +123,7 @@ class DistillTrainer(Trainer):
             student = student._replace(logits=student.logits[..., self.relabel])
         teacher = None
         if distils and self.method.teaches(progress):
-            with torch.no_grad():
-                teacher = self._states(self.teacher, inputs, "teacher", progress, True)
-                if self.relabel is not None:
-                    teacher = teacher._replace(logits=teacher.logits[..., self.relabel])
+            teacher = self._taught(inputs, extra["example_id"], progress)
         mask = inputs.get("attention_mask")
         batch = Batch(
             self.task, student, teacher, torch.ones_like(inputs["input_ids"]) if mask is None else mask, labels,
@@ -124,6 +132,14 @@ class DistillTrainer(Trainer):
         )  # fmt: skip
         loss = self._terms(batch) if distils else batch.hard()
         return (loss, {"loss": loss, "logits": batch.task_logits(student)}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
+        if self.taught is not None:
+            teacher = states.States(self.taught[example_id])
+        else:
+            teacher = self._states(self.teacher, inputs, "teacher", progress, True)
+        return teacher if self.relabel is None else teacher._replace(logits=teacher.logits[..., self.relabel])
 
     def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}

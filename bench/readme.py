@@ -1,0 +1,227 @@
+"""`python -m fastkd.bench.readme` (or `make readme`): the README's figures and pictures, from the committed CSV alone.
+
+Everything between the two markers is written here; a test fails where README, pictures and CSV disagree. A device without
+results has no row, and nothing is estimated. `--check` changes nothing and says what is stale.
+"""
+
+import argparse
+import pathlib
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from fastkd.bench import archive, device_plots, machine, plots, report, targets
+
+BEGIN, END = "<!-- figures: begin (written by `make readme` from bench/results) -->", "<!-- figures: end -->"
+RIVALS = ("eager", "compile", "authors")
+HEADINGS = ("hot path", "case", "ms", *(f"× {name}" for name in RIVALS), "others", "of floor", "MiB / eager's",
+            "gradient error / eager's")  # fmt: skip
+
+
+def devices(results: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in results.glob("*") if path.is_dir() and any(path.glob("*.csv")))
+
+
+def ratio_cell(row: dict | None) -> str:
+    """12.3× [11.8, 12.9]"""
+    ratio = plots.value(row, "times_ours_median") if row else None
+    if ratio is None:
+        return "–"
+    low, high = (plots.value(row, f"times_ours_{end}") for end in ("low", "high"))
+    return f"**{plots.times(ratio)}**" + (f" [{low:.3g}, {high:.3g}]" if low and high else "")
+
+
+def case_line(stem: str, case: str, there: dict[str, dict]) -> str:
+    ours, eager = there["fastkd"], there.get("eager")
+    others = [f"{name} {plots.times(plots.value(row, 'times_ours_median'))}" for name, row in there.items()
+              if name not in RIVALS and not name.startswith("fastkd") and row["times_ours_median"]]  # fmt: skip
+
+    def beside_eager(name: str, form) -> str:
+        mine, other = plots.value(ours, name), plots.value(eager, name) if eager else None
+        return f"{'–' if mine is None else form(mine)} / {'–' if other is None else form(other)}"
+
+    cells = (
+        f"`{stem}`", plots.label_of(case) + (" †" if ours["by_eager"] == "True" else ""),
+        report.number(plots.value(ours, "median_ms")), *(ratio_cell(there.get(name)) for name in RIVALS),
+        ", ".join(others) or "–", f"{plots.value(ours, 'floor_share'):.0%}",
+        beside_eager("peak_extra_mib", report.number), beside_eager("gradient_error", lambda x: f"{x:.0e}"),
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+    """Every case but the curves' points, in the order of the CSV."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in plots.headline(rows):
+        if not row["sweep"]:
+            groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
+    lines = [case_line(stem, case, there) for (stem, case), there in groups.items() if "fastkd" in there]
+    head = "| " + " | ".join(HEADINGS) + " |"
+    return [head, "|" + "---|" * len(HEADINGS), *lines] if lines else []
+
+
+def slower_than_eager(rows: Sequence[dict], limit: float = 0.95) -> list[str]:
+    """Cases and modes where eager takes less than `limit` of our time; all launches, curves too."""
+    return [
+        f"{row['stem']} {plots.label_of(row['case'])} {row['mode']}{'' if row['launch'] == 'plain' else ' graph'} "
+        f"({plots.value(row, 'times_ours_median'):.2f}×)"
+        for row in rows
+        if row["provider"] == "eager" and row["times_ours_median"] and plots.value(row, "times_ours_median") < limit
+    ]
+
+
+def absent(folder: pathlib.Path) -> list[str]:
+    """Rivals that have no row on this device, with the reason, once."""
+    found = [
+        (path.stem, name, reason)
+        for path in sorted(folder.glob("*.json"))
+        for reasons in archive.absent_of(path).values()
+        for name, reason in reasons.items()
+        if not name.startswith("fastkd")
+    ]
+    return archive.summary(found)
+
+
+def folded(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def section(folder: pathlib.Path, root: pathlib.Path) -> Iterator[str]:
+    """One device."""
+    rows, where = report.rows_of(folder), folder.relative_to(root).as_posix()
+    newest = max(rows, key=lambda row: row["date"])
+    yield from ("", f"### {folder.name}", "")
+    versions = [f"torch {newest['torch']}", f"Python {newest['python']}", f"{newest['threads']} threads"]
+    versions += [f"CUDA {newest['cuda']}", f"driver and clocks {newest['driver']}"] if newest["cuda"] else []
+    commits = sorted({row["commit"] + (" with changes" if row["dirty"] == "True" else "") for row in rows})
+    yield f"{', '.join(versions)}; commit {', '.join(commits)}; raw: [{where}]({where})."
+    if device_plots.leading(rows):
+        yield from ("", f"![How many times faster, case by case]({where}/overview.png)")
+    yield from ("", *table(rows))
+    slow = slower_than_eager(rows)
+    compared = sum(row["provider"] == "eager" for row in rows)
+    yield from (
+        "",
+        f"Slower than 0.95× eager: {len(slow)} of {compared} rows" + (f": {'; '.join(slow)}." if slow else "."),
+    )
+    lines = targets.table(rows, folder)
+    if lines:
+        yield from folded("Targets", lines)
+    pictures = ["roofline", *(f"{stem}_sweep" for stem in dict.fromkeys(row["stem"] for row in rows))]
+    shown = [name for name in pictures if (folder / f"{name}.png").exists()]
+    if shown:
+        yield from folded("Roofline, and how time and memory grow", [f"![{n}]({where}/{n}.png)\n" for n in shown])
+    missing = absent(folder)
+    if missing:
+        yield from folded("Rivals that were not measured here, and why", [f"- {line}" for line in missing])
+    yield from profile_section(folder, where)
+
+
+def profile_section(folder: pathlib.Path, where: str) -> Iterator[str]:
+    """Whole training steps, where they were profiled."""
+    path = folder / "profile.csv"
+    if not path.exists():
+        return
+    steps = [row for row in report.read_rows(path) if row["phase"] == "step"]
+    if not steps:
+        return
+    ways = list(dict.fromkeys(row["way"] for row in steps))
+    yield from ("", "A whole training step (`fastkd profile`), milliseconds; in brackets the loss's share of it:", "")
+    yield "| model | method | " + " | ".join(ways) + " | tokens/s |"
+    yield "|---|---|" + "---|" * (len(ways) + 1)
+    for model, method in dict.fromkeys((row["model"], row["method"]) for row in steps):
+        mine = {row["way"]: row for row in steps if (row["model"], row["method"]) == (model, method)}
+        cells = [f"{report.number(float(mine[w]['median_ms']))} ({float(mine[w]['loss_share']):.0%})" if w in mine else "–"
+                 for w in ways]  # fmt: skip
+        speed = f"{float(mine[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in mine else "–"
+        yield f"| {model} | `{method}` | {' | '.join(cells)} | {speed} |"
+    if (folder / "profile.png").exists():
+        yield from ("", f"![Where the time of a step goes]({where}/profile.png)")
+
+
+LEGEND = textwrap.fill(
+    "Medians of interleaved rounds in one process, loss and gradient unless the case has a forward only; × is the rival's "
+    "time over fastkd's, with its 95 % interval; `authors` is the paper's released way of doing it, written by us; "
+    "of floor: the share of what copy bandwidth or GEMM rate, measured in the same process, allow; MiB: peak extra memory. "
+    "Every row's numbers were checked against float64 first. † served by plain PyTorch. `make bench` repeats it, "
+    "`make readme` rewrites this section.",
+    120,
+)  # fmt: skip
+
+
+def text(root: pathlib.Path) -> str:
+    """What stands between the markers."""
+    found = devices(root / "bench" / "results")
+    if not found:
+        return "\nNothing was measured yet: `make bench`, then `make readme`.\n"
+    lines = ["", LEGEND]
+    for folder in found:
+        lines += section(folder, root)
+    return "\n".join(lines) + "\n"
+
+
+def replaced(readme: str, figures: str) -> str:
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(
+            f"README.md: expected exactly one line {BEGIN!r} and one {END!r}; put them where figures belong"
+        )
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}"
+
+
+def draw(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All pictures of one device."""
+    drawn = []
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem != report.PROFILE:
+            drawn += plots.draw(
+                report.read_rows(path), path.stem, folder, archive.out_of_memory(path.with_suffix(".json"))
+            )[0]
+    return drawn + device_plots.draw(report.rows_of(folder), folder)[0]
+
+
+def stale(root: pathlib.Path) -> list[str]:
+    """What does not say what the CSV says; empty where everything does."""
+    readme = (root / "README.md").read_text()
+    found = [] if replaced(readme, text(root)) == readme else ["README.md: its figures are not those of bench/results"]
+    for folder in devices(root / "bench" / "results"):
+        for path in sorted(folder.glob("*.png")):
+            stem = path.stem.rsplit("_", 1)[0]
+            if path.stem == report.PROFILE:
+                rows = report.read_rows(folder / "profile.csv")
+            else:
+                rows = (
+                    report.rows_of(folder)
+                    if path.stem in ("overview", "roofline")
+                    else report.read_rows(folder / f"{stem}.csv")
+                )
+            if plots.digest_of(rows).encode() not in path.read_bytes():
+                found.append(f"{path.relative_to(root)}: drawn from other rows")
+        if device_plots.leading(report.rows_of(folder)) and not (folder / "overview.png").exists():
+            found.append(f"{folder.relative_to(root)}/overview.png: missing")
+    return found
+
+
+def main(argv: Sequence[str] | None = None, root: pathlib.Path = machine.ROOT) -> int:
+    parser = argparse.ArgumentParser("make readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 and a list where something is stale")
+    arguments = parser.parse_args(argv)
+    if not arguments.check:
+        reason = plots.ready()
+        if reason:
+            print(reason, file=sys.stderr)
+            return 2
+        for folder in devices(root / "bench" / "results"):
+            for path in folder.glob("*.png"):
+                if path.stem != report.PROFILE:
+                    path.unlink()
+            print(*(path.relative_to(root) for path in draw(folder)), sep="\n")
+        readme = root / "README.md"
+        readme.write_text(replaced(readme.read_text(), text(root)))
+    wrong = stale(root)
+    print("\n".join((*wrong, "run `make readme`")) if wrong else "README.md and its pictures say what the CSV says")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The README's figures are those of the committed CSV: all of them, none that was not measured, and the pictures too."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fastkd.bench import plots, readme, report, targets
+
+from bench_rows import rows_of, written
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_and_pictures_say_what_the_csv_says():
+    wrong = readme.stale(ROOT)
+    assert not wrong, "\n".join((*wrong, "run `make readme`"))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A README with markers, and the results of one device."""
+    (tmp_path / "README.md").write_text(f"before\n\n{readme.BEGIN}\n{readme.END}\n\nafter\n")
+    folder = tmp_path / "bench" / "results" / "box"
+    curve = [row for v in (8, 64) for row in rows_of(case=f"forward_kl-4x{v}-float32", sweep=f"V={v}")]
+    absent = {"forward_kl-4x8-float32": {"liger": "liger_kernel is not installed", "fastkd:cuda": "no GPU"}}
+    written(folder, rows_of(goal="7x eager", case="forward_kl-5x31-float32"), curve, absent=absent)
+    return tmp_path
+
+
+def test_figures_are_written_between_the_markers(checkout):
+    pytest.importorskip("matplotlib")
+    assert readme.main(["--check"], checkout) == 1
+    assert readme.main([], checkout) == 0 == readme.main(["--check"], checkout)
+    text = (checkout / "README.md").read_text()
+    assert text.startswith("before\n\n<!--") and text.endswith("-->\n\nafter\n")
+    assert "| `divergence` | forward_kl 5×31 fp32 | 1 | **10×** [9.9, 10.1] | – | – | – | 50% | 20 / 20 |" in text
+    assert "- liger (divergence): liger_kernel is not installed" in text and "no GPU" not in text
+    names = sorted(path.name for path in (checkout / "bench/results/box").glob("*.png"))
+    assert names == ["divergence_speedup.png", "divergence_sweep.png", "overview.png", "roofline.png"]
+    assert all(name in text for name in names[1:])
+    assert readme.main([], checkout) == 0 and (checkout / "README.md").read_text() == text  # again: the same
+
+
+@pytest.mark.parametrize("change", ["csv", "readme", "picture"])
+def test_drift_is_noticed(change, checkout, capsys):
+    pytest.importorskip("matplotlib")
+    readme.main([], checkout)
+    csv, picture = (checkout / "bench/results/box" / name for name in ("divergence.csv", "overview.png"))
+    if change == "csv":
+        csv.write_text(csv.read_text().replace(",9.9,", ",9.8,"))
+    elif change == "readme":
+        (checkout / "README.md").write_text((checkout / "README.md").read_text().replace("**10×**", "**11×**"))
+    else:
+        picture.unlink()
+    capsys.readouterr()
+    assert readme.main(["--check"], checkout) == 1
+    said = capsys.readouterr().out
+    assert {"csv": "drawn from other rows", "readme": "README.md: its figures", "picture": "missing"}[change] in said
+
+
+def test_a_device_without_results_has_no_row(checkout):
+    (checkout / "bench/results/empty").mkdir()
+    assert "empty" not in readme.text(checkout)
+    (checkout / "bench/results/box/divergence.csv").unlink()
+    assert "Nothing was measured yet" in readme.text(checkout)
+
+
+def test_markers_are_asked_for(checkout):
+    (checkout / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="expected exactly one line"):
+        readme.stale(checkout)
+
+
+def test_rows_slower_than_eager_are_named(checkout):
+    folder = checkout / "bench/results/box"
+    written(folder, rows_of(eager=0.5, case="jsd-5x31-float32"))
+    found = readme.slower_than_eager(report.rows_of(folder))
+    assert found == ["divergence jsd 5×31 fp32 both (0.50×)"]
+    assert "Slower than 0.95× eager: 1 of 4 rows: divergence jsd 5×31 fp32 both (0.50×)." in readme.text(checkout)
+
+
+def test_targets_read_rows_and_nothing_else(tmp_path):
+    """Each target names rows that a bench writes: the case exists, and a missed one shows its reason."""
+    written(tmp_path, rows_of(eager=3.5, stem="linear_divergence", case=targets.LINEAR16.split(" ")[1], gemms_ms=0.5))
+    rows = report.rows_of(tmp_path)
+    lines = "\n".join(targets.table(rows, tmp_path))
+    assert "| C1 | linear KL bf16, loss and gradients, over eager | 3.5× | ≥ 3× | ≥ 4× | met |" in lines
+    assert "| C1 | … of its four bare GEMMs | 2× | ≤ 1.25× | – | missed: no reason given yet |" in lines
+    assert "| C2 | FCD bf16 over eager | – | ≥ 7× | – | not measured |" in lines
+    (tmp_path / "why.json").write_text(json.dumps({"C1": "the tile spills; a smaller one would do"}))
+    assert "missed: the tile spills; a smaller one would do" in "\n".join(targets.table(rows, tmp_path))
+    assert targets.table([], tmp_path) == []
+
+
+def test_cases_of_the_cpu_targets_exist():
+    from fastkd.bench import case as case_module
+    from fastkd.bench import cases as _  # noqa: F401
+
+    there = {f"{case.stem} {case.name}" for case in case_module.select()}
+    names = [targets.LINEAR16, targets.LINEAR32, targets.FCD16, targets.FCD32, targets.LAYERS, targets.QUEUE32,
+             targets.QUEUE16, targets.GATHER, targets.BATCH]  # fmt: skip
+    assert not set(names) - there
+
+
+def test_a_picture_carries_the_digest_of_its_rows(checkout):
+    pytest.importorskip("matplotlib")
+    folder = checkout / "bench/results/box"
+    readme.draw(folder)
+    digest = plots.digest_of(report.rows_of(folder))
+    assert re.fullmatch("[0-9a-f]{16}", digest) and digest.encode() in (folder / "overview.png").read_bytes()

@@ -1,0 +1,118 @@
+"""The CPU's float32 path: value and gradient from one pass, for the upstream that is likely, and settled for any other."""
+
+import pytest
+import torch
+
+from fastkd import backends
+from fastkd.checks import KINDS
+from fastkd.functional import divergence
+
+pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
+ROWS, WORDS = 6, 5000
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(distance=3.0):
+    teacher = 3 * randn(ROWS, WORDS, seed=1)
+    return teacher + distance * randn(ROWS, WORDS, seed=2), teacher
+
+
+def gradient(student, teacher, upstream=1.0, backend="cpu", **options):
+    leaf = student.detach().requires_grad_()
+    loss = divergence(leaf, teacher, backend=backend, **options)
+    (grad,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    return loss.detach(), grad
+
+
+def error(x, truth):
+    return ((x - truth).norm() / truth.norm()).item()
+
+
+# The words of a row that the student is far from, near to (every kind of shortcut is refused), and a mixture by row.
+DISTANCES = {"far": 3.0, "near": 1e-3, "mixed": torch.tensor([3.0, 1e-4, 0.3, 0.6, 10.0, 0.0])[:, None]}
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_float64(kind, distance):
+    student, teacher = logits(DISTANCES[distance])
+    options = {"kind": kind, "temperature": 1.5}
+    loss, grad = gradient(student, teacher, **options)
+    true_loss, true_grad = gradient(student.double(), teacher.double(), backend="reference", **options)
+    assert error(loss, true_loss) <= 2e-6
+    assert error(grad, true_grad) <= (1e-2 if kind == "tvd" and distance != "far" else 2e-6)  # tvd: signs turn
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3, -7.0, 0.0, 1e-30])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_any_upstream(reduction, upstream):
+    student, teacher = logits()
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    _, unit = gradient(student, teacher, reduction=reduction, mask=mask)
+    _, grad = gradient(student, teacher, upstream, reduction=reduction, mask=mask)
+    torch.testing.assert_close(grad, unit * upstream, rtol=3e-7, atol=0)
+    assert (grad[mask == 0] == 0).all()
+
+
+def test_an_upstream_of_its_own_for_every_row():
+    student, teacher = logits()
+    upstream = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 1.0])
+    _, unit = gradient(student, teacher, reduction="none")
+    _, grad = gradient(student, teacher, upstream, reduction="none")
+    torch.testing.assert_close(grad, unit * upstream[:, None], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([1, 0, 1, 1, 0, 1])])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_likely_upstream_is_the_one_that_comes(reduction, mask, monkeypatch):
+    """To the last bit; else every backward would touch the gradient once more."""
+    student, teacher = logits()
+    came = []
+    settle = torch.ops.fastkd.divergence_settle
+    monkeypatch.setattr(
+        torch.ops.fastkd,
+        "divergence_settle",
+        lambda grad, up, *rest: (came.append(grad.clone()), settle(grad, up, *rest)),
+    )
+    for temperature in (1.0, 3.3):
+        _, grad = gradient(student, teacher, reduction=reduction, mask=mask, temperature=temperature)
+        assert torch.equal(came[-1], grad)
+
+
+def test_the_first_backward_hands_its_gradient_over_without_a_copy():
+    student, teacher = logits()
+    student.requires_grad_()
+    loss = divergence(student, teacher)
+    held = loss.grad_fn.next_functions[0][0].next_functions[0][0].gradient
+    loss.backward(retain_graph=True)
+    assert student.grad.data_ptr() == held.data_ptr()
+    first = student.grad.clone()
+    loss.backward()
+    assert torch.equal(student.grad, first + first)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_words_that_one_side_excludes(temperature):
+    student, teacher = logits(3.0)
+    student, teacher = student[:4], teacher[:4]
+    teacher[0, :2500] = -torch.inf  # a whole chunk without a teacher
+    teacher[1, ::2], student[1, ::2] = -torch.inf, -torch.inf
+    student[2, 7] -= 400.0  # all but excluded: its logarithm still counts
+    student[3, teacher[3].argmax()] = -torch.inf
+    loss, grad = gradient(student, teacher, reduction="none", temperature=temperature)
+    true_loss, true_grad = gradient(
+        student.double(), teacher.double(), reduction="none", temperature=temperature, backend="reference"
+    )
+    assert loss[3] == torch.inf and true_loss[3] == torch.inf
+    torch.testing.assert_close(loss[:3].double(), true_loss[:3], rtol=2e-6, atol=0)
+    assert error(grad[:3], true_grad[:3]) <= 2e-6
+
+
+def test_its_ops_are_what_their_schemas_say():
+    student, teacher = logits()
+    mask = torch.tensor([True, False, True, True, True, True])
+    torch.library.opcheck(torch.ops.fastkd.divergence_fwd_grad, (student, teacher, mask, 0, 1.0, 1.0, True, 4.0))
+    torch.library.opcheck(torch.ops.fastkd.divergence_settle, (student.clone(), torch.ones(ROWS), mask, True, 1.0))
