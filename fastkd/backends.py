@@ -23,7 +23,7 @@ WRITTEN = {
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu", "triton"),
     "divergence": ("cpu", "triton"),
-    "linear_divergence": ("cpu",),
+    "linear_divergence": ("cpu", "triton"),
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -254,6 +254,18 @@ class VocabMap(nn.Module):
                     setattr(configuration, name, self._encode_known(old))
         return model
 
+    def shrink_tokenizer(self, tokenizer):
+        """The fast tokenizer that emits the new ids, for `save_pretrained`; it spells dropped words with kept ones."""
+        from fastkd.vocab_tokenizer import shrink_tokenizer
+
+        return shrink_tokenizer(self, tokenizer)
+
+    def expand(self, x: Tensor, dim: int = -1) -> Tensor:
+        """From the kept words to all: x [..., K] -> [..., V], a dropped word having what its stand-in has."""
+        if not self._complete:
+            raise ValueError("expand: some words are dropped and have no stand-in; give VocabMap a replacement")
+        return x.index_select(dim, self.position_of.to(x.device))
+
     def _encode_known(self, ids):
         """An id or a list of ids of a configuration; what lies outside the vocabulary meant nothing before either."""
         if isinstance(ids, (list, tuple)):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import GOLDENS, det, gradients, randn, relative_error
-from fastkd.losses.glmd import GLMDLoss
+from fastkd.losses.glmd import GLMDLoss, answer_scores, cloze_scores
 from fastkd.vocab import VocabMap
 
 GOLD = GOLDENS["glmd"]
@@ -179,3 +179,53 @@ def test_mistakes_in_the_call():
         GLMDLoss()(STUDENT, TEACHER, MASK, stage="word")
     with pytest.raises(ValueError, match="from_hidden"):
         GLMDLoss(top_n=3).from_hidden(randn(2, 3), randn(5, 3), randn(2, 3), randn(5, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "tokens"}, {"mse": True}])
+def test_a_teacher_over_all_words_meets_the_students_stand_ins(options):
+    """The released code's other form: the student's logits over all words through tied duplicate rows."""
+    hidden, head, bias = (randn(*shape, seed=i) for i, shape in enumerate(((2, 5, 4), (3, 4), (3,))))
+    teacher_hidden, teacher_head = randn(2, 5, 6, seed=4), randn(9, 6, seed=5)  # padded: 8 words
+    vocab = VocabMap([6, 1, 4], 8, replacement=4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    loss = GLMDLoss(vocab=vocab, teacher_words="all", **options)
+    student, teacher = torch.nn.functional.linear(hidden, head, bias), teacher_hidden @ teacher_head.T
+    place = [{6: 0, 1: 1, 4: 2}.get(i, 2) for i in range(8)]
+    found, (grad,) = gradients(lambda x: loss(x, teacher, mask), student)
+    wanted, (wanted_grad,) = gradients(lambda x: GLMDLoss(**options)(x[..., place], teacher[..., :8], mask), student)
+    assert relative_error(found, wanted) < 1e-12 and relative_error(grad, wanted_grad) < 1e-11
+    assert relative_error(GLMDLoss(vocab=vocab, **options)(student, teacher, mask), wanted) > 1e-3
+    again, grads = gradients(
+        lambda h, w, b: loss.from_hidden(h, w, teacher_hidden, teacher_head, student_bias=b, mask=mask),
+        hidden,
+        head,
+        bias,
+    )
+    wanted, wanted_grads = gradients(
+        lambda h, w, b: loss(torch.nn.functional.linear(h, w, b), teacher, mask), hidden, head, bias
+    )
+    assert relative_error(again, wanted) < 1e-12
+    assert all(relative_error(x, y) < 1e-11 for x, y in zip(grads, wanted_grads, strict=True))
+
+
+def test_cloze_scores_are_the_logits_at_the_blank():
+    logits, words = randn(2, 4, 7), torch.tensor([5, 0, 3])
+    scores = cloze_scores(logits, torch.tensor([3, 1]), words)
+    assert torch.equal(scores, torch.stack([logits[0, 3, [5, 0, 3]], logits[1, 1, [5, 0, 3]]]))
+    with pytest.raises(ValueError, match="positions"):
+        cloze_scores(logits, torch.tensor([3, 4]), words)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_answer_scores_sum_the_log_probabilities_of_their_words(penalty):
+    logits, targets = randn(2, 2, 3, 6), torch.tensor([[[1, 5, -100], [0, 2, 4]], [[3, -100, -100], [-100] * 3]])
+    mask = targets >= 0
+    logits[1, 0, 1] = torch.nan  # padding
+    found = answer_scores(logits, targets, mask, penalty)
+    for b in range(2):
+        for c in range(2):
+            words = [float(logits[b, c, i].log_softmax(-1)[targets[b, c, i]]) for i in range(3) if mask[b, c, i]]
+            assert float(found[b, c]) == pytest.approx(sum(words) / max(len(words), 1) ** penalty)
+    leaf = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(GLMDLoss(stage="soft")(answer_scores(leaf, targets, mask), randn(2, 2)), leaf)
+    assert grad.isfinite().all() and (grad[1, 0, 1:] == 0).all()

@@ -227,3 +227,62 @@ def test_info_nce_memory_does_not_grow_with_the_bank(dtype):
         torch.autograd.grad(fastkd.info_nce_loss(leaf, positive, bank), leaf)
         extra.append(torch.cuda.max_memory_allocated() - before)
     assert extra[1] <= 2 * extra[0] + (1 << 20) and extra[1] < 64 << 20
+
+
+def every_linear_divergence(student, teacher, mask, labels):
+    """(loss, gradients) of both modes: two kinds, with a mask packed and not, hard labels, a sparse teacher."""
+    hidden, head = student
+    log_probs, indices = torch.log_softmax((teacher[0] @ teacher[1].T).float(), -1).topk(8, -1)
+    for memory in ("speed", "low"):
+        for form in (teacher, (fastkd.TopK(indices, log_probs, True), None)):
+            for options in (
+                {"kind": "forward_kl", "mask": mask, "num_valid": len(mask) * 2 // 3 + 1},
+                {"kind": "skew_kl", "mask": mask, "labels": labels, "hard_weight": 0.5, "logit_softcap": 30.0},
+            ):
+                leaves = [x.detach().requires_grad_() for x in (hidden, head)]
+                loss = fastkd.linear_divergence(
+                    *leaves, *form, temperature=2.0, memory=memory, backend="triton", **options
+                )
+                yield loss.detach()
+                yield from torch.autograd.grad(loss, leaves)
+
+
+def linear_inputs(rows=300, words=5000, seed=0, dtype=torch.bfloat16):
+    make = lambda *size, i, scale=1.0: randn(*size, seed=seed + i, scale=scale).to("cuda", dtype)  # noqa: E731
+    student, teacher = (
+        (make(rows, d, i=i), make(words, d, i=i + 5, scale=2 * d**-0.5)) for i, d in ((1, 128), (2, 192))
+    )
+    index = torch.arange(rows, device="cuda")
+    return student, teacher, index % 3 > 0, index * 7 % words
+
+
+def test_linear_divergence_never_waits_for_the_device():
+    inputs = linear_inputs()
+    list(every_linear_divergence(*inputs))  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(every_linear_divergence(*inputs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_linear_divergence_is_bitwise_the_same_twice():
+    inputs = linear_inputs(2100, 9000)
+    twice = zip(every_linear_divergence(*inputs), every_linear_divergence(*inputs), strict=True)
+    assert all(torch.equal(a, b) for a, b in twice)
+
+
+@pytest.mark.parametrize("memory", ["speed", "low"])
+def test_linear_divergence_near_convergence_in_bfloat16(memory):
+    """Several chunks; logits come out of the GEMM in float32, so the gradient keeps its digits (G3)."""
+    _, teacher, mask, _ = linear_inputs(4500, 8000)
+    hidden = (teacher[0].double() * (1 + 0.05 * randn(*teacher[0].shape, seed=9).to("cuda"))).bfloat16()
+    exact = [hidden.double().requires_grad_(), teacher[1].double().requires_grad_()]
+    options = {"mask": mask, "temperature": 2.0}
+    true = fastkd.linear_divergence(*exact, *(x.double() for x in teacher), backend="reference", **options)
+    leaves = [hidden.requires_grad_(), teacher[1].clone().requires_grad_()]
+    loss = fastkd.linear_divergence(*leaves, *teacher, memory=memory, backend="triton", **options)
+    assert relative_error(loss, true) < 2e-5
+    wanted = torch.autograd.grad(true, exact)
+    for x, y in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        assert relative_error(x, y) < 4e-3

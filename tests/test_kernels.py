@@ -151,10 +151,45 @@ CONTRAST = [
     ),
     Subject("contrast", "nce", _contrast_inputs, nce_of_rows, eager_nce),
 ]
+
+
+def _head(width, device, dtype):
+    """Every word one coordinate, times a power of two: both products are exact, what is left is the arithmetic of rows."""
+    index = torch.arange(width, device=device)
+    head = torch.zeros(width, width, dtype=dtype, device=device)
+    head[index, (index * 3 + 1) % width if width % 3 else index] = 0.5
+    return head
+
+
+def _in_rows(x):
+    """Wide rows in pieces: a head of 32000 x 32000 would not fit."""
+    return x.reshape(-1, 500) if x.shape[1] == 32000 else x
+
+
+def linear_divergence_of_rows(student, teacher, backend, kind="forward_kl"):
+    s, t = _in_rows(student), _in_rows(teacher)
+    heads = (_head(s.shape[1], s.device, x.dtype) for x in (s, t))
+    rows = functional.linear_divergence(
+        s, next(heads), t, next(heads), kind=kind, temperature=2.0, reduction="none", backend=backend
+    )
+    return rows.reshape(len(student), -1).sum(-1)
+
+
+def _linear_divergence(kind):
+    return Subject(
+        "linear_divergence",
+        kind,
+        _logits,
+        lambda s, t, backend: linear_divergence_of_rows(s, t, backend, kind),
+        lambda s, t: eager_divergence(s * 0.5, t * 0.5, kind, 2.0),
+    )
+
+
 SUBJECTS = [
     *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
     LAYER_COST,
     *CONTRAST,
+    *(_linear_divergence(kind) for kind in ("forward_kl", "jsd")),
 ]
 
 

@@ -265,3 +265,40 @@ def test_a_label_outside_the_vocabulary_is_named():
     student, teacher = sides(4, 10)
     with pytest.raises(RuntimeError, match="labels"):
         call(teacher, "cpu", labels=torch.tensor([1, 2, 10, 3]), hard_weight=1.0)(*student)
+
+
+@pytest.mark.parametrize("backend", [x for x in HERE if x.values == ("triton",)])
+@every_memory
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_chunks_of_rows_and_several_blocks_of_words(kind, memory, backend, monkeypatch):
+    """As the interpreter cannot have so many rows, chunks of four."""
+    from fastkd.kernels import linear_divergence as kernels
+
+    monkeypatch.setattr(kernels, "ROWS", {"speed": 4, "low": 4})
+    for rows, words in ((11, 130), (5, 2051)):
+        student, teacher = sides(rows, words)
+        options = {"kind": kind, "mask": torch.arange(rows) != 2, "labels": torch.arange(rows), "hard_weight": 0.2}
+        loss, *of = errors(student, teacher, backend, memory=memory, **options)
+        assert loss < 2e-6
+        assert max(of) < 1e-5
+
+
+@every_backend
+@every_memory
+@pytest.mark.parametrize("spare", [0, 2])
+def test_the_number_of_rows_that_count_changes_nothing(spare, memory, backend):
+    student, teacher = sides(11, 40)
+    mask = torch.arange(11) % 3 != 1
+    for reduction in ("mean", "none"):
+        options = {
+            "mask": mask,
+            "memory": memory,
+            "reduction": reduction,
+            "labels": torch.arange(11),
+            "hard_weight": 0.5,
+        }
+        loss, *of = errors(student, teacher, backend, num_valid=int(mask.sum()) + spare, **options)
+        assert loss < 2e-6
+        assert max(of) < 1e-5
+    with pytest.raises(ValueError, match="num_valid"):
+        call(teacher, "cpu", mask=mask, num_valid=3)(*student)

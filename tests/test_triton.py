@@ -43,6 +43,11 @@ def test_relation_in_the_interpreter():
     interpreted("tests/test_relation_kernels.py", "-k", wanted)
 
 
+@not_interpreted
+def test_linear_divergence_in_the_interpreter():
+    interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
+
+
 FLOATS = "*fp32"
 DENSE = ("forward_kernel", "backward_kernel")
 SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")

@@ -181,19 +181,14 @@ struct Block {
     const Options& o = call.options;
     RowSums sums;
     *stats = {};
-    const float value = call.sparse ? topk_forward(call.divergence, *call.sparse, n, s, words, t, o.soft.kind,
-                                                   o.inverse_temperature, o.mix, &stats->sparse)
-                                    : call.divergence.forward(s, t, words, o.soft, &stats->dense, {});
+    const float value = call.sparse
+                            ? topk_forward(call.divergence, *call.sparse, n, s, words, t, o.soft.kind,
+                                           o.inverse_temperature, o.mix, &stats->sparse)
+                            : call.divergence.forward(s, t, words, o.soft, &stats->dense, {nullptr, nullptr, 0});
     if (call.labels) look_at_labels(n, s, &sums);
     return add_labels(value, sums, stats);
   }
 };
-
-// f(begin, end) on `step` of `count` at a time.
-template <class F>
-void in_steps(int64_t count, int64_t step, const F& f) {
-  for (int64_t begin = 0; begin < count; begin += step) f(begin, std::min(count, begin + step));
-}
 
 Tensor zeros(const Tensor& like, int64_t rows, int64_t columns) {
   Tensor x = torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);

@@ -42,6 +42,12 @@ struct Local {
   char* get() const { return aligned(memory.get()); }
 };
 
+// f(begin, end) on `step` of `count` at a time.
+template <class F>
+void in_steps(int64_t count, int64_t step, const F& f) {
+  for (int64_t begin = 0; begin < count; begin += step) f(begin, std::min(count, begin + step));
+}
+
 // f(begin, end, scratch) on `step` of `count` at a time, over the threads; each has `bytes` of scratch.
 template <class F>
 void share(int64_t count, int64_t step, int64_t bytes, const F& f) {

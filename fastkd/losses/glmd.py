@@ -4,6 +4,10 @@ Words, T = 15, on every real position of the sequence (pre-training, then the ta
     L = T² / (B·S) · sum over real positions of KL(softmax(z_t / T) ‖ softmax(z_s / T))
 Soft labels, T = 1, afterwards: L = mean over examples of -sum_c softmax(g_t)_c log softmax(g_s)_c, g the task's logits.
 The student may have a part of the teacher's vocabulary: the teacher is then renormalised over that part.
+
+The words stage asks for aligned logits only, so it is the same for masked, autoregressive and cloze models: no position is
+shifted, all real ones count. g of the soft stage comes from a classifier, or from a cloze prompt by cloze_scores (answers
+of one word) or answer_scores (of several).
 """
 
 import torch
@@ -19,6 +23,8 @@ class GLMDLoss(nn.Module):
     """loss(student_logits [B, S, V], teacher_logits [B, S, V], mask [B, S]), the mask 1 for real tokens, used as given.
 
     vocab: a VocabMap; the student's logits are then [B, S, K] in its order, the teacher's stay [B, S, V].
+    teacher_words: "kept" renormalises the teacher over the kept words, as released; "all" keeps its distribution over the
+    whole vocabulary, where a dropped word has its stand-in's logit in the student.
     normalize: "positions" divides by B·S, padding included, as released; "tokens" by the number of real tokens.
     top_n (a count, or a fraction of the words): only the teacher's n most likely words, renormalised, and a penalty,
     the mean of the positive excesses of the student's other logits over its lowest among those n. With teacher_min, no
@@ -34,6 +40,7 @@ class GLMDLoss(nn.Module):
         *,
         vocab=None,
         normalize: str = "positions",
+        teacher_words: str = "kept",
         top_n: int | float | None = None,
         teacher_min: bool = False,
         mse: bool = False,
@@ -46,6 +53,7 @@ class GLMDLoss(nn.Module):
         checks.positive("temperature", temperature)
         checks.positive("soft_temperature", soft_temperature)
         checks.one_of("normalize", normalize, ("positions", "tokens"))
+        checks.one_of("teacher_words", teacher_words, ("kept", "all"))
         checks.one_of("stage", stage, STAGES)
         checks.one_of("soft_kind", soft_kind, SOFT_KINDS)
         if top_n is not None:
@@ -55,6 +63,7 @@ class GLMDLoss(nn.Module):
         if mse and top_n is not None:
             raise ValueError("top_n: chooses words for the KL; it cannot be combined with mse=True")
         self.temperature, self.soft_temperature = float(temperature), float(soft_temperature)
+        self.teacher_words = teacher_words
         self.vocab, self.normalize, self.stage, self.soft_kind = vocab, normalize, stage, soft_kind
         self.top_n, self.teacher_min, self.mse, self.backend = top_n, teacher_min, mse, backend
 
@@ -67,7 +76,11 @@ class GLMDLoss(nn.Module):
         checks.tensor("teacher_logits", teacher_logits, "[..., V]")
         if self.vocab is not None:
             self.vocab.check_student("student_logits", student_logits)
-            teacher_logits = self.vocab.slice_logits(teacher_logits)
+            if self.teacher_words == "all":
+                student_logits = self.vocab.expand(student_logits)
+                teacher_logits = teacher_logits[..., : self.vocab.original_size]
+            else:
+                teacher_logits = self.vocab.slice_logits(teacher_logits)
         checks.same_shape(
             "student_logits",
             student_logits,
@@ -96,9 +109,15 @@ class GLMDLoss(nn.Module):
             raise ValueError(
                 "top_n: needs the logits of a whole row at once; call the loss with logits, not from_hidden"
             )
+        vocab = self.vocab
+        if vocab is not None and self.teacher_words == "all":
+            size = vocab.original_size
+            student_head, teacher_head = vocab.expand(student_head, 0), teacher_head[:size]
+            student_bias = None if student_bias is None else vocab.expand(student_bias)
+            teacher_bias, vocab = None if teacher_bias is None else teacher_bias[:size], None
         value = functional.linear_divergence(
             student_hidden, student_head, teacher_hidden, teacher_head, student_bias=student_bias,
-            teacher_bias=teacher_bias, vocab=self.vocab, memory=memory, mask=mask, **self._kind(),
+            teacher_bias=teacher_bias, vocab=vocab, memory=memory, mask=mask, **self._kind(),
         )  # fmt: skip
         return value / self._denominator(student_hidden, student_head.shape[0])
 
@@ -139,6 +158,33 @@ class GLMDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, normalize={self.normalize!r}, stage={self.stage!r}"
+
+
+def cloze_scores(logits: Tensor, positions: Tensor, words: Tensor) -> Tensor:
+    """The logits of a prompt's answers that are one word each: logits [B, S, V] at the blank positions [B], for the words
+    [C] -> [B, C]; for the "soft" stage. With a VocabMap, words are the student's (vocab.encode)."""
+    checks.tensor("logits", logits, "[B, S, V]")
+    checks.integers("positions", positions, "[B]")
+    checks.integers("words", words, "[C]")
+    checks.indices_in_range("positions", positions, logits.shape[1], "positions of logits")
+    checks.indices_in_range("words", words, logits.shape[2], "vocabulary")
+    return logits[torch.arange(len(logits), device=logits.device), positions][:, words]
+
+
+def answer_scores(logits: Tensor, targets: Tensor, mask: Tensor, length_penalty: float = 0.0) -> Tensor:
+    """The same for answers of several words: the sum of log-probabilities of targets [B, C, S] under logits [B, C, S, V]
+    where mask [B, C, S] is 1, over (number of words) ** length_penalty -> [B, C]."""
+    checks.tensor("logits", logits, "[B, C, S, V]")
+    checks.integers("targets", targets, "[B, C, S]")
+    checks.mask("targets", targets, logits.shape[:-1], "[B, C, S]")
+    checks.mask("mask", mask, logits.shape[:-1], "[B, C, S]")
+    keep = reduce.as_bool(mask)
+    targets = targets.masked_fill(~keep, 0)
+    checks.indices_in_range("targets", targets, logits.shape[-1], "vocabulary")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    of_words = logits.masked_fill(~keep[..., None], 0).to(dtype).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    total = torch.where(keep, of_words, 0).sum(-1)  # [B, C]
+    return total / keep.sum(-1).clamp_min(1) ** length_penalty if length_penalty else total
 
 
 def _excess(student: Tensor, chosen: Tensor, words: Tensor) -> Tensor:

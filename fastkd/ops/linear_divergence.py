@@ -127,6 +127,10 @@ def linear_divergence(
                 **{name: getattr(options, name) for name in ("factor", "hard", "scales", "caps")},
             )  # fmt: skip
             return rows if row_weights is None else (rows * row_weights).sum()
+    if backend == "triton" and num_valid is not None and mask is not None:
+        packed, where = _packed(student, teacher, mask, labels, row_weights, num_valid)
+        found = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
+        return found if row_weights is not None else found.new_zeros(len(mask)).index_add(0, where, found)
     hidden, head, bias = student
     if isinstance(teacher, TopK):
         others = (None, None, None, *kernel_form(teacher))
@@ -140,6 +144,18 @@ def linear_divergence(
         return Speed.apply(backend, options.as_numbers(), wanted, row_weights.float(), *inputs)
     rows = Low.apply(backend, options.as_numbers(), wanted, *inputs)
     return rows if row_weights is None else (rows * row_weights).sum()
+
+
+def _packed(student, teacher, mask, labels, row_weights, num_valid):
+    """The rows that count, without a look at how many they are: at most num_valid, the rest of them masked."""
+    where = torch.nonzero_static(mask, size=num_valid, fill_value=0)[:, 0]  # [num_valid]
+    take = lambda x: x[where] if isinstance(x, Tensor) else x  # noqa: E731
+    if isinstance(teacher, TopK):
+        teacher = TopK(*map(take, teacher))
+    else:
+        teacher = (take(teacher[0]), *teacher[1:])
+    counted = torch.arange(num_valid, device=mask.device) < mask.sum()
+    return ((take(student[0]), *student[1:]), teacher, counted, take(labels), take(row_weights)), where
 
 
 def _bias(x: Tensor | None) -> Tensor | None:

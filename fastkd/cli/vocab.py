@@ -1,0 +1,143 @@
+"""`fastkd vocab`: counts a corpus, keeps the words that it needs, and writes what a student with fewer words is made of."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="fastkd vocab", description=__doc__)
+    p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, or .jsonl")
+    p.add_argument("--tokenizer", help="folder or name of the teacher's fast tokenizer; default: --model's")
+    p.add_argument("--model", help="folder or name of a model to shrink to the kept words as well")
+    p.add_argument("--teacher", help="whose embeddings say which kept word is nearest; default: --model")
+    p.add_argument("--output", required=True, type=Path, help="folder for the map, the report, tokenizer and model")
+    p.add_argument("--size", default="0.5", help="a fraction (0.5, 1.0) or a number of words (15000)")
+    p.add_argument("--multiple-of", type=int, default=128, help="the size is rounded up to it")
+    p.add_argument(
+        "--method",
+        choices=("decoder", "cosine", "euclidean", "unk"),
+        help="what stands for a dropped word: "
+        "the nearest by dot product, cosine, distance, or the unknown word; default: decoder with a model",
+    )
+    p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words that are kept however rare they are, such "
+                   "as labels and verbalisers; special words always are")  # fmt: skip
+    p.add_argument("--text-column", default="text", help="of a .jsonl corpus")
+    p.add_argument("--workers", type=int, default=1, help="processes that count")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return run(parser().parse_args(argv))
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("FASTKD_TRACEBACK") == "1":
+            raise
+        print(f"fastkd vocab: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options) -> int:
+    from transformers import AutoTokenizer
+
+    from fastkd.vocab import VocabMap
+    from fastkd.vocab_report import write_report
+    from fastkd.vocab_tokenizer import count_parts
+
+    source = options.tokenizer or options.model
+    if source is None:
+        raise ValueError("--tokenizer: name one, or a --model that has one")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    counts = count(options, tokenizer, source)
+    model = None if options.model is None else load(options.model)
+    teacher = load(options.teacher) if options.teacher else model
+    embeddings = None if teacher is None else teacher.get_input_embeddings().weight.detach()[: len(tokenizer)]
+    method = options.method or ("decoder" if embeddings is not None else "unk")
+    vocab = VocabMap.from_counts(
+        count_parts(counts, tokenizer), size_of(options.size), multiple_of=options.multiple_of,
+        always_keep=always_kept(options.keep, tokenizer),
+        embeddings=None if method == "unk" else embeddings, method=method,
+        unk_id=tokenizer.unk_token_id if method == "unk" else None,
+    )  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
+    vocab.save(options.output)
+    vocab.shrink_tokenizer(tokenizer).save_pretrained(options.output)
+    if model is not None:
+        vocab.shrink(model, inplace=True).save_pretrained(options.output)
+    found = write_report(options.output, vocab, counts)
+    sizes = ", ".join(f"{mark} {size}" for mark, size in found["sizes_for"].items())
+    print(f"{found['words']} of {found['of']} words cover {found['covered']:.2%} of {found['tokens_counted']} tokens")
+    print(f"words for a share of the corpus: {sizes}")
+    print(f"written to {options.output}: {', '.join(sorted(x.name for x in options.output.iterdir()))}")
+    return 0
+
+
+def load(name: str):
+    """With its output layer, where the checkpoint has one."""
+    import transformers
+
+    configuration = transformers.AutoConfig.from_pretrained(name)
+    architecture = (getattr(configuration, "architectures", None) or [None])[0]
+    found = getattr(transformers, architecture or "AutoModel", transformers.AutoModel)
+    return found.from_pretrained(name)
+
+
+def size_of(text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--size: expected a fraction such as 0.5 or a number of words, got {text!r}") from None
+
+
+def always_kept(words: list[str], tokenizer) -> list[int]:
+    """Special words, added ones, whatever a single letter or byte is spelled with, and the words that were named."""
+    ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids |= {i for word, i in tokenizer.get_vocab().items() if len(word.removeprefix("##")) == 1}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if backend.get("byte_fallback"):
+        ids |= {i for word, i in tokenizer.get_vocab().items() if word.startswith("<0x") and len(word) == 6}
+    for word in words:
+        ids |= {*tokenizer(word, add_special_tokens=False)["input_ids"]}
+        ids |= {*tokenizer(" " + word, add_special_tokens=False)["input_ids"]}
+    return sorted(ids)
+
+
+def count(options, tokenizer, source):
+    from fastkd.vocab_report import count_corpus
+
+    if options.workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {options.workers}")
+    size = sum(Path(file).stat().st_size for file in options.files)
+    read = [0]
+    texts = _texts(options.files, options.text_column, read)
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        return count_corpus(texts, tokenizer, workers=options.workers, path=source)
+    with Progress() as progress:
+        bar = progress.add_task("counting", total=size)
+        return count_corpus(
+            texts, tokenizer, workers=options.workers, path=source,
+            advance=lambda n: progress.update(bar, completed=read[0]),
+        )  # fmt: skip
+
+
+def _texts(files: list[str], column: str, read: list[int]) -> Iterator[str]:
+    """One text at a time; read[0] is how many bytes are behind."""
+    for file in files:
+        if Path(file).suffix not in (".txt", ".jsonl"):
+            raise ValueError(f"files: expected .txt or .jsonl, got {file}")
+        with open(file, "rb") as lines:
+            for line in lines:
+                read[0] += len(line)
+                text = line.decode("utf-8", errors="replace").strip()
+                if text and file.endswith(".jsonl"):
+                    row = json.loads(text)
+                    if column not in row:
+                        raise ValueError(f"--text-column: {file} has no column {column!r}, it has {', '.join(row)}")
+                    text = row[column]
+                if text:
+                    yield text

@@ -1,0 +1,311 @@
+"""divergence between hidden @ head^T of two models: library GEMMs on a chunk of rows, and one kernel that makes of a row's
+logits its value and, over all words at once, the gradient.
+
+    s, t = x Ws^T, y Wt^T      [C, V], float32 out of the GEMM whatever its operands: near convergence the gradient is a
+                               difference of logits, and bfloat16 ones would leave nothing of it
+    rows, dZ = row_kernel      the maths of divergence.py; dZ in the student's dtype, rounded once
+    dX = dZ Ws,  dW += dZ^T x  dW in float32
+
+speed: dZ is formed in the forward. low: the forward keeps eight numbers per row, the backward makes the logits again.
+Chunks: dW is read and written once per chunk, 8 bytes against 6 C flops per element and more: at 2048 rows that is a tenth
+of the time on an H200, and less in the other products. (In low mode, memory counts: fewer rows.)
+
+Hard labels add hard * (log sum e^s - s_label), at temperature 1 whatever the divergence's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .divergence import (
+    FORWARD_KL,
+    LOG2_E,
+    MSE,
+    SOFT_CE,
+    compare,
+    hidden,
+    load_pair,
+    maxima,
+    pair,
+    row_of,
+    squares,
+    term_and_slope,
+)
+from .divergence_topk import divergence_topk_bwd, divergence_topk_fwd
+
+VALUE, VALUE_AND_GRADIENT, GRADIENT = (tl.constexpr(mode) for mode in range(3))
+ROWS = {"speed": 2048, "low": 512}
+
+
+@triton.jit
+def log_sum_exp(row, BLOCK: tl.constexpr):
+    """Of the student's logits, at temperature 1."""
+    end = row[3]
+    top, _ = maxima(row, end, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, end, BLOCK):
+        b_s, _t = load_pair(row, start, BLOCK, False)
+        total += tl.exp2((b_s - top) * LOG2_E)
+    return top + tl.log(tl.sum(total))
+
+
+@triton.jit
+def soft_gradient(b_s, b_t, stats, g, inv_T, mix, KIND: tl.constexpr):
+    if KIND == MSE:
+        return tl.where(b_s == b_t, 0.0, (b_s - b_t) * (2.0 * g))
+    refs, sum_s, sum_t, kappa, mean = stats
+    p, q, n, d, e, near = pair(b_s, b_t, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T)
+    if KIND == FORWARD_KL or KIND == SOFT_CE:
+        return n * (g * inv_T)
+    _, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
+    return q * (slope - mean) * (g * inv_T)
+
+
+@triton.jit
+def row_kernel(
+    s_ptr, t_ptr, weights_ptr, mask_ptr, labels_ptr, values_ptr, stats_ptr, grad_ptr, s_stride, t_stride, grad_stride, V,
+    inv_T, mix, factor, hard, scale, inv_cap,
+    KIND: tl.constexpr, MODE: tl.constexpr, SHAPED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per row. stats [N, 8]: divergence.py's six, and the log-sum-exp for the labels."""
+    i_n = tl.program_id(0).to(tl.int64)
+    grad_ptr += i_n * grad_stride // 8 * 8
+    stats_ptr += 8 * i_n
+    o_v = tl.arange(0, BLOCK)
+    if hidden(mask_ptr, i_n):
+        if MODE != GRADIENT:
+            tl.store(values_ptr + i_n, 0.0)
+        if MODE != VALUE:
+            for start in range(0, V, BLOCK):
+                tl.store(grad_ptr + start + o_v, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=start + o_v < V)
+        return
+    row = row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, 8)  # all begin at 16 bytes: Chunks
+    label, log_sum = 0, 0.0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + i_n).to(tl.int32)
+    stats = ((0.0, 0.0), 1.0, 1.0, 0.0, 0.0)
+    if MODE == GRADIENT:
+        if KIND != MSE:
+            refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
+            stats = (
+                refs,
+                tl.load(stats_ptr + 2),
+                tl.load(stats_ptr + 3),
+                tl.load(stats_ptr + 4),
+                tl.load(stats_ptr + 5),
+            )
+        if labels_ptr is not None:
+            log_sum = tl.load(stats_ptr + 6)
+    else:
+        if KIND == MSE:
+            value = squares(row, BLOCK, STAGES)
+        else:
+            value, refs, sum_s, sum_t, kappa, mean = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
+            stats = (refs, sum_s, sum_t, kappa, mean)
+        value *= factor
+        if labels_ptr is not None:
+            log_sum = log_sum_exp(row, BLOCK)
+            there = (label >= 0) & (label < V)  # elsewhere NaN, not a fault
+            right = tl.load(s_ptr + i_n * s_stride + tl.where(there, label, 0)).to(tl.float32)
+            value += hard * tl.where(there, log_sum - right, float("nan"))
+        tl.store(values_ptr + i_n, value)
+        if MODE == VALUE:
+            tl.store(stats_ptr, stats[0][0])
+            tl.store(stats_ptr + 1, stats[0][1])
+            tl.store(stats_ptr + 2, stats[1])
+            tl.store(stats_ptr + 3, stats[2])
+            tl.store(stats_ptr + 4, stats[3])
+            tl.store(stats_ptr + 5, stats[4])
+            tl.store(stats_ptr + 6, log_sum)
+    if MODE != VALUE:
+        g = tl.load(weights_ptr + i_n).to(tl.float32)
+        for start in range(0, V, BLOCK):
+            b_s, b_t = load_pair(row, start, BLOCK, False)
+            grad = soft_gradient(b_s, b_t, stats, g * factor, inv_T, mix, KIND)
+            if labels_ptr is not None:
+                q = tl.exp2((b_s - log_sum) * LOG2_E)
+                grad += (g * hard) * (q - tl.where(start + o_v == label, 1.0, 0.0))
+            if SHAPED:
+                y = b_s * inv_cap
+                grad *= scale * (1.0 - y * y)
+            tl.store(grad_ptr + start + o_v, grad.to(grad_ptr.dtype.element_ty), mask=start + o_v < V)
+
+
+# Bytes of local memory a thread may use (tests/test_triton.py), and the launch by the width of the row.
+SPILL_LIMIT = {"row_kernel": 32}
+SMALL, LARGE = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}
+
+
+class Chunks:
+    """What a call works with: both sides, and buffers for the logits of one chunk of rows."""
+
+    def __init__(self, mode, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels,
+                 kind, temperature, mix, factor, hard, scale, cap, t_scale, t_cap):  # fmt: skip
+        self.rows, self.words = hidden.shape[0], head.shape[0]
+        self.step = max(1, min(ROWS[mode], self.rows))
+        self.mask = None if mask is None else mask.contiguous()
+        # A masked row may hold NaN, and 0 times that would reach the head's gradient.
+        drop = None if mask is None else ~mask[:, None]
+        self.hidden, self.t_hidden = (
+            x if x is None or drop is None else x.masked_fill(drop, 0) for x in (hidden, t_hidden)
+        )
+        self.student, self.teacher = (head, bias, scale, cap), (t_head, t_bias, t_scale, t_cap)
+        self.sparse = None if indices is None else (indices, log_probs, tail)
+        self.labels = labels.contiguous() if labels is not None and hard else None
+        self.soft, self.factor, self.hard = (kind, temperature, mix), factor, hard
+        width = -(-self.words // 8) * 8  # rows begin at 16 bytes, as the GEMM likes it
+        count = 1 if self.sparse else 2
+        self.buffers = [hidden.new_empty(self.step, width, dtype=torch.float32) for _ in range(count)]
+        grad_dtype = hidden.dtype if hidden.dtype == head.dtype else torch.float32
+        self.grad = hidden.new_empty(self.step, width, dtype=grad_dtype)
+
+    def __iter__(self):
+        return (slice(begin, min(begin + self.step, self.rows)) for begin in range(0, self.rows, self.step))
+
+    def logits(self, part, of_teacher=False) -> Tensor:
+        head, bias, scale, cap = self.teacher if of_teacher else self.student
+        x = (self.t_hidden if of_teacher else self.hidden)[part]
+        out = self.buffers[of_teacher][: x.shape[0], : self.words]
+        multiply(x, head.t(), out)
+        if bias is not None:
+            out += bias
+        if scale != 1:
+            out *= scale
+        return out.div_(cap).tanh_().mul_(cap) if cap else out
+
+    def launch(self, mode, part, values, stats, weights) -> Tensor:
+        """Of a dense teacher; returns the gradient of the chunk's logits, if `mode` makes one."""
+        s, t = self.logits(part), self.logits(part, of_teacher=True)
+        grad = self.grad[: s.shape[0], : self.words]
+        (kind, temperature, mix), (_, _, scale, cap) = self.soft, self.student
+        mask, labels = (None if x is None else x[part] for x in (self.mask, self.labels))
+        row_kernel[(s.shape[0],)](
+            s, t, weights, mask, labels, values, stats, grad, s.stride(0), t.stride(0), grad.stride(0), self.words,
+            1 / temperature, mix, self.factor, self.hard, scale, 1 / cap if cap else 0.0,
+            KIND=kind, MODE=mode.value, SHAPED=scale != 1 or cap != 0, enable_fp_fusion=True,
+            **(SMALL if self.words <= 1024 else LARGE),
+        )  # fmt: skip
+        return grad
+
+    def launch_sparse(self, mode, part, values, stats, weights) -> Tensor:
+        s, makes_value, makes_gradient = self.logits(part), mode.value != 2, mode.value != 0
+        indices, log_probs, tail = (None if x is None else x[part] for x in self.sparse)
+        mask = None if self.mask is None else self.mask[part]
+        if makes_value:
+            rows, of_soft = divergence_topk_fwd(s, indices, log_probs, tail, mask, *self.soft)
+            values.copy_(self.factor * rows)
+            stats[:, :4] = of_soft
+        if makes_gradient:
+            of_soft = stats[:, :4].contiguous()
+            grad = divergence_topk_bwd(weights * self.factor, s, indices, log_probs, tail, mask, of_soft, *self.soft)
+        if self.labels is not None:
+            labels = self.labels[part] if mask is None else self.labels[part].masked_fill(~mask, 0)
+            if makes_value:
+                stats[:, 6] = s.logsumexp(-1)
+                right = stats[:, 6] - s.gather(-1, labels[:, None])[:, 0]
+                values += self.hard * (right if mask is None else right.masked_fill(~mask, 0))
+            if makes_gradient:
+                w = self.hard * (weights if mask is None else weights.masked_fill(~mask, 0))[:, None]
+                grad += w * (s - stats[:, 6:7]).exp_()
+                grad.scatter_add_(-1, labels[:, None], -w)
+        if not makes_gradient:
+            return None
+        _, _, scale, cap = self.student
+        if scale != 1 or cap:
+            grad *= scale * (1 - (s / cap).square()) if cap else scale
+        return grad.to(self.grad.dtype)
+
+    def run(self, mode, part, values, stats, weights) -> Tensor:
+        return (self.launch if self.sparse is None else self.launch_sparse)(mode, part, values, stats, weights)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (float32) = a b, or out += a b. Sums are float32 in the GEMM, and stay so: nothing is rounded on the way."""
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    if a.dtype == torch.float32:
+        out.addmm_(a, b, beta=1.0 if add else 0.0)
+    elif not a.is_cuda:  # the interpreter's home
+        out.addmm_(a.float(), b.float(), beta=1.0 if add else 0.0)
+    elif add:
+        out += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+class Sums:
+    """The gradients, in float32; without rows where nobody wants them."""
+
+    def __init__(self, chunks, to_hidden, to_head, to_bias):
+        self.chunks, self.wanted = chunks, (to_hidden, to_head, to_bias)
+        like, head = chunks.hidden, chunks.student[0]
+        zeros = lambda *size: like.new_zeros(size, dtype=torch.float32)  # noqa: E731
+        self.hidden = zeros(like.shape[0] if to_hidden else 0, like.shape[1])
+        self.head = zeros(head.shape[0] if to_head else 0, head.shape[1])
+        self.bias = zeros(head.shape[0] if to_bias else 0, 1)
+
+    def add(self, part, grad) -> None:
+        to_hidden, to_head, to_bias = self.wanted
+        if to_hidden:
+            multiply(grad, self.chunks.student[0], self.hidden[part])
+        if to_head:
+            multiply(grad.t(), self.chunks.hidden[part], self.head, add=True)
+        if to_bias:
+            self.bias[:, 0] += grad.sum(0, dtype=torch.float32)
+
+
+def linear_divergence_speed(
+    weights: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None, t_hidden: Tensor | None, t_head: Tensor | None,
+    t_bias: Tensor | None, indices: Tensor | None, log_probs: Tensor | None, tail: Tensor | None, mask: Tensor | None,
+    labels: Tensor | None, kind: int, temperature: float, mix: float, factor: float, hard: float, scale: float, cap: float,
+    t_scale: float, t_cap: float, to_hidden: bool, to_head: bool, to_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows [N, 1], and the gradients of sum weights * rows."""
+    chunks = Chunks("speed", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+                    temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
+    sums, values = Sums(chunks, to_hidden, to_head, to_bias), hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32)
+    stats = values.new_empty(chunks.step, 8)
+    wanted = to_hidden or to_head or to_bias
+    for part in chunks:
+        some = stats[: part.stop - part.start]
+        grad = chunks.run(
+            VALUE_AND_GRADIENT if wanted else VALUE, part, values[part, 0], some, weights[part].contiguous()
+        )
+        if wanted:
+            sums.add(part, grad)
+    return values, sums.hidden, sums.head, sums.bias
+
+
+def linear_divergence_scale(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    return (x * factor).to(like.dtype)
+
+
+def linear_divergence_fwd(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, t_hidden: Tensor | None, t_head: Tensor | None, t_bias: Tensor | None,
+    indices: Tensor | None, log_probs: Tensor | None, tail: Tensor | None, mask: Tensor | None, labels: Tensor | None,
+    kind: int, temperature: float, mix: float, factor: float, hard: float, scale: float, cap: float, t_scale: float,
+    t_cap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows [N, 1], stats [N, 8]."""
+    chunks = Chunks("low", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+                    temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
+    values, stats = (hidden.new_zeros(hidden.shape[0], width, dtype=torch.float32) for width in (1, 8))
+    for part in chunks:
+        chunks.run(VALUE, part, values[part, 0], stats[part], values)
+    return values, stats
+
+
+def linear_divergence_bwd(
+    grad: Tensor, stats: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None, t_hidden: Tensor | None,
+    t_head: Tensor | None, t_bias: Tensor | None, indices: Tensor | None, log_probs: Tensor | None, tail: Tensor | None,
+    mask: Tensor | None, labels: Tensor | None, kind: int, temperature: float, mix: float, factor: float, hard: float,
+    scale: float, cap: float, t_scale: float, t_cap: float, to_hidden: bool, to_head: bool, to_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """grad [N] -> gradients of hidden and bias in float32, of the head in its dtype."""
+    chunks = Chunks("low", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+                    temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
+    sums, grad = Sums(chunks, to_hidden, to_head, to_bias), grad.contiguous()
+    for part in chunks:
+        sums.add(part, chunks.run(GRADIENT, part, grad[part], stats[part], grad[part]))
+    return sums.hidden, sums.head.to(head.dtype), sums.bias

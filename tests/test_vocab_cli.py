@@ -1,0 +1,86 @@
+"""`fastkd vocab`, from files to a folder that plain transformers loads; the counts and the coverage behind it."""
+
+import json
+
+import pytest
+import torch
+
+from fastkd import VocabMap
+from fastkd.cli import main
+from fastkd.vocab_report import count_corpus, coverage, report
+from test_vocab_tokenizer import RARE, TEXTS, trained
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A folder with a tokenizer and a small masked language model over its words."""
+    tokenizer = trained("WordPiece")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def corpus(folder):
+    (folder / "a.txt").write_text("\n".join(TEXTS[:2]) + "\n\n")
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[2:]))
+    return [str(folder / name) for name in ("a.txt", "b.jsonl")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_from_a_corpus_to_a_student(teacher, tmp_path, workers, capsys):
+    files, out = corpus(tmp_path), tmp_path / "small"
+    options = ["--model", str(teacher), "--output", str(out), "--size", "104", "--multiple-of", "8", "--keep", "zebra"]
+    assert main(["vocab", *files, *options, "--workers", str(workers)]) == 0
+    assert "104 of" in capsys.readouterr().out
+    old, new = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (teacher, out))
+    vocab = VocabMap.load(out)
+    assert len(vocab) == len(new) == 104
+    assert vocab.kept[old("zebra", add_special_tokens=False)["input_ids"]].all()
+    big, small = (transformers.AutoModelForMaskedLM.from_pretrained(folder) for folder in (teacher, out))
+    kept = [text for text in TEXTS[:3] if vocab.kept[old(text)["input_ids"]].all()]
+    assert kept
+    for text in kept:
+        ids = torch.tensor([new(text)["input_ids"]])
+        assert ids[0].tolist() == vocab.encode(old(text)["input_ids"])
+        wanted = vocab.slice_logits(big(input_ids=torch.tensor([old(text)["input_ids"]])).logits)
+        torch.testing.assert_close(small(input_ids=ids).logits, wanted)
+    found = json.loads((out / "coverage.json").read_text())
+    counts = count_corpus(TEXTS, old)
+    assert found == report(vocab, counts) and found["tokens_counted"] == int(counts.sum())
+    assert (out / "coverage.png").stat().st_size > 1000
+
+
+def test_without_a_model_the_unknown_word_stands_in(teacher, tmp_path):
+    out = tmp_path / "small"
+    assert main(["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(out), "--size", "0.7"]) == 0
+    vocab, old = VocabMap.load(out), transformers.AutoTokenizer.from_pretrained(teacher)
+    dropped = (~vocab.kept).nonzero()[:, 0]
+    assert len(dropped) and (vocab.kept_ids[vocab.position_of[dropped]] == old.unk_token_id).all()
+
+
+def test_counts_are_what_the_tokenizer_says():
+    tokenizer = trained("BPE")
+    counts = count_corpus([*TEXTS, RARE], tokenizer)
+    ids = [i for text in [*TEXTS, RARE] for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert torch.equal(counts, torch.bincount(torch.tensor(ids), minlength=len(tokenizer)))
+
+
+def test_coverage_and_the_marked_sizes():
+    counts = torch.tensor([1, 0, 80, 10, 5, 4])
+    assert torch.allclose(coverage(counts), torch.tensor([0.8, 0.9, 0.95, 0.99, 1, 1], dtype=torch.float64))
+    found = report(VocabMap([2, 3], 6), counts)
+    assert found["sizes_for"] == {"80%": 1, "90%": 2, "95%": 3, "99%": 4}
+    assert found["covered"] == pytest.approx(0.9) and found["never_seen"] == 1
+
+
+@pytest.mark.parametrize(("change", "named"), [(["--size", "half"], "--size"), (["--workers", "0"], "--workers")])
+def test_mistakes(teacher, tmp_path, change, named, capsys):
+    arguments = [*corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "out")]
+    assert main(["vocab", *arguments, *change]) == 1
+    assert named in capsys.readouterr().err
+    assert main(["vocab", *arguments[1:2], str(tmp_path / "c.csv"), *arguments[2:]]) == 1
