@@ -220,17 +220,6 @@ def test_no_space_is_said_before_training(tmp_path, monkeypatch):
         distill.check_space(tiny.model("bert"), tiny.arguments(tmp_path, save_strategy="steps"))
 
 
-def test_tokenizers_that_differ_are_refused_by_word(tmp_path):
-    from fastkd.train.agreement import check_tokenizers
-
-    def tokenizer(words):
-        vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
-
-    with pytest.raises(ValueError, match=r"'(good' is 5 and 6|bad' is 6 and 5)"):
-        check_tokenizers(tokenizer(["good", "bad"]), tokenizer(["bad", "good"]))
-
-
 @pytest.mark.parametrize("family", tiny.MORE_FAMILIES)
 def test_students_of_layers_hold_those_layers(family):
     teacher = tiny.model(family, seed=4)
@@ -284,3 +273,21 @@ def test_the_shipped_set_is_a_data_set_like_any_other(files, capsys):
     assert distill.main(flags(files, **few, max_eval_samples=16)) == 0, capsys.readouterr().err
     config = json.loads((files / "run" / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
+
+
+def test_a_student_of_fewer_words_from_the_command_line(files, capsys):
+    """Saved as `fastkd vocab` saves it; the report says how much of the text its words cover."""
+    from fastkd.vocab import VocabMap
+
+    save_pair(files / "teacher", "bert", "classification")
+    teacher = AutoModelForSequenceClassification.from_pretrained(files / "teacher")
+    whole = AutoTokenizer.from_pretrained(files / "teacher")
+    kept = sorted(set(range(len(whole))) - {whole.get_vocab()["good"]})
+    small = VocabMap(kept, teacher.config.vocab_size)
+    small.shrink(teacher).save_pretrained(files / "student")
+    small.shrink_tokenizer(whole).save_pretrained(files / "student")
+    own = {"student": str(files / "student"), "student_layers": None}
+    assert distill.main(flags(files, **own)) == 0, capsys.readouterr().err
+    page = (files / "run" / "report" / "index.html").read_text()
+    assert AutoTokenizer.from_pretrained(files / "run" / "student").get_vocab().get("good") is None
+    assert f"The student has {len(kept)} of the teacher" in page and "% of the training text" in page

@@ -146,7 +146,8 @@ Moments moments(const Row& row, const float* s, const float* t, int64_t columns,
       const vint there = e > 0.f;
       const vfloat ec = there ? e * c : e;
       sums[2] += ec;
-      sums[3] += there ? (near ? e * x.expm1_minus_x() : x.exp() - e - ec) : (near ? e : x.exp());
+      sums[3] +=
+          there ? (near ? e * (c < -500.f ? -1.f - c : x.expm1_minus_x()) : x.exp() - e - ec) : (near ? e : x.exp());
     }
     if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });

@@ -115,8 +115,7 @@ void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::optional<Tensor> ys, const Tensor& xt,
                                                         std::optional<Tensor> yt, std::optional<Tensor> mask,
-                                                        bool causal, double scale_s, double scale_t,
-                                                        bool in_forward) {
+                                                        bool causal, double scale_s, double scale_t, bool in_forward) {
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
   STD_TORCH_CHECK(!in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");

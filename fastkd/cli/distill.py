@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
     _device(model_args.device, args)
     checkpoint = arguments.examine_folder(whole)
     corpus = data.load(data_args, data_args.task)
-    tokenizer, teacher, student = load_models(model_args, data_args.task, corpus)
+    tokenizer, teacher, student, words = load_models(model_args, data_args.task, corpus)
     for model in (teacher, student):
         data.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     trainer = DistillTrainer(
         student, teacher, method_args.method, task=data_args.task, answers=answers, advance=method_args.advance,
         teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher,
-        teacher_cache=model_args.teacher_cache, args=args,
+        teacher_cache=model_args.teacher_cache, words=words, args=args,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
         data_collator=data.collator(tokenizer, data_args.task, data_args.mlm_probability),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
@@ -61,10 +61,24 @@ def run(argv: list[str]) -> int:
     source = data_args.dataset or data_args.train_file
     page = report.write(
         Path(args.output_dir) / arguments.FINISHED, title=f"{method_args.method} · {source}",
+        lead=_coverage(words, teacher, tokenizer, tokens["train"]),
         rows=rows, histories={"student": trainer.state.log_history}, maps=watch.maps, config=options,
     )  # fmt: skip
     print(f"student: {exported}\nreport:  {page}")
     return 0
+
+
+def _coverage(words, teacher, tokenizer, tokens) -> str:
+    """What a student with fewer words can say of its text; "" where it has all of the teacher's."""
+    from fastkd.train.agreement import unknown_share
+
+    if words is None:
+        return ""
+    known = 1 - unknown_share(tokens, tokenizer.unk_token_id)
+    every = teacher.config.get_text_config().vocab_size
+    return (
+        f"The student has {len(words):,} of the teacher's {every:,} words; they cover {known:.1%} of the training text."
+    )
 
 
 def _check_options(model_args, data_args) -> None:
@@ -131,16 +145,19 @@ def load_models(model_args, task: str, corpus):
             f"teacher: has {teacher.config.num_labels} outputs, but the data has {classes} classes "
             f"({', '.join(corpus.names)}); fine-tune the teacher on this task first"
         )
+    words = None
     if model_args.student_layers:
         made = student.from_layers(teacher, model_args.student_layers)
     elif model_args.student_config:
         made = student.from_config(teacher, model_args.student_config)
     else:
+        own = AutoTokenizer.from_pretrained(model_args.student, revision=model_args.student_revision)
+        words = agreement.teacher_words(own, tokenizer)
+        tokenizer = tokenizer if words is None else own  # the data bear the student's ids
         labels = {"num_labels": teacher.config.num_labels} if kind is AutoModelForSequenceClassification else {}
         made = load(model_args.student, model_args.student_revision, **labels)
-        agreement.check_tokenizers(AutoTokenizer.from_pretrained(model_args.student), tokenizer)
         made.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, teacher, made
+    return tokenizer, teacher, made, words
 
 
 def _first_line(error: Exception) -> str:

@@ -10,8 +10,8 @@ from .batch import WORD_TASKS
 _UNNAMED = re.compile(r"label_\d+")
 
 
-def check_pair(student, teacher, task: str) -> None:
-    """Raise before training if the two outputs cannot be compared."""
+def check_pair(student, teacher, task: str, words: Tensor | None = None) -> None:
+    """Raise before training if the two outputs cannot be compared. words: see `teacher_words`."""
     for side, model in (("teacher", teacher), ("student", student)):
         if getattr(model.config, "output_attentions", False):
             raise ValueError(
@@ -20,11 +20,16 @@ def check_pair(student, teacher, task: str) -> None:
             )
     if task in (*WORD_TASKS, "cloze"):
         sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-        if sizes[0] != sizes[1]:
+        if words is None and sizes[0] != sizes[1]:
             raise ValueError(
                 f"vocabulary: the student has {sizes[0]} words and the teacher {sizes[1]}; word predictions can only be "
-                "compared over one vocabulary. Use models of one tokenizer, and resize_token_embeddings where only the "
-                "padding differs"
+                "compared over one vocabulary. Pass words=fastkd.train.agreement.teacher_words(student's tokenizer, "
+                "teacher's), which finds every word of the student's among the teacher's, or use models of one tokenizer"
+            )
+        if words is not None and (len(words) > sizes[0] or int(words.max()) >= sizes[1]):
+            raise ValueError(
+                f"words: name {len(words)} of the student's {sizes[0]} words, the last of the teacher's being "
+                f"{int(words.max())} of {sizes[1]}; they belong to other models"
             )
     elif student.config.num_labels != teacher.config.num_labels:
         raise ValueError(
@@ -50,18 +55,32 @@ def _names(id2label: dict) -> list[str]:
     return [str(id2label[i]).strip().lower() for i in sorted(id2label, key=int)]
 
 
-def check_tokenizers(student, teacher) -> None:
-    """Both models read the same ids, so both tokenizers must give every word the same id."""
-    if student is teacher:
-        return
+def teacher_words(student, teacher) -> Tensor | None:
+    """The teacher's id of each of the student's words, by name, from both tokenizers; None where they are the same.
+
+    A student of `fastkd vocab` has a part of the teacher's words under ids of its own. Ids behind the last word, by which
+    models pad their embeddings, are in neither vocabulary: they are left out, not compared.
+    """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    differing = [word for word in ours if theirs.get(word) != ours[word]]
-    example = (
-        f", for example {differing[0]!r} is {ours[differing[0]]} and {theirs.get(differing[0])}" if differing else ""
-    )
-    raise ValueError(
-        f"tokenizer: the student's has {len(ours)} words and the teacher's {len(theirs)}, and {len(differing)} of the "
-        f"student's have another id{example}; student and teacher must share one tokenizer"
-    )
+    if student is teacher or ours == theirs:
+        return None
+    missing = [word for word in ours if word not in theirs]
+    if missing:
+        raise ValueError(
+            f"tokenizer: the student's has {len(ours)} words and the teacher's {len(theirs)}, and {len(missing)} of the "
+            f"student's are unknown to the teacher, for example {missing[0]!r}; student and teacher must share one "
+            "tokenizer, or the student's must be a part of the teacher's, as `fastkd vocab` makes it"
+        )
+    if sorted(ours.values()) != list(range(len(ours))):
+        raise ValueError("tokenizer: the student's ids have gaps, so its words cannot be found among the teacher's")
+    words = torch.empty(len(ours), dtype=torch.long)
+    for word, i in ours.items():
+        words[i] = theirs[word]
+    return words
+
+
+def unknown_share(tokens, unknown_id: int | None) -> float:
+    """How much of a data set's text a vocabulary does not know."""
+    rows = tokens["input_ids"]
+    total = sum(map(len, rows))
+    return 0.0 if unknown_id is None or not total else sum(list(row).count(unknown_id) for row in rows) / total

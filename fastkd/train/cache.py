@@ -33,13 +33,15 @@ def check_method(method, task: str) -> None:
         )
 
 
-def logits(folder, teacher, data, collator, accepts: set[str], task: str, batch_size: int, device) -> Tensor:
+def logits(
+    folder, teacher, data, collator, accepts: set[str], task: str, batch_size: int, device, words=None
+) -> Tensor:
     """[examples, C] in float32, on `device`, by example_id: read from `folder`, or computed and kept there."""
     path, shape = Path(folder) / FILE, (max(data["example_id"]) + 1, teacher.config.num_labels)
     wanted = {"task": task, "teacher": hash_of_model(teacher), "data": hash_of_data(data)}
     if path.exists():
         return _read(path, wanted, shape).to(device)
-    rows = _compute(shape, teacher, data, collator, accepts, batch_size, device)
+    rows = _compute(shape, teacher, data, collator, accepts, batch_size, device, words)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # a half-written file never bears the name
     save_file({"logits": rows}, unfinished, metadata=wanted)
@@ -68,13 +70,15 @@ def _read(path: Path, wanted: dict[str, str], shape: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def _compute(shape, teacher, data, collator, accepts, batch_size: int, device) -> Tensor:
+def _compute(shape, teacher, data, collator, accepts, batch_size: int, device, words) -> Tensor:
     kept = torch.full(shape, torch.nan)  # a row that nobody asks for stays so
     starts = range(0, len(data), batch_size)
     for start in track(starts, description="teacher"):
         examples = [data[i] for i in range(start, min(start + batch_size, len(data)))]
         numbers = torch.tensor([example["example_id"] for example in examples])
         inputs = {name: x.to(device) for name, x in collator(examples).items() if name in accepts and name != "labels"}
+        if words is not None:
+            inputs["input_ids"] = words[inputs["input_ids"]]
         kept[numbers] = states.read(teacher, inputs).logits.float().cpu()
     return kept
 

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from . import cache, states
 from .agreement import check_pair, teacher_labels
-from .batch import Batch
+from .batch import WORD_TASKS, Batch
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
@@ -28,6 +28,8 @@ class DistillTrainer(Trainer):
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
     teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
+    words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
+    data bear the student's ids.
     """
 
     loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them
@@ -44,6 +46,7 @@ class DistillTrainer(Trainer):
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
         teacher_cache: str | None = None,
+        words: Tensor | None = None,
         **kwargs,
     ):
         if advance not in ("step", "micro"):
@@ -58,6 +61,7 @@ class DistillTrainer(Trainer):
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel, self.taught = None, None, None, None
+        self.words = None if words is None else words.to(self.args.device)
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         if teacher is not None:
             self.method = self._method(model, teacher, method)
@@ -69,7 +73,7 @@ class DistillTrainer(Trainer):
                 with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
                     self.taught = cache.logits(
                         teacher_cache, self.teacher, self.train_dataset, self.data_collator, accepts, task, size,
-                        self.args.device,
+                        self.args.device, self.words,
                     )  # fmt: skip
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
@@ -77,7 +81,7 @@ class DistillTrainer(Trainer):
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
-        check_pair(model, teacher, self.task)
+        check_pair(model, teacher, self.task, self.words)
         relabel = teacher_labels(model, teacher) if self.task == "classification" else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
         data = self.train_dataset
@@ -119,8 +123,10 @@ class DistillTrainer(Trainer):
         distils = training and self.method is not None
         progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
         student = self._states(model, inputs, "student", progress, distils)
-        if self.relabel is not None and self.model is self.teacher:  # evaluate_other
-            student = student._replace(logits=student.logits[..., self.relabel])
+        if self.model is self.teacher:  # evaluate_other
+            student = self._in_students_terms(student)
+        elif distils and self.words is not None and self.task in (*WORD_TASKS, "cloze"):
+            student = student._replace(logits=student.logits[..., : len(self.words)])
         teacher = None
         if distils and self.method.teaches(progress):
             teacher = self._taught(inputs, extra["example_id"], progress)
@@ -139,9 +145,17 @@ class DistillTrainer(Trainer):
             teacher = states.States(self.taught[example_id])
         else:
             teacher = self._states(self.teacher, inputs, "teacher", progress, True)
+        return self._in_students_terms(teacher)
+
+    def _in_students_terms(self, teacher: states.States) -> states.States:
+        """Its labels, or words, in the student's order."""
+        if self.words is not None and self.task in (*WORD_TASKS, "cloze"):
+            return teacher._replace(logits=teacher.logits[..., self.words])
         return teacher if self.relabel is None else teacher._replace(logits=teacher.logits[..., self.relabel])
 
     def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
+        if self.words is not None and (side == "teacher" or model is self.teacher):
+            inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         if not reads:
             return states.read(model, inputs)
