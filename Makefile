@@ -2,7 +2,7 @@
 # make demo    a complete distillation on real text
 # make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
 # make readme  the README's figures and pictures from the CSV under bench/results
-# make gpu     on a CUDA machine (no network needed): build, GPU tests, bench, CSV
+# make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
 VENV   ?= .venv
@@ -27,11 +27,10 @@ bench: build
 readme:
 	$(BIN)/python -m fastkd.bench.readme
 
-# The machine's own Python: it has the CUDA build of torch, triton and pytest, and no network.
+# The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
+# Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.
 gpu:
-	FASTKD_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -rs
-	$(PYTHON) -m fastkd.bench.run --device cuda --quick --out bench/results
+	$(PYTHON) -m fastkd.bench.gpu $(GPU)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ def typed(row: Mapping[str, str]) -> dict:
 def read(path: pathlib.Path) -> list[dict]:
     """Typed rows of a .json, a .csv, or of every .csv in a folder."""
     if path.is_dir():
-        return [row for csv in sorted(path.glob("*.csv")) for row in read(csv)]
+        return [typed(row) for row in report.rows_of(path)]
     if not path.exists():
         raise ValueError(f"{path}: no such file; `fastkd bench` writes <stem>.csv and <stem>.json under bench/results")
     if path.suffix == ".csv":
@@ -31,7 +31,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 def absent_of(path: pathlib.Path) -> dict[str, dict[str, str]]:
     """case -> rival -> reason, as an earlier run left it."""
-    return json.loads(path.read_text())["absent"] if path.exists() else {}
+    return json.loads(path.read_text()).get("absent", {}) if path.exists() else {}
 
 
 def out_of_memory(path: pathlib.Path) -> list[tuple[str, str]]:

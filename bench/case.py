@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 REGISTRY: dict[str, Callable] = {}
+ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a CPU would take minutes for
+SCALE: dict[str, Callable] = {}  # on top, with --scale: the far ends of the curves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Case:
     quick: bool = False
     goal: str = ""
     label: str = ""  # the model whose shape this is
+    oracle: Callable | None = None  # the float64 loss of the inputs, in pieces, where the reference would not fit
 
     @property
     def shape_text(self) -> str:
@@ -109,23 +112,24 @@ def build(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     return raw.to(case.dtype, device, case.keep)
 
 
-def stem(name: str) -> Callable:
+def stem(name: str, registry: dict[str, Callable] = REGISTRY) -> Callable:
     """Registers the function that yields the cases of a stem."""
 
     def register(function: Callable) -> Callable:
-        REGISTRY[name] = function
+        registry[name] = function
         return function
 
     return register
 
 
-def select(stems=(), kind="", name="", dtype="", quick=False) -> Iterator[Case]:
-    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`."""
+def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=False) -> Iterator[Case]:
+    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`; `scale` asks for the curves only."""
     for registered in stems or REGISTRY:
         if registered not in REGISTRY:
             raise ValueError(f"stem {registered!r} has no cases; there are {', '.join(REGISTRY)}")
-        for case in REGISTRY[registered]():
-            wanted = not kind or case.kind == kind
-            wanted = wanted and (not dtype or case.dtype_text == dtype)
-            if wanted and name in case.name and (case.quick or not quick):
+        tables = [REGISTRY, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
+        for case in (case for table in tables if registered in table for case in table[registered]()):
+            wanted = (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype)
+            wanted = wanted and (case.quick or not quick) and (bool(case.sweep) or not scale)
+            if wanted and name in case.name:
                 yield case

@@ -1,5 +1,6 @@
 """What the numbers depend on: device, versions, commit, and whether anybody else was computing meanwhile."""
 
+import contextlib
 import datetime
 import os
 import pathlib
@@ -119,6 +120,31 @@ def too_large(case, available: int | None) -> str:
     if available is None or needed <= available:
         return ""
     return f"left out: it needs about {needed / 2**30:.0f} GiB with its float64 check, {available / 2**30:.0f} are free"
+
+
+@contextlib.contextmanager
+def memory_limit(gib: float | None):
+    """Within it, a CPU allocation that would take the process `gib` beyond what it has now fails; nothing without one."""
+    if not gib:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as handle:
+        now = int(handle.readline().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(gib * 2**30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory left."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    )
 
 
 # Load -------------------------------------------------------------------------------------------------------------

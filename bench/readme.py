@@ -19,7 +19,7 @@ HEADINGS = ("hot path", "case", "ms", *(f"× {name}" for name in RIVALS), "other
 
 
 def devices(results: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in results.glob("*") if path.is_dir() and any(path.glob("*.csv")))
+    return sorted(path for path in results.glob("*") if path.is_dir() and report.rows_of(path))
 
 
 def ratio_cell(row: dict | None) -> str:

@@ -9,6 +9,7 @@ fastkd bench --compare A.json B.json   what got slower, by ratios measured withi
 
 import argparse
 import dataclasses
+import gc
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from fastkd.bench import archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
-from fastkd.bench import cases as _every_stem  # noqa: F401  importing it registers the cases
+from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
+from fastkd.bench import more_cases as _far_ends  # noqa: F401
 from fastkd.bench.case import Case, Inputs
 from fastkd.bench.intervals import ratio_interval
 from fastkd.bench.rivals import Absent, Provider
@@ -42,31 +44,41 @@ class Settings:
     rounds: int = 30
     budget: float = 20.0
     cold: bool = False
+    memory: float = 0.0  # GiB that a call may add on a CPU; 0: what the machine has
     rivals: tuple[str, ...] = ()  # all where empty
     backends: tuple[str, ...] = ()
     seed: int = 0
 
 
-def checked(case: Case, providers: Sequence, inputs: Inputs) -> tuple[dict, list, str]:
+def problem_of(error: Exception, memory: float) -> str:
+    if machine.ran_out(error):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return archive.OOM + (f" at {memory:g} GiB beyond its inputs" if memory else "")
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def checked(case: Case, providers: Sequence, inputs: Inputs, memory: float = 0.0) -> tuple[dict, list, str]:
     """(provider -> errors) of those that compute the right thing, the others as Absent, and why all are refused."""
     oracle = check.make_oracle(case, inputs)
     passed, absent, eager = {}, [], None
     for provider in sorted(providers, key=lambda p: p.name != "eager"):  # eager first: it sets limits
         try:
-            errors = check.errors_of(provider.call, inputs, oracle)
+            with machine.memory_limit(memory):
+                errors = check.errors_of(provider.call, inputs, oracle)
             if provider.ours:
                 problem = check.verdict_on_ours(case, errors, eager)
             else:
                 problem = check.verdict_on_rival(provider.name, case, provider.call, inputs, oracle, errors)
         except Exception as error:
-            errors, problem = (
-                None,
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-            )
+            errors, problem = None, problem_of(error, memory)
         if problem and provider.ours:
             return {}, absent, f"{provider.name}: {problem}"
         if problem:
-            absent.append(Absent(provider.name, f"failed its check: {problem}"))
+            reason = problem if problem.startswith(archive.OOM) else f"failed its check: {problem}"
+            absent.append(Absent(provider.name, reason))
             continue
         passed[provider] = errors
         eager = errors if provider.name == "eager" else eager
@@ -140,7 +152,7 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
         ]
         outcome.absent = [p for p in wanted if isinstance(p, Absent)]
         providers = [p for p in wanted if isinstance(p, Provider)]
-    passed, failed, outcome.refused = checked(case, providers, inputs)
+    passed, failed, outcome.refused = checked(case, providers, inputs, settings.memory)
     outcome.absent += failed
     if outcome.refused:
         return outcome
@@ -179,7 +191,7 @@ def show(case: Case, outcome: Outcome) -> None:
         if any(row.by_eager for row in outcome.rows):
             print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
-        if absent.name == case.name or "check" in absent.reason or "graph" in absent.name:
+        if absent.name == case.name or "graph" in absent.name or absent.reason.startswith(("failed", archive.OOM)):
             print(f"  – {absent.name}: {absent.reason}")  # what is missing everywhere is named once, at the end
 
 
@@ -197,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
     add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
+    add("--scale", action="store_true", help="only the curves, to their far ends: 16k tokens, 256k words, 1M negatives")
     add("--kind", default="", help="only this kind, such as forward_kl")
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", help="float32, bfloat16, float64")
@@ -209,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
     add("--rounds", type=int, default=0, help="interleaved rounds (30, quick 10)")
     add("--budget", type=float, default=0.0, help="seconds for the rounds of one mode (20, quick 3)")
+    add("--memory", type=float, default=0.0, help="CPU: GiB that a call may add before it counts as out of memory")
     add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
     add("--no-publish", action="store_true", help="print only")
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
@@ -228,7 +242,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         texts, device = arguments.shape.split(","), torch.device(arguments.device)
         return shapes.select(texts, arguments.dtype, device, arguments.stems, arguments.kind, arguments.case)
     wanted = (arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick)
-    return list(case_module.select(*wanted))
+    return list(case_module.select(*wanted, gpu=arguments.device.startswith("cuda"), scale=arguments.scale))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -251,7 +265,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         device, modes=(arguments.mode,) if arguments.mode else (),
         rounds=arguments.rounds or (10 if arguments.quick else 30),
-        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold,
+        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold, memory=arguments.memory,
         rivals=tuple(filter(None, arguments.rivals.split(","))), backends=tuple(arguments.backends.split(",")),
     )  # fmt: skip
     publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))

@@ -54,20 +54,48 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
+  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
+  // gradients of all queries, then of all keys.
+  m.def(
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
+      "-> Tensor");
+  m.def(
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
+      "float scale) -> Tensor[]");
 
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
-  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B].
+  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B]; log sum e^score of
+  // the negatives [B].
   m.def(
       "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
-      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor)");
+      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_bank_bwd(Tensor query, Tensor bank, Tensor inverse_temperature, Tensor? query_ids, Tensor? bank_ids, "
+      "Tensor lse, Tensor coefficient) -> Tensor");
   // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
   m.def(
       "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
       "(Tensor, Tensor)");
+  // Negatives of other labels (class-sorted ids in order and bounds), or within a window, or all others: [B, count].
+  m.def(
+      "sample_negatives(Tensor index, int count, int n_data, Tensor? labels, Tensor? order, Tensor? bounds, "
+      "Tensor state, bool replacement, int window) -> Tensor");
+  m.def("update_bank(Tensor(a!) bank, Tensor index, Tensor rows, float momentum) -> ()");
+  // z if it is set, else n_data times the mean of e^score of this batch.
+  m.def("nce_partition(Tensor query, Tensor bank, Tensor index, Tensor z, float temperature, int n_data) -> Tensor");
   // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
   // upstream 1 (no rows of it unless with_gradient).
   m.def(
       "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
+
+  // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
+  // gradients of xs and ys for upstream 1, without rows where the backward makes the scores again.
+  m.def(
+      "relation_fwd(Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, bool causal, float scale_s, "
+      "float scale_t, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "relation_bwd(Tensor grad, Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, Tensor stats, "
+      "Tensor unit_x, Tensor unit_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");
 }

@@ -23,6 +23,7 @@ from fastkd.functional import (  # noqa: E402
     relation_kl_loss,
     transport,
 )
+from fastkd.losses.bank import MemoryBank, NegativeQueue  # noqa: E402
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
@@ -44,8 +45,10 @@ __all__ = [
     "FCDLoss",
     "GLMDLoss",
     "HintonKDLoss",
+    "MemoryBank",
     "MiniLMLoss",
     "MiniLMv2Loss",
+    "NegativeQueue",
     "PKDLoss",
     "Projection",
     "TinyBERTLoss",

@@ -18,7 +18,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
     "gram": ("cpu",),
-    "relation": (),
+    "relation": ("cpu",),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu",),
@@ -117,14 +117,15 @@ class Kernels(NamedTuple):
     bwd: Callable
 
 
-def kernels(stem: str, fwd: str, bwd: str, file: str | None = None) -> dict[str, Kernels]:
+def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS) -> dict[str, Kernels]:
     """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py, or
-    of kernels/<file>.py where a stem has two forms."""
+    of kernels/<file>.py where a stem has two forms; `only`: those that have this form."""
     found = {}
+    written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
-        if library in WRITTEN[stem] and UNAVAILABLE[library] is None:
+        if library in written and UNAVAILABLE[library] is None:
             found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
-    if "triton" in WRITTEN[stem] and UNAVAILABLE["triton"] is None:
+    if "triton" in written and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{file or stem}")
         found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
     return found

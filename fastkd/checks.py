@@ -146,6 +146,19 @@ def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
     )
 
 
+def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
+    """Transport: the solver has looked at every number and says in `status` whether all was well; if not, say what."""
+    if not looks_are_free(cost) or not bool(status.any()):
+        return
+    values("cost", cost, cost.isfinite().all, "costs must be finite")
+    for name, x in (("a", a), ("b", b)):
+        values(name, x, lambda x=x: (x.isfinite() & (x >= 0)).all(), "masses must be finite and >= 0")
+    total_a, total_b = a.double().sum(-1), b.double().sum(-1)
+    alike = (total_a - total_b).abs() <= 1e-5 * total_a.abs().clamp_min(1e-30)
+    values("a", a, alike.all, "a and b must have the same total mass; divide each by its sum")
+    raise RuntimeError(f"transport: no optimum found, status {status.flatten().tolist()[:8]}; please report it")
+
+
 def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
     """A layer of attention_costs, whichever of its two forms; returns the tensor that has the heads."""
     if isinstance(x, Tensor):

@@ -231,22 +231,15 @@ def transport(
                 f"{name}: expected one mass per {axis[:-1]} of cost {list(cost.shape)}, got {list(x.shape)}"
             )
     a, b = a.expand(*lead, n), b.expand(*lead, m)
-    checks.values("cost", cost, cost.isfinite().all, "costs must be finite")
-    for name, x in (("a", a), ("b", b)):
-        checks.values(name, x, lambda x=x: (x.isfinite() & (x >= 0)).all(), "masses must be finite and >= 0")
-    checks.values("a", a, lambda: _same_mass(a, b), "a and b must have the same total mass; divide each by its sum")
-    return transport_op.transport(cost, a, b, warm_start, backend)
-
-
-def _same_mass(a: Tensor, b: Tensor):
-    total_a, total_b = a.double().sum(-1), b.double().sum(-1)
-    return ((total_a - total_b).abs() <= 1e-5 * total_a.abs().clamp_min(1e-30)).all()
+    plan = transport_op.transport(cost, a, b, warm_start, backend)
+    checks.solved(plan.status, cost, a, b)
+    return plan
 
 
 def info_nce_loss(
     query: Tensor,
     positive: Tensor,
-    bank: Tensor,
+    bank: Tensor | None,
     index: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.07,
@@ -257,10 +250,15 @@ def info_nce_loss(
 ) -> Tensor:
     """-log( e^<q,p>/T / (e^<q,p>/T + sum_k e^<q,n_k>/T) ): query and positive [B, D], negatives from the bank [K, D].
 
-    All of the bank for every query, or per query the rows index [B, K]. exclude = (query_ids [B], bank_ids [K]) drops
-    bank rows whose id equals the query's. scale [K] multiplies each bank row (fp8 banks). temperature may be learnable.
+    All of the bank for every query, or per query the rows index [B, K]. bank None: the other positives of the batch,
+    with gradients on both sides. exclude = (query_ids [B], bank_ids [K]) drops bank rows whose id equals the query's
+    (in the batch: both are the examples' ids). scale [K] multiplies each bank row (fp8 banks). temperature may be
+    learnable, and so may the bank.
     """
-    for name, x, layout in (("query", query, "[B, D]"), ("positive", positive, "[B, D]"), ("bank", bank, "[K, D]")):
+    if bank is None and not (index is None and scale is None):
+        raise ValueError("bank: None means the batch's own positives, which take no index and no scale")
+    tensors = (("query", query, "[B, D]"), ("positive", positive, "[B, D]"), ("bank", bank, "[K, D]"))
+    for name, x, layout in tensors[: 2 if bank is None else 3]:
         checks.tensor(name, x, layout)
         if x.shape[-1] != query.shape[-1]:
             raise ValueError(f"{name}: expected the width of query, {query.shape[-1]}, got {checks.describe(x)}")
@@ -278,7 +276,10 @@ def info_nce_loss(
         if not isinstance(exclude, (tuple, list)) or len(exclude) != 2:
             raise ValueError(f"exclude: expected a pair (query_ids [B], bank_ids [K]), got {checks.describe(exclude)}")
         checks.mask("exclude[0]", exclude[0], query.shape[:1], "[B]")
-        checks.mask("exclude[1]", exclude[1], bank.shape[:1], "[K]")
+        checks.mask("exclude[1]", exclude[1], (query if bank is None else bank).shape[:1], "[K]")
+        if bank is None:
+            same = lambda: (exclude[0] == exclude[1]).all()  # noqa: E731 (looked at only where a look is free)
+            checks.values("exclude", exclude[0], same, "in the batch, both are the ids of the same examples")
     rows = contrast.info_nce(query, positive, bank, index, 1.0 / temperature, exclude, scale, backend)
     return reduce.reduce(rows, None, reduction)
 
@@ -347,14 +348,19 @@ def sample_negatives(
     n_data: int,
     labels: tuple[Tensor, Tensor, Tensor] | None = None,
     replacement: bool = False,
+    window: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """[B, count] negatives for the examples index [B], drawn on the device, uniform over what has another label.
 
     labels = (classes 0..C-1 [n_data], ids sorted by class [n_data], where each class starts in them [C + 1]); None: all
-    other examples. state int64 [2] is (seed, step): equal states give equal draws on every device. Where fewer than
-    `count` ids remain they are drawn with replacement.
+    other examples, or with a window > 0 the 2 window nearest by. state int64 [2] is (seed, step): equal states give
+    equal draws on every device. Where fewer than `count` ids remain they are drawn with replacement.
     """
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"window: expected how many ids on either side, or 0 for all of them, got {window!r}")
+    if window and labels is not None:
+        raise ValueError("window: negatives are drawn by label or from a window, not both; leave one of them out")
     checks.integers("index", index, "[B]")
     checks.positive("count", count)
     checks.mask("state", state, (2,), "[2]")
@@ -364,7 +370,7 @@ def sample_negatives(
     for name, x in (("labels[0]", classes), ("labels[1]", order)):
         checks.mask(name, x, (n_data,), "[n_data]")
     checks.same_device(index=index, state=state, classes=classes, order=order, bounds=bounds)
-    return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, backend)
+    return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, window, backend)
 
 
 def update_bank(bank: Tensor, index: Tensor, rows: Tensor, *, momentum: float, backend: str = "auto") -> None:

@@ -109,3 +109,21 @@ def test_a_picture_carries_the_digest_of_its_rows(checkout):
     readme.draw(folder)
     digest = plots.digest_of(report.rows_of(folder))
     assert re.fullmatch("[0-9a-f]{16}", digest) and digest.encode() in (folder / "overview.png").read_bytes()
+
+
+def test_other_files_in_a_device_folder_are_not_taken_for_results(checkout):
+    """A profile, a log of make gpu, reasons: none of them is a stem."""
+    folder = checkout / "bench/results/box"
+    step = {"model": "tiny", "method": "kd", "task": "classification", "phase": "step", "loss_share": "0.25"}
+    ways = [{**step, "way": "fastkd", "median_ms": "10", "tokens_per_second": "1234"},
+            {**step, "way": "authors", "median_ms": "20", "tokens_per_second": "617"}]  # fmt: skip
+    header = list(ways[0])
+    lines = [",".join(header), *(",".join(row[name] for name in header) for row in ways)]
+    (folder / "profile.csv").write_text("\n".join(lines) + "\n")
+    for name in ("profile.json", "why.json", "make_gpu.log.json"):
+        (folder / name).write_text("{}")
+    text = readme.text(checkout)
+    assert "| tiny | `kd` | 10 (25%) | 20 (25%) | 1,234 |" in text and "| model | method | fastkd | authors |" in text
+    (checkout / "bench/results/only").mkdir()
+    (folder / "profile.csv").rename(checkout / "bench/results/only/profile.csv")
+    assert "### only" not in readme.text(checkout)

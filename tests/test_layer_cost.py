@@ -273,13 +273,6 @@ def test_dtypes_strides_and_any_trailing_shape(backend):
         assert relative_error(layer_costs([x], [layer], mask=mask, backend=backend), expected) <= precision(backend)
 
 
-@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason=f"C++ kernels: {backends.UNAVAILABLE['cpu']}")
-def test_attention_costs_has_no_kernel_and_says_so():
-    scores = [torch.zeros(1, 2, 3, 3)]
-    with pytest.raises(RuntimeError, match="attention_costs has no cpu kernel yet"):
-        functional.attention_costs(scores, scores, backend="cpu")
-
-
 def test_mistakes():
     x = hidden(1, 1)[0]
     with pytest.raises(ValueError, match="empty"):

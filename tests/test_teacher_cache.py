@@ -55,7 +55,7 @@ def test_refuses_what_was_made_from_something_else(tmp_path):
     other, _ = pair("bert", "classification")
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
-    with pytest.raises(ValueError, match="teacher_cache: .* made with another teacher than this run has"):
+    with pytest.raises(ValueError, match=r"teacher_cache: .* made with another teacher than this run has"):
         trained(tmp_path / "2", tmp_path / "cache", teacher=other)
     with pytest.raises(ValueError, match="another data than"):
         trained(tmp_path / "3", tmp_path / "cache", rows=13)
@@ -66,9 +66,9 @@ def test_refuses_what_was_made_from_something_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, task", [("fcd", "classification"), ("bert_emd", "classification"), ("kd", "masked_lm")]
+    ("method", "task"), [("fcd", "classification"), ("bert_emd", "classification"), ("kd", "masked_lm")]
 )
 def test_refuses_methods_and_tasks_that_need_more(method, task, tmp_path):
-    with pytest.raises(ValueError, match="teacher_cache: .*(hidden states|predicts words)"):
+    with pytest.raises(ValueError, match=r"teacher_cache: .*(hidden states|predicts words)"):
         trained(tmp_path, tmp_path / "cache", method, task)
     assert not (tmp_path / "cache").exists()

@@ -23,10 +23,11 @@ FASTKD_DECLARE(ContrastTable, contrast);
 
 namespace fastkd {
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive, const Tensor& bank,
-                                                     const Tensor& index, const std::optional<Tensor>& query_ids,
-                                                     const std::optional<Tensor>& bank_ids, double inverse_temperature,
-                                                     bool with_direction);
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive,
+                                                             const Tensor& bank, const Tensor& index,
+                                                             const std::optional<Tensor>& query_ids,
+                                                             const std::optional<Tensor>& bank_ids,
+                                                             double inverse_temperature, bool with_direction);
 
 namespace {
 
@@ -34,8 +35,6 @@ constexpr int64_t kTasks = 32;            // independent pieces of work: range o
 constexpr int64_t kGroup = 4;             // panels that share one reading of a block
 constexpr int64_t kBlockBytes = 1 << 17;  // of the bank in L2
 constexpr int64_t kMaxKeys = 256, kLeastBlocks = 8;
-
-char* aligned(void* x) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t(63)); }
 
 // Everything that depends on sizes, dtypes and the machine.
 struct Plan {
@@ -90,7 +89,8 @@ struct PackedQueries {
   PackedQueries(const Plan& plan, const Tensor& query, const Tensor& as_float) {
     const int64_t bytes = plan.panels * plan.packed_bytes;
     memory = torch::stable::new_empty(query, {(bytes * (plan.split_query ? 2 : 1) + 64) / 4}, ScalarType::Float);
-    high = aligned(memory.mutable_data_ptr<float>()), low = plan.split_query ? high + bytes : nullptr;
+    high = reinterpret_cast<char*>(aligned(memory.mutable_data_ptr<float>())),
+    low = plan.split_query ? high + bytes : nullptr;
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       const float* rows = as_float.const_data_ptr<float>() + panel * kPanel * plan.padded;
       GemmSource source = {rows, kFloat32, plan.padded, 1, plan.in_panel(panel), plan.width};
@@ -206,13 +206,14 @@ void merge(const Plan& plan, const Partials& partials, int64_t i, double* larges
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, const Tensor& positive, const Tensor& bank,
-                                                   const std::optional<Tensor>& query_ids,
-                                                   const std::optional<Tensor>& bank_ids, double inverse_temperature,
-                                                   bool with_direction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, const Tensor& positive,
+                                                           const Tensor& bank, const std::optional<Tensor>& query_ids,
+                                                           const std::optional<Tensor>& bank_ids,
+                                                           double inverse_temperature, bool with_direction) {
   const Plan plan(query, bank, with_direction);
   Tensor loss = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor direction =
       torch::stable::new_empty(query, {with_direction ? plan.queries : 0, plan.width}, ScalarType::Float);
   Tensor floats = torch::stable::new_empty(query, {plan.queries, plan.padded}, ScalarType::Float);
@@ -227,7 +228,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, const Te
     Task task(plan, packed, partials, bank, of_queries, of_bank, inverse_temperature);
     for (; t < end; ++t) task.run(t % plan.ranges, t / plan.ranges);
   });
-  float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>();
+  float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
+        *lses = lse.mutable_data_ptr<float>();
   float* directions = direction.mutable_data_ptr<float>();
   parallel_for(0, plan.queries, grain(plan.padded * plan.ranges), [&](int64_t i, int64_t end) {
     std::vector<float> wanted(plan.padded), mean(plan.padded);
@@ -237,16 +239,16 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, const Te
       float_row(plan.table, positive, i, wanted.data());
       finish_row(floats.const_data_ptr<float>() + i * plan.padded, wanted.data(), plan.width, inverse_temperature,
                  largest, mass, mean.data(),
-                 {losses + i, weights + i, with_direction ? directions + i * plan.width : nullptr});
+                 {losses + i, weights + i, lses + i, with_direction ? directions + i * plan.width : nullptr});
     }
   });
-  return {loss, direction, weight};
+  return {loss, direction, weight, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, const Tensor& positive, const Tensor& bank,
-                                                std::optional<Tensor> index, const Tensor& inverse_temperature,
-                                                std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids,
-                                                bool with_direction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, const Tensor& positive, const Tensor& bank,
+                                                        std::optional<Tensor> index, const Tensor& inverse_temperature,
+                                                        std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids,
+                                                        bool with_direction) {
   const Tensor q = with_contiguous_rows(query), p = with_contiguous_rows(positive), n = with_contiguous_rows(bank);
   if (query_ids) query_ids = torch::stable::contiguous(*query_ids);
   if (bank_ids) bank_ids = torch::stable::contiguous(*bank_ids);

@@ -25,9 +25,14 @@ struct ContrastTable {
   void (*weighted_sum_bfloat16)(const uint32_t* high, const uint32_t* low, const uint16_t* bank, int64_t row_stride,
                                 int64_t keys, int64_t queries, int64_t width, const float* shrink, float* out,
                                 bool ahead);
+  // Scores become factor_i e^(score - shift_i).
+  void (*share)(float* scores, int64_t keys, const float* shift, const float* factor);
   void (*add_scaled)(const float* x, float scale, int64_t count, float* sum);
   // `count` elements as floats, zeros up to `padded`.
   void (*widen)(const void* x, int element, int64_t count, int64_t padded, float* out);
+  // bank = normalised(momentum * bank + (1 - momentum) * row); left as it is if that is not finite. scratch: 2 rows.
+  void (*update_row)(void* bank, int bank_element, const void* row, int row_element, int64_t width, double momentum,
+                     float* scratch);
 };
 
 // Rows of a bank chosen by an index, against one query.
@@ -39,7 +44,7 @@ struct Gathered {
   int64_t count;
   const int64_t* ids;  // of the bank's rows, or null; rows with the id `own` are dropped (info_nce)
   int64_t own;
-  float* scratch;  // [kGathered][padded], for rows that cannot be read where they lie
+  float* scratch;  // [2 * kGathered][padded], for rows that cannot be read where they lie
 };
 
 // score = <query, row> * scale - shift, both in two parts so that single precision does not round them.

@@ -27,8 +27,8 @@ void for_each_query(const Tensor& query, const Tensor& bank, const Tensor& index
   const int64_t* indices = index.const_data_ptr<int64_t>();
   std::atomic<bool> bad{false};
   parallel_for(0, query.size(0), grain(count * width), [&](int64_t i, int64_t end) {
-    std::vector<float> memory((kGathered + 2) * padded);
-    float *sum = memory.data(), *row = sum + padded;
+    std::vector<float> memory((2 * kGathered + 2) * padded + 16);
+    float *sum = aligned(memory.data()), *row = sum + padded;
     for (; i < end; ++i) {
       const Gathered rows = {static_cast<const char*>(bank.const_data_ptr()),
                              element_of(bank),
@@ -71,15 +71,18 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive, const Tensor& bank,
-                                                     const Tensor& index, const std::optional<Tensor>& query_ids,
-                                                     const std::optional<Tensor>& bank_ids, double inverse_temperature,
-                                                     bool with_direction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive,
+                                                             const Tensor& bank, const Tensor& index,
+                                                             const std::optional<Tensor>& query_ids,
+                                                             const std::optional<Tensor>& bank_ids,
+                                                             double inverse_temperature, bool with_direction) {
   const int64_t count = query.size(0), width = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {count}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(query, {count}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(query, {count}, ScalarType::Float);
   Tensor direction = torch::stable::new_empty(query, {with_direction ? count : 0, width}, ScalarType::Float);
-  float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>();
+  float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
+        *lses = lse.mutable_data_ptr<float>();
   float* directions = direction.mutable_data_ptr<float>();
   const ScoreOptions how = options(inverse_temperature, 0);
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
@@ -90,9 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const 
     const double mass = gather.softmax(rows, row, how, &largest, with_direction ? sum : nullptr);
     float_row(table, positive, i, rows.scratch);
     finish_row(row, rows.scratch, width, inverse_temperature, largest, mass, sum,
-               {losses + i, weights + i, with_direction ? directions + i * width : nullptr});
+               {losses + i, weights + i, lses + i, with_direction ? directions + i * width : nullptr});
   });
-  return {loss, direction, weight};
+  return {loss, direction, weight, lse};
 }
 
 }  // namespace fastkd

@@ -4,6 +4,8 @@
 // score, the exponentials, their sum, and the pairs of neighbouring keys that bfloat16 units multiply.
 #include "cpu/contrast.h"
 
+#include <cmath>
+
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -165,6 +167,16 @@ void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint
 constexpr decltype(ContrastTable::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
 #endif
 
+void share(float* scores, int64_t keys, const float* shift, const float* factor) {
+  for (int64_t i = 0; i < kPanel; i += kLanes) {
+    const vfloat of = load(factor + i), lse = load(shift + i), from = lse == -kInfinity ? vfloat{} : lse;
+    for (int64_t j = 0; j < keys; ++j) {
+      float* at = scores + j * kPanel + i;
+      store(at, of * exp(load(at) - from));
+    }
+  }
+}
+
 void add_scaled(const float* x, float scale, int64_t count, float* sum) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) sum[i] += scale * x[i];
@@ -178,7 +190,31 @@ void widen(const void* x, int element, int64_t count, int64_t padded, float* out
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
 
+void update_row(void* bank, int bank_element, const void* row, int row_element, int64_t width, double momentum,
+                float* scratch) {
+  float *old = scratch, *now = scratch + width;
+  const float keep = float(momentum), take = float(1 - momentum);
+  widen(bank, bank_element, width, width, old);
+  widen(row, row_element, width, width, now);
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) {
+    now[i] = keep * old[i] + take * now[i];
+    sum += double(now[i]) * double(now[i]);
+  }
+  const double norm = std::sqrt(sum);
+  if (!(norm < double(kInfinity))) return;
+  const float scale = float(1 / (norm > 1e-12 ? norm : 1e-12));
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) now[i] *= scale;
+  if (bank_element == 0)
+    std::memcpy(bank, now, width * sizeof(float));
+  else
+    (bank_element == 1 ? narrow_bfloat16 : narrow_float16)(now, static_cast<uint16_t*>(bank), width);
+}
+
 }  // namespace
 
 extern const ContrastTable FASTKD_TABLE(contrast);
-const ContrastTable FASTKD_TABLE(contrast) = {exclude, softmax, weighted_sum, weighted_sum_bfloat16, add_scaled, widen};
+const ContrastTable FASTKD_TABLE(contrast) = {exclude, softmax,    weighted_sum, weighted_sum_bfloat16,
+                                              share,   add_scaled, widen,        update_row};

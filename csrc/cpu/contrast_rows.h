@@ -8,6 +8,12 @@
 
 namespace fastkd {
 
+// Vectors that straddle cache lines cost twice.
+template <class T>
+T* aligned(T* x) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t(63));
+}
+
 inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / kColumnStep * kColumnStep; }
 
 // Row i of x [N, D] as floats, with zeros up to the padded width.
@@ -21,8 +27,9 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
 }
 
 struct InfoNceOut {
-  float* loss;       // softplus(lse - p)
-  float* weight;     // its derivative with respect to lse, minus that with respect to p
+  float* loss;    // softplus(lse - p)
+  float* weight;  // its derivative with respect to lse, minus that with respect to p
+  float* lse;
   float* direction;  // weight (mean of the negatives - positive) [D]; null if nobody asked
 };
 
@@ -31,10 +38,11 @@ inline void finish_row(const float* query, const float* positive, int64_t width,
                        double largest, double mass, const float* mean, const InfoNceOut& out) {
   double p = 0;
   for (int64_t d = 0; d < width; ++d) p += double(query[d]) * double(positive[d]);
-  const double gap = largest + std::log(mass) - p * inverse_temperature;  // no negative left: -inf
+  const double lse = largest + std::log(mass), gap = lse - p * inverse_temperature;  // no negative left: -inf
   const double e = std::exp(-std::fabs(gap));
   const double weight = gap > 0 ? 1 / (1 + e) : e / (1 + e);
   *out.loss = float((gap > 0 ? gap : 0) + std::log1p(e));
+  *out.lse = float(lse);
   *out.weight = float(weight);
   if (!out.direction) return;
   const float of_mean = mass == 0 ? 0.f : float(weight / mass), of_positive = float(weight);

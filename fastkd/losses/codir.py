@@ -5,11 +5,13 @@
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd import checks, functional, reduce
 
 PRESETS = ("official", "paper")
+NEGATIVES = ("label", "uniform", "window", "in_batch")
 POOLS = {"official": "cls", "paper": "mean"}
 LABELS = ("labels", "label_order", "label_bounds")
 
@@ -40,6 +42,12 @@ class CoDIRLoss(nn.Module):
     needs no bank_teacher: None), z_student and z_teacher (NCE's normaliser of either anchor: 0 until the first call,
     then frozen), the classes of `set_labels`, and the sampler's seed and step.
 
+    negatives: which examples a batch is held against. "label": those of other classes (`set_labels`, fine-tuning);
+    "uniform": all others; "window": the 2 `window` whose ids are nearest, "in_batch": the other examples of the batch
+    (pre-training, where neighbours are hard negatives). None is "label" once the labels are set and "uniform" before.
+    In the batch, examples of one label (if set) or one id are no negatives of each other, and the paper preset trains
+    both sides and has no bank.
+
     process_group: banks and Z are shared by its ranks, which must start from the same state and hold equally many
     examples each. Under DDP pass broadcast_buffers=False: the banks are the same everywhere without it.
     """
@@ -56,6 +64,8 @@ class CoDIRLoss(nn.Module):
         nce_m: float = 0.5,
         preset: str = "official",
         pool: str | None = None,
+        negatives: str | None = None,
+        window: int = 0,
         backend: str = "auto",
         process_group=None,
     ):
@@ -70,13 +80,18 @@ class CoDIRLoss(nn.Module):
         checks.one_of("preset", preset, PRESETS)
         self.pool = POOLS[preset] if pool is None else pool
         checks.one_of("pool", self.pool, ("mean", "cls"))
+        if negatives is not None:
+            checks.one_of("negatives", negatives, NEGATIVES)
+        if (negatives == "window") != (window > 0):
+            raise ValueError(f"window: how many ids on either side, > 0 with negatives='window' only, got {window!r}")
+        self.negatives, self.window = negatives, window
         self.n_data, self.nce_k, self.nce_t, self.nce_m, self.preset = n_data, nce_k, nce_t, nce_m, preset
         self.backend, self.process_group = backend, process_group
         self.embed_s, self.embed_t = Embed(s_dim, feat_dim), Embed(t_dim, feat_dim)
         bound = (3 / feat_dim) ** 0.5  # rows of norm 1 on average
-        self.register_buffer("bank_student", torch.empty(n_data, feat_dim).uniform_(-bound, bound))
-        other = torch.empty(n_data, feat_dim).uniform_(-bound, bound) if preset == "official" else None
-        self.register_buffer("bank_teacher", other)
+        for name, needed in (("bank_student", preset == "official" or negatives != "in_batch"),
+                             ("bank_teacher", preset == "official")):  # fmt: skip
+            self.register_buffer(name, torch.empty(n_data, feat_dim).uniform_(-bound, bound) if needed else None)
         self.register_buffer("z_student", torch.zeros(()))
         self.register_buffer("z_teacher", torch.zeros(()))
         self.register_buffer("sampler", torch.stack([torch.randint(2**62, ()), torch.tensor(0)]))  # seed, step
@@ -90,7 +105,7 @@ class CoDIRLoss(nn.Module):
         """
         checks.integers("labels", labels, "[n_data]")
         checks.mask("labels", labels, (self.n_data,), "[n_data]")
-        labels = labels.to(self.bank_student.device)
+        labels = labels.to(self.z_student.device)
         classes, inverse, counts = torch.unique(labels, return_inverse=True, return_counts=True)
         if len(classes) < 2:
             raise ValueError("labels: all examples have one label, so none could be a negative; leave the labels unset")
@@ -104,9 +119,11 @@ class CoDIRLoss(nn.Module):
         """idx [B]: ids of the examples. contrast_idx [B, K + 1]: idx and K negatives; drawn here when None."""
         f_s, f_t = self._features("f_s", f_s, mask), self._features("f_t", f_t, mask)
         checks.frozen("f_t", f_t)
-        idx, contrast_idx = self._indices(f_s, f_t, idx, contrast_idx)
+        idx, contrast_idx = self._indices(f_s, f_t, idx, contrast_idx)  # [B], [B, K + 1]
         v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)  # [B, feat_dim]
-        if self.preset == "paper":
+        if contrast_idx is None:
+            loss = self._in_batch(v_s, v_t, idx)
+        elif self.preset == "paper":
             loss = functional.info_nce_loss(
                 v_t, v_s, self.bank_student, contrast_idx[:, 1:], temperature=self.nce_t, backend=self.backend
             )
@@ -117,6 +134,14 @@ class CoDIRLoss(nn.Module):
         if self.training:
             self._update(idx, v_s, v_t)
         return loss
+
+    def _in_batch(self, v_s: Tensor, v_t: Tensor, idx: Tensor) -> Tensor:
+        """The paper's loss against the other students of the (global) batch, whose gradient they get too."""
+        own = idx if self.labels is None else self.labels[idx]
+        everyone, ids = (reduce.gather_rows(x, self.process_group) for x in (v_s, own))
+        return functional.info_nce_loss(
+            v_t, v_s, everyone, temperature=self.nce_t, exclude=(own, ids), backend=self.backend
+        )
 
     def _features(self, name: str, x, mask) -> Tensor:
         if isinstance(x, (list, tuple)):
@@ -142,22 +167,38 @@ class CoDIRLoss(nn.Module):
         checks.integers("idx", idx, "[B]")
         checks.same_leading("f_s", f_s, "f_t", f_t, 1)
         checks.same_leading("idx", idx, "f_s", f_s, 1)
-        checks.same_device(bank_student=self.bank_student, f_s=f_s, f_t=f_t, idx=idx, contrast_idx=contrast_idx)
+        checks.same_device(z_student=self.z_student, f_s=f_s, f_t=f_t, idx=idx, contrast_idx=contrast_idx)
         checks.indices_in_range("idx", idx, self.n_data, "n_data examples")
         idx = idx.long()
+        if self.negatives == "in_batch" and self.preset == "paper":
+            if contrast_idx is not None:
+                raise ValueError("contrast_idx: with negatives='in_batch' the batch itself decides; leave it out")
+            return idx, None
         if contrast_idx is not None:
             checks.integers("contrast_idx", contrast_idx, "[B, K + 1]")
             checks.same_leading("contrast_idx", contrast_idx, "idx", idx, 1)
             agree = lambda: (contrast_idx[:, 0] == idx).all()  # noqa: E731 (looked at only where a look is free)
             checks.values("contrast_idx", contrast_idx, agree, "column 0 must be idx, the negatives come after it")
             return idx, contrast_idx.long()
-        labels = None if self.labels is None else (self.labels, self.label_order, self.label_bounds)
-        negatives = functional.sample_negatives(
-            idx, self.nce_k, self.sampler, n_data=self.n_data, labels=labels, backend=self.backend
-        )
+        return idx, self._draw(idx)
+
+    def _draw(self, idx: Tensor) -> Tensor:
+        """[B, K + 1], the example itself first."""
+        if self.negatives == "in_batch":
+            everyone = reduce.gather_rows(idx, self.process_group)  # [world * B]
+            first = 0 if self.process_group is None else dist.get_rank(self.process_group) * idx.shape[0]
+            steps = torch.arange(everyone.shape[0], device=idx.device)
+            return everyone[(first + steps[: idx.shape[0], None] + steps) % everyone.shape[0]]
+        labels = None
+        if self.negatives == "label" or (self.negatives is None and self.labels is not None):
+            if self.labels is None:
+                raise ValueError("negatives: 'label' needs the labels; call set_labels first")
+            labels = self.labels, self.label_order, self.label_bounds
+        options = {"n_data": self.n_data, "labels": labels, "window": self.window, "backend": self.backend}
+        negatives = functional.sample_negatives(idx, self.nce_k, self.sampler, **options)
         if self.training:
             self.sampler[1] += 1
-        return idx, torch.cat([idx[:, None], negatives], 1)
+        return torch.cat([idx[:, None], negatives], 1)
 
     def _nce(self, z_name: str, query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
         frozen = getattr(self, z_name)
@@ -187,5 +228,5 @@ class CoDIRLoss(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name in LABELS:  # their sizes are the saved data set's, and before set_labels there are none
             if prefix + name in state_dict:
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.bank_student.device)
+                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.z_student.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -15,7 +15,11 @@ from fastkd.reference import contrast_bank as bank_reference
 
 def _info_nce_fake(query, positive, bank, index, inverse_temperature, query_ids, bank_ids, with_direction):
     rows = query.new_empty(query.shape[0], dtype=torch.float32)
-    return rows, _direction_fake(query, with_direction), torch.empty_like(rows)
+    return rows, _direction_fake(query, with_direction), torch.empty_like(rows), torch.empty_like(rows)
+
+
+def _bank_fake(query, bank, inverse_temperature, query_ids, bank_ids, lse, coefficient):
+    return bank.new_empty(bank.shape, dtype=torch.float32)
 
 
 def _nce_fake(query, bank, index, shift, temperature, with_direction):
@@ -27,28 +31,35 @@ def _direction_fake(query, wanted):
 
 
 backends.fake("info_nce_fwd", _info_nce_fake)
+backends.fake("info_nce_bank_bwd", _bank_fake)
 backends.fake("nce_fwd", _nce_fake)
+backends.fake("update_bank", lambda bank, index, rows, momentum: None)
+backends.fake("nce_partition", lambda query, bank, index, z, temperature, n_data: torch.empty_like(z))
+backends.fake("sample_negatives", lambda index, count, *_: index.new_empty((index.shape[0], count)))
 
 
 class InfoNCE(torch.autograd.Function):
-    """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p)."""
+    """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p);
+    of a trained bank, w e^(n_k - lse) query / T for its row k."""
 
     @staticmethod
     def forward(ctx, query, positive, inverse_temperature, bank, index, query_ids, bank_ids):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        ctx.trains_bank = ctx.needs_input_grad[3]
         inverse = inverse_temperature.double()
-        rows, direction, weight = torch.ops.fastkd.info_nce_fwd(
+        rows, direction, weight, lse = torch.ops.fastkd.info_nce_fwd(
             query, positive, bank, index, inverse, query_ids, bank_ids, wanted
         )
-        ctx.save_for_backward(query, inverse, direction, weight)
+        of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
+        ctx.save_for_backward(query, inverse, direction, weight, *of_bank)
         ctx.positive_dtype, ctx.temperature_dtype = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, inverse, direction, weight = ctx.saved_tensors
-        to_query = to_positive = to_inverse = None
+        query, inverse, direction, weight, *of_bank = ctx.saved_tensors
+        to_query = to_positive = to_inverse = to_bank = None
         scaled = grad * inverse  # [B]
         if ctx.needs_input_grad[0]:
             to_query = (direction * scaled[:, None]).to(query.dtype)
@@ -57,7 +68,11 @@ class InfoNCE(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             slope = (query.double() * direction).sum(-1)  # [B]
             to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
-        return to_query, to_positive, to_inverse, None, None, None, None
+        if ctx.trains_bank:
+            bank, lse, query_ids, bank_ids = of_bank
+            shares = (query, bank, inverse, query_ids, bank_ids, lse, (scaled * weight).float())
+            to_bank = torch.ops.fastkd.info_nce_bank_bwd(*shares).to(bank.dtype)
+        return to_query, to_positive, to_inverse, to_bank, None, None, None
 
 
 class NCE(torch.autograd.Function):
@@ -78,8 +93,13 @@ class NCE(torch.autograd.Function):
 
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
-    """InfoNCE per query, [B]."""
-    why_not = _bank_reason(bank)
+    """InfoNCE per query, [B]. bank None: the other positives of the batch, with a gradient."""
+    if bank is None:
+        bank = positive
+        if exclude is None:
+            own = torch.arange(query.shape[0], device=query.device)
+            exclude = own, own
+    why_not = _bank_reason(bank, trained_rows=index is not None)
     if scale is not None:
         why_not = "rows with a scale are not written there yet"
     elif isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
@@ -105,7 +125,7 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
 
 def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     """NCE per query, [B]."""
-    why_not = _bank_reason(bank)
+    why_not = _bank_reason(bank, trained_rows=True)
     if isinstance(z, Tensor) and (z.numel() != 1 or z.requires_grad):
         why_not = "z must be one number without a gradient"
     if _choose(backend, query, why_not) == "reference":
@@ -120,28 +140,41 @@ def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
 
 def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     """NCE's normaliser: z if it is set, else this batch's, []."""
-    backends.choose("contrast", backend, query)
+    why_not = _bank_reason(bank)
+    if z.dtype != torch.float32 or z.dim():
+        why_not = "z must be one float32 number"
+    if _choose(backend, query, why_not) == "cpu":
+        return torch.ops.fastkd.nce_partition(query.detach(), bank.detach(), index.long(), z, temperature, n_data)
     with backends.full_precision(query):
         return reference.partition(query, bank, index, n_data, temperature, z)
 
 
-def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, backend) -> Tensor:
-    """Ids of other labels, [B, count]."""
-    backends.choose("contrast", backend, index[:0].float())  # whole numbers: every backend draws the same way
-    return bank_reference.sample_negatives(index, count, n_data, labels, order, bounds, state, replacement)
+def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
+    """Ids of other labels, or of neighbours, [B, count]: the same on every backend."""
+    arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
+    if backends.choose("contrast", backend, index[:0].float()) == "cpu":
+        return torch.ops.fastkd.sample_negatives(*arguments)
+    return bank_reference.sample_negatives(*arguments)
 
 
 def update_bank(bank, index, rows, momentum, backend) -> None:
     """Move the bank's rows towards the new ones, in place."""
-    backends.choose("contrast", backend, bank)
+    why_not = _bank_reason(bank)
+    if rows.dtype == torch.float64:
+        rows = rows.to(torch.promote_types(bank.dtype, torch.float32))
+    elif bank.shape[1] > 1 and bank.stride(1) != 1:
+        why_not = "the rows of the bank are not contiguous"
+    if _choose(backend, bank, why_not) == "cpu":
+        with torch.no_grad():
+            return torch.ops.fastkd.update_bank(bank, index.long(), rows.detach(), momentum)
     with backends.full_precision(bank):
         bank_reference.update_bank(bank, index, rows, momentum)
 
 
-def _bank_reason(bank: Tensor) -> str | None:
+def _bank_reason(bank: Tensor, trained_rows: bool = False) -> str | None:
     """Why the kernels cannot take this bank, as a clause that follows "because"; None if they can."""
-    if bank.requires_grad and torch.is_grad_enabled():
-        return "the bank needs a gradient, which the kernels do not form"
+    if trained_rows and bank.requires_grad and torch.is_grad_enabled():
+        return "the bank needs a gradient, which the kernels form for a bank that the batch shares only"
     if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the bank is {str(bank.dtype).removeprefix('torch.')}, and kernels take float32, bfloat16 and float16"
     return None

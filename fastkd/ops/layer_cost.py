@@ -57,16 +57,74 @@ def layer_cost(students, teachers, mask, clamp, backend) -> Tensor:
     return LayerCost.apply(backend, len(students), mask, None if clamp is None else float(clamp), *layers)
 
 
-def _first_tensor(layers) -> Tensor:
-    return layers[0] if isinstance(layers[0], Tensor) else layers[0][0]
+# Of attention scores: fwd(sq, sk, tq, tk, mask, causal, scale) -> costs [N, M], and bwd(grad, the same) -> the gradients of
+# all students' queries, then of their keys.
+ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd", only=("cpu",))
+backends.fake("attention_cost_fwd", lambda sq, sk, tq, *_: sq[0].new_empty((len(sq), len(tq)), dtype=torch.float32))
+backends.fake("attention_cost_bwd", lambda grad, sq, sk, *_: _grads_fake(grad, [*sq, *sk], None, None, None))
+
+
+class AttentionCost(torch.autograd.Function):
+    """Saves queries and keys; no matrix of scores exists, forwards or backwards."""
+
+    @staticmethod
+    def forward(ctx, backend, counts, mask, causal, scale, *layers):
+        ctx.save_for_backward(mask, *layers)
+        ctx.backend, ctx.counts, ctx.options = backend, counts, (causal, scale)
+        return ATTENTION[backend].fwd(*_four(counts, layers), mask, causal, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        mask, *layers = ctx.saved_tensors
+        found = ATTENTION[ctx.backend].bwd(grad, *_four(ctx.counts, layers), mask, *ctx.options)
+        return None, None, None, None, None, *found, *[None] * (2 * ctx.counts[1])
+
+
+def _four(counts, layers):
+    n, m = counts
+    return layers[:n], layers[n : 2 * n], layers[2 * n : 2 * n + m], layers[2 * n + m :]
 
 
 def attention_cost(students, teachers, mask, causal, scale, heads, backend) -> Tensor:
     """[N, M] mean squared differences between attention scores."""
-    x = _first_tensor(students)
-    if backend != "auto" and backends.choose("layer_cost", backend, x) != "reference":
+    pairs = [not isinstance(x, Tensor) for x in (*students, *teachers)]
+    first = students[0][0] if pairs[0] else students[0]
+    named, backend = backend, backends.choose("layer_cost", backend, first)
+    if backend not in ATTENTION and named == backend != "reference":
         raise RuntimeError(
             f"layer_cost: backend='{backend}' cannot run here: attention_costs has no {backend} kernel yet"
         )
-    with backends.full_precision(x):
-        return reference.attention_cost(students, teachers, mask, causal, scale, heads)
+    if backend not in ATTENTION or any(pairs) != all(pairs):
+        with backends.full_precision(first):
+            return reference.attention_cost(students, teachers, mask, causal, scale, heads)
+    if not all(pairs):
+        layers = [_as_compared(x, mask, causal, heads) for x in (*students, *teachers)]
+        return layer_cost(layers[: len(students)], layers[len(students) :], None, reference.MASKED_SCORE, backend)
+    scale = 0.0 if scale is None else float(scale)
+    layers = [_head_by_head(x, heads, scale) for x in (*students, *teachers)]
+    counts = len(students), len(teachers)
+    sides = layers[: counts[0]], layers[counts[0] :]
+    flat = [x[place] for side in sides for place in (0, 1) for x in side]
+    return AttentionCost.apply(backend, counts, mask, causal, 1.0 if heads == "mean" else scale, *flat)
+
+
+def _as_compared(scores: Tensor, mask, causal: bool, heads) -> Tensor:
+    """What layer_cost, with the authors' clamp, has to see: 0 where a score is hidden."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], 0)
+    if causal:
+        scores = scores.tril()
+    if heads != "mean":
+        return scores
+    return scores.masked_fill(scores <= reference.MASKED_SCORE, 0).mean(1, keepdim=True)
+
+
+def _head_by_head(x, heads, scale: float):
+    """(q, k) with equally many heads. Mean over the heads: one head whose width is that of all, the scale in q."""
+    q, k = (part.float() if part.dtype == torch.float64 else part for part in x)
+    k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped-query heads
+    if heads != "mean":
+        return q, k
+    share = (scale or q.shape[-1] ** -0.5) / q.shape[1]
+    return tuple(part.transpose(1, 2).flatten(2)[:, None] for part in (q * share, k))  # [B, 1, S, H d]

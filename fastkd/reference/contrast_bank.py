@@ -9,25 +9,31 @@ import torch
 import torch.nn.functional as F
 
 
-def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement):
+def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window=0):
     """[B] ids -> [B, count] ids, uniform over the n_data ids of other labels (labels None: over the other ids).
 
     labels [n_data] are classes 0..C-1, order [n_data] the ids sorted by class, bounds [C+1] where each class starts in
-    it; state is int64 [2]: seed, step. A pool smaller than `count` is drawn from with replacement whatever was asked.
+    it; state is int64 [2]: seed, step. window > 0 (and labels None): over the 2 window ids nearest by, on both sides as
+    far as the data set goes. A pool smaller than `count` is drawn from with replacement whatever was asked.
     """
+    extent, base = n_data, torch.zeros_like(index)
     if labels is None:
-        start, size = index, torch.ones_like(index)
+        if window:
+            extent = min(2 * window + 1, n_data)
+            base = (index - window).clamp(0, n_data - extent)  # [B]
+        start, size = index - base, torch.ones_like(index)
     else:
         own = labels[index]
         start, size = bounds[own], bounds[own + 1] - bounds[own]  # [B]
-    rest, start, size = (n_data - size)[:, None], start[:, None], size[:, None]  # [B, 1]
+    rest, start, size = (extent - size)[:, None], start[:, None], size[:, None]  # [B, 1]
     words = _random_words(index, count, state)  # [B, count]
     drawn = words % rest.clamp_min(1)
     if not replacement:
         steps = torch.arange(count, device=index.device)
         shuffled = _first_of_shuffle(steps + words % (rest - steps).clamp_min(1))
         drawn = torch.where(rest < count, drawn, shuffled)
-    drawn = (drawn + torch.where(drawn >= start, size, 0)).clamp_max(n_data - 1)  # skip the own class's block
+    drawn = base[:, None] + drawn + torch.where(drawn >= start, size, 0)  # skip the own class's block
+    drawn = drawn.clamp_max(n_data - 1)
     return drawn if order is None else order[drawn]
 
 

@@ -26,8 +26,8 @@ class DistillTrainer(Trainer):
     weights, banks) train with the student, are saved in every checkpoint, and never become part of the student.
     Each term is logged as term/<method>/<name> with its weight; a mean over micro-batches, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
-    micro-batch, as most papers' releases do. answers: in cloze, the token of each class. teacher_cache: a folder for the teacher's logits,
-    computed once instead of in every step.
+    micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
+    teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
     """
 
     loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them

@@ -1,0 +1,195 @@
+"""`python -m fastkd.bench.gpu` (`make gpu`): everything that only a CUDA machine can show, in one go and without a network.
+
+Build, then tests, then speed, in this order of worth; what there was no time for is left out by name. Red tests mean that
+no speed is measured. Without a GPU, or with --dry-run, the plan is printed and nothing is run.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from fastkd.bench import machine, report
+
+RESULTS = machine.ROOT / "bench" / "results"
+STEMS = ("linear_divergence", "layer_cost", "transport", "relation", "gram", "contrast", "divergence")
+PROFILES = (
+    ("bert-base", "all", ("--batch", "32", "--length", "128")),
+    ("llama-1b", "all", ("--batch", "1", "--length", "512")),
+)
+PY = sys.executable
+SANITIZER = "compute-sanitizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command, the seconds below which it is not begun, and those after which it is stopped."""
+
+    name: str
+    kind: str  # build, test, speed or after
+    command: tuple[str, ...]
+    least: float
+    most: float
+    environment: dict = dataclasses.field(default_factory=dict)
+    needs: str = ""  # a program that must be there
+
+
+def sanitize(tool: str, least: float, most: float) -> Stage:
+    """The caching allocator off, since it hides an overrun inside its blocks."""
+    command = (SANITIZER, "--tool", tool, "--error-exitcode", "66", PY, "-m", "fastkd.bench.small", "--device", "cuda")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(f"{tool} on small cases", "test", command, least, most, environment, needs=SANITIZER)
+
+
+def gpu_tests() -> list[str]:
+    """The files with tests for a GPU; the others may need packages that such a machine lacks."""
+    found = sorted((machine.ROOT / "tests").glob("test_*.py"))
+    return [
+        f"tests/{path.name}"
+        for path in found
+        if "pytest.mark.gpu" in path.read_text() and path.stem != "test_bench_gpu"
+    ]
+
+
+def plan() -> list[Stage]:
+    """In the order in which they run: what comes late is left out first."""
+    test = (PY, "-m", "pytest", "-m", "gpu", "-rs", "-q")
+    bench = (PY, "-m", "fastkd.bench.run", "--device", "cuda")
+    profile = (PY, "-m", "fastkd", "profile", "--device", "cuda", "--steps", "6", "--no-trace", "--out", str(RESULTS))
+    build = (PY, "setup.py", "-q", "build_ext", "--inplace")
+    sync = ("tests/test_gpu.py", "tests/test_gpu_stems.py")
+    rest = tuple(path for path in gpu_tests() if path not in sync)
+    stages = [
+        Stage("build", "build", build, 30, 240, {"FASTKD_BUILD": "cuda"}, needs="nvcc"),
+        Stage("tests: no waiting, CUDA graphs, large sizes", "test", (*test, *sync), 20, 120),
+        Stage("tests: every kernel against float64", "test", (*test, *rest), 20, 180),
+        sanitize("memcheck", 20, 90),
+    ]
+    stages += [Stage(f"bench: {stem}", "speed", (*bench, stem, "--budget", "2"), 20, 75) for stem in STEMS]
+    for model, method, options in PROFILES:
+        command = (*profile, "--from-config", model, "--method", method, *options)
+        stages.append(Stage(f"profile: {model}", "speed", command, 30, 90))
+    stages.append(Stage("README figures", "after", (PY, "-m", "fastkd.bench.readme"), 5, 60))
+    stages += [sanitize(tool, 20, 90) for tool in ("racecheck", "initcheck", "synccheck")]
+    command = (*bench, "--scale", "--mode", "both", "--budget", "1")
+    return [*stages, Stage("bench: curves to their far ends", "speed", command, 60, 600)]
+
+
+def execute(stage: Stage, seconds: float) -> tuple[int | None, str]:
+    """(exit status, last lines); None where the time ran out. The stage's own children end with it."""
+    environment = {**os.environ, **stage.environment, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        stage.command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=seconds)
+        return process.returncode, out
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+
+
+def leave_out(stage: Stage, left: float, red: Sequence[str], which: Callable = shutil.which) -> str:
+    """Why a stage is not begun; empty where it is."""
+    if red and stage.kind == "speed":
+        return f"no speed on a red test ({red[0]})"
+    if stage.needs and which(stage.needs) is None:
+        return f"{stage.needs} is not on PATH"
+    if left < stage.least:
+        return f"{max(left, 0):.0f} s are left, and it takes at least {stage.least:.0f}"
+    return ""
+
+
+def run(stages: Sequence[Stage], seconds: float, run_stage: Callable = execute, clock: Callable = time.monotonic,
+        which: Callable = shutil.which, show: Callable = print) -> list[dict]:  # fmt: skip
+    """Stage after stage until the time is up; what became of each."""
+    end, red, outcomes = clock() + seconds, [], []
+    for stage in stages:
+        reason = leave_out(stage, end - clock(), red, which)
+        if reason:
+            show(f"– {stage.name}: left out: {reason}")
+            outcomes.append({"stage": stage.name, "outcome": "left out", "seconds": 0.0, "why": reason})
+            red += [stage.name] if stage.kind == "build" else []
+            continue
+        show(f"▸ {stage.name}", flush=True)
+        begun = clock()
+        status, out = run_stage(stage, min(stage.most, end - begun))
+        took = clock() - begun
+        outcome = {None: "stopped", 0: "ok"}.get(status, "failed")
+        why = {"ok": "", "stopped": f"after {took:.0f} s; what it had written stays"}.get(
+            outcome, f"exit status {status}"
+        )
+        tail = out.strip().splitlines()
+        show("\n".join(f"    {line}" for line in tail[-(3 if status == 0 else 40) :]))
+        show(f"  {outcome} in {took:.0f} s")
+        outcomes.append({"stage": stage.name, "outcome": outcome, "seconds": round(took, 1), "why": why})
+        if outcome != "ok" and stage.kind in ("build", "test") and not (outcome == "stopped" and stage.kind == "test"):
+            red.append(stage.name)
+    return outcomes
+
+
+def verdict(outcomes: Sequence[dict]) -> int:
+    """0: all that ran was right. 1: something failed."""
+    return 1 if any(outcome["outcome"] == "failed" for outcome in outcomes) else 0
+
+
+def print_plan(stages: Sequence[Stage], seconds: float) -> None:
+    print(f"make gpu, in {seconds:.0f} s:")
+    for i, stage in enumerate(stages, 1):
+        words = " ".join([f"{k}={v}" for k, v in stage.environment.items()] + [shown(word) for word in stage.command])
+        print(
+            f"{i:3}. {stage.name}: at most {stage.most:.0f} s, not begun with less than {stage.least:.0f}\n       $ {words}"
+        )
+    print("What comes late is left out first; a stage that runs past its seconds is stopped, and its results stay.")
+
+
+def shown(word: str) -> str:
+    return "python" if word == PY else word.replace(str(machine.ROOT) + os.sep, "")
+
+
+def here() -> list[str]:
+    """What this machine has of what the plan needs."""
+    import torch
+
+    found = [f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none visible'}"]
+    found.append(f"torch {torch.__version__}, CUDA build: {torch.version.cuda or 'no'}")
+    return found + [f"{tool}: {shutil.which(tool) or 'not on PATH'}" for tool in ("nvcc", SANITIZER, "nvidia-smi")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import torch
+
+    parser = argparse.ArgumentParser("make gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=570, help="for everything (570: under ten minutes)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    arguments = parser.parse_args(argv)
+    stages = plan()
+    print_plan(stages, arguments.seconds)
+    print(*here(), sep="\n")
+    if arguments.dry_run:
+        print("dry run: nothing was run")
+        return 0
+    if not torch.cuda.is_available():
+        print("make gpu needs a CUDA GPU, and torch sees none here: nothing was run (this was the plan; exit status 3)")
+        return 3
+    outcomes = run(stages, arguments.seconds)
+    folder = RESULTS / machine.device_name(torch.device("cuda"))
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = machine.facts(torch.device("cuda"))
+    (folder / "make_gpu.log.json").write_text(json.dumps({"facts": facts, "stages": outcomes}, indent=1) + "\n")
+    lines = [(o["stage"], o["outcome"], f"{o['seconds']:.0f}", o["why"]) for o in outcomes]
+    report.show_table(("stage", "outcome", "seconds", "why"), lines, "\nmake gpu", 2)
+    print(f"results: {pathlib.Path(shown(str(folder)))}")
+    return verdict(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where the time of a distillation step goes, as training runs it: `fastkd profile`."""

@@ -1,0 +1,150 @@
+"""Models to profile: real ones by name, or config-only ones without weights (random, which takes as long), and tokens."""
+
+import difflib
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    Qwen2Config,
+    RobertaConfig,
+)
+
+from fastkd.train import student as students
+from fastkd.train.methods import METHODS, find, parse, refusal
+from fastkd.train.methods.base import DECODERS
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0}
+CONFIGS = {
+    "bert-base": lambda: BertConfig(),
+    "bert-large": lambda: BertConfig(**LARGE),
+    "roberta-large": lambda: RobertaConfig(vocab_size=50265, max_position_embeddings=514, **LARGE),
+    "distilbert": lambda: DistilBertConfig(),
+    "modernbert": lambda: ModernBertConfig(),
+    "gpt2": lambda: GPT2Config(),
+    "llama-1b": lambda: LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
+        tie_word_embeddings=True, **LLAMA,
+    ),
+    "llama-8b": lambda: LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
+        **LLAMA,
+    ),
+    "qwen-0.5b": lambda: Qwen2Config(
+        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+AUTO = {
+    "classification": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+}
+
+
+def config_of(text: str):
+    """ "bert-base", "bert-base:num_hidden_layers=4,hidden_size=128", or a folder or file with a config.json."""
+    name, _, changes = text.partition(":")
+    if name not in CONFIGS:
+        if not Path(name).exists():
+            close = difflib.get_close_matches(name, CONFIGS, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"from-config: there is no {name!r}; {hint}there are {', '.join(CONFIGS)}, or a config.json"
+            )
+        config = AutoConfig.from_pretrained(name)
+    else:
+        config = CONFIGS[name]()
+    for change in filter(None, changes.split(",")):
+        key, equals, value = change.partition("=")
+        if not equals or not hasattr(config, key.strip()):
+            known = f"{type(config).__name__} has no {key.strip()!r}"
+            raise ValueError(f"from-config: expected option=value after {name}:, got {change!r}" if not equals else
+                             f"from-config: {known}")  # fmt: skip
+        setattr(config, key.strip(), json.loads(value))
+    return config
+
+
+def config_for(name: str, from_config: bool):
+    if from_config:
+        return config_of(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"teacher: {name} is no model that can be had here ({reason}); --from-config needs none"
+        ) from error
+
+
+def task_for(method: str, family: str) -> str:
+    """The task that this method and family are usually trained on."""
+    tasks = [METHODS[name].tasks for name, _ in parse(method) if name in METHODS]
+    wanted = ("causal_lm", "classification") if family in DECODERS else ("classification", "masked_lm")
+    for task in wanted:
+        if all(task in allowed for allowed in tasks):
+            return task
+    raise ValueError(f"method: {method} has no task that suits {family}; choose --task")
+
+
+def sensible_methods(family: str) -> list[str]:
+    return [name for name in METHODS if refusal(name, family) is None]
+
+
+def first_stage(method: str) -> str:
+    """A method of two stages is profiled in the first, which is the one that distils."""
+    spelled = []
+    for name, options in parse(method):
+        if len(find(name).stages) > 1 and "share" not in options:
+            options = {**options, "share": 1.0}
+        spelled.append(name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items()))
+    return " + ".join(spelled)
+
+
+def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
+    """Teacher and student; the student keeps some of the teacher's layers."""
+    torch.manual_seed(seed)
+    auto = AUTO[task]
+    if from_config:
+        config = config_of(name)
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0
+        teacher = auto.from_config(config, attn_implementation="sdpa")
+    else:
+        teacher = auto.from_pretrained(name, attn_implementation="sdpa")
+        if getattr(teacher.config, "pad_token_id", None) is None:
+            teacher.config.pad_token_id = teacher.config.get_text_config().eos_token_id or 0
+    return teacher, students.from_layers(teacher, layers)
+
+
+def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int = 0) -> Dataset:
+    """Random ids, no padding: every step has batch × length tokens."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or length
+    if config.model_type == "roberta":
+        limit -= 2  # its positions begin after the padding index
+    if length > limit:
+        raise ValueError(f"length: {config.model_type} has {limit} positions, so {length} tokens do not fit")
+    rows = max(rows, 8 * batch, 512)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(min(5, text.vocab_size - 1), text.vocab_size, (rows, length), generator=generator)
+    columns = {"input_ids": ids.tolist(), "attention_mask": [[1] * length] * rows, "example_id": list(range(rows))}
+    if task == "classification":
+        columns["labels"] = [i % 2 for i in range(rows)]
+    else:
+        hidden = (
+            torch.zeros(ids.shape, dtype=torch.bool) if task == "causal_lm" else torch.arange(length)[None] % 7 != 3
+        )
+        columns["labels"] = ids.masked_fill(hidden, -100).tolist()
+    return Dataset.from_dict(columns)

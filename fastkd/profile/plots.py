@@ -1,0 +1,95 @@
+"""The stacked bars of profile.csv: where the milliseconds of a step go, the three ways under each other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastkd.bench import plots, report
+
+from .results import ORDER, STEP, group
+
+COLOURS = {
+    "data": "#e4e7eb", "teacher forward": "#9fb3c8", "student forward": "#627d98", "loss": "#e8743b",
+    "loss backward": "#f2b38c", "student backward": "#334e68", "optimizer": "#bcccdc", "trainer": "#f0f2f4",
+}  # fmt: skip
+
+
+def stacked(rows: Sequence[dict], path: Path) -> bool:
+    """One group per model and method, one bar per way; the whole and what it is of ours at the end of the bar."""
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["method"], row["compiled"]), {}).setdefault(row["way"], []).append(row)
+    if not groups:
+        return False
+    panels: dict[str, list[tuple]] = {}
+    for key in groups:
+        panels.setdefault(key[0], []).append(key)
+    heights = [sum(len(groups[key]) + 0.9 for key in keys) for keys in panels.values()]
+    size = (10, 1.1 + 0.27 * sum(heights) + 0.55 * len(panels))
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=size, layout="constrained", squeeze=False, height_ratios=heights
+    )
+    for axes, (model, keys) in zip(grid[:, 0], panels.items(), strict=True):
+        panel(axes, model, {key: groups[key] for key in keys})
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in ORDER]
+    figure.legend(
+        handles, ORDER, loc="outside lower center", ncols=len(ORDER), fontsize=8, handlelength=1.2, columnspacing=1.2
+    )
+    plots.title(figure, "Where the time of a training step goes", rows)
+    plots.save(figure, path, rows)
+    return True
+
+
+def panel(axes, model: str, groups: dict[tuple, dict[str, list[dict]]]) -> None:
+    position, ticks = 0.0, []
+    wholes = {key: {way: whole_of(parts) for way, parts in ways.items()} for key, ways in groups.items()}
+    longest = max(float(row["median_ms"]) for ways in wholes.values() for row in ways.values())
+    for key, ways in groups.items():
+        _, method, compiled = key
+        for i, (way, parts) in enumerate(ways.items()):
+            whole = wholes[key][way]
+            bar(axes, position, parts, float(whole["median_ms"]), longest)
+            ticks.append((position, f"{method}{' compiled' if compiled == 'True' else ''} · {way}" if i == 0 else way))
+            text = f"{report.number(float(whole['median_ms']))} ms"
+            text += "" if i == 0 else f"  ({float(whole['times_ours']):.2f}×)"
+            axes.text(float(whole["median_ms"]), position, "  " + text, va="center", fontsize=8)
+            position += 1
+        position += 0.9
+    axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], color=plots.INK)
+    axes.set(ylim=(position - 1.2, -0.7), xlim=(0, 1.22 * longest))
+    short = model if len(model) < 48 else model[:45] + "…"
+    axes.set_title(f"{short}, {whole['batch']}×{whole['length']} tokens, {whole['dtype']}: milliseconds")
+    axes.grid(False, axis="y")
+    axes.tick_params(length=0)
+
+
+def whole_of(parts: Sequence[dict]) -> dict:
+    return next(row for row in parts if row["phase"] == STEP)
+
+
+def bar(axes, position: float, parts: Sequence[dict], whole: float, longest: float) -> None:
+    """Medians do not add up exactly; the bar is as long as the median step, cut in the parts' proportions."""
+    sizes = dict.fromkeys(ORDER, 0.0)
+    for row in parts:
+        if row["phase"] != STEP:
+            sizes[group(row["phase"])] += float(row["median_ms"])
+    scale, left = whole / sum(sizes.values()), 0.0
+    for name, size in sizes.items():
+        width = size * scale
+        axes.barh(position, width, left=left, height=0.84, color=COLOURS[name], edgecolor="white", linewidth=0.5)
+        if name in ("loss", "loss backward") and width > 0.04 * longest:
+            axes.text(left + width / 2, position, f"{width / whole:.0%}", ha="center", va="center", fontsize=7.5)
+        left += width
+
+
+def draw(folder: Path) -> tuple[list[Path], str]:
+    """profile.png of profile.csv, and a reason where there is none."""
+    reason, rows = plots.ready(), report.read_rows(folder / f"{report.PROFILE}.csv")
+    if reason or not rows:
+        return [], reason or "no plot: profile.csv has no rows"
+    import matplotlib.pyplot as plt
+
+    path = folder / f"{report.PROFILE}.png"
+    with plt.rc_context(plots.STYLE):
+        return ([path] if stacked(rows, path) else []), ""

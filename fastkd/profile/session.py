@@ -1,0 +1,178 @@
+"""A short training run under the timeline: DistillTrainer as it is, with a phase around each of its parts."""
+
+import contextlib
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from fastkd.train.trainer import DistillTrainer
+
+from .timeline import Step, Timeline
+from .ways import WAYS, Switchboard
+
+LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps of each kind, for every way in turn."""
+
+    ways: tuple[str, ...] = WAYS
+    warm: int = 2
+    timed: int = 10
+    memory: int = 1
+    trace: int = 1
+
+    def steps(self) -> list[tuple[str, str]]:
+        """(way, mode) of each step; the ways take turns."""
+        rounds = ["warm"] * self.warm + ["time"] * self.timed + ["memory"] * self.memory + ["trace"] * self.trace
+        return [(way, mode) for mode in rounds for way in self.ways]
+
+
+class TimedLoader:
+    """A loader, waiting for which is the phase "data"."""
+
+    def __init__(self, loader, timeline: Timeline):
+        self.loader, self.timeline = loader, timeline
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while True:
+            with self.timeline.phase("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+class ProfiledTrainer(DistillTrainer):
+    """DistillTrainer whose data, forwards, losses, backward and optimizer are phases."""
+
+    timeline: Timeline
+
+    def get_train_dataloader(self):
+        return TimedLoader(super().get_train_dataloader(), self.timeline)
+
+    def _prepare_inputs(self, inputs):
+        with self.timeline.phase("data"):
+            return super()._prepare_inputs(inputs)
+
+    def _states(self, model, inputs, side, progress, reads):
+        with self.timeline.phase(f"{side} forward"):
+            states = super()._states(model, inputs, side, progress, reads)
+        if side == "student":
+            self._watch_backward(states)
+        return states
+
+    def _watch_backward(self, states) -> None:
+        """Autograd works through what came last first: all of the loss, then the student, which begins when the first of
+        its outputs is asked for its gradient."""
+        layers = [x for layer in (states.qkv or {}).values() for x in layer]
+        for x in (states.logits, *(states.hidden or ()), *layers):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                x.grad_fn.register_prehook(lambda grads: self.timeline.switch(LOSS_BACKWARD, STUDENT_BACKWARD))
+
+    def _terms(self, batch):
+        with self.timeline.phase("loss: other"):
+            return super()._terms(batch)
+
+    def _clip_grad_norm(self, model):
+        with self.timeline.phase("optimizer"):
+            return super()._clip_grad_norm(model)
+
+
+class Turns(TrainerCallback):
+    """Begins and ends the steps, and times what Trainer gives no method to override for."""
+
+    def __init__(self, trainer: ProfiledTrainer, plan: Plan, board: Switchboard, profiler):
+        self.trainer, self.board, self.profiler = trainer, board, profiler
+        self.left = plan.steps()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        timeline, trainer = self.trainer.timeline, self.trainer
+        for owner, name, phase in (
+            (trainer.optimizer, "step", "optimizer"), (trainer.model_wrapped, "zero_grad", "optimizer"),
+            (trainer.accelerator, "backward", LOSS_BACKWARD),
+        ):  # fmt: skip
+            setattr(owner, name, timed(timeline, getattr(owner, name), phase))
+        self._next()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._next()
+
+    def _next(self) -> None:
+        timeline = self.trainer.timeline
+        timeline.end()
+        if not self.left:
+            return
+        way, mode = self.left.pop(0)
+        self.board.way = way
+        if mode == "trace" and self.profiler is not None and not self.profiler.running:
+            self.profiler.start()
+        timeline.begin_step(way, mode)
+
+
+def timed(timeline: Timeline, function, phase: str):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with timeline.phase(phase):
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Tracer:
+    """torch.profiler around the last steps, one Chrome trace (Perfetto reads it) for all ways."""
+
+    def __init__(self, path: Path, device: torch.device):
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        self.path, self.running = path, False
+        self.profiler = profile(activities=activities)
+
+    def start(self) -> None:
+        self.profiler.start()
+        self.running = True
+
+    def stop(self) -> None:
+        if self.running:
+            self.profiler.stop()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.path))
+
+
+def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: int, device: torch.device,
+        half: bool = False, compiled: bool = False, trace: Path | None = None) -> list[Step]:  # fmt: skip
+    """The steps of one method, all ways; random order, AdamW, clipping, as by default."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        args = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=len(plan.steps()), save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_strategy="no", use_cpu=device.type == "cpu", bf16=half,
+            dataloader_drop_last=True, dataloader_pin_memory=device.type == "cuda", seed=1,
+        )  # fmt: skip
+        options = {"args": args, "train_dataset": data, "compile_teacher": compiled}
+        trainer = ProfiledTrainer(student, teacher, method, task=task, **options)
+        if compiled:
+            trainer.model_wrapped = trainer.model = torch.compile(trainer.model)
+        trainer.remove_callback(PrinterCallback)
+        trainer.timeline = Timeline(args.device)
+        tracer = Tracer(trace, args.device) if trace is not None and plan.trace else None
+        board = stack.enter_context(Switchboard(trainer.timeline).installed())
+        trainer.add_callback(Turns(trainer, plan, board, tracer))
+        trainer.train()
+        trainer.timeline.end()
+        if tracer is not None:
+            tracer.stop()
+        return trainer.timeline.steps

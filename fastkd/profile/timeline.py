@@ -1,0 +1,166 @@
+"""One line of time, cut where a phase begins or ends; every piece belongs to the innermost phase, so nothing is counted
+twice. The wall time of a step is measured beside it, on the host, and is not the sum of the pieces."""
+
+import contextlib
+import ctypes
+import gc
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule, bookkeeping
+MODES = ("warm", "time", "memory", "trace")
+
+
+@dataclass
+class Step:
+    """One training step: seconds and, in a memory step, the highest bytes by phase."""
+
+    way: str
+    mode: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    wall: float = 0.0
+
+
+class HostClock:
+    """Of a CPU: marks are seconds."""
+
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, a, b) -> float:
+        return b - a
+
+    def wait(self) -> None:
+        pass
+
+
+class DeviceClock:
+    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step."""
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, a, b) -> float:
+        return 1e-3 * a.elapsed_time(b)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+class HostMemory:
+    """The kernel's high-water mark of this process (Linux); elsewhere peaks are not known."""
+
+    def start_step(self) -> None:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def peak_and_reset(self) -> int | None:
+        try:
+            status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+class DeviceMemory:
+    """What torch's allocator handed out; waiting is fine here, memory steps are not timed."""
+
+    def start_step(self) -> None:
+        torch.cuda.synchronize()
+
+    def peak_and_reset(self) -> int:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+class Timeline:
+    """`begin_step(way, mode)`, then phases, then `begin_step` again or `end`. `steps` are the finished ones."""
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self.clock = DeviceClock() if on_gpu else HostClock()
+        self.memory = DeviceMemory() if on_gpu else HostMemory()
+        self.nvtx, self.thread = on_gpu, threading.get_ident()
+        self.steps: list[Step] = []
+        self.step: Step | None = None
+        self.stack, self.marks, self.ranges = [OUTSIDE], [], []
+
+    @property
+    def now(self) -> str:
+        return self.stack[-1]
+
+    def begin_step(self, way: str, mode: str) -> None:
+        self.end()
+        self.step = Step(way, mode)
+        if mode == "memory":
+            self.memory.start_step()
+            self.memory.peak_and_reset()
+        self.marks = [(OUTSIDE, self.clock.mark())]
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """Closes the step that is open, reading all marks at once."""
+        if self.step is None:
+            return
+        self._cut(OUTSIDE)
+        self.clock.wait()
+        self.step.wall = time.perf_counter() - self.started
+        for (name, a), (_, b) in zip(self.marks, self.marks[1:], strict=False):
+            self.step.seconds[name] = self.step.seconds.get(name, 0.0) + self.clock.seconds(a, b)
+        self.steps.append(self.step)
+        self.step = None
+
+    def _cut(self, name: str) -> None:
+        """From here on time belongs to `name`."""
+        if self.step is None:
+            return
+        if self.step.mode == "memory":
+            peak, before = self.memory.peak_and_reset(), self.marks[-1][0]
+            if peak is not None:
+                self.step.peaks[before] = max(peak, self.step.peaks.get(before, 0))
+        self.marks.append((name, self.clock.mark()))
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        self.stack.append(name)
+        self._cut(name)
+        try:
+            with self._shown(name):
+                yield
+        finally:
+            self.stack.pop()
+            self._cut(self.now)
+
+    def switch(self, before: str, after: str) -> None:
+        """In the middle of phase `before` begins `after`, until that phase ends: the loss's backward becomes the model's.
+        Called from autograd's thread on a GPU; a second call changes nothing."""
+        if self.step is not None and self.now == before:
+            self.stack[-1] = after
+            self._cut(after)
+
+    @contextlib.contextmanager
+    def _shown(self, name: str):
+        """The phase as a range in torch.profiler's trace and in Nsight."""
+        tracing = self.step is not None and self.step.mode == "trace" and threading.get_ident() == self.thread
+        if not tracing:
+            yield
+            return
+        if self.nvtx:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            with torch.profiler.record_function(name):
+                yield
+        finally:
+            if self.nvtx:
+                torch.cuda.nvtx.range_pop()

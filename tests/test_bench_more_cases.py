@@ -1,0 +1,87 @@
+"""The far ends of the curves: oracles in pieces are the reference, names are unique, and running out of memory is a result."""
+
+import dataclasses
+
+import pytest
+import torch
+from fastkd.bench import archive, check, machine, more_cases, run, targets
+from fastkd.bench import case as case_module
+from fastkd.bench.rivals import Absent, Provider
+
+CPU = torch.device("cpu")
+SMALL = {"B": 2, "N": 11, "Ds": 4, "Dt": 6, "H": 2, "L": 11, "d": 4, "R": 2}
+
+
+def test_oracles_in_pieces_are_the_reference(monkeypatch):
+    monkeypatch.setattr(more_cases, "PIECE", 4)  # 11 rows: two whole pieces and a short one
+    found = [case for case in case_module.select(scale=True) if case.oracle]
+    assert {case.stem for case in found} == {"gram", "relation"}
+    for case in {case.stem: case for case in found}.values():
+        small = dataclasses.replace(case, shape={axis: SMALL[axis] for axis in case.shape})
+        inputs = case_module.build(small, CPU)
+        pieces = check.make_oracle(small, inputs)
+        whole = check.make_oracle(dataclasses.replace(small, oracle=None), inputs)
+        torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-12, atol=1e-14)
+        for a, b in zip(pieces.gradients, whole.gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_curves_reach_far_and_only_when_asked():
+    usual, far = list(case_module.select()), list(case_module.select(scale=True))
+    assert all(case.sweep for case in far)
+    ends: dict = {}
+    for case in far:
+        key = (case.stem, case.sweep)
+        ends[key] = max(case.shape[case.sweep], ends.get(key, 0))
+    asked = {("gram", "N"): 16384, ("relation", "L"): 16384, ("divergence", "V"): 262144, ("layer_cost", "N"): 48,
+             ("linear_divergence", "V"): 262144, ("contrast", "K"): 1048576}  # fmt: skip
+    assert asked.items() <= ends.items()
+    assert {(stem, axis) for stem, axis in ends if axis == "B"} >= {("gram", "B"), ("relation", "B"), ("contrast", "B")}
+    assert not any(case.shape.get(case.sweep, 0) > 8000 and case.stem in ("gram", "relation") for case in usual)
+
+
+def test_names_are_unique_over_all_tables():
+    """A curve's point with the name of a case of the table would replace it in the CSV."""
+    for stem in case_module.REGISTRY:
+        tables = [case_module.REGISTRY, case_module.ON_GPU, case_module.SCALE]
+        names = [case.name for table in tables if stem in table for case in table[stem]()]
+        assert len(names) == len(set(names)), sorted(names)
+
+
+def test_every_target_reads_a_case_that_exists():
+    there = {f"{case.stem} {case.name}" for case in case_module.select(gpu=True)}
+    names = {
+        value
+        for value in vars(targets).values()
+        if isinstance(value, str) and value.split(" ")[0] in case_module.REGISTRY
+    }
+    assert len(names) == 20 and not names - there, names - there
+
+
+def hungry(x):
+    torch.empty(2 << 30, dtype=torch.uint8)
+    return x["student"].sum()
+
+
+def test_running_out_of_memory_is_a_result():
+    case = dataclasses.replace(next(iter(case_module.select(["divergence"]))), shape={"N": 3, "V": 7})
+    inputs = case_module.build(case, CPU)
+    ours = Provider("fastkd", lambda x: case.ours(x, "reference"), served_by="reference")
+    passed, absent, refused = run.checked(case, [ours, Provider("eager", hungry)], inputs, memory=1.0)
+    assert refused == "" and [provider.name for provider in passed] == ["fastkd"]
+    assert absent == [Absent("eager", "out of memory at 1 GiB beyond its inputs")]
+    assert absent[0].reason.startswith(archive.OOM)
+    torch.empty(2 << 30, dtype=torch.uint8)  # the limit is gone again
+
+
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, out):
+    assert machine.ran_out(error) == out

@@ -1,0 +1,59 @@
+"""On a GPU, every stem in every kernel: no waiting for the device, captured and replayed bitwise, twice the same."""
+
+import pytest
+import torch
+from fastkd.bench import case as case_module
+from fastkd.bench import check, small
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+def kernels():
+    """Nothing is imported or built at collection on a machine without a GPU."""
+    if not torch.cuda.is_available():
+        return [pytest.param(None, "", id="no GPU")]
+    found = []
+    for case in small.small_cases():
+        inputs = case_module.build(case, GPU)
+        for provider in small.implementations(case, inputs):
+            if provider.served_by in ("triton", "cuda"):
+                found.append(pytest.param(case, provider, id=f"{case.stem}-{case.name}-{provider.served_by}"))
+    return found or [pytest.param(None, "", id="no kernels")]
+
+
+def run(provider, inputs):
+    loss, gradients = check.loss_and_gradients(provider.call, inputs)
+    return [loss, *gradients]
+
+
+@pytest.mark.parametrize(("case", "provider"), kernels())
+def test_never_waits_for_the_device(case, provider):
+    assert case is not None, "no kernel of any stem runs on this GPU: is the library built, is triton installed?"
+    inputs = case_module.build(case, GPU)
+    run(provider, inputs)  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(provider, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("case", "provider"), kernels())
+def test_in_a_cuda_graph_and_twice_the_same(case, provider):
+    inputs = case_module.build(case, GPU)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(provider, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(provider, inputs)
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, run(provider, inputs), strict=True):
+        assert torch.equal(a, b)

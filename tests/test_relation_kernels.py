@@ -1,0 +1,326 @@
+"""relation's kernels against the float64 reference: masks, causality, pairs, both ways of making the gradient, sabotage,
+repetition, instruction sets and torch.compile."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases import gradients, randn, relative_error
+from fastkd import backends, functional
+from fastkd.ops.relation import KERNELS, WHOLE
+
+on_every_kernel = pytest.mark.parametrize("backend", list(KERNELS))
+CASES = ["self", "causal self", "pair", "causal pair", "pair against self", "self against pair"]
+
+
+def states(seed, B, H, L, ds, dt, dtype=torch.float32):
+    """x and y of the student, of the teacher."""
+    return [randn(B, H, L, d, seed=seed + k).to(dtype) for k, d in enumerate((ds, ds, dt, dt))]
+
+
+def sides(case, xs, ys, xt, yt):
+    student, teacher = {
+        "pair": ((xs, ys), (xt, yt)),
+        "self": (xs, xt),
+        "pair against self": ((xs, ys), xt),
+        "self against pair": (xs, (xt, yt)),
+    }[case.removeprefix("causal ")]
+    return student, teacher
+
+
+def run(case, tensors, backend, mask=None, constant=False, **options):
+    """Rows and the gradients of xs and ys (zeros where the case has no ys), under a random or a constant upstream."""
+    _, _, xt, yt = tensors
+
+    def call(xs, ys):
+        student, teacher = sides(case, xs, ys, xt, yt)
+        rows = functional.relation_kl_loss(
+            [student], [teacher], mask=mask, causal="causal" in case, reduction="none", backend=backend, **options
+        )[0]
+        return (rows.sum() if constant else rows) + 0 * ys.double().nan_to_num(0, 0, 0).sum()
+
+    return gradients(call, *tensors[:2])
+
+
+def errors(case, tensors, backend, **options):
+    value, grads = run(case, tensors, backend, **options)
+    true_value, true_grads = run(case, [x.double() for x in tensors], "reference", **options)
+    return relative_error(value, true_value), max(map(relative_error, grads, true_grads))
+
+
+def some_masked(B, L):
+    """Left padding, right padding, holes, one token, nothing left."""
+    token = torch.arange(L)
+    rows = [token >= L // 3, token < L - L // 4, token % 3 > 0, token == L // 2, token < 0]
+    return torch.stack([rows[b % len(rows)] for b in range(B)])
+
+
+@on_every_kernel
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_every_case(case, masked, constant, backend):
+    for B, H, L, ds, dt in ((5, 3, 70, 16, 24), (5, 1, 1, 3, 2), (5, 2, 33, 64, 7)):
+        mask = some_masked(B, L) if masked else None
+        loss_error, grad_error = errors(case, states(1, B, H, L, ds, dt), backend, mask=mask, constant=constant)
+        assert loss_error <= 1e-6 and grad_error <= 1e-5
+
+
+@on_every_kernel
+@pytest.mark.parametrize("heads", [1, 17])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", ["self", "causal self", "pair", "causal pair"])
+def test_beyond_what_fits_in_scratch(case, masked, heads, backend):
+    """On both sides of the border, where threads share a head and where each has its own."""
+    for L in (WHOLE, WHOLE + 77):
+        mask = some_masked(3, L)[[0, 2]] if masked else None
+        tensors = states(2, 2 if masked else 1, heads, L, 4, 6)
+        loss_error, grad_error = errors(case, tensors, backend, mask=mask)
+        assert loss_error <= 1e-6 and grad_error <= 1e-5
+
+
+@on_every_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [96, WHOLE + 1])
+@pytest.mark.parametrize("case", ["self", "causal pair"])
+def test_half_precision_is_no_worse_than_eager(case, length, dtype, backend):
+    """RMS over seeds against idiomatic PyTorch in the same dtype: loss 1.0x, gradient 1.25x and one rounding."""
+    ours, eagers = [], []
+    for seed in range(8):
+        tensors = states(10 * seed, 1, 2, length, 32, 32, dtype)
+        true_value, true_grads = run(case, [x.double() for x in tensors], "reference")
+        for found, call in ((ours, lambda t: run(case, t, backend)), (eagers, lambda t: eager(case, t))):
+            value, grads = call(tensors)
+            found.append((relative_error(value, true_value), max(map(relative_error, grads, true_grads))))
+    ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
+    assert ours[0] <= eagers[0] + 1e-6 and ours[1] <= 1.25 * eagers[1] + torch.finfo(dtype).eps / 2
+    assert (ours <= 1e-2).all()
+
+
+def eager(case, tensors):
+    """As people write it, in the dtype of the states."""
+    _, _, xt, yt = tensors
+
+    def call(xs, ys):
+        logs = []
+        for x, y in ((xs, xs if case == "self" else ys), (xt, xt if case == "self" else yt)):
+            scores = x @ y.mT * x.shape[-1] ** -0.5
+            if "causal" in case:
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+            logs.append(F.log_softmax(scores, -1))
+        rows = F.kl_div(*(x.nan_to_num(neginf=-1e4) for x in logs), log_target=True, reduction="none").sum(-1)
+        return rows.float() + 0 * ys.double().sum()
+
+    return gradients(call, *tensors[:2])
+
+
+@on_every_kernel
+@pytest.mark.parametrize("case", ["self", "causal pair"])
+def test_near_convergence(case, backend):
+    """student = teacher + 1e-3: what float32 scores can say, and no less than the reference says in float32."""
+    for length in (100, WHOLE + 20):
+        tensors = states(3, 2, 2, length, 16, 16)
+        tensors[:2] = [(t.double() + 1e-3 * randn(*t.shape, seed=8)).float() for t in tensors[2:]]
+        oracle = run(case, [x.double() for x in tensors], "reference")
+        ours, theirs = (
+            (relative_error(value, oracle[0]), max(map(relative_error, grads, oracle[1])))
+            for value, grads in (run(case, tensors, backend), run(case, tensors, "reference"))
+        )
+        assert ours[0] <= max(1e-5, 1.5 * theirs[0]) and ours[1] <= 1.5 * theirs[1]
+        assert ours[1] <= 2e-3
+
+
+@on_every_kernel
+def test_a_student_equal_to_its_teacher(backend):
+    for length in (50, WHOLE + 10):
+        for case in CASES[:4]:
+            tensors = states(4, 2, 2, length, 8, 8)
+            tensors[:2] = tensors[2:]
+            value, grads = run(case, tensors, backend)
+            assert (value == 0).all() and all((g == 0).all() for g in grads)
+
+
+@on_every_kernel
+@pytest.mark.parametrize("length", [40, WHOLE + 10])
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
+def test_what_padding_holds_does_not_matter(garbage, length, backend):
+    tensors, mask = states(5, 5, 2, length, 8, 8), some_masked(5, length)
+    dirty = [x.masked_fill(~mask[:, None, :, None], garbage) for x in tensors]
+    for case in ("self", "causal pair"):
+        value, grads = run(case, tensors, backend, mask=mask)
+        other, other_grads = run(case, dirty, backend, mask=mask)
+        assert torch.equal(value, other) and all(map(torch.equal, grads, other_grads))
+        assert (value[~mask[:, None].expand_as(value)] == 0).all()
+
+
+@on_every_kernel
+def test_a_nan_poisons_only_its_own_head(backend):
+    for length in (40, WHOLE + 10):
+        tensors = states(6, 2, 2, length, 8, 8)
+        clean, (grad, _) = run("self", tensors, backend)
+        tensors[0][1, 0, 3, 2] = float("nan")
+        value, (other, _) = run("self", tensors, backend)
+        assert value[1, 0].isnan().all() and other[1, 0].isnan().any()
+        for b, h in ((0, 0), (0, 1), (1, 1)):
+            assert torch.equal(value[b, h], clean[b, h]) and torch.equal(other[b, h], grad[b, h])
+
+
+@on_every_kernel
+def test_extreme_scores(backend):
+    """Up to ±1e4: what overflows or loses its digits in a careless softmax."""
+    for length in (40, WHOLE + 10):
+        tensors = [60 * x for x in states(7, 1, 2, length, 3, 3)]
+        value, (grad, _) = run("self", tensors, backend)
+        oracle, (true_grad, _) = run("self", [x.double() for x in tensors], "reference")
+        reference, (reference_grad, _) = run("self", tensors, "reference")
+        assert relative_error(value, oracle) <= 1.5 * relative_error(reference, oracle) + 1e-6
+        assert relative_error(grad, true_grad) <= 1.5 * relative_error(reference_grad, true_grad) + 1e-5
+
+
+@on_every_kernel
+@pytest.mark.parametrize("case", ["self", "causal pair"])
+def test_strided_and_mixed(case, backend):
+    """Heads as they come out of [B, L, H·d], and a bfloat16 teacher beside a float32 student."""
+    tensors = states(8, 3, 4, 37, 8, 12)
+    tensors[2:] = [x.bfloat16() for x in tensors[2:]]
+    flat = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    assert not flat[0].is_contiguous()
+    value, grads = run(case, tensors, backend)
+    _, _, xt, yt = flat
+    xs, ys = (x.requires_grad_() for x in flat[:2])
+    student, teacher = sides(case, xs, ys, xt, yt)
+    rows = functional.relation_kl_loss(
+        [student], [teacher], causal="causal" in case, reduction="none", backend=backend
+    )[0]
+    found = torch.autograd.grad(rows, (xs, ys), randn(*rows.shape, seed=7).to(rows) + 1.5, allow_unused=True)
+    assert torch.equal(rows, value) and torch.equal(found[0], grads[0])
+    loss_error, grad_error = errors(case, tensors, backend)
+    assert loss_error <= 1e-6 and grad_error <= 1e-5
+
+
+@on_every_kernel
+@pytest.mark.parametrize("length", [50, WHOLE + 10])
+def test_any_number_of_threads_gives_the_same_bits(length, backend):
+    found = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        value, grads = run("pair", states(9, 2, 2, length, 8, 8), backend)
+        found.append((value, *grads))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@on_every_kernel
+@pytest.mark.parametrize("length", [50, WHOLE + 10])
+def test_two_backwards_and_two_results_at_once(length, backend):
+    tensors = states(10, 2, 2, length, 8, 8)
+    before = [x.clone() for x in tensors]
+    leaf = tensors[0].clone().requires_grad_()
+    rows = functional.relation_kl_loss([leaf], [tensors[2]], reduction="none", backend=backend)
+    kept = rows.detach().clone()
+    (grad,) = torch.autograd.grad(rows.sum(), leaf, retain_graph=True)
+    first = grad.clone()
+    grad.mul_(3)
+    run("self", states(11, 2, 2, length, 8, 8), backend)
+    (again,) = torch.autograd.grad(rows.sum(), leaf)
+    assert torch.equal(rows, kept) and torch.equal(again, first)
+    assert all(map(torch.equal, tensors, before))
+
+
+def in_the_ordinary_range(backend, constant):
+    for case in ("self", "pair"):
+        loss_error, grad_error = errors(case, states(12, 2, 3, 70, 16, 24), backend, constant=constant)
+        assert loss_error <= 1e-6 and grad_error <= 1e-5
+
+
+MUTANTS = {
+    "zeroed": lambda g: g * 0,
+    "sign flipped": lambda g: -g,
+    "scaled by 1 %": lambda g: g * 1.01,
+    "one tile dropped": lambda g: g.index_fill(2, torch.arange(32, 40, device=g.device), 0) if g.shape[2] > 40 else g,
+    "one head dropped": lambda g: g.index_fill(1, torch.tensor([0], device=g.device), 0),
+}
+
+
+@on_every_kernel
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_no_mutant_survives(mutant, where, constant, backend, monkeypatch):
+    how, whole = MUTANTS[mutant], KERNELS[backend]
+
+    def fwd(*args):
+        rows, *kept = whole.fwd(*args)
+        return how(rows) if where == "loss" else rows, *kept
+
+    def bwd(*args):
+        return tuple(how(x) if where == "gradient" else x for x in whole.bwd(*args))
+
+    in_the_ordinary_range(backend, constant)
+    monkeypatch.setitem(KERNELS, backend, backends.Kernels(fwd, bwd))
+    with pytest.raises(AssertionError):
+        in_the_ordinary_range(backend, constant)
+
+
+@on_every_kernel
+@pytest.mark.parametrize("case", ["self", "causal pair"])
+def test_compiled_equals_eager(case, backend):
+    torch._dynamo.reset()
+
+    def call(xs, ys, xt, yt, mask):
+        student, teacher = sides(case, xs, ys, xt, yt)
+        return functional.relation_kl_loss(
+            [student], [teacher], mask=mask, causal="causal" in case, reduction="none", backend=backend
+        )
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, L in ((3, 17), (4, 23)):
+        xs, ys, xt, yt = states(13, B, 2, L, 8, 12)
+        mask = some_masked(B, L)
+        for f in (call, compiled):
+            leaves = xs.clone().requires_grad_(), ys.clone().requires_grad_()
+            rows = f(*leaves, xt, yt, mask)
+            grads = torch.autograd.grad(rows, leaves, randn(*rows.shape, seed=5).to(rows), allow_unused=True)
+            if f is call:
+                expected = rows, *grads
+        for a, b in zip(expected, (rows, *grads), strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("length", [5, WHOLE + 3])
+def test_opcheck(length):
+    xs, ys, xt, yt = states(14, 2, 3, length, 5, 6)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    for y, other in ((None, None), (ys, yt)):
+        sides = (xs, y, xt, other, mask)
+        torch.library.opcheck(torch.ops.fastkd.relation_fwd, (*sides, True, 0.5, 0.4, True))
+        rows, *kept = torch.ops.fastkd.relation_fwd(*sides, True, 0.5, 0.4, True)
+        torch.library.opcheck(torch.ops.fastkd.relation_bwd, (torch.rand_like(rows), *sides, *kept, True, 0.5, 0.4))
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+def test_without_a_gradient_nothing_is_kept_for_one():
+    xs, _, xt, _ = states(15, 2, 3, 9, 5, 6)
+    _, *kept = KERNELS["cpu"].fwd(xs, None, xt, None, None, False, 0.5, 0.4, False)
+    assert all(x.numel() == 0 for x in kept)
+    assert not functional.relation_kl_loss([xs], [xt], backend="cpu").requires_grad
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.skipif("FASTKD_MAX_ISA" in os.environ, reason="this is the run on a lower instruction set")
+@pytest.mark.parametrize("ceiling", ["plain", "avx2"])
+def test_lower_instruction_sets(ceiling):
+    wanted = "every_case or (fits_in_scratch and 1-cpu and not 17) or equal_to or extreme"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__, "-k", wanted],
+        env=os.environ | {"FASTKD_MAX_ISA": ceiling, "OMP_WAIT_POLICY": "PASSIVE"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
