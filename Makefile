@@ -1,16 +1,18 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
 # make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
+# make profile where the time of a training step goes; make profile METHODS=kd,bert_emd some methods
 # make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+METHODS ?= all
 WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench readme gpu lint build format clean
+.PHONY: test ci demo bench profile readme gpu lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -23,6 +25,11 @@ demo: build $(VENV)/demo
 
 bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
+
+# A whole training step of BERT-base, every method, ours beside the reference and the authors' way; half an hour on two cores.
+profile: build
+	$(BIN)/python -m fastkd profile --from-config bert-base --method $(METHODS) --batch 4 --length 64 --steps 6 --no-trace \
+	    --out bench/results
 
 readme:
 	$(BIN)/python -m fastkd.bench.readme

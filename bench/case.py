@@ -128,7 +128,8 @@ def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=F
         if registered not in REGISTRY:
             raise ValueError(f"stem {registered!r} has no cases; there are {', '.join(REGISTRY)}")
         tables = [REGISTRY, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
-        for case in (case for table in tables if registered in table for case in table[registered]()):
+        found = [case for table in tables if registered in table for case in table[registered]()]
+        for case in sorted(found, key=lambda case: not case.goal) if gpu else found:  # there, time may run out
             wanted = (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype)
             wanted = wanted and (case.quick or not quick) and (bool(case.sweep) or not scale)
             if wanted and name in case.name:

@@ -10,7 +10,7 @@ OVERVIEW_RIVALS = ("eager", "compile", "authors")
 MOST_PER_STEM = 3
 STEM_COLOURS = {
     "divergence": "#0b7a5c", "linear_divergence": "#334e68", "gram": "#e08a1e", "relation": "#8b5aa8",
-    "layer_cost": "#b8433a", "transport": "#5aa6c4", "contrast": "#a3a12f",
+    "layer_cost": "#b8433a", "contrast": "#a3a12f",
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def overview(rows: Sequence[dict], path: pathlib.Path) -> bool:
     if not chosen:
         return False
     size = (10, 1.2 + 0.33 * len(chosen))
-    figure, (axes, numbers) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(5, 1.5), sharey=True)
+    figure, (axes, numbers) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(5, 1.7), sharey=True)
     axes.set_xscale("log")
     ends = [1.0]
     for y, (_, _, found) in zip(range(len(chosen), 0, -1), chosen, strict=True):
@@ -84,10 +84,11 @@ def dots(axes, y: float, found: dict[str, dict]) -> list[float]:
 
 
 def roofline(rows: Sequence[dict], path: pathlib.Path) -> bool:
-    """FLOPs per second against FLOPs per byte, both of the work that nobody can avoid; the roofs as measured."""
+    """FLOPs per second against FLOPs per byte, both of the work that nobody can avoid; the roofs as measured. Without
+    transport, whose pivots depend on the numbers."""
     import matplotlib.pyplot as plt
 
-    points = [row for row in plots.headline(rows) if row.get("flops") and float(row["flops"]) > 0]
+    points = [row for row in plots.headline(rows) if row.get("flops") and row["stem"] != "transport"]
     pairs = {}
     for row in points:
         if row["provider"] in ("fastkd", "eager"):
@@ -139,7 +140,7 @@ def draw_roofs(axes, points: Sequence[dict], left: float, right: float) -> list:
         label = f"{name} {rate:,.0f} GB/s"
         lines += axes.plot([left, end], [left * rate, end * rate], style, color=plots.INK, linewidth=1.3, label=label)
     for (dtype, rate), style in zip(
-        sorted(gemms.items(), key=lambda pair: pair[1]), ("-.", ":", "-", "--"), strict=False
+        sorted(gemms.items(), key=lambda pair: pair[1]), ("-.", ":", (0, (6, 1)), "-"), strict=False
     ):
         label = f"{plots.DTYPES[dtype]} GEMM {rate:,.0f} GFLOP/s"
         start = rate / rates[-1][0]

@@ -5,6 +5,7 @@ fastkd bench divergence --quick        a few small cases, printed only
 fastkd bench gram --kind fcd --dtype bfloat16 --mode both --no-publish
 fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512, or a YAML file
 fastkd bench --compare A.json B.json   what got slower, by ratios measured within each run; 1 if anything did
+fastkd bench gram --against main       the same cases at another commit, built in a worktree, then compared
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from fastkd.bench import archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
+from fastkd.bench import against, archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
 from fastkd.bench import more_cases as _far_ends  # noqa: F401
@@ -111,7 +112,8 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     for task in plain:  # warm-up: compilation and allocator
         timer.sample(task, 1)
     memory = {task.provider: measure.peak_memory(task, settings.device) for task in plain}
-    launches = {task.provider: measure.count_launches(task, settings.device) for task in plain}
+    counted = [task for task in plain if task.provider in ("fastkd", "eager") and launch == "plain"]
+    launches = {task.provider: measure.count_launches(task, settings.device) for task in counted}
     timings = measure.interleave(tasks, timer, settings.rounds, settings.budget)
     seconds, bound = roofs.floor_of(case, mode)
     own, moved = timings.get("fastkd"), case.bytes.of(mode)
@@ -131,7 +133,7 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
             "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / t.median,
             "gemms_ms": 1e3 * gemms[mode] if gemms.get(mode) else None,
             "flops": case.flops.of(mode), "bytes": moved, "copy_gb_s": roofs.copy_rate(moved) / 1e9,
-            "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9, "launches": launches[provider.name],
+            "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9, "launches": launches.get(provider.name),
             "peak_extra_mib": None if peak is None else peak / 2**20, "memory_method": method,
         })  # fmt: skip
     return columns, absent
@@ -222,14 +224,26 @@ def parser() -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
     add("--rounds", type=int, default=0, help="interleaved rounds (30, quick 10)")
     add("--budget", type=float, default=0.0, help="seconds for the rounds of one mode (20, quick 3)")
-    add("--memory", type=float, default=0.0, help="CPU: GiB that a call may add before it counts as out of memory")
+    add(
+        "--memory",
+        type=float,
+        default=0.0,
+        help="CPU: GiB a call may add; more is out of memory (--scale: half of what is free)",
+    )
     add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
     add("--no-publish", action="store_true", help="print only")
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
     add("--list", action="store_true", help="name the cases and stop")
     add("--compare", nargs=2, type=pathlib.Path, metavar=("BEFORE", "AFTER"), help="two .json, .csv or result folders")
-    add("--tolerance", type=float, default=0.05, help="--compare: a smaller loss is none (0.05)")
+    add("--against", default="", metavar="REF", help="measure the same at another commit too, then compare")
+    add("--tolerance", type=float, default=0.05, help="of a comparison: a smaller loss is none (0.05)")
     return result
+
+
+def half_of_memory() -> float:
+    """GiB: on a CPU the system kills what asks for more than there is, instead of saying no."""
+    available = machine.available_bytes(torch.device("cpu"))
+    return 0.0 if available is None else max(1.0, available // 2**31)
 
 
 def default_folder() -> pathlib.Path:
@@ -265,7 +279,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         device, modes=(arguments.mode,) if arguments.mode else (),
         rounds=arguments.rounds or (10 if arguments.quick else 30),
-        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold, memory=arguments.memory,
+        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold,
+        memory=arguments.memory or (half_of_memory() if arguments.scale and device.type == "cpu" else 0.0),
         rivals=tuple(filter(None, arguments.rivals.split(","))), backends=tuple(arguments.backends.split(",")),
     )  # fmt: skip
     publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
@@ -282,7 +297,10 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
     ))  # fmt: skip
     failed, busy, stems, absent = [], [], [], []
     for case in chosen:
-        outcome = bench_case(case, settings, roofs, facts)
+        try:
+            outcome = bench_case(case, settings, roofs, facts)
+        except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
+            outcome = Outcome(refused=problem_of(error, settings.memory))
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
         absent += [(case.stem, rival.name, rival.reason) for rival in outcome.absent]
@@ -310,10 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.compare:
             return compare.compare(*arguments.compare, arguments.tolerance)
+        if arguments.against:
+            return against.against(arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance)
         if chosen_cases(arguments) and not arguments.list:  # mistakes are named before the process starts again
             machine.passive_threads(sys.orig_argv[1:])
         return run(arguments)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("against: "):
+            raise
         print(f"fastkd bench: {error}", file=sys.stderr)
         return 2
 

@@ -2,6 +2,8 @@
 // csrc/cuda/<stem>.cu.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // The sum of each row: the smallest op that walks the whole path from Python to a vector unit and back.
   m.def("probe(Tensor x) -> Tensor");
@@ -15,6 +17,14 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "transport_emulated(Tensor cost, Tensor a, Tensor b, Tensor? start_flow, Tensor? start_v) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
+
+  // Kinds of cost [P, N, M] between N and M layers of weights a [P, N], b [P, M]: their transport as above, and in the
+  // same launch the weights that follow from it (float64).
+  for (const char* name : {"cost_attention", "cost_attention_emulated"})
+    m.def((std::string(name) +
+           "(Tensor cost, Tensor a, Tensor b, bool inverse_cost, float temperature, bool product_of_sums, bool joint, "
+           "bool double_softmax) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+              .c_str());
 
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
   m.def("divergence_fwd(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix) -> (Tensor, Tensor)");
@@ -91,10 +101,10 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
 
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
-  // gradients of xs and ys for upstream 1, without rows where the backward makes the scores again.
+  // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).
   m.def(
       "relation_fwd(Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, bool causal, float scale_s, "
-      "float scale_t, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale_t, bool in_forward) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "relation_bwd(Tensor grad, Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, Tensor stats, "
       "Tensor unit_x, Tensor unit_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");

@@ -2,6 +2,13 @@
 #pragma once
 #include <cstdint>
 
+// What the weights of layers become after the transport between them, see csrc/transport_attention.h.
+struct CostAttention {
+  double *rows, *columns;  // [P, n], [P, m], or null: not wanted
+  double temperature;
+  bool inverse_cost, product_of_sums, joint, double_softmax;
+};
+
 struct TransportBatch {
   const void *cost, *a, *b;  // [P, n, m], [P, n], [P, m], contiguous, all double or all float
   const double* start_flow;  // to start from: a flow of a similar problem [P, n, m], or null
@@ -9,9 +16,10 @@ struct TransportBatch {
   double *flow, *u, *v;      // [P, n, m], [P, n], [P, m]
   int32_t *status, *pivots;  // [P]; pivots may be null
   int n, m;
+  CostAttention attention;
 };
 
-struct TransportTable {  // solve the problems begin … end - 1
+struct TransportTable {  // solve the problems begin … end - 1; then, of all that there are, move the weights
   void (*doubles)(const TransportBatch& batch, int64_t begin, int64_t end);
   void (*floats)(const TransportBatch& batch, int64_t begin, int64_t end);
 };

@@ -25,10 +25,10 @@ inline Tensor hint(const char* expected, const std::optional<Tensor>& x, int64_t
   return torch::stable::contiguous(*x);
 }
 
-// run(batch, problems, in_doubles) solves them all.
+// run(batch, problems, in_doubles) solves them all. `attention`: where to leave the weights' move, if that is wanted.
 template <class Run>
 Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_flow,
-             const std::optional<Tensor>& start_v, Run run) {
+             const std::optional<Tensor>& start_v, Run run, const CostAttention& attention = {}) {
   const ScalarType type = cost.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "cost: expected float64 or float32");
   STD_TORCH_CHECK(a.scalar_type() == type && b.scalar_type() == type, "a, b: expected the dtype of cost");
@@ -53,8 +53,25 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
   batch.u = u.mutable_data_ptr<double>(), batch.v = v.mutable_data_ptr<double>();
   batch.status = status.mutable_data_ptr<int32_t>();
   batch.n = int(n), batch.m = int(m);
+  batch.attention = attention;
   if (problems > 0) run(batch, problems, type == ScalarType::Double);
   return {flow, u, v, status};
+}
+
+using Moved =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // a plan, and the weights of rows and columns
+
+// solve(attention): the plan of all problems in one run.
+template <class Solve>
+Moved moved_by(const Tensor& a, const Tensor& b, bool inverse_cost, double temperature, bool product_of_sums,
+               bool joint, bool double_softmax, Solve solve) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "expected a [P, N], b [P, M]");
+  Tensor rows = torch::stable::new_empty(a, {a.size(0), a.size(1)}, ScalarType::Double);
+  Tensor columns = torch::stable::new_empty(b, {b.size(0), b.size(1)}, ScalarType::Double);
+  const auto [flow, u, v, status] =
+      solve(CostAttention{rows.mutable_data_ptr<double>(), columns.mutable_data_ptr<double>(), temperature,
+                          inverse_cost, product_of_sums, joint, double_softmax});
+  return {flow, u, v, status, rows, columns};
 }
 
 }  // namespace transport

@@ -18,10 +18,10 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
     "gram": ("cpu",),
-    "relation": ("cpu",),
+    "relation": ("cpu", "triton"),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
-    "contrast": ("cpu",),
+    "contrast": ("cpu", "triton"),
     "divergence": ("cpu", "triton"),
     "linear_divergence": ("cpu", "triton"),
 }

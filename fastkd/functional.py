@@ -15,9 +15,10 @@ from fastkd.ops import divergence as divergence_op
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops import transport as transport_op
 from fastkd.ops.divergence import TopK
-from fastkd.ops.transport import TransportPlan
+from fastkd.ops.transport import CostAttention, TransportPlan
 
 __all__ = [
+    "CostAttention",
     "TopK",
     "TransportPlan",
     "attention_costs",
@@ -31,6 +32,7 @@ __all__ = [
     "relation_kl_loss",
     "sample_negatives",
     "transport",
+    "transport_with_cost_attention",
     "update_bank",
 ]
 
@@ -234,6 +236,22 @@ def transport(
     plan = transport_op.transport(cost, a, b, warm_start, backend)
     checks.solved(plan.status, cost, a, b)
     return plan
+
+
+def transport_with_cost_attention(
+    cost: Tensor, a: Tensor, b: Tensor, attention: CostAttention | None = None, *, backend: str = "auto"
+) -> tuple[TransportPlan, Tensor, Tensor]:
+    """`transport` of P kinds of cost [P, N, M] between N and M layers, and in the same launch the weights that a [P, N] and
+    b [P, M] move to (BERT-EMD): the cheaper a layer is to match, the heavier. `attention` says by which rule.
+    """
+    checks.tensor("cost", cost, "[P, N, M]")
+    for name, x, shape in (("a", a, cost.shape[:2]), ("b", b, cost.shape[::2])):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected one weight per layer, {list(shape)}, got {list(x.shape)}")
+    checks.same_device(cost=cost, a=a, b=b)
+    plan, new_a, new_b = transport_op.transport_and_weights(cost, a, b, attention or CostAttention(), backend)
+    checks.solved(plan.status, cost, a, b)
+    return plan, new_a, new_b
 
 
 def info_nce_loss(

@@ -1,9 +1,10 @@
 """JSON beside the CSV, and `fastkd bench --compare`: what counts as a regression, and what cannot be compared."""
 
 import json
+from pathlib import Path
 
 import pytest
-from fastkd.bench import archive, compare, report, run
+from fastkd.bench import against, archive, compare, machine, report, run
 
 from bench_rows import rows_of, written
 
@@ -79,3 +80,46 @@ def test_json_says_what_the_csv_says_with_types(tmp_path):
 def test_missing_rivals_are_named_once_with_their_stems():
     absent = [("gram", "liger", "no"), ("gram", "liger", "no"), ("relation", "liger", "no"), ("gram", "pot", "other")]
     assert archive.summary(absent) == ["liger (gram, relation): no", "pot (gram): other"]
+
+
+# Against another commit -------------------------------------------------------------------------------------------
+
+
+class Shell:
+    """Instead of git, the build and the bench: notes what was called where, and publishes what each side would have."""
+
+    def __init__(self, before=10.0, after=10.0, failing="never"):
+        self.calls, self.eager, self.failing = [], [before, after], failing
+
+    def __call__(self, command, folder):
+        self.calls.append((command, folder))
+        if self.failing in command:
+            return 1
+        if "--out" in command:
+            out = Path(command[command.index("--out") + 1]) / "box"
+            written(out, rows_of(eager=self.eager[0 if out.parent.name == "before" else 1]))
+        return 0
+
+
+@pytest.mark.skipif(not machine.git("rev-parse", "HEAD"), reason="not a git checkout")
+@pytest.mark.parametrize(("after", "code"), [(10.0, 0), (8.0, 1)])
+def test_another_commit_is_built_measured_and_taken_away_again(after, code, capsys):
+    shell = Shell(after=after)
+    argv = ["gram", "--against", "HEAD", "--mode", "both", "--out=x"]
+    assert against.against("HEAD", argv, 0.05, shell) == code
+    (add, _), (build, there), (before, where), (remove, _), (bench, here) = shell.calls
+    assert add[:3] == ["git", "worktree", "add"] and add[-1] == machine.git("rev-parse", "HEAD")
+    assert build[-2:] == ["build_ext", "--inplace"] and there == where != here == machine.ROOT
+    assert remove[:4] == ["git", "worktree", "remove", "--force"] and not there.exists()
+    assert before[3:6] == bench[3:6] == ["gram", "--mode", "both"]
+
+
+@pytest.mark.skipif(not machine.git("rev-parse", "HEAD"), reason="not a git checkout")
+def test_a_side_that_fails_is_named(capsys):
+    with pytest.raises(RuntimeError, match="against: HEAD does not build here"):
+        against.against("HEAD", [], 0.05, shell := Shell(failing="build_ext"))
+    assert shell.calls[-1][0][:3] == ["git", "worktree", "remove"]  # cleaned up all the same
+    assert against.against("HEAD", [], 0.05, Shell(failing="--out")) == 2
+    assert "published nothing" in capsys.readouterr().out
+    assert run.main(["--against", "no-such-branch"]) == 2
+    assert "'no-such-branch' names no commit" in capsys.readouterr().err

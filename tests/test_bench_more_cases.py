@@ -85,3 +85,36 @@ def test_running_out_of_memory_is_a_result():
 )
 def test_what_counts_as_out_of_memory(error, out):
     assert machine.ran_out(error) == out
+
+
+def test_on_a_gpu_the_targets_come_first():
+    """make gpu stops a stem's bench when its seconds are over."""
+    for stem in case_module.REGISTRY:
+        goals = [bool(case.goal) for case in case_module.select([stem], gpu=True)]
+        assert goals == sorted(goals, reverse=True) and (goals[0] or stem == "transport")
+
+
+def test_on_a_cpu_the_curves_have_a_limit_and_other_cases_none(monkeypatch):
+    seen = []
+    monkeypatch.setattr(machine, "load_before", lambda: 0.0)
+    monkeypatch.setattr(run, "run_cases", lambda chosen, settings, *_: seen.append(settings.memory) or 0)
+    for flags in (["--scale"], [], ["--scale", "--memory", "3"]):
+        assert run.run(run.parser().parse_args(["gram", "--device", "cpu", *flags])) == 0
+    assert seen[0] >= 1 and seen[1:] == [0.0, 3.0]
+
+
+def test_a_case_that_dies_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
+    def bench(case, *_):
+        if case.name.startswith("reverse"):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return run.Outcome(absent=[Absent("eager", "not today")])
+
+    monkeypatch.setattr(run, "bench_case", bench)
+    monkeypatch.setattr(
+        run, "Roofs", lambda *_: type("R", (), {"copy_rate": lambda s, x: 1.0, "gemm_rate": lambda s, d: 1.0})()
+    )
+    chosen = [case for case in case_module.select(["divergence"]) if case.kind in ("reverse_kl", "jsd")]
+    assert run.run_cases(chosen, run.Settings(CPU), {}, tmp_path, False) == 1
+    out = capsys.readouterr().out
+    assert "reverse_kl-512x30522-float32: no speed is shown, the check failed: out of memory" in out
+    assert "eager (divergence): not today" in out

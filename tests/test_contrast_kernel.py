@@ -1,5 +1,9 @@
 """The C++ kernels of contrast: against the reference in float64, at sizes, dtypes and inputs where kernels go wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,3 +260,29 @@ MUTANTS = {
 def test_no_mutant_survives(mode, mutant):
     with pytest.raises(AssertionError):
         check(mode, problem(7, 129, 33)[:4], wrong=MUTANTS[mutant])
+
+
+MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(2)
+import fastkd
+rows = int(sys.argv[1])
+query = torch.nn.functional.normalize(torch.randn(32, 64), dim=1)
+bank = torch.full((rows, 64), 0.1, dtype=torch.{dtype})
+def step(bank):
+    leaf = query.clone().requires_grad_()
+    torch.autograd.grad(fastkd.info_nce_loss(leaf, query, bank), leaf)
+step(bank[:4096])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(bank)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_does_not_grow_with_the_bank(dtype):
+    """A million rows against 32 queries: the scores alone would be 128 MiB. Peak resident size, in a fresh process."""
+    for rows in (1 << 17, 1 << 20):
+        command = [sys.executable, "-c", MEMORY.format(dtype=dtype), str(rows)]
+        out = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+        assert int(out.stdout) < 4096, f"{out.stdout} KiB at K = {rows}"

@@ -90,6 +90,145 @@ def test_out_of_range_index_is_nan_and_no_fault():
     assert loss.isnan().tolist() == [False, True, False, True]
 
 
+def every_relation(x, y, t, u, mask):
+    """(rows, gradients) of self-relations and pairs, causal or not, with padding and without."""
+    for causal in (False, True):
+        for of_which in (None, mask):
+            leaves = [v.detach().requires_grad_() for v in (x, y)]
+            rows = fastkd.relation_kl_loss(
+                [leaves[0], tuple(leaves)],
+                [t, (t, u)],
+                mask=of_which,
+                causal=causal,
+                reduction="none",
+                backend="triton",
+            )
+            yield rows.detach()
+            yield from torch.autograd.grad(rows.sum(), leaves)
+
+
+def relation_states(seed, dtype=torch.bfloat16):
+    states = [randn(3, 4, 200, 64, seed=seed + i).to("cuda", dtype) for i in range(4)]
+    return *states, torch.arange(200, device="cuda") < torch.tensor([[200], [130], [7]], device="cuda")
+
+
+def test_relation_never_waits_for_the_device():
+    states = relation_states(0)
+    list(every_relation(*states))  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(every_relation(*states))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_relation_in_a_cuda_graph_and_the_same_twice():
+    states = relation_states(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        list(every_relation(*states))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = list(every_relation(*states))
+    for x, other in zip(states[:4], relation_states(10), strict=False):
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, every_relation(*states), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_relation_at_size(dtype):
+    """Against float64 on a few heads of many."""
+    x, t = (torch.randn(16, 12, 1000, 64, device="cuda", dtype=dtype) for _ in range(2))
+    x.requires_grad_()
+    rows = fastkd.relation_kl_loss([x], [t], reduction="none", backend="triton")[0]
+    (grad,) = torch.autograd.grad(rows.sum(), x)
+    few = x.detach()[-1:].double().requires_grad_()
+    true_rows = fastkd.relation_kl_loss([few], [t[-1:].double()], reduction="none", backend="reference")[0]
+    (true_grad,) = torch.autograd.grad(true_rows.sum(), few)
+    assert relative_error(rows[-1:], true_rows) < 1e-6
+    assert relative_error(grad[-1:], true_grad) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def contrast_inputs(dtype=torch.bfloat16, seed=0):
+    query, positive = (randn(64, 128, seed=seed + i).cuda() / 11 for i in (1, 2))
+    bank = (randn(5000, 128, seed=seed + 3) / 11).to("cuda", dtype)
+    index = torch.randint(5000, (64, 300), generator=torch.Generator().manual_seed(seed)).cuda()
+    return query.float(), positive.float(), bank, index
+
+
+def every_contrast(query, positive, bank, index):
+    """(loss, gradient) of InfoNCE against a bank, gathered, in the batch, with a trained temperature; and of NCE."""
+    temperature = torch.full((), 0.1, device="cuda", requires_grad=True)
+    leaf = query.detach().requires_grad_()
+    for loss in (
+        fastkd.info_nce_loss(leaf, positive, bank, temperature=temperature),
+        fastkd.info_nce_loss(
+            leaf, positive, bank, index, temperature=0.1, exclude=(index[:, 0], index[:, 0].new_zeros(5000))
+        ),
+        fastkd.info_nce_loss(leaf, positive, None, temperature=0.1),
+        fastkd.nce_loss(leaf, bank, index, n_data=5000, temperature=0.1, z=torch.full((), 900.0, device="cuda")),
+    ):
+        yield loss.detach()
+        yield torch.autograd.grad(loss, leaf)[0]
+
+
+def test_contrast_never_waits_for_the_device():
+    from fastkd import functional
+
+    inputs = contrast_inputs()
+    queue, state = fastkd.NegativeQueue(1000, 128).cuda(), torch.tensor([1, 2], device="cuda")
+    bank, ids = fastkd.MemoryBank(5000, 128).cuda(), inputs[3][:, 0].contiguous()
+
+    def step():
+        list(every_contrast(*inputs))
+        queue(inputs[0], inputs[1], ids)
+        queue.push(inputs[1], ids)
+        bank.update(ids, inputs[0])
+        functional.sample_negatives(ids, 50, state, n_data=5000)
+
+    step()  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_contrast_in_a_cuda_graph():
+    inputs = contrast_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        list(every_contrast(*inputs))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = list(every_contrast(*inputs))
+    for x, other in zip(inputs, contrast_inputs(seed=10), strict=True):
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, every_contrast(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_info_nce_memory_does_not_grow_with_the_bank(dtype):
+    query, positive, _, _ = contrast_inputs()
+    extra = []
+    for rows in (1 << 14, 1 << 20):
+        bank = torch.randn(rows, 128, device="cuda").to(dtype)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        leaf = query.detach().requires_grad_()
+        torch.autograd.grad(fastkd.info_nce_loss(leaf, positive, bank), leaf)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    assert extra[1] <= 2 * extra[0] + (1 << 20) and extra[1] < 64 << 20
+
+
 def every_linear_divergence(student, teacher, mask, labels):
     """(loss, gradients) of both modes: two kinds, with a mask packed and not, hard labels, a sparse teacher."""
     hidden, head = student

@@ -4,8 +4,10 @@ Each stem brings one `Subject`: inputs at a typical and at awkward shapes, a cal
 must not be less accurate than. Everything else here is the same for all.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +82,77 @@ def layer_costs_of_rows(student, teacher, backend):
 LAYER_COST = Subject("layer_cost", "rows", _logits, layer_costs_of_rows, lambda s, t: (s - t).square().mean(-1))
 
 
+def _contrast_inputs(seed, dtype, rows, width, noise=None):
+    """Queries near their positives (student, teacher) on a sphere (3 to 300 wide); the bank is the same for all."""
+    width = min(max(width, 3), 300)
+    teacher = F.normalize(randn(rows, width, seed=seed), dim=1)
+    student = teacher + (0.5 if noise is None else noise) * F.normalize(randn(rows, width, seed=seed + 1), dim=1)
+    return student.to(dtype), teacher.to(dtype)
+
+
+# Made once: Dynamo will not have a generator inside of what it compiles.
+BANK = randn(301, 300, seed=99)
+INDEX = torch.randint(301, (64, 65), generator=torch.Generator().manual_seed(5))
+
+
+def _bank_of(teacher):
+    """[301, D]; a bank is kept in float32 whatever the batch is in."""
+    bank = F.normalize(BANK[:, : teacher.shape[1]], dim=1).float().to(teacher.device)
+    return bank.double() if teacher.dtype == torch.float64 else bank
+
+
+def _index_of(teacher):
+    return INDEX[: teacher.shape[0]].to(teacher.device)
+
+
+def _with_own_rows(teacher):
+    """A bank that begins with the teacher's rows, and an index whose first column is them."""
+    bank, index = _bank_of(teacher), _index_of(teacher) + teacher.shape[0]
+    own = torch.arange(teacher.shape[0], device=teacher.device)
+    return torch.cat([teacher.to(bank.dtype), bank]), torch.cat([own[:, None], index[:, 1:]], 1)
+
+
+def info_nce_of_rows(student, teacher, backend, gathered=False):
+    index = _index_of(teacher) if gathered else None
+    return functional.info_nce_loss(
+        student, teacher, _bank_of(teacher), index, temperature=0.5, reduction="none", backend=backend
+    )
+
+
+def eager_info_nce(student, teacher, gathered=False):
+    """MoCo's way: scores side by side, cross-entropy of the first; in the student's dtype, as under autocast."""
+    bank = _bank_of(teacher).to(student.dtype)
+    negative = (bank[_index_of(teacher)] @ student[:, :, None]).squeeze(-1) if gathered else student @ bank.T
+    scores = torch.cat([(student * teacher).sum(-1, keepdim=True), negative], 1) / 0.5
+    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
+
+
+def nce_of_rows(student, teacher, backend):
+    options = {"n_data": 1000, "temperature": 0.5, "z": 1500.0}
+    return functional.nce_loss(student, *_with_own_rows(teacher), **options, reduction="none", backend=backend)
+
+
+def eager_nce(student, teacher):
+    bank, index = _with_own_rows(teacher)
+    scores = (bank.to(student.dtype)[index] @ student[:, :, None]).squeeze(-1) / 0.5
+    scores = scores - math.log(1500.0 * (0.064 + 1e-7))
+    dropped = 64 * (math.log(0.064) - math.log(0.064 + 1e-7))
+    return F.softplus(-scores[:, 0]) + F.softplus(scores[:, 1:]).sum(-1) - dropped
+
+
+CONTRAST = [
+    Subject("contrast", "info_nce", _contrast_inputs, info_nce_of_rows, eager_info_nce),
+    Subject(
+        "contrast",
+        "info_nce_gathered",
+        _contrast_inputs,
+        partial(info_nce_of_rows, gathered=True),
+        partial(eager_info_nce, gathered=True),
+    ),
+    Subject("contrast", "nce", _contrast_inputs, nce_of_rows, eager_nce),
+]
+
+
 def _head(width, device, dtype):
     """Every word one coordinate, times a power of two: both products are exact, what is left is the arithmetic of rows."""
     index = torch.arange(width, device=device)
@@ -115,6 +188,7 @@ def _linear_divergence(kind):
 SUBJECTS = [
     *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
     LAYER_COST,
+    *CONTRAST,
     *(_linear_divergence(kind) for kind in ("forward_kl", "jsd")),
 ]
 
@@ -263,7 +337,9 @@ def test_a_nan_row_poisons_only_itself(subject, backend):
 def test_equal_student_and_teacher(subject, backend):
     _, teacher = inputs(subject, backend, 9, torch.float32, 5, 300)
     loss, (grad,) = run(subject, backend, teacher.clone(), teacher)
-    if subject.variant == "soft_ce":
+    if subject.stem == "contrast":
+        assert loss.isfinite().all() and grad.isfinite().all()  # a query at its positive still has its negatives
+    elif subject.variant == "soft_ce":
         assert (grad == 0).all()
     else:
         assert (loss == 0).all() and (grad == 0).all()

@@ -14,7 +14,16 @@ from cases import gradients, randn, relative_error
 from fastkd import backends, functional
 from fastkd.ops.relation import KERNELS, WHOLE
 
-on_every_kernel = pytest.mark.parametrize("backend", list(KERNELS))
+INTERPRETED = pytest.mark.skipif(backends.INTERPRETED, reason="slow in the interpreter; shorter ones go there")
+
+
+def device_of(backend):
+    return "cuda" if backend in ("triton", "cuda") and not backends.INTERPRETED else "cpu"
+
+
+on_every_kernel = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=[pytest.mark.gpu] if device_of(b) == "cuda" else []) for b in KERNELS]
+)
 CASES = ["self", "causal self", "pair", "causal pair", "pair against self", "self against pair"]
 
 
@@ -35,7 +44,8 @@ def sides(case, xs, ys, xt, yt):
 
 def run(case, tensors, backend, mask=None, constant=False, **options):
     """Rows and the gradients of xs and ys (zeros where the case has no ys), under a random or a constant upstream."""
-    _, _, xt, yt = tensors
+    xs, ys, xt, yt = (x.to(device_of(backend)) for x in tensors)
+    mask = None if mask is None else mask.to(xs.device)
 
     def call(xs, ys):
         student, teacher = sides(case, xs, ys, xt, yt)
@@ -44,13 +54,18 @@ def run(case, tensors, backend, mask=None, constant=False, **options):
         )[0]
         return (rows.sum() if constant else rows) + 0 * ys.double().nan_to_num(0, 0, 0).sum()
 
-    return gradients(call, *tensors[:2])
+    value, grads = gradients(call, xs, ys)
+    return value.cpu(), [x.cpu() for x in grads]
 
 
 def errors(case, tensors, backend, **options):
     value, grads = run(case, tensors, backend, **options)
     true_value, true_grads = run(case, [x.double() for x in tensors], "reference", **options)
     return relative_error(value, true_value), max(map(relative_error, grads, true_grads))
+
+
+# Where every kernel has a path of its own; the interpreter takes only the short ones.
+LENGTHS = [50] if backends.INTERPRETED else [50, WHOLE + 10]
 
 
 def some_masked(B, L):
@@ -65,12 +80,14 @@ def some_masked(B, L):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case(case, masked, constant, backend):
-    for B, H, L, ds, dt in ((5, 3, 70, 16, 24), (5, 1, 1, 3, 2), (5, 2, 33, 64, 7)):
+    heads = 1 if backends.INTERPRETED else 3
+    for B, H, L, ds, dt in ((5, heads, 70, 16, 24), (5, 1, 1, 3, 2), (5, 2, 33, 64, 7)):
         mask = some_masked(B, L) if masked else None
         loss_error, grad_error = errors(case, states(1, B, H, L, ds, dt), backend, mask=mask, constant=constant)
         assert loss_error <= 1e-6 and grad_error <= 1e-5
 
 
+@INTERPRETED
 @on_every_kernel
 @pytest.mark.parametrize("heads", [1, 17])
 @pytest.mark.parametrize("masked", [False, True])
@@ -86,10 +103,12 @@ def test_beyond_what_fits_in_scratch(case, masked, heads, backend):
 
 @on_every_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("length", [96, WHOLE + 1])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("case", ["self", "causal pair"])
 def test_half_precision_is_no_worse_than_eager(case, length, dtype, backend):
     """RMS over seeds against idiomatic PyTorch in the same dtype: loss 1.0x, gradient 1.25x and one rounding."""
+    if backends.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bfloat16 wrongly")
     ours, eagers = [], []
     for seed in range(8):
         tensors = states(10 * seed, 1, 2, length, 32, 32, dtype)
@@ -123,7 +142,7 @@ def eager(case, tensors):
 @pytest.mark.parametrize("case", ["self", "causal pair"])
 def test_near_convergence(case, backend):
     """student = teacher + 1e-3: what float32 scores can say, and no less than the reference says in float32."""
-    for length in (100, WHOLE + 20):
+    for length in LENGTHS:
         tensors = states(3, 2, 2, length, 16, 16)
         tensors[:2] = [(t.double() + 1e-3 * randn(*t.shape, seed=8)).float() for t in tensors[2:]]
         oracle = run(case, [x.double() for x in tensors], "reference")
@@ -137,7 +156,7 @@ def test_near_convergence(case, backend):
 
 @on_every_kernel
 def test_a_student_equal_to_its_teacher(backend):
-    for length in (50, WHOLE + 10):
+    for length in LENGTHS:
         for case in CASES[:4]:
             tensors = states(4, 2, 2, length, 8, 8)
             tensors[:2] = tensors[2:]
@@ -146,7 +165,7 @@ def test_a_student_equal_to_its_teacher(backend):
 
 
 @on_every_kernel
-@pytest.mark.parametrize("length", [40, WHOLE + 10])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 def test_what_padding_holds_does_not_matter(garbage, length, backend):
     tensors, mask = states(5, 5, 2, length, 8, 8), some_masked(5, length)
@@ -160,7 +179,7 @@ def test_what_padding_holds_does_not_matter(garbage, length, backend):
 
 @on_every_kernel
 def test_a_nan_poisons_only_its_own_head(backend):
-    for length in (40, WHOLE + 10):
+    for length in LENGTHS:
         tensors = states(6, 2, 2, length, 8, 8)
         clean, (grad, _) = run("self", tensors, backend)
         tensors[0][1, 0, 3, 2] = float("nan")
@@ -173,7 +192,7 @@ def test_a_nan_poisons_only_its_own_head(backend):
 @on_every_kernel
 def test_extreme_scores(backend):
     """Up to ±1e4: what overflows or loses its digits in a careless softmax."""
-    for length in (40, WHOLE + 10):
+    for length in LENGTHS:
         tensors = [60 * x for x in states(7, 1, 2, length, 3, 3)]
         value, (grad, _) = run("self", tensors, backend)
         oracle, (true_grad, _) = run("self", [x.double() for x in tensors], "reference")
@@ -185,26 +204,27 @@ def test_extreme_scores(backend):
 @on_every_kernel
 @pytest.mark.parametrize("case", ["self", "causal pair"])
 def test_strided_and_mixed(case, backend):
-    """Heads as they come out of [B, L, H·d], and a bfloat16 teacher beside a float32 student."""
+    """Heads as they come out of [B, L, H·d], and a half-precision teacher beside a float32 student."""
     tensors = states(8, 3, 4, 37, 8, 12)
-    tensors[2:] = [x.bfloat16() for x in tensors[2:]]
+    other = torch.float16 if backends.INTERPRETED else torch.bfloat16
+    tensors[2:] = [x.to(other) for x in tensors[2:]]
     flat = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     assert not flat[0].is_contiguous()
     value, grads = run(case, tensors, backend)
-    _, _, xt, yt = flat
-    xs, ys = (x.requires_grad_() for x in flat[:2])
+    xs, ys, xt, yt = (x.to(device_of(backend)) for x in flat)
+    xs, ys = xs.requires_grad_(), ys.requires_grad_()
     student, teacher = sides(case, xs, ys, xt, yt)
     rows = functional.relation_kl_loss(
         [student], [teacher], causal="causal" in case, reduction="none", backend=backend
     )[0]
     found = torch.autograd.grad(rows, (xs, ys), randn(*rows.shape, seed=7).to(rows) + 1.5, allow_unused=True)
-    assert torch.equal(rows, value) and torch.equal(found[0], grads[0])
+    assert torch.equal(rows.cpu(), value) and torch.equal(found[0].cpu(), grads[0])
     loss_error, grad_error = errors(case, tensors, backend)
     assert loss_error <= 1e-6 and grad_error <= 1e-5
 
 
 @on_every_kernel
-@pytest.mark.parametrize("length", [50, WHOLE + 10])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_any_number_of_threads_gives_the_same_bits(length, backend):
     found = []
     for threads in (1, 2, 2):
@@ -215,9 +235,9 @@ def test_any_number_of_threads_gives_the_same_bits(length, backend):
 
 
 @on_every_kernel
-@pytest.mark.parametrize("length", [50, WHOLE + 10])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_two_backwards_and_two_results_at_once(length, backend):
-    tensors = states(10, 2, 2, length, 8, 8)
+    tensors = [x.to(device_of(backend)) for x in states(10, 2, 2, length, 8, 8)]
     before = [x.clone() for x in tensors]
     leaf = tensors[0].clone().requires_grad_()
     rows = functional.relation_kl_loss([leaf], [tensors[2]], reduction="none", backend=backend)
@@ -279,8 +299,8 @@ def test_compiled_equals_eager(case, backend):
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for B, L in ((3, 17), (4, 23)):
-        xs, ys, xt, yt = states(13, B, 2, L, 8, 12)
-        mask = some_masked(B, L)
+        xs, ys, xt, yt = (x.to(device_of(backend)) for x in states(13, B, 2, L, 8, 12))
+        mask = some_masked(B, L).to(xs.device)
         for f in (call, compiled):
             leaves = xs.clone().requires_grad_(), ys.clone().requires_grad_()
             rows = f(*leaves, xt, yt, mask)
@@ -298,16 +318,16 @@ def test_opcheck(length):
     mask = torch.ones(2, length, dtype=torch.bool)
     for y, other in ((None, None), (ys, yt)):
         sides = (xs, y, xt, other, mask)
-        torch.library.opcheck(torch.ops.fastkd.relation_fwd, (*sides, True, 0.5, 0.4, True))
-        rows, *kept = torch.ops.fastkd.relation_fwd(*sides, True, 0.5, 0.4, True)
+        torch.library.opcheck(torch.ops.fastkd.relation_fwd, (*sides, True, 0.5, 0.4, length <= WHOLE))
+        rows, *kept = torch.ops.fastkd.relation_fwd(*sides, True, 0.5, 0.4, length <= WHOLE)
         torch.library.opcheck(torch.ops.fastkd.relation_bwd, (torch.rand_like(rows), *sides, *kept, True, 0.5, 0.4))
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 def test_without_a_gradient_nothing_is_kept_for_one():
     xs, _, xt, _ = states(15, 2, 3, 9, 5, 6)
-    _, *kept = KERNELS["cpu"].fwd(xs, None, xt, None, None, False, 0.5, 0.4, False)
-    assert all(x.numel() == 0 for x in kept)
+    *_, unit_x, unit_y = KERNELS["cpu"].fwd(xs, None, xt, None, None, False, 0.5, 0.4, False)
+    assert unit_x.numel() == 0 and unit_y.numel() == 0
     assert not functional.relation_kl_loss([xs], [xt], backend="cpu").requires_grad
 
 

@@ -38,6 +38,12 @@ def test_layer_cost_in_the_interpreter():
 
 
 @not_interpreted
+def test_relation_in_the_interpreter():
+    wanted = "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)"
+    interpreted("tests/test_relation_kernels.py", "-k", wanted)
+
+
+@not_interpreted
 def test_linear_divergence_in_the_interpreter():
     interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
 
@@ -176,3 +182,110 @@ def test_every_layer_cost_configuration_compiles_offline(name, chip):
         for counts in ((1, 1), (4, 12), (6, 12)):
             for masked in (False, True):
                 compile_layer_cost(name, s, t, counts, masked, chip)
+
+
+def compile_relation(name, chip, s, t, widths, causal=False, masked=False, rows=True, columns=False):
+    from fastkd.kernels import relation as kernels
+
+    from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel, tensor_core_instructions
+
+    half = s != "float32" and t != "float32"
+    launch = kernels.geometry(*widths, half, name == "backward_kernel")
+    constants = {key: launch.pop(key) for key in ("BLOCK_S", "BLOCK_T", "BLOCK")} | {"CAUSAL": causal}
+    signature = dict.fromkeys(("H", "L", "D_s", "D_t"), "i32") | dict.fromkeys(("scale_s", "scale_t"), "fp32")
+    signature |= {"strides": (("i32", "i32", "i32"),) * 4, "stats_ptr": FLOATS}
+    constants |= {} if masked else {"mask_ptr": None}
+    signature |= {"mask_ptr": "*u8"} if masked else {}
+    sides = ("x_s", "y_s", "x_t", "y_t") if name == "forward_kernel" else ("own_s", "other_s", "own_t", "other_t")
+    signature |= {side: POINTERS[s if side.endswith("_s") else t] for side in sides}
+    if name == "forward_kernel":
+        signature |= {"rows_ptr": FLOATS}
+    else:
+        signature |= {"g_ptr": FLOATS, "out_ptr": POINTERS["float32" if s == "float16" else s]}
+        constants |= {"ROWS": rows, "COLUMNS": columns}
+    compiled = compile_kernel(getattr(kernels, name), signature, constants, chip, **launch)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    if half:
+        assert tensor_core_instructions(compiled) > 0
+    else:
+        assert_no_tensor_cores(compiled)
+    return compiled
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_relation_compiles_offline(name, chip, dtype):
+    compile_relation(name, chip, dtype, dtype, (64, 64), masked=True, columns=True)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+def test_every_relation_configuration_compiles_offline(name, chip):
+    forms = ((True, True), (True, False), (False, True)) if name == "backward_kernel" else ((True, False),)
+    for s, t in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")):
+        for widths in ((16, 16), (32, 64), (64, 64), (128, 128)):
+            for causal in (False, True):
+                for rows, columns in forms:
+                    compile_relation(name, chip, s, t, widths, causal, causal, rows, columns)
+
+
+@not_interpreted
+def test_contrast_in_the_interpreter():
+    interpreted("tests/test_triton_contrast.py")
+
+
+def compile_contrast(name, q, bank, width, chip, excluded=False):
+    from fastkd.kernels import contrast as kernels
+
+    from offline import POINTERS, assert_fits, compile_kernel, tensor_core_instructions
+
+    form = kernels.FULL if bank == "float32" else kernels.SAME if q == bank else kernels.SPLIT
+    launch = kernels.geometry(64, width, form if name == "shared_kernel" else kernels.FULL)
+    if name == "gathered_kernel":
+        launch = kernels.gathered_geometry(width)
+    elif name == "merge_kernel":
+        launch = {"WIDTH": 1024, "num_warps": 4}
+    kernel = getattr(kernels, name)
+    types = dict.fromkeys(("q_ptr", "positive_ptr"), POINTERS[q]) | {"bank_ptr": POINTERS[bank], "index_ptr": "*i64"}
+    types |= dict.fromkeys(("inverse_ptr", "scale_ptr", "shift_ptr"), "*fp64")
+    types |= dict.fromkeys(("query_ids", "bank_ids"), "*i64")
+    types |= {
+        x: "i32" if x[0] in "BKD" or not x.endswith("_ptr") else FLOATS for x in kernel.arg_names if x not in types
+    }
+    constants = {"HOW": form, "DIRECTION": True, "NCE": not excluded} | launch
+    constants |= {} if excluded else {"query_ids": None, "bank_ids": None}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    options = {key: value for key, value in launch.items() if key.startswith("num_")}
+    signature = {key: value for key, value in types.items() if key in kernel.arg_names and key not in constants}
+    compiled = compile_kernel(kernel, signature, constants, chip, **options)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert "TF32" not in compiled.sass
+    assert (tensor_core_instructions(compiled) > 0) == (
+        form != kernels.FULL and name in ("shared_kernel", "bank_kernel")
+    )
+    return compiled
+
+
+CONTRAST = ("shared_kernel", "bank_kernel", "gathered_kernel", "merge_kernel")
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", CONTRAST)
+def test_contrast_compiles_offline(name, chip):
+    compile_contrast(name, "bfloat16", "bfloat16", 128, chip)
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("name", CONTRAST)
+def test_every_contrast_configuration_compiles_offline(name, chip):
+    for q, bank in (("float32", "float32"), ("float32", "bfloat16"), ("float16", "float16")):
+        for width in (16, 128, 256, 768):
+            for excluded in (False, True):
+                compile_contrast(name, q, bank, width, chip, excluded)

@@ -3,7 +3,7 @@
 
 constexpr int64_t kPanel = 32;       // queries that go through a block of the bank together: the row of a score tile
 constexpr int64_t kColumnStep = 32;  // the width that weighted sums work in
-constexpr int64_t kGathered = 16;    // gathered rows whose scores are turned into weights together
+constexpr int64_t kGathered = 64;    // gathered rows whose scores are turned into weights together
 
 // The running softmax of a panel of queries: sum = sum of e^(score - largest), in doubles.
 struct PanelState {
@@ -44,7 +44,7 @@ struct Gathered {
   int64_t count;
   const int64_t* ids;  // of the bank's rows, or null; rows with the id `own` are dropped (info_nce)
   int64_t own;
-  float* scratch;  // [2 * kGathered][padded], for rows that cannot be read where they lie
+  float* scratch;  // [kGathered][padded], for rows that cannot be read where they lie
 };
 
 // score = <query, row> * scale - shift, both in two parts so that single precision does not round them.

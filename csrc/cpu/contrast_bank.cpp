@@ -111,9 +111,10 @@ Tensor sample_negatives(const Tensor& index, int64_t count, int64_t n_data, std:
         int64_t at = repeat ? int64_t(word % uint64_t(std::max<int64_t>(rest, 1)))
                             : shuffle.swap(k, k + int64_t(word % uint64_t(rest - k)));
         at += pool.base + (at >= pool.start ? pool.size : 0);
-        at = std::min(at, n_data - 1);
-        drawn[b * count + k] = by.order ? by.order[at] : at;
+        drawn[b * count + k] = std::min(at, n_data - 1);
       }
+      for (int64_t k = 0; by.order && k < count; ++k)  // by itself, so that its cache misses overlap
+        drawn[b * count + k] = by.order[drawn[b * count + k]];
     }
   });
   STD_TORCH_CHECK(!bad, "index: indices must lie in [0, ", n_data, "), the n_data examples");

@@ -27,7 +27,7 @@ void for_each_query(const Tensor& query, const Tensor& bank, const Tensor& index
   const int64_t* indices = index.const_data_ptr<int64_t>();
   std::atomic<bool> bad{false};
   parallel_for(0, query.size(0), grain(count * width), [&](int64_t i, int64_t end) {
-    std::vector<float> memory((2 * kGathered + 2) * padded + 16);
+    std::vector<float> memory((kGathered + 2) * padded + 16);
     float *sum = aligned(memory.data()), *row = sum + padded;
     for (; i < end; ++i) {
       const Gathered rows = {static_cast<const char*>(bank.const_data_ptr()),

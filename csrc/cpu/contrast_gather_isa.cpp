@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kAhead = 12;  // rows between a prefetch and its use
+constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
 
 bool in_range(const int64_t* index, int64_t count, int64_t rows) {
   uint64_t bad = 0;
@@ -37,17 +37,6 @@ inline void prefetch(const Gathered& rows, int64_t k) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
 }
 
-// The row where it lies, or as floats in `own`.
-inline const char* place(const Gathered& rows, int64_t k, bool in_place, float* own) {
-  const char* row = rows.bank + rows.index[k] * rows.row_bytes;
-  if (in_place) return row;
-  if (rows.element == 0)
-    std::memcpy(own, row, rows.width * sizeof(float));
-  else
-    as_floats(row, rows.element, own, rows.width);
-  return reinterpret_cast<const char*>(own);
-}
-
 inline float total(vfloat x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -56,66 +45,73 @@ inline float total(vfloat x) {
 #endif
 }
 
-template <class Element>
+// width: a multiple of kColumnStep; kWidth, if not 0, is the same number known beforehand.
+template <class Element, int64_t kWidth>
 inline float dot(const char* row, const float* query, int64_t width) {
   vfloat sum[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= width; d += 2 * kLanes)
+#pragma GCC unroll 8
+  for (int64_t d = 0; d < (kWidth ? kWidth : width); d += 2 * kLanes)
     for (int c = 0; c < 2; ++c) sum[c] += Element::at(row, d + c * kLanes) * load(query + d + c * kLanes);
   return total(sum[0] + sum[1]);
 }
 
-// sum += two weighted rows. width: a multiple of kColumnStep.
+// sum += weights of kGathered rows times the rows. width: a multiple of kColumnStep.
 template <class Element>
-inline void add_pair(const char* const* row, const float* weight, int64_t width, float* sum) {
-  for (int64_t d = 0; d < width; d += kLanes)
-    store(sum + d, load(sum + d) + Element::at(row[0], d) * weight[0] + Element::at(row[1], d) * weight[1]);
+inline void add_rows(const char* const* row, const float* weights, int64_t width, float* sum) {
+  for (int64_t d = 0; d < width; d += 2 * kLanes) {
+    vfloat a = load(sum + d), b = load(sum + d + kLanes), c = {}, e = {};
+    for (int r = 0; r < kGathered; r += 2) {
+      a += Element::at(row[r], d) * weights[r];
+      b += Element::at(row[r], d + kLanes) * weights[r];
+      c += Element::at(row[r + 1], d) * weights[r + 1];
+      e += Element::at(row[r + 1], d + kLanes) * weights[r + 1];
+    }
+    store(sum + d, a + c);
+    store(sum + d + kLanes, b + e);
+  }
 }
-
-template <class Element>
-inline void add_row(const char* row, float weight, int64_t width, float* sum) {
-  for (int64_t d = 0; d < width; d += kLanes) store(sum + d, load(sum + d) + Element::at(row, d) * weight);
-}
-
-// kGathered rows: where they lie (or were widened to) and their weights.
-struct Group {
-  const char* row[kGathered];
-  float weight[kGathered];
-};
 
 // weigh(scores, begin, count): scores [kGathered] become weights, those from `count` on are 0 and must become 0.
-// While one group is scored, the group before it, whose weights are known by then, is added: so prefetches go out
-// evenly, and the few that the machine can have under way never wait for a stretch of arithmetic.
-template <class Element, class Weigh>
+template <class Element, int64_t kWidth, class Weigh>
 inline void walk(const Gathered& rows, const float* query, float* sum, bool in_place, Weigh&& weigh) {
-  Group groups[2];
-  const Group* before = nullptr;
   for (int64_t k = 0; k < kAhead; ++k) prefetch(rows, k);
   for (int64_t begin = 0; begin < rows.count; begin += kGathered) {
-    const int64_t count = rows.count - begin < kGathered ? rows.count - begin : kGathered,
-                  which = begin / kGathered % 2;
-    Group& group = groups[which];
-    for (int64_t r = 0; r < kGathered; ++r) {
-      group.weight[r] = 0;
-      if (r < count) {
-        prefetch(rows, begin + r + kAhead);
-        group.row[r] = place(rows, begin + r, in_place, rows.scratch + (which * kGathered + r) * rows.padded);
-        group.weight[r] = dot<Element>(group.row[r], query, rows.padded);
+    const int64_t count = rows.count - begin < kGathered ? rows.count - begin : kGathered;
+    const char* row[kGathered];
+    float weights[kGathered] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      prefetch(rows, begin + r + kAhead);
+      row[r] = rows.bank + rows.index[begin + r] * rows.row_bytes;
+      if (!in_place) {
+        float* own = rows.scratch + r * rows.padded;
+        if (rows.element == 0)
+          std::memcpy(own, row[r], rows.width * sizeof(float));
+        else
+          as_floats(row[r], rows.element, own, rows.width);
+        row[r] = reinterpret_cast<const char*>(own);
       }
-      if (before && r % 2) add_pair<Element>(before->row + r - 1, before->weight + r - 1, rows.padded, sum);
+      weights[r] = dot<Element, kWidth>(row[r], query, rows.padded);
     }
-    weigh(group.weight, begin, count);
-    before = sum ? &group : nullptr;
-    if (sum && begin + count == rows.count)
-      for (int64_t r = 0; r < count; ++r) add_row<Element>(group.row[r], group.weight[r], rows.padded, sum);
+    for (int64_t r = count; r < kGathered; ++r) row[r] = row[0];
+    weigh(weights, begin, count);
+    if (sum) {
+      if (count < kGathered) {  // a row that is not there must not count, even if row[0] is not finite
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t d = 0; d < rows.padded; d += kLanes)
+            store(sum + d, load(sum + d) + Element::at(row[r], d) * weights[r]);
+      } else {
+        add_rows<Element>(row, weights, rows.padded, sum);
+      }
+    }
   }
 }
 
 template <class Weigh>
 inline void walk(const Gathered& rows, const float* query, float* sum, Weigh&& weigh) {
   const bool whole = rows.width == rows.padded;
-  if (whole && rows.element == 1) return walk<BFloat16>(rows, query, sum, true, weigh);
-  walk<Float32>(rows, query, sum, whole && rows.element == 0, weigh);
+  if (whole && rows.element == 1) return walk<BFloat16, 0>(rows, query, sum, true, weigh);
+  if (rows.width == 128 && rows.element == 0) return walk<Float32, 128>(rows, query, sum, true, weigh);
+  walk<Float32, 0>(rows, query, sum, whole && rows.element == 0, weigh);
 }
 
 inline vfloat score(vfloat dot, ScoreOptions o) {

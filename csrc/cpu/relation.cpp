@@ -116,16 +116,16 @@ void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::optional<Tensor> ys, const Tensor& xt,
                                                         std::optional<Tensor> yt, std::optional<Tensor> mask,
                                                         bool causal, double scale_s, double scale_t,
-                                                        bool with_gradient) {
+                                                        bool in_forward) {
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
-  const bool unit = with_gradient && L <= kWhole;
+  STD_TORCH_CHECK(!in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
   Tensor values = fresh(xs, {B, H, L}, ScalarType::Float);
-  Tensor stats = fresh(xs, {B, H, 4, L > kWhole ? L : 0}, ScalarType::Float);
-  Tensor dx = fresh_gradient(of, unit), dy = fresh_gradient(of, unit && !of.self_s);
+  Tensor stats = fresh(xs, {B, H, 4, L}, ScalarType::Float);
+  Tensor dx = fresh_gradient(of, in_forward), dy = fresh_gradient(of, in_forward && !of.self_s);
   RelationOut out = out_of(dx, dy);
   out.values = values.mutable_data_ptr<float>();
-  out.stats = stats.numel() ? stats.mutable_data_ptr<float>() : nullptr;
+  out.stats = stats.mutable_data_ptr<float>();
   std::vector<int64_t> pairs(values.numel() ? of.pairs() : 0);
   std::iota(pairs.begin(), pairs.end(), 0);
   run(of, out, pairs);
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   Tensor dx = fresh_gradient(of, true), dy = fresh_gradient(of, !of.self_s);
   RelationOut out = out_of(dx, dy);
   out.upstream = upstream;
-  out.stats = stats.numel() ? const_cast<float*>(stats.const_data_ptr<float>()) : nullptr;  // read only, here
+  if (xs.size(2) > kWhole) out.stats = const_cast<float*>(stats.const_data_ptr<float>());  // read only, there
   const int64_t L = call.length, size = L * call.s.width;
   std::vector<char> scaled(of.pairs(), 0);
   if (unit_x.numel()) {

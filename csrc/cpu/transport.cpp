@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/tensors.h"
+#include "transport_attention.h"
 #include "transport_tensors.h"
 #include "transport_warp.h"
 
@@ -15,13 +16,15 @@ namespace {
 int64_t problems_per_thread(const TransportBatch& batch) { return 1 + 768 / (batch.n * batch.m); }
 
 transport::Plan plan_by(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
-                        const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v) {
+                        const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v,
+                        const CostAttention& attention = {}) {
   const auto run = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
     const auto solve = in_doubles ? table.doubles : table.floats;
+    if (attention.rows) return solve(batch, 0, problems);
     parallel_for(0, problems, problems_per_thread(batch),
                  [&](int64_t begin, int64_t end) { solve(batch, begin, end); });
   };
-  return transport::plan_of(cost, a, b, start_flow, start_v, run);
+  return transport::plan_of(cost, a, b, start_flow, start_v, run, attention);
 }
 
 transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
@@ -38,11 +41,29 @@ void emulate(const TransportBatch& batch, int64_t begin, int64_t end) {
   workspace.cost = cost;
   WarpLanes lanes;
   for (int64_t p = begin; p < end; ++p) solve<Cost>(lanes, workspace, batch, p);
+  if (batch.attention.rows) move_weights<Cost>(lanes, batch, end);
 }
 
 transport::Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b,
                                    std::optional<Tensor> start_flow, std::optional<Tensor> start_v) {
   return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v);
+}
+
+transport::Moved moved(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
+                       bool inverse_cost, double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+  const auto solve = [&](const CostAttention& how) { return plan_by(table, cost, a, b, {}, {}, how); };
+  return transport::moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
+}
+
+transport::Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
+                                double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+  return moved(FASTKD_CHOOSE(transport), cost, a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax);
+}
+
+transport::Moved cost_attention_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
+                                         double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+  return moved({emulate<double>, emulate<float>}, cost, a, b, inverse_cost, temperature, product_of_sums, joint,
+               double_softmax);
 }
 
 }  // namespace
@@ -51,4 +72,6 @@ transport::Plan transport_emulated(const Tensor& cost, const Tensor& a, const Te
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("transport", TORCH_BOX(&fastkd::transport_plan));
   m.impl("transport_emulated", TORCH_BOX(&fastkd::transport_emulated));
+  m.impl("cost_attention", TORCH_BOX(&fastkd::cost_attention));
+  m.impl("cost_attention_emulated", TORCH_BOX(&fastkd::cost_attention_emulated));
 }

@@ -1,6 +1,7 @@
 #include "cpu/isa.h"
 #include "cpu/transport_lanes.h"
 #include "transport.h"
+#include "transport_attention.h"
 
 namespace {
 
@@ -13,6 +14,7 @@ void solve_all(const TransportBatch& batch, int64_t begin, int64_t end) {
   workspace.cost = cost;
   CpuLanes lanes;
   for (int64_t p = begin; p < end; ++p) solve<Cost>(lanes, workspace, batch, p);
+  if (batch.attention.rows) move_weights<Cost>(lanes, batch, end);
 }
 
 }  // namespace

@@ -78,17 +78,16 @@ class BertEMDLoss(nn.Module):
         if not costs:
             raise ValueError("student_attn and student_hidden: both are None; pass attention, hidden states, or both")
 
-        losses, flows, global_costs = {}, {}, {}
         for kind, cost in costs.items():
             if self.process_group is not None:
                 count = _entries(student_attn[0]) if kind == "attention" else _tokens(student_hidden[0], mask)
                 cost = reduce.mean_over_ranks(cost, cost.new_ones(()) * count, self.process_group)  # [N, M]
-            plan = functional.transport(cost.double(), *self._weights(kind), backend=self.backend)
-            losses[kind] = plan.value.to(cost.dtype)
-            flows[kind], global_costs[kind] = plan.flow.detach(), cost.detach().double()
+            costs[kind] = cost
+        plan, moved = self._solve(list(costs), torch.stack([x.double() for x in costs.values()]))
+        self.flows = dict(zip(costs, plan.flow.detach(), strict=True))
+        losses = dict(zip(costs, plan.value.to(cost.dtype), strict=True))
         if self.training:
-            self._move_weights(global_costs, flows)
-        self.flows = flows
+            self._keep(list(costs), moved)
         zero = next(iter(losses.values())).new_zeros(())
         return losses.get("attention", zero), losses.get("hidden", zero)
 
@@ -104,36 +103,27 @@ class BertEMDLoss(nn.Module):
             checks.layer_count(f"{side}_{name}", layers, count, "BertEMDLoss (embeddings not among them)")
         return True
 
-    def _weights(self, kind: str) -> tuple[Tensor, Tensor]:
-        student, teacher = getattr(self, f"{kind}_student_weight"), getattr(self, f"{kind}_teacher_weight")
-        return _above_zero(student.double()), _above_zero(teacher.double())
+    def _solve(self, kinds: list[str], costs: Tensor):
+        """[P, N, M] -> the plans, and in train mode what the weights of both sides become."""
+        a, b = (
+            torch.stack([_above_zero(getattr(self, f"{kind}_{side}_weight").double()) for kind in kinds])
+            for side in ("student", "teacher")
+        )  # [P, N], [P, M]
+        if not self.training:
+            return functional.transport(costs, a, b, backend=self.backend), ()
+        rule = functional.CostAttention(
+            self.weights == "inverse_cost", float(self.temperature), self.cost == "product_of_sums", not self.separate,
+            bool(self.double_softmax),
+        )  # fmt: skip
+        plan, *moved = functional.transport_with_cost_attention(costs, a, b, rule, backend=self.backend)
+        return plan, moved
 
     @torch.no_grad()
-    def _move_weights(self, costs: dict[str, Tensor], flows: dict[str, Tensor]) -> None:
-        moved = {}
-        for kind, cost in costs.items():
-            for axis, side in enumerate(("student", "teacher")):
-                moved[kind, side] = self._moved(cost, flows[kind], self._weights(kind)[axis], 1 - axis)
-        for side in ("student", "teacher"):
-            if not self.separate:  # one vector for both kinds
-                shared = sum(moved[kind, side] for kind in costs) / len(costs)
-                moved.update({(kind, side): shared for kind in KINDS})
-        for (kind, side), weight in moved.items():
-            if self.double_softmax:
-                weight = weight.softmax(0)
-            buffer = getattr(self, f"{kind}_{side}_weight")
-            # A step that overflowed (GradScaler will skip it) must not leave NaN in the state.
-            buffer.copy_(torch.where(weight.isfinite().all(), _above_zero(weight), buffer))
-
-    def _moved(self, cost: Tensor, flow: Tensor, weight: Tensor, axis: int) -> Tensor:
-        """The new weights of one side: the cheaper a layer's unit of mass, the heavier. `axis` is the other side's."""
-        spent = (flow * cost).sum(axis) if self.cost == "sum_of_products" else flow.sum(axis) * cost.sum(axis)
-        unit_cost = spent / weight
-        smallest = torch.finfo(torch.float64).tiny ** 0.5  # inert; keeps the ratios finite
-        ratio = torch.where(unit_cost == 0, 0, unit_cost.sum() / unit_cost.clamp_min(smallest))
-        if self.weights == "softmax":
-            return torch.softmax(ratio / self.temperature, 0)
-        return ratio / ratio.sum().clamp_min(smallest)
+    def _keep(self, kinds: list[str], moved: list[Tensor]) -> None:
+        for side, weights in zip(("student", "teacher"), moved, strict=True):
+            for kind in kinds if self.separate else KINDS:  # not separate: one vector for both kinds, given or not
+                weight = weights[kinds.index(kind) if kind in kinds else 0]
+                getattr(self, f"{kind}_{side}_weight").copy_(weight)
 
     def extra_repr(self) -> str:
         return (
@@ -152,5 +142,5 @@ def _tokens(hidden: Tensor, mask: Tensor | None) -> int | Tensor:
 
 
 def _above_zero(weight: Tensor) -> Tensor:
-    weight = weight.clamp_min(SMALLEST_WEIGHT)  # a new tensor: the buffers change before the backward comes
+    weight = weight.clamp_min(SMALLEST_WEIGHT)  # a loaded state may hold a 0; a new tensor: the buffers will change
     return weight / weight.sum()

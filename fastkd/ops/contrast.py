@@ -10,7 +10,10 @@ from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 
 # The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
-# that are in the cache. Reading the bank again in the backward would double the time. The backward only scales.
+# that are in the cache. Reading the bank again in the backward would double the time. The backward only scales, unless
+# the bank is trained too. NCE has no backward kernel at all.
+INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
+NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 
 
 def _info_nce_fake(query, positive, bank, index, inverse_temperature, query_ids, bank_ids, with_direction):
@@ -43,11 +46,11 @@ class InfoNCE(torch.autograd.Function):
     of a trained bank, w e^(n_k - lse) query / T for its row k."""
 
     @staticmethod
-    def forward(ctx, query, positive, inverse_temperature, bank, index, query_ids, bank_ids):
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        ctx.trains_bank = ctx.needs_input_grad[3]
-        inverse = inverse_temperature.double()
-        rows, direction, weight, lse = torch.ops.fastkd.info_nce_fwd(
+    def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids):
+        wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
+        inverse = inverse_temperature.to(query.device, torch.float64)
+        rows, direction, weight, lse = INFO_NCE[backend].fwd(
             query, positive, bank, index, inverse, query_ids, bank_ids, wanted
         )
         of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
@@ -61,26 +64,27 @@ class InfoNCE(torch.autograd.Function):
         query, inverse, direction, weight, *of_bank = ctx.saved_tensors
         to_query = to_positive = to_inverse = to_bank = None
         scaled = grad * inverse  # [B]
-        if ctx.needs_input_grad[0]:
-            to_query = (direction * scaled[:, None]).to(query.dtype)
         if ctx.needs_input_grad[1]:
-            to_positive = (query * (scaled * -weight)[:, None]).to(ctx.positive_dtype)
+            to_query = (direction * scaled[:, None]).to(query.dtype)
         if ctx.needs_input_grad[2]:
+            to_positive = (query * (scaled * -weight)[:, None]).to(ctx.positive_dtype)
+        if ctx.needs_input_grad[3]:
             slope = (query.double() * direction).sum(-1)  # [B]
             to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
         if ctx.trains_bank:
             bank, lse, query_ids, bank_ids = of_bank
             shares = (query, bank, inverse, query_ids, bank_ids, lse, (scaled * weight).float())
-            to_bank = torch.ops.fastkd.info_nce_bank_bwd(*shares).to(bank.dtype)
-        return to_query, to_positive, to_inverse, to_bank, None, None, None
+            to_bank = INFO_NCE[ctx.backend].bwd(*shares).to(bank.dtype)
+        return None, to_query, to_positive, to_inverse, to_bank, None, None, None
 
 
 class NCE(torch.autograd.Function):
     """The forward's direction is the gradient itself."""
 
     @staticmethod
-    def forward(ctx, query, bank, index, shift, temperature):
-        rows, direction = torch.ops.fastkd.nce_fwd(query, bank, index, shift, temperature, ctx.needs_input_grad[0])
+    def forward(ctx, backend, query, bank, index, shift, temperature):
+        wanted = ctx.needs_input_grad[1]
+        rows, direction = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted)
         ctx.save_for_backward(direction)
         ctx.dtype = query.dtype
         return rows
@@ -89,7 +93,7 @@ class NCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (direction,) = ctx.saved_tensors
-        return (direction * grad[:, None]).to(ctx.dtype), None, None, None, None
+        return None, (direction * grad[:, None]).to(ctx.dtype), None, None, None, None
 
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
@@ -106,13 +110,15 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
         why_not = "it takes one temperature for all queries"
     elif exclude is not None and any(ids.is_floating_point() for ids in exclude):
         why_not = "it compares whole-number ids"
-    if _choose(backend, query, why_not) == "reference":
+    backend = _choose(backend, query, why_not)
+    if backend == "reference":
         with backends.full_precision(query):
             return reference.info_nce(query, positive, bank, index, inverse_temperature, exclude, scale)
     if not isinstance(inverse_temperature, Tensor):
-        inverse_temperature = torch.tensor(inverse_temperature, dtype=torch.float64)
+        inverse_temperature = torch.full((), inverse_temperature, dtype=torch.float64, device=query.device)
     query_ids, bank_ids = (None, None) if exclude is None else (ids.long() for ids in exclude)
     return InfoNCE.apply(
+        backend,
         query,
         positive.float() if positive.dtype == torch.float64 else positive,
         inverse_temperature.reshape(()),
@@ -128,14 +134,18 @@ def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     why_not = _bank_reason(bank, trained_rows=True)
     if isinstance(z, Tensor) and (z.numel() != 1 or z.requires_grad):
         why_not = "z must be one number without a gradient"
-    if _choose(backend, query, why_not) == "reference":
+    backend = _choose(backend, query, why_not)
+    if backend == "reference":
         with backends.full_precision(query):
             return reference.nce(query, bank, index, n_data, temperature, z)
     c = (index.shape[1] - 1) / n_data
-    log_z = z.double().reshape(()).log() if isinstance(z, Tensor) else torch.tensor(math.log(z), dtype=torch.float64)
+    if isinstance(z, Tensor):
+        log_z = z.to(query.device, torch.float64).reshape(()).log()
+    else:
+        log_z = torch.full((), math.log(z), dtype=torch.float64, device=query.device)
     shift = log_z + math.log(c + reference.EPS)
     dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
-    return NCE.apply(query, bank, index.long(), shift, temperature) - dropped
+    return NCE.apply(backend, query, bank, index.long(), shift, temperature) - dropped
 
 
 def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:

@@ -6,11 +6,13 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.reference import relation as reference
 
-# What a kernel looks like: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, with_gradient) -> (rows [B, H, L], stats,
-# unit_x, unit_y), and bwd(grad, xs, ys, xt, yt, mask, stats, unit_x, unit_y, causal, scale_s, scale_t) -> gradients of xs
-# and ys. y None: x itself, whose gradient is then all of it. What lies between the two is the kernel's own business.
+# What a kernel looks like: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, in_forward) -> (rows [B, H, L], stats
+# [B, H, 4, L], unit_x, unit_y), and bwd(grad, xs, ys, xt, yt, mask, stats, unit_x, unit_y, causal, scale_s, scale_t) ->
+# gradients of xs and ys. y None: x itself, whose gradient is then all of it. in_forward: the gradients for upstream 1,
+# unit_x and unit_y, are made at once; without it they have no rows.
 KERNELS = backends.kernels("relation", "relation_fwd", "relation_bwd")
-WHOLE = 512  # keys, up to which csrc/cpu/relation.cpp makes the gradient for upstream 1 in the forward
+WHOLE = 512  # keys, up to which csrc/cpu/relation.cpp can do that
+WIDEST = 128  # heads, in kernels/relation.py
 
 
 def _gradient_fake(xs, wanted):
@@ -19,12 +21,11 @@ def _gradient_fake(xs, wanted):
     return xs.new_empty((B, H, L if wanted else 0, d), dtype=dtype)
 
 
-def _rows_fake(xs, ys, xt, yt, mask, causal, scale_s, scale_t, with_gradient):
+def _rows_fake(xs, ys, xt, yt, mask, causal, scale_s, scale_t, in_forward):
     B, H, L, _ = xs.shape
-    unit = with_gradient and L <= WHOLE
     rows = xs.new_empty((B, H, L), dtype=torch.float32)
-    stats = xs.new_empty((B, H, 4, L if L > WHOLE else 0), dtype=torch.float32)
-    return rows, stats, _gradient_fake(xs, unit), _gradient_fake(xs, unit and ys is not None)
+    stats = xs.new_empty((B, H, 4, L), dtype=torch.float32)
+    return rows, stats, _gradient_fake(xs, in_forward), _gradient_fake(xs, in_forward and ys is not None)
 
 
 def _grads_fake(grad, xs, ys, *_):
@@ -39,8 +40,8 @@ class Relation(torch.autograd.Function):
     """Saves the states, and what the kernel leaves for its backward."""
 
     @staticmethod
-    def forward(ctx, backend, xs, ys, xt, yt, mask, with_gradient, *options):
-        rows, *kept = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, with_gradient)
+    def forward(ctx, backend, xs, ys, xt, yt, mask, in_forward, *options):
+        rows, *kept = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, in_forward)
         ctx.save_for_backward(xs, ys, xt, yt, mask, *kept)
         ctx.backend, ctx.options = backend, options
         return rows
@@ -66,13 +67,26 @@ def resplit(name: str, x: Tensor, heads: int | None) -> Tensor:
 
 def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t, backend) -> Tensor:
     """KL(teacher || student) per query row, [B, H, L]."""
-    backend = backends.choose("relation", backend, xs)
+    backend = _chosen(backend, xs, max(xs.shape[3], xt.shape[3]))
     if backend == "reference":
         with backends.full_precision(xs):
             return reference.relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t)
     sides = (*_kernel_form(xs, ys), *_kernel_form(xt, yt))
     with_gradient = (xs.requires_grad or ys.requires_grad) and torch.is_grad_enabled()
-    return Relation.apply(backend, *sides, mask, with_gradient, causal, scale_s, scale_t)
+    in_forward = with_gradient and backend == "cpu" and xs.shape[2] <= WHOLE
+    return Relation.apply(backend, *sides, mask, in_forward, causal, scale_s, scale_t)
+
+
+def _chosen(wanted: str, x: Tensor, width: int) -> str:
+    backend = backends.choose("relation", wanted, x)
+    if backend != "triton" or width <= WIDEST:
+        return backend
+    if wanted == "auto":
+        return "reference"
+    raise RuntimeError(
+        f"relation: backend='triton' cannot run here: heads are {width} wide, and the kernel takes up to {WIDEST}; "
+        "pass heads= to split them"
+    )
 
 
 def _kernel_form(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:

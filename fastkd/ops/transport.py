@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.reference import cost_attention as attention_reference
 from fastkd.reference import transport as reference
 
 
@@ -32,19 +33,45 @@ backends.fake("transport", _plan_fake)
 backends.fake("transport_emulated", _plan_fake)
 
 
+def _moved_fake(cost, a, b, *_):
+    return (
+        *_plan_fake(cost, a, b, None, None),
+        a.new_empty(a.shape, dtype=torch.float64),
+        b.new_empty(b.shape, dtype=torch.float64),
+    )
+
+
+backends.fake("cost_attention", _moved_fake)
+backends.fake("cost_attention_emulated", _moved_fake)
+
+
+class CostAttention(NamedTuple):
+    """How layers' weights follow from the transport between them; see BertEMDLoss."""
+
+    inverse_cost: bool = True
+    temperature: float = 1.0
+    product_of_sums: bool = False
+    joint: bool = True
+    double_softmax: bool = False
+
+
 class Transport(torch.autograd.Function):
     """value = <flow, cost>. Its gradient is the flow (to the cost) and the duals (to the marginals), by the envelope
     theorem; u and v are only defined up to u + c, v - c, so each is centred."""
 
     @staticmethod
-    def forward(ctx, cost, a, b, start_flow, start_v, backend):
-        flow, u, v, status = _solve(cost, a, b, start_flow, start_v, backend)
+    def forward(ctx, cost, a, b, start_flow, start_v, backend, attention=None):
+        moved = ()
+        if attention is None:
+            flow, u, v, status = _solve(cost, a, b, start_flow, start_v, backend)
+        else:
+            flow, u, v, status, *moved = _solve_and_move(cost, a, b, attention, backend)
         value = (flow * cost.to(flow.dtype)).sum((-2, -1))
         ctx.save_for_backward(flow, u, v)
         ctx.dtypes = cost.dtype, a.dtype, b.dtype
         out = tuple(x.to(_result_dtype(cost)) for x in (value, flow, u, v))
-        ctx.mark_non_differentiable(*out[1:], status)
-        return *out, status
+        ctx.mark_non_differentiable(*out[1:], status, *moved)
+        return *out, status, *moved
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -54,7 +81,7 @@ class Transport(torch.autograd.Function):
         to_cost = grad[..., None, None] * flow
         to_a, to_b = (grad[..., None] * (x - x.mean(-1, keepdim=True)) for x in (u, v))
         cost_dtype, a_dtype, b_dtype = ctx.dtypes
-        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None, None, None
+        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None, None, None, None
 
 
 def _result_dtype(cost: Tensor) -> torch.dtype:
@@ -77,12 +104,32 @@ def _solve(cost, a, b, start_flow, start_v, backend):
     return flow.reshape(cost.shape), u.reshape(*lead, n), v.reshape(*lead, m), status.reshape(lead)
 
 
+def _solve_and_move(cost, a, b, attention: CostAttention, backend):
+    """Likewise for cost [P, N, M], and the new weights [P, N] and [P, M]: in one launch."""
+    if backend == "reference":
+        flow, u, v, status = _solve(cost, a, b, None, None, backend)
+        return flow, u, v, status, *attention_reference.cost_attention(flow, cost, a, b, *attention)
+    dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
+    return torch.ops.fastkd.cost_attention(cost.to(dtype), a.to(dtype), b.to(dtype), *attention)
+
+
 def transport(cost, a, b, warm_start, backend) -> TransportPlan:
     """Solve every problem of the batch exactly, in float64. A warm start gives the arcs and prices to begin with."""
+    backend = _chosen(cost, backend)
+    start = (None, None) if warm_start is None else (warm_start.flow, warm_start.v)
+    return TransportPlan(*Transport.apply(cost, a, b, *start, backend))
+
+
+def transport_and_weights(cost, a, b, attention: CostAttention, backend) -> tuple[TransportPlan, Tensor, Tensor]:
+    """cost [P, N, M] of P kinds: their plans, and what the weights a [P, N] and b [P, M] become by cost attention."""
+    *plan, new_a, new_b = Transport.apply(cost, a, b, None, None, _chosen(cost, backend), attention)
+    return TransportPlan(*plan), new_a, new_b
+
+
+def _chosen(cost: Tensor, backend: str) -> str:
     if max(cost.shape[-2:]) > LARGEST and backend == "auto":
         backend = "reference"
     backend = backends.choose("transport", backend, cost)
     if max(cost.shape[-2:]) > LARGEST and backend != "reference":
         raise ValueError(f"cost: the {backend} solver takes up to {LARGEST} rows and columns, got {list(cost.shape)}")
-    start = (None, None) if warm_start is None else (warm_start.flow, warm_start.v)
-    return TransportPlan(*Transport.apply(cost, a, b, *start, backend))
+    return backend

@@ -1,0 +1,363 @@
+"""A query against its positive and K negatives out of a bank: InfoNCE and NCE, loss and gradient in one read of the bank.
+
+The maths. n_k = <q, bank_k> / T, p = <q, positive> / T. InfoNCE is attention with K = V = bank:
+
+    lse = log sum_k e^n_k,   loss = softplus(lse - p),   w = sigmoid(lse - p),
+    direction = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d bank_k = w e^(n_k - lse) q / T.
+
+NCE, with everything that is taken off a score in `shift`: u = <q, n> / T - shift,
+
+    loss = softplus(-u_0) + sum_k softplus(u_k),   direction = (sum_k sigmoid(u_k) bank_k - sigmoid(-u_0) bank_0) / T.
+
+Saved: `direction`, since a bank without a gradient need not be read again; per query w and, for a bank with one, lse.
+
+The passes. The bank (or a query's row of the index) is split among programs; each goes through its blocks once with a
+running maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order: how
+many there are depends on sizes alone, so two runs are equal bit for bit. Nothing is B x K.
+
+Where query and bank have the same half precision the products run on tensor cores in it; a float32 query against a
+bfloat16 bank is split into a high and a low part there, and so are its weights; everything else is float32 without tf32.
+A row that is wider than a program has registers for goes in chunks: each sums one of them, and scores need them all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FULL, SAME, SPLIT = 0, 1, 2  # how a product is formed
+WIDEST = (64, 256, 128)  # columns that a program sums, by the form of its products; wider rows go in chunks
+PROGRAMS = 528  # 4 on each of an H200's 132 multiprocessors
+SPILL_LIMIT = {
+    "shared_kernel": 16,
+    "bank_kernel": 8,
+    "gathered_kernel": 8,
+    "merge_kernel": 0,
+}  # bytes; words, not tiles
+
+
+@triton.jit
+def product(a, b, total, HOW: tl.constexpr):
+    """total + a @ b; b is as the bank is kept."""
+    if HOW == 0:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    high = a.to(b.dtype)
+    if HOW == 2:
+        total = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, total)
+    return tl.dot(high, b, total)
+
+
+@triton.jit
+def log1p_of_small(e):
+    """log(1 + e) for 0 <= e <= 1 with all its digits."""
+    z = e / (2.0 + e)
+    w = z * z
+    return 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13)))))))
+
+
+@triton.jit
+def softplus_and_slope(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log1p_of_small(e) + (x - x), tl.where(x > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def tile(ptr, o_row, m_row, o_d, stride, D):
+    """[rows, columns] as they are kept, 0 outside."""
+    mask = m_row[:, None] & (o_d < D)[None, :]
+    return tl.load(ptr + o_row[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def scores_of(
+    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+    HOW: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """n [BLOCK_B, BLOCK_K], -inf where there is no key or an excluded one."""
+    total = tl.zeros([o_b.shape[0], o_k.shape[0]], tl.float32)
+    for start in range(0, D, INNER):
+        o_d = start + tl.arange(0, INNER)
+        b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D)
+        b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
+        total = product(b_q, tl.trans(b_k), total, HOW)
+    keep = m_k[None, :]
+    if query_ids is not None:
+        own = tl.load(query_ids + o_b, mask=m_b, other=0)
+        keep = keep & (own[:, None] != tl.load(bank_ids + o_k, mask=m_k, other=0)[None, :])
+    return tl.where(keep, total * tl.load(inverse_ptr).to(tl.float32), float("-inf"))
+
+
+@triton.jit
+def shared_kernel(
+    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D, q_stride, bank_stride,
+    blocks, splits,
+    HOW: tl.constexpr, DIRECTION: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of queries against one split of the bank; the weighted sum of one chunk of columns."""
+    i_split, i_b, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_b = o_b < B
+    o_d = i_chunk * WIDTH + tl.arange(0, WIDTH)
+    largest = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_B], tl.float32)
+    total = tl.zeros([BLOCK_B, WIDTH], tl.float32)
+    for block in range(i_split * blocks // splits, (i_split + 1) * blocks // splits):
+        o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        n = scores_of(
+            q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+            HOW, INNER,
+        )  # fmt: skip
+        top = tl.maximum(largest, tl.max(n, 1))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        shrink = tl.exp(largest - shift)
+        weight = tl.exp(n - shift[:, None])
+        mass = mass * shrink + tl.sum(weight, 1)
+        largest = top
+        if DIRECTION:
+            b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
+            total = product(weight, b_k, total * shrink[:, None], HOW)
+    o_out = i_split * B + o_b
+    if i_chunk == 0:
+        tl.store(largest_ptr + o_out, largest, mask=m_b)
+        tl.store(mass_ptr + o_out, mass, mask=m_b)
+    if DIRECTION:
+        tl.store(sum_ptr + o_out[:, None] * D + o_d[None, :], total, mask=m_b[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def bank_kernel(
+    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, lse_ptr, factor_ptr, grad_ptr, B, K, D, q_stride, bank_stride,
+    HOW: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of the bank, one chunk of columns: sum over the queries, in order."""
+    i_k, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    o_d = i_chunk * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_K, WIDTH], tl.float32)
+    for start in range(0, B, BLOCK_B):
+        o_b = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        m_b = o_b < B
+        n = scores_of(
+            q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+            HOW, INNER,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + o_b, mask=m_b, other=0.0)
+        factor = tl.load(factor_ptr + o_b, mask=m_b, other=0.0)
+        share = tl.exp(n - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
+        weight = tl.where(m_b[:, None], share * factor[:, None], 0.0)
+        b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D).to(tl.float32)
+        total = tl.dot(tl.trans(weight), b_q, total, input_precision="ieee")
+    tl.store(grad_ptr + o_k[:, None] * D + o_d[None, :], total, mask=m_k[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def gathered_kernel(
+    q_ptr, bank_ptr, index_ptr, scale_ptr, shift_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D,
+    count, q_stride, bank_stride, blocks, splits,
+    NCE: tl.constexpr, DIRECTION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One query against one split of the rows that its index names. A row that does not exist is a loss of NaN."""
+    i_split, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, WIDTH)
+    b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr)  # in two parts, so that float32 does not round them
+    scale_high = scale.to(tl.float32)
+    scale_low = (scale - scale_high.to(tl.float64)).to(tl.float32)
+    if NCE:
+        off = tl.load(shift_ptr)
+        off_high = off.to(tl.float32)
+        off_low = (off - off_high.to(tl.float64)).to(tl.float32)
+    largest = tl.full([1], float("-inf"), tl.float32)
+    mass = tl.zeros([1], tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    for block in range(i_split * blocks // splits, (i_split + 1) * blocks // splits):
+        o_k = block * BLOCK + tl.arange(0, BLOCK)
+        m_k = o_k < count
+        row = tl.load(index_ptr + i_b * count + o_k, mask=m_k, other=0)
+        there = (row >= 0) & (row < K)
+        b_k = tile(bank_ptr, row, m_k & there, o_d, bank_stride, D).to(tl.float32)
+        score = tl.sum(b_k * b_q[None, :], 1)
+        score = tl.where(there, score, float("nan"))
+        if NCE:
+            u = (score * scale_high - off_high) + (score * scale_low - off_low)
+            sign = tl.where(o_k == 0, -1.0, 1.0)
+            loss, slope = softplus_and_slope(u * sign)
+            mass += tl.sum(tl.where(m_k, loss, 0.0), 0)
+            weight = tl.where(m_k, slope * sign, 0.0)
+        else:
+            keep = m_k
+            if query_ids is not None:
+                own = tl.load(query_ids + i_b)
+                keep = keep & (tl.load(bank_ids + row, mask=m_k & there, other=0) != own)
+            n = tl.where(keep, score * scale_high + score * scale_low, float("-inf"))
+            top = tl.maximum(largest, tl.max(n, 0))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            shrink = tl.exp(largest - shift)
+            weight = tl.exp(n - shift)
+            mass = mass * shrink + tl.sum(weight, 0)
+            total = total * shrink
+            largest = top
+        if DIRECTION:
+            total += tl.sum(b_k * weight[:, None], 0)
+    o_out = i_split * B + i_b
+    one = tl.arange(0, 1)
+    tl.store(mass_ptr + o_out + one, mass)
+    if not NCE:
+        tl.store(largest_ptr + o_out + one, largest)
+    if DIRECTION:
+        tl.store(sum_ptr + o_out * D + o_d, total * scale_high if NCE else total, mask=o_d < D)
+
+
+@triton.jit
+def merge_kernel(
+    q_ptr, positive_ptr, inverse_ptr, largest_ptr, mass_ptr, sum_ptr, loss_ptr, weight_ptr, lse_ptr, direction_ptr,
+    B, D, q_stride, positive_stride, splits,
+    DIRECTION: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One query: its splits in order, then loss, w, lse and direction."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, WIDTH)
+    m_d = o_d < D
+    b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_p = tl.load(positive_ptr + i_b * positive_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    p = tl.sum(b_q * b_p, 0) * tl.load(inverse_ptr).to(tl.float32)
+    largest = tl.load(largest_ptr + i_b)
+    for i_split in range(1, splits):
+        largest = tl.maximum(largest, tl.load(largest_ptr + (i_b + i_split * B)))
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    mass = p * 0.0
+    mean = tl.zeros([WIDTH], tl.float32)
+    for i_split in range(0, splits):
+        o_in = i_b + i_split * B
+        factor = tl.exp(tl.load(largest_ptr + o_in) - shift)
+        mass += factor * tl.load(mass_ptr + o_in)
+        if DIRECTION:
+            mean += factor * tl.load(sum_ptr + o_in * D + o_d, mask=m_d, other=0.0)
+    lse = largest + tl.log(mass)
+    loss, weight = softplus_and_slope(tl.where(mass == 0, -1e30, lse - p))  # no negative left: 0
+    tl.store(loss_ptr + i_b, loss)
+    tl.store(weight_ptr + i_b, weight)
+    tl.store(lse_ptr + i_b, lse)
+    if DIRECTION:
+        mean = mean / tl.where(mass == 0, 1.0, mass)
+        tl.store(direction_ptr + i_b * D + o_d, weight * (mean - b_p), mask=m_d)
+
+
+def how(query: Tensor, bank: Tensor) -> int:
+    if query.device.type == "cpu" or bank.dtype == torch.float32:  # the interpreter's dot is wrong in bfloat16
+        return FULL
+    if query.dtype == bank.dtype:
+        return SAME
+    return SPLIT if query.dtype == torch.float32 and bank.dtype == torch.bfloat16 else FULL
+
+
+def geometry(queries: int, width: int, form: int) -> dict:
+    """Tiles and launch options of shared_kernel and bank_kernel. tl.dot wants 16 at least on every side. What fits the
+    registers: float32 products take their operands there, tensor cores take them from shared memory."""
+    full = form == FULL
+    chunk = min(max(triton.next_power_of_2(width), 16), WIDEST[form])
+    block = min(max(triton.next_power_of_2(queries), 16), 64 if form == SAME else 32)
+    return {"WIDTH": chunk, "INNER": min(chunk, 32 if full else 64), "BLOCK_B": block, "BLOCK_K": 32 if full else 64,
+            "num_warps": 4 if full else 8, "num_stages": 2}  # fmt: skip
+
+
+def gathered_geometry(width: int) -> dict:
+    """Rows of a block so that it has about 4096 elements."""
+    chunk = triton.next_power_of_2(max(width, 16))
+    return {"WIDTH": chunk, "BLOCK": min(max(4096 // chunk, 1), 64), "num_warps": 4 if chunk <= 4096 else 16}
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _ids(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+class Partials:
+    """What the splits leave: maxima and sums [S, B], weighted sums [S, B, D]."""
+
+    def __init__(self, query: Tensor, blocks: int, others: int, with_direction: bool):
+        B, D = query.shape
+        self.splits = max(min(blocks, PROGRAMS // max(others, 1)), 1)
+        empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)  # noqa: E731
+        self.largest, self.mass = empty(self.splits, B), empty(self.splits, B)
+        self.sums = empty(self.splits, B, D) if with_direction else None
+
+
+def info_nce_fwd(
+    query: Tensor, positive: Tensor, bank: Tensor, index: Tensor | None, inverse_temperature: Tensor,
+    query_ids: Tensor | None, bank_ids: Tensor | None, with_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, D), query, positive, bank = query.shape, _rows(query), _rows(positive), _rows(bank)
+    query_ids, bank_ids, K = _ids(query_ids), _ids(bank_ids), bank.shape[0]
+    loss, weight, lse = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(3))
+    direction = torch.empty((B if with_direction else 0, D), dtype=torch.float32, device=query.device)
+    if B == 0:
+        return loss, direction, weight, lse
+    if index is None:
+        form = how(query, bank)
+        launch = geometry(B, D, form)
+        blocks, rows = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(B, launch["BLOCK_B"])
+        chunks = triton.cdiv(D, launch["WIDTH"]) if with_direction else 1
+        parts = Partials(query, blocks, rows * chunks, with_direction)
+        shared_kernel[(parts.splits, rows, chunks)](
+            query, bank, inverse_temperature, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
+            B, K, D, query.stride(0), bank.stride(0), blocks, parts.splits,
+            HOW=form, DIRECTION=with_direction, **launch,
+        )  # fmt: skip
+    else:
+        parts = _gathered(query, bank, index, inverse_temperature, None, query_ids, bank_ids, with_direction)
+    merge_kernel[(B,)](
+        query, positive, inverse_temperature, parts.largest, parts.mass, parts.sums, loss, weight, lse, direction,
+        B, D, query.stride(0), positive.stride(0), parts.splits,
+        DIRECTION=with_direction, WIDTH=triton.next_power_of_2(D), num_warps=4,
+    )  # fmt: skip
+    return loss, direction, weight, lse
+
+
+def _gathered(query, bank, index, scale, shift, query_ids, bank_ids, with_direction) -> Partials:
+    (B, D), index, count = query.shape, index.contiguous(), index.shape[1]
+    launch = gathered_geometry(D)
+    blocks = triton.cdiv(count, launch["BLOCK"])
+    parts = Partials(query, blocks, B, with_direction)
+    gathered_kernel[(parts.splits, B)](
+        query, bank, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
+        B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, parts.splits,
+        NCE=shift is not None, DIRECTION=with_direction, **launch,
+    )  # fmt: skip
+    return parts
+
+
+def info_nce_bank_bwd(
+    query: Tensor, bank: Tensor, inverse_temperature: Tensor, query_ids: Tensor | None, bank_ids: Tensor | None,
+    lse: Tensor, coefficient: Tensor,
+) -> Tensor:  # fmt: skip
+    (B, D), K, query, bank = query.shape, bank.shape[0], _rows(query), _rows(bank)
+    grad = torch.empty((K, D), dtype=torch.float32, device=bank.device)
+    form = how(query, bank)
+    launch = geometry(B, D, FULL)  # the second product is float32's whatever the bank is
+    chunks = triton.cdiv(D, launch["WIDTH"])
+    if K:
+        bank_kernel[(triton.cdiv(K, launch["BLOCK_K"]), chunks)](
+            query, bank, inverse_temperature, _ids(query_ids), _ids(bank_ids), lse.contiguous(),
+            coefficient.contiguous(), grad, B, K, D, query.stride(0), bank.stride(0), HOW=form, **launch,
+        )  # fmt: skip
+    return grad
+
+
+def nce_fwd(
+    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, with_direction: bool
+) -> tuple[Tensor, Tensor]:
+    query, bank = _rows(query), _rows(bank)
+    if query.shape[0] == 0:
+        empty = query.new_empty(query.shape, dtype=torch.float32)
+        return empty.sum(1), empty
+    scale = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
+    parts = _gathered(query, bank, index, scale, shift, None, None, with_direction)
+    direction = parts.sums.sum(0) if with_direction else query.new_empty((0, query.shape[1]), dtype=torch.float32)
+    return parts.mass.sum(0), direction

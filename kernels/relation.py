@@ -1,0 +1,277 @@
+"""KL(teacher || student) between softmaxed relations, one number per query, in the manner of flash attention without V.
+
+The maths. s and t are a query's scores x yᵀ scale on both sides. With running maxima and c = (s - max s) - (t - max t),
+which is small and exact where the sides are close,
+
+    a = e^(t - max t),   l = sum a,   X = sum a expm1(c),   A = sum a (expm1(c) - c),   E = X / l,   kappa = log1p(E):
+    KL = A / l - (E - log1p(E)):   each term >= 0, nothing cancels as the student nears the teacher;
+    q - p = p expm1(c - kappa) = dKL/ds,   W = g (q - p),   dx = scale W y,   dy = scale Wᵀ x.
+
+Where |c| < 1/2 everything is built on expm1(c) by its series. When a block moves the maxima by m_t and m_s, c moves by
+e = m_t - m_s; with alpha = e^-m_t and beta = e^-m_s, alpha expm1(e) = beta - alpha, and
+
+    A <- alpha A + (beta - alpha) X + (beta - alpha - alpha e) l,   X <- beta X + (beta - alpha) l,   l <- alpha l.
+
+Forward: a program owns a block of queries, walks over the keys, and leaves max t, l, max s and X. Backward: a program
+owns a block of rows of x (or y) and walks over the others; both scores are made again, W is used and forgotten. Of a
+relation of x with itself one tile yields both W and Wᵀ, since scores are symmetric: one product instead of two. Nothing
+is added to by two programs, so the order of every sum is fixed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NEVER = tl.constexpr(-1e30)  # a masked score: finite, so that the difference of two is a number
+WIDEST = 128  # of a head; fastkd/ops/relation.py has wider ones done by the reference
+SPILL_LIMIT = {
+    "forward_kernel": 136,
+    "backward_kernel": 24,
+}  # bytes of stack per thread; the causal forms, most on sm_80
+
+
+@triton.jit
+def phi(x):
+    """expm1(x) - x for |x| < 1/2, to 4e-8."""
+    y = 1 / 40320 * x + 1 / 5040
+    y = y * x + 1 / 720
+    y = y * x + 1 / 120
+    y = y * x + 1 / 24
+    y = y * x + 1 / 6
+    return (y * x + 1 / 2) * x * x
+
+
+@triton.jit
+def logarithms(y):
+    """log1p(y), and y - log1p(y) with all its digits."""
+    near = tl.abs(y) < 0.4
+    z = tl.where(near, y, 0.0)
+    z = z / (2.0 + z)  # log(1 + y) = 2 z + 2 z³ / 3 + 2 z⁵ / 5 + ...
+    w = z * z
+    rest = z * w * (2 / 3 + w * (2 / 5 + w * (2 / 7 + w * (2 / 9 + w * (2 / 11)))))
+    log1p = tl.where(near, 2.0 * z + rest, tl.log(tl.where(near, 1.0, 1.0 + y)))
+    return log1p, tl.where(near, y * z - rest, y - log1p)
+
+
+@triton.jit
+def counting(mask_ptr, b, o_l, L):
+    """Which of the tokens exist and count."""
+    m_l = o_l < L
+    return m_l if mask_ptr is None else m_l & (tl.load(mask_ptr + b * L + o_l, mask=m_l, other=0) != 0)
+
+
+@triton.jit
+def load_rows(x_ptr, strides, b, h, o_l, m_l, D, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    at = b * strides[0] + h * strides[1] + o_l.to(tl.int64) * strides[2]
+    return tl.load(x_ptr + at[:, None] + o_d[None, :], mask=m_l[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def scores(x, y, scale):
+    return tl.dot(x, tl.trans(y), input_precision="ieee") * scale
+
+
+@triton.jit
+def move(refs, sums, top_s, top_t):
+    """The sums as they are relative to new maxima."""
+    (max_s, max_t), (mass, X, A) = refs, sums
+    e = (top_t - max_t) - (top_s - max_s)
+    alpha, beta = tl.exp(max_t - top_t), tl.exp(max_s - top_s)
+    near = tl.abs(e) < 0.5
+    slack = phi(tl.where(near, e, 0.0))
+    gap = tl.where(near, alpha * (e + slack), beta - alpha)
+    slack = tl.where(near, alpha * slack, gap - alpha * e)
+    return alpha * mass, beta * X + gap * mass, alpha * A + gap * X + slack * mass
+
+
+@triton.jit
+def forward_kernel(
+    x_s, y_s, x_t, y_t, strides, mask_ptr, rows_ptr, stats_ptr, H, L, D_s, D_t, scale_s, scale_t,
+    CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    b, h, start = pair // H, pair % H, tl.program_id(0) * BLOCK
+    o_i = start + tl.arange(0, BLOCK)
+    m_i = counting(mask_ptr, b, o_i, L)
+    b_xs = load_rows(x_s, strides[0], b, h, o_i, m_i, D_s, BLOCK_S)  # [BLOCK, D]
+    b_xt = load_rows(x_t, strides[2], b, h, o_i, m_i, D_t, BLOCK_T)
+    max_s, max_t = tl.full([BLOCK], NEVER, tl.float32), tl.full([BLOCK], NEVER, tl.float32)
+    mass, X, A = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    stop = tl.minimum(start + BLOCK, L) if CAUSAL else L
+    for j in range(0, stop, BLOCK):
+        o_j = j + tl.arange(0, BLOCK)
+        m_j = counting(mask_ptr, b, o_j, L)
+        seen = m_j[None, :] & (o_j[None, :] <= o_i[:, None]) if CAUSAL else m_j[None, :] & m_i[:, None]
+        b_t = scores(b_xt, load_rows(y_t, strides[3], b, h, o_j, m_j, D_t, BLOCK_T), scale_t)
+        b_s = scores(b_xs, load_rows(y_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S), scale_s)
+        b_t, b_s = tl.where(seen, b_t, NEVER), tl.where(seen, b_s, NEVER)  # [queries, keys]
+        top_t, top_s = tl.maximum(max_t, tl.max(b_t, 1)), tl.maximum(max_s, tl.max(b_s, 1))
+        mass, X, A = move((max_s, max_t), (mass, X, A), top_s, top_t)
+        max_s, max_t = top_s, top_t
+        a, c = tl.exp(b_t - max_t[:, None]), (b_s - b_t) - (max_s - max_t)[:, None]
+        near = tl.abs(c) < 0.5
+        slack = phi(tl.where(near, c, 0.0))
+        gap = tl.where(near, a * (c + slack), tl.exp(b_s - max_s[:, None]) - a)
+        mass += tl.sum(a, 1)
+        X += tl.sum(gap, 1)
+        A += tl.sum(tl.where(near, a * slack, gap - a * c), 1)
+    E = X / mass
+    _, excess = logarithms(E)
+    at = pair * L + o_i
+    tl.store(rows_ptr + at, tl.where(m_i, A / mass - excess, 0.0), mask=o_i < L)
+    at = pair * 4 * L + o_i
+    tl.store(stats_ptr + at, max_t, mask=o_i < L)
+    tl.store(stats_ptr + at + L, mass, mask=o_i < L)
+    tl.store(stats_ptr + at + 2 * L, max_s, mask=o_i < L)
+    tl.store(stats_ptr + at + 3 * L, X, mask=o_i < L)
+
+
+@triton.jit
+def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
+    """Upstream, max t, max s, 1 / l of both sides, and kappa."""
+    at = pair * 4 * L + o_l
+    max_t = tl.load(stats_ptr + at, mask=m_l, other=0.0)
+    sum_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
+    max_s = tl.load(stats_ptr + at + 2 * L, mask=m_l, other=0.0)
+    X = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
+    kappa, _ = logarithms(X / sum_t)
+    return tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0), max_t, max_s, 1.0 / sum_t, 1.0 / (sum_t + X), kappa
+
+
+@triton.jit
+def weights(b_s, b_t, of, seen):
+    """g (q - p); `of` as load_stats gives it, of the queries."""
+    g, max_t, max_s, per_t, per_s, kappa = of
+    p, c = tl.exp(b_t - max_t) * per_t, (b_s - b_t) - (max_s - max_t) - kappa
+    near = tl.abs(c) < 0.5
+    slack = phi(tl.where(near, c, 0.0))
+    return tl.where(seen, g * tl.where(near, p * (c + slack), tl.exp(b_s - max_s) * per_s - p), 0.0)
+
+
+@triton.jit
+def as_rows(of):
+    return of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None], of[4][:, None], of[5][:, None]
+
+
+@triton.jit
+def as_columns(of):
+    return of[0][None, :], of[1][None, :], of[2][None, :], of[3][None, :], of[4][None, :], of[5][None, :]
+
+
+@triton.jit
+def backward_kernel(
+    own_s, other_s, own_t, other_t, strides, mask_ptr, g_ptr, stats_ptr, out_ptr, H, L, D_s, D_t, scale_s, scale_t,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS: what is owned are queries, and others keys; COLUMNS: the other way round; both where x and y are one."""
+    pair = tl.program_id(1).to(tl.int64)
+    b, h, start = pair // H, pair % H, tl.program_id(0) * BLOCK
+    o_i = start + tl.arange(0, BLOCK)
+    m_i = counting(mask_ptr, b, o_i, L)
+    b_own_s = load_rows(own_s, strides[0], b, h, o_i, m_i, D_s, BLOCK_S)  # [BLOCK, D]
+    b_own_t = load_rows(own_t, strides[2], b, h, o_i, m_i, D_t, BLOCK_T)
+    if ROWS:
+        of_own = load_stats(g_ptr, stats_ptr, pair, o_i, m_i, L)
+    pulled = tl.zeros([BLOCK, BLOCK_S], tl.float32)
+    begin = start if CAUSAL and not ROWS else 0
+    stop = tl.minimum(start + BLOCK, L) if CAUSAL and not COLUMNS else L
+    for j in range(begin, stop, BLOCK):
+        o_j = j + tl.arange(0, BLOCK)
+        m_j = counting(mask_ptr, b, o_j, L)
+        b_other_s = load_rows(other_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S)
+        b_other_t = load_rows(other_t, strides[3], b, h, o_j, m_j, D_t, BLOCK_T)
+        b_s, b_t = scores(b_own_s, b_other_s, scale_s), scores(b_own_t, b_other_t, scale_t)
+        both = m_i[:, None] & m_j[None, :]
+        W = tl.zeros([BLOCK, BLOCK], tl.float32)
+        if ROWS:
+            seen = both & (o_j[None, :] <= o_i[:, None]) if CAUSAL else both
+            W += weights(b_s, b_t, as_rows(of_own), seen)
+        if COLUMNS:
+            seen = both & (o_i[:, None] <= o_j[None, :]) if CAUSAL else both
+            W += weights(b_s, b_t, as_columns(load_stats(g_ptr, stats_ptr, pair, o_j, m_j, L)), seen)
+        pulled = tl.dot(W.to(b_other_s.dtype), b_other_s, pulled, input_precision="ieee")
+    o_d = tl.arange(0, BLOCK_S)
+    at = (pair * L + o_i)[:, None] * D_s + o_d[None, :]
+    m_out = (o_i < L)[:, None] & (o_d < D_s)[None, :]
+    tl.store(out_ptr + at, (tl.where(m_i[:, None], pulled, 0.0) * scale_s).to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+def geometry(d_s: int, d_t: int, half: bool, backward: bool) -> dict:
+    """Blocks and warps for heads of these widths. Unless both sides are `half`, products are in float32: smaller tiles."""
+    widths = [max(16, triton.next_power_of_2(d)) for d in (d_s, d_t)]
+    large = half and not backward and max(widths) <= 64
+    warps = 8 if large or not half else 4
+    launch = {"BLOCK_S": widths[0], "BLOCK_T": widths[1], "BLOCK": 64 if large else 32}
+    return launch | {"num_warps": warps, "num_stages": 2}
+
+
+def _sides(xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None) -> list[Tensor]:
+    """x and y of the student, x and y of the teacher; rows contiguous, and all float32 if not all are half."""
+    found = [xs, xs if ys is None else ys, xt, xt if yt is None else yt]
+    found = found if _half(xs, xt) else [x.float() for x in found]
+    return [x if x.stride(3) == 1 else x.contiguous() for x in found]
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def relation_fwd(
+    xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None, mask: Tensor | None, causal: bool,
+    scale_s: float, scale_t: float, in_forward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, L, d = xs.shape
+    rows = torch.empty((B, H, L), dtype=torch.float32, device=xs.device)
+    stats = torch.empty((B, H, 4, L), dtype=torch.float32, device=xs.device)
+    nothing = [torch.empty((B, H, 0, d), dtype=_dtype(xs), device=xs.device) for _ in range(2)]
+    if rows.numel():
+        sides = _sides(xs, ys, xt, yt)
+        launch = geometry(d, xt.shape[3], _half(xs, xt), False)
+        forward_kernel[(triton.cdiv(L, launch["BLOCK"]), B * H)](
+            *sides, tuple(x.stride()[:3] for x in sides), _bytes(mask), rows, stats, H, L, d, xt.shape[3],
+            scale_s, scale_t, CAUSAL=causal, **launch,
+        )  # fmt: skip
+    return rows, stats, *nothing
+
+
+def relation_bwd(
+    grad: Tensor, xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None, mask: Tensor | None, stats: Tensor,
+    unit_x: Tensor, unit_y: Tensor, causal: bool, scale_s: float, scale_t: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, H, L, d = xs.shape
+    dx = torch.empty((B, H, L, d), dtype=_dtype(xs), device=xs.device)
+    dy = torch.empty((B, H, 0 if ys is None else L, d), dtype=_dtype(xs), device=xs.device)
+    if dx.numel() == 0:
+        return dx, dy
+    grad, largest = grad.contiguous(), None
+    if xs.dtype == torch.float16:  # weights are rounded to float16, and must not become subnormal
+        largest = grad.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        grad = grad / largest
+    x_s, y_s, x_t, y_t = _sides(xs, ys, xt, yt)
+    launch = geometry(d, xt.shape[3], _half(xs, xt), True) | {"CAUSAL": causal}
+
+    def pull(out, own_s, other_s, own_t, other_t, rows, columns):
+        sides = (own_s, other_s, own_t, other_t)
+        backward_kernel[(triton.cdiv(L, launch["BLOCK"]), B * H)](
+            *sides, tuple(x.stride()[:3] for x in sides), _bytes(mask), grad, stats, out, H, L, d, xt.shape[3],
+            scale_s, scale_t, ROWS=rows, COLUMNS=columns, **launch,
+        )  # fmt: skip
+        return out if largest is None else out.mul_(largest)
+
+    dx = pull(dx, x_s, y_s, x_t, y_t, True, ys is None and yt is None)
+    if ys is not None:
+        return dx, pull(dy, y_s, x_s, y_t, x_t, False, True)
+    if yt is not None:  # x is both in the student, not in the teacher: two halves
+        dx = dx + pull(torch.empty_like(dx), y_s, x_s, y_t, x_t, False, True)
+    return dx, dy
+
+
+def _half(xs: Tensor, xt: Tensor) -> bool:
+    return xs.element_size() == 2 and xt.element_size() == 2
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32

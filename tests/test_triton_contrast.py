@@ -1,0 +1,164 @@
+"""contrast in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton.py starts it)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cases import TOLERANCES, randn, relative_error
+from fastkd import backends, functional
+
+INTERPRETED = backends.INTERPRETED
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else pytest.mark.gpu
+MODES = ("shared", "gathered", "nce", "batch")
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+
+
+def problem(B, K, D, seed=0, query=FLOAT, bank=FLOAT, count=21):
+    q, p, n = (F.normalize(randn(size, D, seed=seed + k), dim=1) for k, size in enumerate((B, B, K)))
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(K, (B, count), generator=generator)
+    ids = torch.randint(5, (B,), generator=generator), torch.randint(9, (K,), generator=generator)
+    moved = (x.to(DEVICE) for x in (q.to(query), p.to(query), n.to(bank), index))
+    return *moved, tuple(x.to(DEVICE) for x in ids)
+
+
+def run(mode, query, positive, bank, index, exclude=None, backend="triton", train_bank=False):
+    """Loss, and the gradients of query, positive, temperature and (train_bank) the bank, under a random upstream one."""
+    leaves = [query.detach().requires_grad_()]
+    wide = torch.float64 if query.dtype == torch.float64 else FLOAT
+    options = {"reduction": "none", "backend": backend}
+    if mode == "nce":
+        loss = functional.nce_loss(leaves[0], bank, index, n_data=300, temperature=0.07, z=900.0, **options)
+    else:
+        temperature = torch.tensor(0.07, dtype=FLOAT, device=DEVICE).to(wide).requires_grad_()
+        leaves += [positive.detach().requires_grad_(), temperature]
+        if train_bank:
+            bank = bank.detach().requires_grad_()
+            leaves.append(bank)
+        if mode == "batch":
+            bank, exclude = None, exclude and (exclude[0], exclude[0])
+        index = index if mode == "gathered" else None
+        loss = functional.info_nce_loss(*leaves[:2], bank, index, temperature=temperature, exclude=exclude, **options)
+    upstream = (randn(len(loss), seed=7) + 1.5).to(loss)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+
+def check(mode, inputs, exclude=None, wrong=lambda g: g, **options):
+    found = [wrong(x) for x in run(mode, *inputs, exclude, **options)]
+    true = run(mode, *(x.double() for x in inputs[:3]), inputs[3], exclude, backend="reference", **options)
+    assert found[0].dtype == FLOAT and found[1].dtype == inputs[0].dtype
+    assert all(x.isfinite().all() for x in found)
+    dtype = inputs[0].dtype
+    allowed = [TOLERANCES[FLOAT][0], *[TOLERANCES[dtype][1]] * 4]
+    errors = [relative_error(x, y) for x, y in zip(found, true, strict=True)]
+    assert all(e <= a for e, a in zip(errors, allowed, strict=False)), errors
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 3), (2, 257, 31), (7, 129, 33), (33, 127, 17), (65, 40, 64), (3, 90, 300)], ids=str
+)
+def test_awkward_sizes(mode, sizes):
+    if mode == "batch" and sizes[0] == 1:
+        pytest.skip("a batch of one has no other example")
+    check(mode, problem(*sizes)[:4])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "dtypes", [(FLOAT, FLOAT), (FLOAT, BFLOAT), (BFLOAT, BFLOAT), (BFLOAT, FLOAT), (HALF, HALF), (FLOAT, HALF)], ids=str
+)
+@pytest.mark.parametrize("excluded", [False, True])
+def test_dtypes(mode, dtypes, excluded):
+    *inputs, ids = problem(9, 301, 45, 5, *dtypes)
+    if (
+        INTERPRETED
+    ):  # it truncates where it stores bfloat16, and torch rounds what autograd returns: both are right here
+        inputs = [*inputs]
+    check(mode, inputs, ids if excluded and mode != "nce" else None)
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (33, 257, 31), (5, 90, 300)], ids=str)
+def test_a_trained_bank(sizes, excluded):
+    *inputs, ids = problem(*sizes)
+    if excluded and sizes[1] == 1:
+        ids = ids[0] * 0, ids[1] * 0 + 1
+    check("shared", inputs, ids if excluded else None, train_bank=True)
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_extreme_scores(mode):
+    query, positive, bank, index, _ = problem(5, 100, 32)
+    inputs = query * 700, positive, bank, index
+    found = run(mode, *inputs)
+    true = run(mode, *(x.double() for x in inputs[:3]), index, backend="reference")
+    assert all(x.isfinite().all() for x in found)
+    assert relative_error(found[0], true[0]) < 1e-5 and relative_error(found[1], true[1]) < 2e-3
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_near_convergence(gathered):
+    """A loss of e^-30 keeps its digits."""
+    query, bank = torch.tensor([[1.0, 0]], device=DEVICE), torch.tensor([[-1.0, 0]], device=DEVICE)
+    index = torch.zeros(1, 1, dtype=torch.long, device=DEVICE) if gathered else None
+    loss = functional.info_nce_loss(query, query, bank, index, temperature=1 / 15, backend="triton")
+    assert loss.item() == pytest.approx(torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["shared", "gathered"])
+def test_no_negative_left(mode):
+    query, positive, bank, index, _ = problem(5, 40, 8)
+    ids = torch.zeros(5, dtype=torch.long, device=DEVICE), torch.zeros(40, dtype=torch.long, device=DEVICE)
+    assert all((x == 0).all() for x in run(mode, query, positive, bank, index, ids))
+    assert all((x == 0).all() for x in run(mode, query, positive, bank[:0], index[:, :0]))
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_a_nan_row_poisons_only_itself(mode):
+    query, positive, bank, index, _ = problem(20, 90, 32)
+    clean = run(mode, query, positive, bank, index)
+    query[3] = torch.nan
+    poisoned = run(mode, query, positive, bank, index)
+    others = torch.arange(20, device=DEVICE) != 3
+    for a, b in list(zip(poisoned, clean, strict=True))[:2]:
+        assert a[3].isnan().all() and torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deterministic_strided_and_unwritten(mode):
+    *inputs, _ = problem(6, 100, 32)
+    expected = run(mode, *inputs)
+    spaced = [torch.stack([x, x * 0 + 9], 1).reshape(2 * len(x), -1)[::2] for x in inputs]  # every other row
+    turned = [x.T.contiguous().T for x in inputs]
+    for strided in (inputs, spaced, turned):
+        copies = [x.clone() for x in strided]
+        assert all(torch.equal(a, b) for a, b in zip(run(mode, *strided), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(strided, copies, strict=True))
+
+
+def test_an_index_out_of_range_is_nan_and_no_fault():
+    query, positive, bank, index, _ = problem(6, 30, 16)
+    from fastkd.kernels import contrast as kernels
+
+    index[2, 3], index[4, 0] = 30, -1
+    number = torch.tensor(14.0, dtype=torch.float64, device=DEVICE)
+    loss, *_ = kernels.info_nce_fwd(query, positive, bank, index, number, None, None, True)
+    for found in (loss, kernels.nce_fwd(query, bank, index, number, 0.07, True)[0]):
+        assert found.isnan().tolist() == [False, False, True, False, True, False]
+
+
+MUTANTS = {
+    "zeroed": lambda g: g * 0,
+    "sign flipped": lambda g: -g,
+    "scaled by 1 %": lambda g: g * 1.01,
+    "one row dropped": lambda g: torch.cat([g[:1] * 0, g[1:]]) if g.dim() else g * 0,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_no_mutant_survives(mode, mutant):
+    with pytest.raises(AssertionError):
+        check(mode, problem(7, 60, 33)[:4], wrong=MUTANTS[mutant])
