@@ -122,14 +122,11 @@ inline vfloat term(const Pair& x, float mix) {
   return vfloat{};
 }
 
-// The maxima, and the sums that both log-sum-exps (and forward_kl) follow from.
-struct Moments {
-  double sum_t, excess, mean_c, bregman, entropy;  // e^t, e^t expm1(c), e^t c, e^t (expm1(c) - c), -e^t t
-};
-
-// kKeep: leaves e^t expm1(c) in `excess` and e^t in `exponential`, for a gradient.
+// Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
+// `exponential_t`, for a gradient.
 template <bool kLoss, bool kEntropy, bool kKeep>
-Moments moments(const Row& row, const float* s, const float* t, int64_t columns, float* excess, float* exponential_t) {
+void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
+                 float* exponential_t) {
   double totals[5];
   accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5], int64_t i, int count) {
     const vfloat e = row.teacher(b), c = row.shifted(a, b);
@@ -151,7 +148,8 @@ Moments moments(const Row& row, const float* s, const float* t, int64_t columns,
     }
     if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });
-  return {totals[0], totals[1], totals[2], totals[3], totals[4]};
+  sums->sum_t += totals[0], sums->excess += totals[1], sums->mean_c += totals[2];
+  sums->bregman += totals[3], sums->entropy += totals[4];
 }
 
 Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature) {
@@ -163,23 +161,49 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
   return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0};
 }
 
-// The value with the final kappa, and the mean of h over the q that the backward will see, so that its rounding
-// cancels.
-template <int kKind>
-double second_pass(const Row& row, const float* s, const float* t, int64_t columns, float mix, double* mean) {
-  double totals[3];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
-    const Pair x = pair(row, a, b);
-    sums[0] += term<kKind>(x, mix);
-    sums[1] += x.q;
-    sums[2] += x.q * slope<kKind>(x, mix);
-  });
-  *mean = totals[2] / totals[1];
-  return totals[0];
+// The sums relative to larger maxima: every e^t is multiplied by `t` and every c grows by `delta`, so e^s by `s`.
+void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSums* sums) {
+  const double up_s = (double(sums->max_s) - max_s) * inverse_temperature;
+  const double up_t = (double(sums->max_t) - max_t) * inverse_temperature;
+  const bool first = sums->sum_t == 0 && sums->excess == 0;
+  if (!first && (up_s != 0 || up_t != 0)) {
+    const double s = std::exp(up_s), t = std::exp(up_t), delta = up_s - up_t;
+    const double change = std::fabs(delta) < 1 ? t * std::expm1(delta) : s - t;
+    const double of_t = t > 0 ? t * delta : 0;
+    sums->bregman = t * sums->bregman + change * sums->excess + (change - of_t) * sums->sum_t;
+    sums->excess = s * sums->excess + change * sums->sum_t;
+    sums->entropy = t * sums->entropy - (t > 0 ? t * up_t : 0) * sums->sum_t;
+    sums->mean_c = t * sums->mean_c + of_t * sums->sum_t;
+    sums->sum_t *= t;
+  }
+  sums->max_s = max_s, sums->max_t = max_t;
+}
+
+template <int kKind, bool kKeep>
+void gather(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums,
+            DivergenceGradient gradient) {
+  if constexpr (kKind == kMSE) {
+    double totals[1];
+    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
+      const vint same = a == b;  // also the filling of a short last vector
+      sums[0] += same ? vfloat{} : (a - b) * (a - b);
+    });
+    sums->value += totals[0];
+  } else {
+    Row row = maxima(s, t, columns, options.inverse_temperature);
+    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
+    row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
+    row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
+    if (row.max_s == -kInfinity) row.max_s = row.max_t;
+    if (row.max_t == -kInfinity) row.max_t = row.max_s;
+    move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
+    add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep>(row, s, t, columns, sums,
+                                                                                  gradient.out, gradient.scratch);
+  }
 }
 
 // KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
-double kl_from(const Moments& m, double kappa) {
+double kl_from(const DivergenceSums& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
   if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
@@ -188,57 +212,76 @@ double kl_from(const Moments& m, double kappa) {
   return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
 }
 
+double entropy_of(const DivergenceSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
+
+bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+  *stats = {};
+  *value = options.kind == kMSE ? float(sums.value) : 0;
+  if (options.kind == kMSE || (sums.max_s == -kInfinity && sums.max_t == -kInfinity)) return false;
+  const double kappa = std::log1p(sums.excess / sums.sum_t), sum_s = sums.sum_t + sums.excess;
+  *stats = {sums.max_s, sums.max_t, float(sum_s), float(sums.sum_t), float(kappa), 0};
+  if (options.kind != kForwardKL && options.kind != kSoftCE) return true;
+  const double kl = kl_from(sums, kappa);
+  *value = float(kl + (options.kind == kSoftCE ? entropy_of(sums) : 0));
+  return kl < 0;
+}
+
+inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
+  return {stats.max_s, stats.max_t, options.inverse_temperature, 1.f / stats.sum_s, 1.f / stats.sum_t, stats.kappa};
+}
+
+// The value with the final kappa, and the mean of h over the q that the backward will see, so that its rounding
+// cancels.
+template <int kKind>
+void refine(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
+            DivergenceSums* sums) {
+  const Row row = row_of(options, stats);
+  double totals[3];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
+    const Pair x = pair(row, a, b);
+    sums[0] += term<kKind>(x, options.mix);
+    sums[1] += x.q;
+    sums[2] += x.q * slope<kKind>(x, options.mix);
+  });
+  sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
+}
+
+void settle(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+  const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
+  *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
+  stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
+}
+
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
 float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                       DivergenceStats* stats, DivergenceGradient gradient) {
-  if constexpr (kKind == kMSE) {
-    double totals[1];
-    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
-      const vint same = a == b;  // also the filling of a short last vector
-      sums[0] += same ? vfloat{} : (a - b) * (a - b);
-    });
-    *stats = {};
-    return float(totals[0]);
-  } else {
-    constexpr bool kDirect = kKind == kForwardKL || kKind == kSoftCE;
-    Row row = maxima(s, t, columns, options.inverse_temperature);
-    *stats = {};
-    if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) {  // no class exists on either side
-      if (kKeep) std::memset(gradient.out, 0, columns * sizeof(float));
-      return 0;
-    }
-    const Moments m = moments<kDirect, kKind == kSoftCE, kKeep>(row, s, t, columns, gradient.out, gradient.scratch);
-    const double kappa = std::log1p(m.excess / m.sum_t), sum_s = m.sum_t + m.excess;
-    row.inverse_sum_s = float(1 / sum_s);
-    row.inverse_sum_t = float(1 / m.sum_t);
-    row.kappa = float(kappa);
-    if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t)
-      const double scale = double(gradient.upstream) * options.inverse_temperature;
-      const float of_excess = float(scale / sum_s), of_teacher = float(scale * (m.excess / sum_s) / m.sum_t);
+  DivergenceSums sums;
+  float value;
+  gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
+  const bool again = conclude(options, sums, stats, &value);
+  if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t)
+    const double scale = double(gradient.upstream) * options.inverse_temperature, sum_s = sums.sum_t + sums.excess;
+    const float of_excess = float(scale / sum_s), of_teacher = float(scale * (sums.excess / sum_s) / sums.sum_t);
+    if (sums.max_s == -kInfinity && sums.max_t == -kInfinity)
+      std::memset(gradient.out, 0, columns * sizeof(float));
+    else
       sweep(gradient.out, gradient.scratch, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
         store_some(gradient.out + i, a * of_excess - b * of_teacher, count);
       });
-    }
-    double mean = 0, value;
-    if constexpr (kDirect) {
-      value = kl_from(m, kappa);
-      if (value < 0) value = second_pass<kForwardKL>(row, s, t, columns, options.mix, &mean);
-      if constexpr (kKind == kSoftCE) value += m.entropy / m.sum_t + std::log(m.sum_t);
-    } else {
-      value = second_pass<kKind>(row, s, t, columns, options.mix, &mean);
-    }
-    *stats = {row.max_s, row.max_t, float(sum_s), float(m.sum_t), row.kappa, float(mean)};
-    return float(value);
   }
+  if (again) {
+    refine<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
+    settle(options, sums, stats, &value);
+  }
+  return value;
 }
 
 template <int kKind>
 void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
               float upstream, float* grad) {
   const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
-  const Row row = {stats.max_s,       stats.max_t,       options.inverse_temperature,
-                   1.f / stats.sum_s, 1.f / stats.sum_t, stats.kappa};
+  const Row row = row_of(options, stats);
   sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
     vfloat out;
     if constexpr (kKind == kMSE) {
@@ -286,11 +329,18 @@ void backward_any(const float* s, const float* t, int64_t columns, DivergenceOpt
   kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
 }
 
-}  // namespace
+void gather_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums) {
+  static constexpr decltype(&gather<0, false>) kGather[] = {gather<0, false>, gather<1, false>, gather<2, false>,
+                                                            gather<3, false>, gather<4, false>, gather<5, false>,
+                                                            gather<6, false>};
+  kGather[options.kind](s, t, columns, options, sums, {});
+}
 
-#include "cpu/divergence_parts.h"
-
-namespace {
+void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
+                const DivergenceStats& stats, DivergenceSums* sums) {
+  static constexpr decltype(&refine<0>) kRefine[] = {refine<0>, refine<1>, refine<2>, refine<3>, refine<4>, refine<0>};
+  kRefine[options.kind](s, t, columns, options, stats, sums);
+}
 
 float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
 
