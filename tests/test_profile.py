@@ -150,8 +150,9 @@ def test_the_parts_add_up_to_the_wall_time():
     ],
 )
 def test_a_delay_shows_where_it_is(where, phase, monkeypatch):
-    """40 ms of sleep in one place appear in its phase, and in no other."""
-    delay = 0.04
+    """A quarter of a second of sleep in one place appears in its phase, and in no other; the shortest step counts, as this
+    machine may be busy with other things too."""
+    delay = 0.25
     sleeping = lambda *_: time.sleep(delay)  # noqa: E731
 
     class SlowGradient(torch.autograd.Function):
@@ -194,9 +195,10 @@ def test_a_delay_shows_where_it_is(where, phase, monkeypatch):
     if where == "optimizer":
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: time.sleep(delay) or step(self, *a, **k))
     plan = session.Plan(ways=("fastkd",), warm=1, timed=4, memory=0, trace=0)
-    rows = results.rows_of(steps_of("kd:alpha=1.0", plan=plan), {**FACTS}, {**SETUP})
-    found = {row.phase: row.median_ms for row in rows if row.phase != results.STEP}
-    slow = [name for name, ms in found.items() if ms > 0.75e3 * delay]
+    steps = [step for step in steps_of("kd:alpha=1.0", plan=plan) if step.mode == "time"]
+    phases = {name for step in steps for name in step.seconds}
+    found = {name: min(step.seconds.get(name, 0.0) for step in steps) for name in phases}
+    slow = [name for name, seconds in found.items() if seconds > 0.75 * delay]
     assert len(slow) == 1 and slow[0].startswith(phase), found
 
 
