@@ -38,7 +38,7 @@ def overview(rows: Sequence[dict], path: pathlib.Path) -> bool:
     if not chosen:
         return False
     size = (10, 1.2 + 0.33 * len(chosen))
-    figure, (axes, numbers) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(5, 1.7), sharey=True)
+    figure, (axes, numbers) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(5, 2.2), sharey=True)
     axes.set_xscale("log")
     ends = [1.0]
     for y, (_, _, found) in zip(range(len(chosen), 0, -1), chosen, strict=True):
@@ -60,7 +60,7 @@ def overview(rows: Sequence[dict], path: pathlib.Path) -> bool:
     axes.grid(False, axis="y")
     numbers.set(xlim=(-0.6, len(OVERVIEW_RIVALS) - 0.4))
     for column, name in enumerate(OVERVIEW_RIVALS):
-        numbers.text(column, len(chosen) + 0.75, name, ha="center", va="bottom", color=plots.colour(name))
+        numbers.text(column, len(chosen) + 0.75, name, ha="center", va="bottom", fontsize=9.5, color=plots.colour(name))
     numbers.axis("off")
     plots.title(figure, "How many times faster, loss and gradient", rows)
     plots.save(figure, path, rows)
