@@ -124,11 +124,21 @@ def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKEND
     written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
         if library in written and UNAVAILABLE[library] is None:
-            found[library] = Kernels(getattr(torch.ops.fastkd, fwd), getattr(torch.ops.fastkd, bwd))
+            found[library] = Kernels(_op(fwd), _op(bwd))
     if "triton" in written and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{file or stem}")
         found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
     return found
+
+
+def _op(name: str) -> Callable:
+    try:
+        return getattr(torch.ops.fastkd, name)
+    except AttributeError:
+        raise ImportError(
+            f"fastkd: the compiled library has no op {name}, so it is older than these sources; build it again (make build, "
+            "or pip install)"
+        ) from None
 
 
 def _triton_op(host: Callable) -> Callable:

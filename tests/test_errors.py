@@ -110,3 +110,12 @@ def test_scaled_half_precision_gradients_come_back():
     student = L.half().requires_grad_()
     (F.divergence(student, L, temperature=2.0) * 2.0**10).backward()
     assert student.grad.dtype == torch.float16 and student.grad.isfinite().all() and student.grad.abs().sum() > 0
+
+
+def test_a_library_older_than_the_sources_says_so():
+    from fastkd import backends
+
+    if backends.UNAVAILABLE["cpu"] is not None:
+        pytest.skip("the C++ kernels are not built")
+    with pytest.raises(ImportError, match="has no op of_tomorrow, so it is older than these sources; build it again"):
+        backends.kernels("divergence", "of_tomorrow", "of_tomorrow")
