@@ -284,8 +284,12 @@ Tensor rows_side_by_side(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gram_fwd(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
-                                            bool sequence, bool normalize, double eps, bool with_gradient) {
+struct Term {
+  Tensor values, valid, unit;
+};
+
+Term term(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask, bool sequence,
+          bool normalize, double eps, bool with_gradient) {
   const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   Tensor values = torch::stable::new_empty(s, {groups}, ScalarType::Float);
@@ -323,21 +327,63 @@ std::tuple<Tensor, Tensor, Tensor> gram_fwd(const Tensor& student, const Tensor&
   return {values, valid, unit};
 }
 
-Tensor gram_bwd(const Tensor& upstream, const Tensor& unit, bool sequence) {
-  const Tensor g = torch::stable::contiguous(upstream);
-  Tensor grad = torch::stable::new_empty(unit, {unit.size(0), unit.size(1), unit.size(2)});
-  use_huge_pages(grad);
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
+                                               std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                                               bool with_gradient) {
+  Tensors values, valid, saved;
+  for (size_t pair = 0; pair < students.size(); ++pair)
+    for (int64_t level : levels) {
+      STD_TORCH_CHECK(!row && level < 2, "gram: the C++ kernels correlate whole matrices, by position");
+      const Term found = term(students[pair], teachers[pair], mask, level == 1, normalize, eps, with_gradient);
+      values.push_back(found.values);
+      valid.push_back(found.valid);
+      if (with_gradient) saved.push_back(found.unit);
+    }
+  return {values, valid, saved};
+}
+
+// A sequence's or a position's upstream to every row of it: [B, N].
+struct Upstream {
+  const float* of_group;
+  bool sequence;
+};
+
+Tensor gradient(const Tensor& student, const std::vector<Upstream>& upstream, const Tensor* units) {
   const GramTable& table = FASTKD_CHOOSE(gram);
-  const float* up = g.const_data_ptr<float>();
-  const bool bfloat16 = unit.scalar_type() == ScalarType::BFloat16;
-  const int64_t positions = unit.size(1), width = unit.size(2), row = width * int64_t(unit.element_size());
-  const auto* in = static_cast<const char*>(unit.const_data_ptr());
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
+  use_huge_pages(grad);
+  const int64_t positions = student.size(1), width = student.size(2), terms = int64_t(upstream.size());
+  const int element_in = element_of(units[0]), element_out = element_of(grad);
+  const int64_t row_in = width * int64_t(units[0].element_size()), row_out = width * int64_t(grad.element_size());
   auto* out = static_cast<char*>(grad.mutable_data_ptr());
-  parallel_for(0, unit.size(0) * positions, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      table.multiply(in + i * row, bfloat16, up[sequence ? i % positions : i / positions], width, out + i * row);
+  parallel_for(0, student.size(0) * positions, grain(width), [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(gram_padded(width)), by(terms);
+    std::vector<const void*> from(terms);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < terms; ++k) {
+        by[k] = upstream[k].of_group[upstream[k].sequence ? i % positions : i / positions];
+        from[k] = static_cast<const char*>(units[k].const_data_ptr()) + i * row_in;
+      }
+      table.blend(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
+    }
   });
   return grad;
+}
+
+Tensors gram_bwd(Tensors grads, Tensors students, Tensors, std::optional<Tensor>, Tensors saved,
+                 std::vector<int64_t> levels, bool, bool, double) {
+  Tensors found;
+  const size_t terms = levels.size();
+  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    std::vector<Upstream> upstream;
+    for (size_t k = 0; k < terms; ++k)
+      upstream.push_back({grads[pair * terms + k].const_data_ptr<float>(), levels[k] == 1});
+    found.push_back(gradient(students[pair], upstream, &saved[pair * terms]));
+  }
+  return found;
 }
 
 }  // namespace

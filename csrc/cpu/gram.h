@@ -39,6 +39,8 @@ struct GramTable {
   // floats.
   void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch, float* out);
   void (*narrow)(const float* in, int64_t count, uint16_t* out);  // any count, to bfloat16
-  // out = by * in, any count, both float32 or both bfloat16
-  void (*multiply)(const void* in, bool bfloat16, float by, int64_t count, void* out);
+  // The sum of by[k] times row k of `count` (any) elements, float32 or bfloat16 (`element`: cpu/tensors.h), to an
+  // element type of its own; `sum` is scratch for gram_padded(count) floats.
+  void (*blend)(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+                int element_out, void* out);
 };

@@ -178,29 +178,27 @@ void finish(const GramRow& of, int64_t count, float* pull, float* scratch, float
 
 void narrow(const float* in, int64_t count, uint16_t* out) { narrow_bfloat16(in, out, count); }
 
-void multiply(const void* in, bool bfloat16, float by, int64_t count, void* out) {
-  const int64_t size = bfloat16 ? 2 : 4;
+void blend(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+           int element_out, void* out) {
+  const int64_t whole = count / kLanes * kLanes, size = element == 1 ? 2 : 4;
   for (int64_t k = 0; k < count; k += kLanes) {
-    char edge[kLanes * 4] = {};
-    const int64_t left = count - k;
-    const char* from = static_cast<const char*>(in) + k * size;
-    char* to = static_cast<char*>(out) + k * size;
-    if (left < kLanes) std::memcpy(edge, from, left * size);
-    const vfloat product = load_row(left < kLanes ? edge : from, bfloat16, 0) * by;
-    char* target = left < kLanes ? edge : to;
-    if (bfloat16) {
-      float lanes[kLanes];
-      store(lanes, product);
-      narrow_bfloat16(lanes, reinterpret_cast<uint16_t*>(target), kLanes);
-    } else {
-      store(reinterpret_cast<float*>(target), product);
+    vfloat total = {};
+    for (int64_t term = 0; term < terms; ++term) {
+      char edge[kLanes * 4] = {};
+      const char* from = static_cast<const char*>(rows[term]) + k * size;
+      if (k == whole) from = static_cast<char*>(std::memcpy(edge, from, (count - k) * size));
+      total += load_row(from, element == 1, 0) * by[term];
     }
-    if (left < kLanes) std::memcpy(to, edge, left * size);
+    store(sum + k, total);
   }
+  if (element_out == 0)
+    std::memcpy(out, sum, count * sizeof(float));
+  else
+    (element_out == 1 ? narrow_bfloat16 : narrow_float16)(sum, static_cast<uint16_t*>(out), count);
 }
 
 }  // namespace
 
 extern const GramTable FASTKD_TABLE(gram);
 const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place,  moments, combine,
-                                      mirror, weigh,      finish, narrow, multiply};
+                                      mirror, weigh,      finish, narrow, blend};
