@@ -6,6 +6,7 @@ import torch
 from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.functional import gram_correlation_loss
 from fastkd.losses.fcd import FCDLoss
+from fastkd.ops import gram as ops
 from ranks import on_two_ranks
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -95,6 +96,26 @@ def test_the_random_relation_draws_real_tokens_only():
         assert grad.any(-1).sum() == min(K, 16)
     few = fcd(alpha=0.0, beta=0.0, gamma=1.0, K=7)
     assert len({few(student, teacher, MASK).item() for _ in range(5)}) == 5  # another draw every time
+
+
+@pytest.mark.parametrize("backend", ["reference", *ops.KERNELS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_pair_of_layers_draws_its_own_tokens(backend, masked):
+    """In one call of the kernel, with the gradients of all terms; the oracle draws the same in float64."""
+    students = [randn(4, 5, d, seed=d).float() for d in (6, 16)]
+    teachers = [randn(4, 5, 3, seed=20 + d).float() for d in (6, 16)]
+    mask = MASK if masked else None
+
+    def run(inputs, others, backend):
+        torch.manual_seed(5)
+        criterion = FCDLoss(alpha=0.5, gamma=2.0, K=14 if masked else 7, loss_weight=3.0, backend=backend)
+        return gradients(lambda *s: criterion(list(s), others, mask), *inputs)
+
+    value, grads = run(students, teachers, backend)
+    exact, exact_grads = run([s.double() for s in students], [t.double() for t in teachers], "reference")
+    assert relative_error(value, exact) < 1e-6
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert relative_error(grad, exact_grad) < 1e-5
 
 
 def test_a_mask_of_ones_reduces_to_the_official_number():

@@ -229,13 +229,16 @@ def test_compiled_equals_eager(backend, level):
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("levels", [[0], [1], [0, 1]], ids=str)
-def test_opcheck(levels, dtype):
+@pytest.mark.parametrize(("levels", "row"), [([0], False), ([1], False), ([0, 1], False), ([2], False), ([0, 1], True)])
+def test_opcheck(levels, row, dtype):
     sides = zip(*(anisotropic(12 + k, 3, 4, 5, 6, 1.0, dtype=dtype) for k in range(2)), strict=True)
     layers, mask = [list(side) for side in sides], torch.ones(3, 4, dtype=torch.bool)
-    options = (levels, False, True, 1e-6)
+    question, likely = (*layers, mask, levels, row, True, 1e-6), ([0.5, 2.0][: len(levels)], True)
     for wanted in (False, True):
-        torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*layers, mask, *options, wanted))
-    values, _, saved = torch.ops.fastkd.gram_fwd(*layers, mask, *options, True)
+        torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*question, wanted))
+    values, valid, saved = torch.ops.fastkd.gram_fwd(*question, True)
     grads = [torch.rand_like(x) for x in values]
-    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *layers, mask, saved, *options))
+    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *question[:3], saved, *question[3:]))
+    torch.library.opcheck(torch.ops.fastkd.gram_fwd_grad, (*question, *likely))
+    _, _, found = torch.ops.fastkd.gram_fwd_grad(*question, *likely)
+    torch.library.opcheck(torch.ops.fastkd.gram_settle, (found, grads, valid, *question, *likely))

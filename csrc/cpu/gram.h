@@ -27,8 +27,9 @@ struct GramMoments {
 };
 
 struct GramTable {
-  // The sum of squares of `count` (any) elements, which are also copied to `out`, or widened into floats, unless it is
-  // null. `element`: cpu/tensors.h.
+  // `count` (any) elements to `out` as they are (raw) or as floats. `element`: cpu/tensors.h.
+  void (*copy)(const void* row, int element, bool raw, int64_t count, void* out);
+  // The same unless `out` is null, and the sum of squares.
   double (*take)(const void* row, int element, bool raw, int64_t count, void* out);
   void (*add_scaled)(const void* row, bool raw, float scale, int64_t count, float* sums);
   // out = scale * row - centre; returns <out, centre>, or (square) <out, out>.

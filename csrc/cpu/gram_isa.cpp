@@ -64,13 +64,15 @@ double sum_of_squares(const void* row, int64_t count) {
   });
 }
 
-double take(const void* row, int element, bool raw, int64_t count, void* out) {
+void copy(const void* row, int element, bool raw, int64_t count, void* out) {
   const int64_t size = raw ? 2 : 4;
-  if (out && element != 0 && !raw)
-    row = as_floats(row, element, static_cast<float*>(out), count);
-  else if (out)
-    std::memcpy(out, row, count * size);
-  if (out) std::memset(static_cast<char*>(out) + count * size, 0, (gram_padded(count) - count) * size);
+  if (raw || as_floats(row, element, static_cast<float*>(out), count) == row) std::memcpy(out, row, count * size);
+  std::memset(static_cast<char*>(out) + count * size, 0, (gram_padded(count) - count) * size);
+}
+
+double take(const void* row, int element, bool raw, int64_t count, void* out) {
+  if (out) copy(row, element, raw, count, out);
+  if (out) row = out;
   return raw ? sum_of_squares<true>(row, count) : sum_of_squares<false>(row, count);
 }
 
@@ -227,5 +229,5 @@ void blend(const void* const* rows, int element, const float* by, int64_t terms,
 }  // namespace
 
 extern const GramTable FASTKD_TABLE(gram);
-const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place,      moments, line,   combine,
-                                      mirror, weigh,      finish, accumulate, widen,   narrow, blend};
+const GramTable FASTKD_TABLE(gram) = {copy,   take,  add_scaled, shift,      place, moments, line, combine,
+                                      mirror, weigh, finish,     accumulate, widen, narrow,  blend};

@@ -127,14 +127,14 @@ struct Side {
     } else {
       shift(group, kept, threads);
     }
-    each(threads, n, chunk,
-         [&](int64_t begin, int64_t end) { gemm.pack_b(source(begin, end), packed + gemm.bytes_b(begin, width)); });
     for (int64_t i = n; i < gram_padded(n); ++i) scale[i] = offset[i] = 0;
   }
 
   const char* given(int64_t group, int64_t row) const { return data + group * group_stride + row * row_stride; }
-  GemmSource source(int64_t begin, int64_t end) const {
-    return {row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width};
+  // Rows of a chunk, as soon as they are what they will be and still in the cache.
+  void pack(int64_t begin, int64_t end) const {
+    gemm.pack_b({row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width},
+                packed + gemm.bytes_b(begin, width));
   }
 
   // Lengths, and the sum of the rows of each chunk; rows that cannot be read where they lie are copied to `rows`.
@@ -147,13 +147,17 @@ struct Side {
         const char* x = given(group, kept[i]);
         if (i + kAhead < end) fetch(given(group, kept[i + kAhead]), width * item);
         char* copy = !copied ? nullptr : rows ? row(i) : reinterpret_cast<char*>(passing.data());
-        const bool again = !normalize || norms->known;
-        const double squares = copied || !again ? table.take(x, element, raw, width, copy) : 0;
         float& inverse = norms->inverse[normalize ? group * norm_group + kept[i] * norm_row : 0];
-        if (!again) inverse = float(1 / (squares < kLeastNorm * kLeastNorm ? kLeastNorm : std::sqrt(squares)));
+        if (normalize && !norms->known) {
+          const double squares = table.take(x, element, raw, width, copy);
+          inverse = float(1 / (squares < kLeastNorm * kLeastNorm ? kLeastNorm : std::sqrt(squares)));
+        } else if (copied) {
+          table.copy(x, element, raw, width, copy);
+        }
         scale[i] = normalize ? inverse : 1;
         table.add_scaled(copied ? copy : x, raw, scale[i], padded, sum);
       }
+      if (raw) pack(begin, end);
     });
   }
 
@@ -170,7 +174,7 @@ struct Side {
   // v = u - c to `to`; returns <c, v>, but for a constant. Where |u| is 1 that is -|v|^2 / 2, in which nothing cancels
   // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2. `there`: what is copied has been.
   double shift_row(const char* x, int64_t i, bool there, float* to) const {
-    if (copied && !there) table.take(x, element, false, width, to);
+    if (copied && !there) table.copy(x, element, false, width, to);
     const auto* from = copied ? to : reinterpret_cast<const float*>(x);
     const bool dead = normalize && !live(i);
     const double lost = dead ? 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr) : 0;
@@ -184,6 +188,7 @@ struct Side {
     each(threads, n, chunk, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         onto[i] = shift_row(given(group, kept[i]), i, true, reinterpret_cast<float*>(row(i)));
+      pack(begin, end);
     });
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
