@@ -64,14 +64,14 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
-  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
-  // gradients of all queries, then of all keys.
+  // The same between the scores q k^T * scale of lists of [B, H, S, d], a scale for each student, then each teacher;
+  // the gradients of all queries, then of all keys.
   m.def(
-      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
-      "-> Tensor");
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? mask, bool "
+      "causal) -> Tensor");
   m.def(
-      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
-      "float scale) -> Tensor[]");
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? "
+      "mask, bool causal) -> Tensor[]");
 
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
   // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B]; log sum e^score of
