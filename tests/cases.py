@@ -48,3 +48,12 @@ def gradients(loss_function, *inputs, upstream_seed=7):
     loss = loss_function(*leaves)
     upstream = randn(*loss.shape, seed=upstream_seed).to(loss) + 1.5
     return loss.detach(), torch.autograd.grad(loss, leaves, upstream)
+
+
+# Wrong gradients (or losses) of any shape, one number included, that a check must notice; test_sabotage.py has tiles too.
+ANY_SHAPE_MUTANTS = {
+    "zeroed": lambda g: g * 0,
+    "sign flipped": lambda g: -g,
+    "scaled by 1 %": lambda g: g * 1.01,
+    "one row dropped": lambda g: torch.cat([g[:1] * 0, g[1:]]) if g.dim() else g * 0,
+}
