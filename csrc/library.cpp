@@ -104,12 +104,22 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("update_bank(Tensor(a!) bank, Tensor index, Tensor rows, float momentum) -> ()");
   // z if it is set, else n_data times the mean of e^score of this batch.
   m.def("nce_partition(Tensor query, Tensor bank, Tensor index, Tensor z, float temperature, int n_data) -> Tensor");
-  // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
-  // upstream 1 (no rows of it unless with_gradient).
+  // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
+  // in the released code's groups. 1 - rho and whether it counts, [G] or (row) [G, R], and what the backward wants.
   m.def(
-      "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
+      "gram_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, float eps, "
+      "bool with_gradient) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_bwd(Tensor[] grads, Tensor[] students, Tensor[] teachers, Tensor? mask, Tensor[] saved, int[] levels, "
+      "bool row, bool normalize, float eps) -> Tensor[]");
+  // At once the students' gradients, for the upstream that is likely: a level's weight, or (`mean`) that over the
+  // number of values that count; then, for the upstream that came, what is left to do to them.
+  m.def(
+      "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
+      "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_settle(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
   // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).

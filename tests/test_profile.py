@@ -236,6 +236,7 @@ SAME = [
     ("gram_correlation_loss", HIDDEN[0], {"level": "token"}),
     ("gram_correlation_loss", HIDDEN[0], {"level": "sequence", "grouping": "official"}),
     ("gram_correlation_loss", HIDDEN[0], {"level": "token", "pearson": "row", "normalize": False}),
+    ("gram_correlation_loss", (HIDDEN[0], HIDDEN[1][:2]), {"level": {"token": 0.5, "sequence": 2.0}}),
     ("relation_kl_loss", relation_pair(), {"mask": MASK}),
     ("relation_kl_loss", relation_pair(), {"causal": True, "heads": 1}),
     ("layer_costs", HIDDEN, {"mask": MASK}),
@@ -300,7 +301,7 @@ def test_the_command_writes_table_csv_json_picture_and_trace(cli):
     asked = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--method", "kd,fcd")
     code, out, _, folder = cli(*asked)
     assert code == 0
-    for said in ("loss: gram_correlation_loss (token)", "tokens/s", "the parts add up to", "all methods"):
+    for said in ("loss: gram_correlation_loss", "tokens/s", "the parts add up to", "all methods"):
         assert said in out
     rows = list(csv.DictReader((folder / "profile.csv").open()))
     steps = [row for row in rows if row["phase"] == "step"]
