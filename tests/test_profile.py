@@ -3,7 +3,6 @@
 import csv
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -340,8 +339,14 @@ def test_the_command_writes_table_csv_json_picture_and_trace(cli):
     ],
 )
 def test_mistakes_are_named(argv, said, cli, monkeypatch):
-    monkeypatch.setattr(models, "CONFIGS", {**models.CONFIGS, "bert-base": lambda: models.BertConfig(
-        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=50)})  # fmt: skip
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    monkeypatch.setitem(models.CONFIGS, "bert-base", ("bert", small))
     code, _, err, _ = cli(*argv)
     assert code == 2 and said in err
 
@@ -363,10 +368,10 @@ def test_with_torch_compile(cli):
 
 
 def test_configs_by_name_are_what_they_say():
-    sizes = {"bert-large": (24, 1024), "roberta-large": (24, 1024), "llama-1b": (16, 2048), "llama-8b": (32, 4096)}
-    for name in models.CONFIGS:
-        config = models.config_of(name).get_text_config()
-        assert (config.num_hidden_layers, config.hidden_size) == sizes.get(
-            name, (config.num_hidden_layers, config.hidden_size)
-        )
-    assert Path(command.__file__).name == "profile.py"
+    """Layers and width, as the models' cards give them."""
+    sizes = {
+        "bert-base": (12, 768), "bert-large": (24, 1024), "roberta-large": (24, 1024), "distilbert": (6, 768),
+        "modernbert": (22, 768), "gpt2": (12, 768), "llama-1b": (16, 2048), "llama-8b": (32, 4096), "qwen-0.5b": (24, 896),
+    }  # fmt: skip
+    configs = {name: models.config_of(name).get_text_config() for name in models.CONFIGS}
+    assert {name: (config.num_hidden_layers, config.hidden_size) for name, config in configs.items()} == sizes
