@@ -34,6 +34,20 @@ def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+def one_row_dropped(x):
+    """The first of the leading axis; a single number is a row."""
+    return torch.cat([x[:1] * 0, x[1:]]) if x.dim() else x * 0
+
+
+# What a kernel may get wrong, of a loss or a gradient. A test of precision must fail for each of them, alone.
+MUTANTS = {
+    "zeroed": lambda x: x * 0,
+    "sign flipped": lambda x: -x,
+    "scaled by 1 %": lambda x: x * 1.01,
+    "one row dropped": one_row_dropped,
+}
+
+
 def relative_error(value, oracle):
     """Frobenius norm of the difference over that of the oracle; of the difference itself where the oracle is 0."""
     value, oracle = value.detach().double(), oracle.detach().double()
@@ -48,12 +62,3 @@ def gradients(loss_function, *inputs, upstream_seed=7):
     loss = loss_function(*leaves)
     upstream = randn(*loss.shape, seed=upstream_seed).to(loss) + 1.5
     return loss.detach(), torch.autograd.grad(loss, leaves, upstream)
-
-
-# Wrong gradients (or losses) of any shape, one number included, that a check must notice; test_sabotage.py has tiles too.
-ANY_SHAPE_MUTANTS = {
-    "zeroed": lambda g: g * 0,
-    "sign flipped": lambda g: -g,
-    "scaled by 1 %": lambda g: g * 1.01,
-    "one row dropped": lambda g: torch.cat([g[:1] * 0, g[1:]]) if g.dim() else g * 0,
-}

@@ -24,6 +24,14 @@ def _pearson(a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 def gram_correlation_loss(student, teacher, *, level="token", grouping="position", pearson="matrix", normalize=True,
                           mask=None, eps=1e-6, process_group=None, reduction="mean", backend=None):  # fmt: skip
+    sides = ([x] if isinstance(x, Tensor) else x for x in (student, teacher))
+    pairs, weights = list(zip(*sides, strict=True)), level if isinstance(level, dict) else {level: 1.0}
+    losses = (weight * _correlation(*pair, name, grouping, pearson, normalize, eps)
+              for pair in pairs for name, weight in weights.items())  # fmt: skip
+    return sum(losses) / len(pairs)
+
+
+def _correlation(student, teacher, level, grouping, pearson, normalize, eps):
     s, t = student.float(), teacher.float()
     if normalize:
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)

@@ -22,6 +22,8 @@ HARD = "hard labels"
 def name_of(function: str, options: dict) -> str:
     """What a call is called in the profile: with its kind or level, where it has one."""
     detail = options.get("kind") or options.get("level")
+    if isinstance(detail, dict):  # several levels at once
+        detail = " + ".join(detail)
     return f"{function} ({detail})" if detail else function
 
 
