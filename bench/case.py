@@ -13,6 +13,21 @@ ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a 
 SCALE: dict[str, Callable] = {}  # on top, with --scale: the far ends of the curves
 
 
+def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*size, generator=generator) * scale
+
+
+def unit(*size: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
+
+
+def functional():
+    """Imported late, so that the bench's own parts can be read and tested without the library."""
+    from fastkd import functional as public
+
+    return public
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """One quantity for each mode; `loss_only` costs what `forward` costs."""

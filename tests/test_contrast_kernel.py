@@ -240,14 +240,55 @@ def test_what_the_kernels_leave_to_the_reference():
         ("bank needs a gradient", lambda b: call("nce", query, positive, trained, index, backend=b)),
         ("bank is float64", lambda b: call("shared", query, positive, bank.double(), index, backend=b)),
         (
-            "scale",
-            lambda b: functional.info_nce_loss(query, positive, bank, scale=torch.ones(300), backend=b),
+            "scale needs a gradient",
+            lambda b: functional.info_nce_loss(
+                query, positive, bank, scale=torch.ones(300, requires_grad=True), backend=b
+            ),
         ),
     ]
     for clause, f in cases:
         assert f("auto").isfinite().all()
         with pytest.raises(RuntimeError, match=clause):
             f("cpu")
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, FLOAT, BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 3), (7, 129, 33), (40, 3001, 64), (21, 300, 200)], ids=str)
+def test_rows_with_a_scale(sizes, dtype, excluded, gathered):
+    """Against the same rows multiplied out in float64: what 8 bits hold is exact, so the limits are float32's."""
+    query, positive, rows, index, ids = problem(*sizes)
+    scale = torch.rand(sizes[1], generator=torch.Generator().manual_seed(3)) + 0.01
+    rows = (rows / scale[:, None]).to(dtype)
+    keep = {"index": index if gathered else None, "exclude": ids if excluded else None, "reduction": "none"}
+    found = []
+    for wide, bank, more in (
+        (FLOAT, rows, {"scale": scale, "backend": "cpu"}),
+        (torch.float64, rows.double() * scale.double()[:, None], {"backend": "reference"}),
+    ):
+        leaves = [x.to(wide).requires_grad_() for x in (query, positive)]
+        loss = functional.info_nce_loss(*leaves, bank, temperature=0.1, **keep, **more)
+        found.append((loss, *torch.autograd.grad((loss * torch.arange(1, len(loss) + 1)).sum(), leaves)))
+    for x, true, allowed in zip(*found, (TOLERANCES[FLOAT][0], *[TOLERANCES[FLOAT][1]] * 2), strict=True):
+        assert relative_error(x, true) <= allowed
+
+
+def test_every_byte_of_eight_bits():
+    """Each of the 256 as a bank of one row, zeros beside it; the two that are no number poison the loss."""
+    bank = torch.zeros(256, 19, dtype=torch.uint8)
+    bank[:, 3] = bank[:, 17] = torch.arange(256)  # in a whole vector and in the rest of one
+    bank = bank.view(torch.float8_e4m3fn)
+    query = torch.zeros(1, 19)
+    query[0, 3], query[0, 17] = 0.5, 0.25
+    for byte in range(256):
+        row, scale = bank[byte : byte + 1], torch.tensor([0.01])
+        found, expected = (
+            functional.info_nce_loss(query, query, row, scale=scale, temperature=1.0, backend=b)
+            for b in ("cpu", "reference")
+        )
+        assert torch.allclose(found, expected, rtol=1e-6, equal_nan=True), byte
+    assert bank[:, 3].float().isnan().sum() == 2
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -78,11 +78,11 @@ def test_no_mutant_survives(backend, where, mutant, check, monkeypatch):
     how, whole = MUTANTS[mutant], KERNELS[backend]
 
     def fwd(*args):
-        values, valid, unit = whole.fwd(*args)
-        return how(values) if where == "loss" else values, valid, unit
+        values, valid, saved = whole.fwd(*args)
+        return [how(x) for x in values] if where == "loss" else values, valid, saved
 
     def bwd(*args):
-        return how(whole.bwd(*args)) if where == "gradient" else whole.bwd(*args)
+        return [how(x) if where == "gradient" else x for x in whole.bwd(*args)]
 
     monkeypatch.setitem(KERNELS, backend, backends.Kernels(fwd, bwd))
     for level in ("token", "sequence"):
@@ -198,7 +198,7 @@ def test_two_backwards_and_two_results_at_once(backend, level):
 @on_every_kernel
 def test_without_a_gradient_nothing_is_kept_for_one(backend):
     student, teacher = anisotropic(10, 5, 6, 20, 12, 1.0)
-    assert KERNELS[backend].fwd(student, teacher, None, False, True, 1e-6, False)[2].numel() == 0
+    assert KERNELS[backend].fwd([student], [teacher], None, [0, 1], False, True, 1e-6, False)[2] == []
     assert not rows(student, teacher, backend, "token").requires_grad
     with torch.no_grad():
         value = rows(student.requires_grad_(), teacher, backend, "token")
@@ -222,12 +222,13 @@ def test_compiled_equals_eager(backend, level):
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sequence", [False, True])
-def test_opcheck(sequence, dtype):
-    student, teacher = anisotropic(12, 3, 4, 5, 6, 1.0, dtype=dtype)
-    mask = torch.ones(3, 4, dtype=torch.bool)
+@pytest.mark.parametrize("levels", [[0], [1], [0, 1]], ids=str)
+def test_opcheck(levels, dtype):
+    sides = zip(*(anisotropic(12 + k, 3, 4, 5, 6, 1.0, dtype=dtype) for k in range(2)), strict=True)
+    layers, mask = [list(side) for side in sides], torch.ones(3, 4, dtype=torch.bool)
+    options = (levels, False, True, 1e-6)
     for wanted in (False, True):
-        args = (student, teacher, mask, sequence, True, 1e-6, wanted)
-        torch.library.opcheck(torch.ops.fastkd.gram_fwd, args)
-    values, _, unit = torch.ops.fastkd.gram_fwd(*args)
-    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (torch.rand_like(values), unit, sequence))
+        torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*layers, mask, *options, wanted))
+    values, _, saved = torch.ops.fastkd.gram_fwd(*layers, mask, *options, True)
+    grads = [torch.rand_like(x) for x in values]
+    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *layers, mask, saved, *options))

@@ -3,8 +3,8 @@
 // A gather is bound by memory: each row is read once, in the forward, and its share of the gradient is taken there.
 // Reading the rows again in a backward of its own would double the time of the whole loss.
 #include "cpu/contrast.h"
+#include "cpu/contrast_widen.h"
 #include "cpu/isa.h"
-#include "cpu/vec.h"
 
 namespace {
 
@@ -33,7 +33,7 @@ struct BFloat16 {
 inline void prefetch(const Gathered& rows, int64_t k) {
   if (k >= rows.count) return;
   const char* row = rows.bank + rows.index[k] * rows.row_bytes;
-  const int64_t bytes = rows.width * (rows.element == 0 ? 4 : 2);
+  const int64_t bytes = rows.width * (rows.element == 0 ? 4 : rows.element == kFloat8 ? 1 : 2);
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
 }
 
@@ -84,10 +84,7 @@ inline void walk(const Gathered& rows, const float* query, float* sum, bool in_p
       row[r] = rows.bank + rows.index[begin + r] * rows.row_bytes;
       if (!in_place) {
         float* own = rows.scratch + r * rows.padded;
-        if (rows.element == 0)
-          std::memcpy(own, row[r], rows.width * sizeof(float));
-        else
-          as_floats(row[r], rows.element, own, rows.width);
+        widen_row(row[r], rows.element, rows.width, rows.scales ? rows.scales[rows.index[begin + r]] : 1, own);
         row[r] = reinterpret_cast<const char*>(own);
       }
       weights[r] = dot<Element, kWidth>(row[r], query, rows.padded);
@@ -108,9 +105,9 @@ inline void walk(const Gathered& rows, const float* query, float* sum, bool in_p
 
 template <class Weigh>
 inline void walk(const Gathered& rows, const float* query, float* sum, Weigh&& weigh) {
-  const bool whole = rows.width == rows.padded;
+  const bool whole = rows.width == rows.padded && !rows.scales;
   if (whole && rows.element == 1) return walk<BFloat16, 0>(rows, query, sum, true, weigh);
-  if (rows.width == 128 && rows.element == 0) return walk<Float32, 128>(rows, query, sum, true, weigh);
+  if (whole && rows.width == 128 && rows.element == 0) return walk<Float32, 128>(rows, query, sum, true, weigh);
   walk<Float32, 0>(rows, query, sum, whole && rows.element == 0, weigh);
 }
 

@@ -6,8 +6,8 @@
 
 #include <cmath>
 
+#include "cpu/contrast_widen.h"
 #include "cpu/isa.h"
-#include "cpu/vec.h"
 
 namespace {
 
@@ -182,11 +182,8 @@ void add_scaled(const float* x, float scale, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += scale * x[i];
 }
 
-void widen(const void* x, int element, int64_t count, int64_t padded, float* out) {
-  if (element == 0)
-    std::memcpy(out, x, count * sizeof(float));
-  else
-    as_floats(x, element, out, count);
+void widen(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
+  widen_row(x, element, count, scale, out);
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
 
@@ -194,8 +191,8 @@ void update_row(void* bank, int bank_element, const void* row, int row_element, 
                 float* scratch) {
   float *old = scratch, *now = scratch + width;
   const float keep = float(momentum), take = float(1 - momentum);
-  widen(bank, bank_element, width, width, old);
-  widen(row, row_element, width, width, now);
+  widen(bank, bank_element, width, width, 1, old);
+  widen(row, row_element, width, width, 1, now);
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {

@@ -28,22 +28,33 @@ void each(bool threads, int64_t count, int64_t step, const F& f) {
     run(0, chunks);
 }
 
+// 1 / |x| of every row [B, N] of a tensor, found by the first level that needs them.
+struct Norms {
+  std::vector<float> inverse;
+  bool known = false;
+};
+
 struct Side {
   const GramTable& table;
   const Gemm& gemm;
   const char* data;
   int element;
   int64_t item, group_stride, row_stride;  // in bytes
+  int64_t norm_group, norm_row;
   int64_t most_rows, width, padded, stride;
-  bool raw;  // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
+  bool raw;     // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
+  bool copied;  // rows cannot be read where they lie: not floats, or not whole vectors
   bool normalize;
   int64_t strip, chunk;  // rows of a strip of the Gram, and rows that are prepared together: whole panels
+  Norms* norms;
 
   // Of the group at hand.
   char *rows, *packed, *turned;
   float *scale, *offset, *centre, *sums;
+  // The mean of the Gram, which is taken off its entries: |c|^2; and the same less what is 1 for all groups.
+  double square, level;
 
-  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize)
+  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, Norms* norms)
       : table(table),
         gemm(fastkd::gemm(element_of(x))),
         data(static_cast<const char*>(x.const_data_ptr())),
@@ -51,12 +62,17 @@ struct Side {
         item(int64_t(x.element_size())),
         group_stride(x.stride(sequence ? 1 : 0) * item),
         row_stride(x.stride(sequence ? 0 : 1) * item),
+        norm_group(sequence ? 1 : x.size(1)),
+        norm_row(sequence ? x.size(1) : 1),
         most_rows(x.size(sequence ? 0 : 1)),
         width(x.size(2)),
         padded(gram_padded(width)),
         stride(padded + kSkew),
         raw(element == kBFloat16 && gemm.operand == kBFloat16),
-        normalize(normalize) {
+        copied(raw || element != kFloat32 || padded != width),
+        normalize(normalize),
+        norms(norms) {
+    norms->inverse.resize(normalize ? x.size(0) * x.size(1) : 0);
     cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
   }
 
@@ -74,6 +90,7 @@ struct Side {
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
   char* row(int64_t i) const { return rows + i * row_bytes(); }
+  bool live(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
   // `block`: rows behind one piece of the turned operand, 0 where no gradient is wanted.
   void carve(Arena& arena, int64_t block) {
@@ -87,60 +104,79 @@ struct Side {
     sums = arena.take<float>(chunks * padded);
   }
 
-  // Rows `kept` of the group: copied, scaled, and their mean taken away.
+  // Rows `kept` of the group: scaled, and their mean taken away.
   void prepare(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
-    const char* from = data + group * group_stride;
-    std::vector<float> low(n);
-    each(threads, n, chunk, [&](int64_t begin, int64_t end) {
-      float* sum = sums + begin / chunk * padded;
-      std::memset(sum, 0, padded * sizeof(float));
-      for (int64_t i = begin; i < end; ++i) {
-        const char* next = i + 1 < end ? from + kept[i + 1] * row_stride : nullptr;
-        const double norm = std::sqrt(table.take(from + kept[i] * row_stride, next, element, raw, width, row(i)));
-        const double inverse = !normalize ? 1 : 1 / (norm < kLeastNorm ? kLeastNorm : norm);
-        scale[i] = float(inverse);
-        low[i] = float(inverse - scale[i]);
-        table.add_scaled(row(i), raw, scale[i], padded, sum);
-      }
-    });
-    const double square = mean(n);
+    scale_and_sum(group, kept, threads);
+    mean(n);
+    level = square;
     if (raw) {
       for (int64_t i = 0; i < n; ++i) offset[i] = float(-square / 2);
     } else {
-      shift(n, low, threads);
+      shift(group, kept, threads);
     }
     each(threads, n, chunk,
          [&](int64_t begin, int64_t end) { gemm.pack_b(source(begin, end), packed + gemm.bytes_b(begin, width)); });
     for (int64_t i = n; i < gram_padded(n); ++i) scale[i] = offset[i] = 0;
   }
 
+  const char* given(int64_t group, int64_t row) const { return data + group * group_stride + row * row_stride; }
   GemmSource source(int64_t begin, int64_t end) const {
     return {row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width};
   }
 
-  // The mean row, and its squared length: the mean of the Gram.
-  double mean(int64_t n) {
-    double square = 0;
+  void scale_and_sum(int64_t group, const std::vector<int64_t>& kept, bool threads) {
+    each(threads, int64_t(kept.size()), chunk, [&](int64_t begin, int64_t end) {
+      float* sum = sums + begin / chunk * padded;
+      std::memset(sum, 0, padded * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) {
+        const char* x = given(group, kept[i]);
+        const bool again = !normalize || norms->known;
+        if (copied || !again) {
+          const double squares = table.take(x, element, raw, width, copied ? row(i) : nullptr);
+          if (!again) {
+            const double norm = std::sqrt(squares);
+            inverse(group, kept[i]) = float(1 / (norm < kLeastNorm ? kLeastNorm : norm));
+          }
+        }
+        scale[i] = normalize ? inverse(group, kept[i]) : 1;
+        const char* next = !copied && i + 1 < end ? given(group, kept[i + 1]) : nullptr;
+        table.add_scaled(copied ? row(i) : x, next, raw, scale[i], padded, sum);
+      }
+    });
+  }
+  float& inverse(int64_t group, int64_t row) const { return norms->inverse[group * norm_group + row * norm_row]; }
+
+  void mean(int64_t n) {
+    square = 0;
     for (int64_t k = 0; k < padded; ++k) {
       double sum = 0;
       for (int64_t c = 0; c * chunk < n; ++c) sum += sums[c * padded + k];
       centre[k] = float(sum / n);
       square += sum / n * (sum / n);
     }
-    return square;
   }
 
-  void shift(int64_t n, const std::vector<float>& low, bool threads) {
+  // v = u - c, and <c, v> without its mean. Where |u| is 1 that is (mean |v|^2 - |v|^2) / 2, in which nothing cancels
+  // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2, and mean |v|^2 = 1 - |c|^2.
+  void shift(int64_t group, const std::vector<int64_t>& kept, bool threads) {
+    const int64_t n = int64_t(kept.size());
     std::vector<double> onto(n);
     each(threads, n, chunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        onto[i] = table.shift(reinterpret_cast<float*>(row(i)), scale[i], low[i], centre, padded);
+      for (int64_t i = begin; i < end; ++i) {
+        auto* to = reinterpret_cast<float*>(row(i));
+        const auto* from = copied ? to : reinterpret_cast<const float*>(given(group, kept[i]));
+        const double lost = live(i) || !normalize ? 0 : 1 - scale[i] * scale[i] * squares_of(from);
+        const double found = table.shift(from, scale[i], centre, normalize, padded, to);
+        onto[i] = normalize ? -(found + lost) / 2 : found;
+      }
     });
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
     for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
+    if (normalize) level = 2 * sum / n;  // |c|^2 - 1 = -mean |v|^2, with all its digits
   }
+  double squares_of(const float* from) const { return table.take(from, kFloat32, false, padded, nullptr); }
 
   // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.
   void tile(int64_t i, int64_t i_end, int64_t j, int64_t j_end, const float* ones, float* out,
