@@ -33,6 +33,11 @@ def test_divergence_in_the_interpreter():
 
 
 @not_interpreted
+def test_sparse_divergence_in_the_interpreter():
+    interpreted("tests/test_divergence_topk.py", "-k", "triton")
+
+
+@not_interpreted
 def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
 
