@@ -101,6 +101,14 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "gram_bwd(Tensor[] grads, Tensor[] students, Tensor[] teachers, Tensor? mask, Tensor[] saved, int[] levels, "
       "bool row, bool normalize, float eps) -> Tensor[]");
+  // At once the students' gradients, for the upstream that is likely: a level's weight, or (`mean`) that over the
+  // number of values that count; then, for the upstream that came, what is left to do to them.
+  m.def(
+      "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
+      "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_settle(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
   // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).

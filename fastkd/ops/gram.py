@@ -20,8 +20,8 @@ KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 
 # Which forms (level, row) a backend's kernels have; the reference computes the others on every device.
 FORMS = {
-    "cpu": (("token", False), ("sequence", False)),
-    "triton": tuple((level, row) for row in (False, True) for level in ("token", "sequence")),
+    "cpu": tuple((level, row) for level in LEVELS for row in (False, True)),
+    "triton": tuple((level, row) for level in LEVELS[:2] for row in (False, True)),
     "cuda": (),
 }
 
@@ -49,9 +49,10 @@ def _values_fake(students, mask, levels, row):
 
 
 def _fwd_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
-    """saved is the C++ kernel's: every term's gradient for upstream 1."""
+    """saved is the C++ kernel's: every term's gradient for upstream 1, where a row's upstream is that of its group."""
     saved = []
-    for student in students if with_gradient else ():
+    units = with_gradient and not row and LEVELS.index("official") not in levels
+    for student in students if units else ():
         dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
         saved += [student.new_empty(student.shape, dtype=dtype) for _ in levels]
     return *_values_fake(students, mask, levels, row), saved
@@ -76,6 +77,10 @@ def _grads_fake(grads, students, *_):
 
 backends.fake("gram_fwd", _fwd_fake, _triton_fake)
 backends.fake("gram_bwd", _grads_fake)
+backends.fake(
+    "gram_fwd_grad", lambda s, t, mask, levels, row, *_: (*_values_fake(s, mask, levels, row), _grads_fake([], s))
+)
+backends.fake("gram_settle", lambda *_: None)
 
 
 class Gram(torch.autograd.Function):
@@ -99,8 +104,38 @@ class Gram(torch.autograd.Function):
         return None, None, None, None, *found, *[None] * n
 
 
-def gram(students, teachers, mask, levels, row, normalize, eps, backend) -> tuple[list[Tensor], list[Tensor]]:
-    """1 - rho of every term and whether it counts: per group [G], or per row of each group's matrix [G, R] (row)."""
+class GramAtOnce(torch.autograd.Function):
+    """On the CPU: the gradients of all levels in one, out of the pass that finds the values, for the upstream that is
+    likely. The first backward hands them over (settled, should another upstream come); a further one makes its own."""
+
+    @staticmethod
+    def forward(ctx, options, likely, mask, count, *layers):
+        students, teachers = layers[:count], layers[count:]
+        values, valid, ctx.gradients = torch.ops.fastkd.gram_fwd_grad(students, teachers, mask, *options, *likely)
+        ctx.save_for_backward(mask, *layers, *valid)
+        ctx.mark_non_differentiable(*valid)
+        ctx.options, ctx.likely, ctx.count = options, likely, count
+        return *values, *valid
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        mask, *rest = ctx.saved_tensors
+        n = ctx.count
+        question = (rest[:n], rest[n : 2 * n], mask, *ctx.options)
+        gradients, ctx.gradients = ctx.gradients, None  # a reference kept here would make autograd copy them
+        if gradients is None:
+            _, _, gradients = torch.ops.fastkd.gram_fwd_grad(*question, *ctx.likely)
+        torch.ops.fastkd.gram_settle(gradients, grads[: len(grads) // 2], rest[2 * n :], *question, *ctx.likely)
+        return None, None, None, None, *gradients, *[None] * n
+
+
+def gram(
+    students, teachers, mask, levels, row, normalize, eps, backend, likely=None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """1 - rho of every term and whether it counts: per group [G], or per row of each group's matrix [G, R] (row).
+    likely: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or their mean;
+    another use is as right, and slower."""
     backend = backends.choose("gram", backend, students[0])
     sides = list(zip(students, teachers, strict=True))
     forms = [level for level in levels if all(_has(backend, level, row, s, t) for s, t in sides)]
@@ -114,7 +149,11 @@ def gram(students, teachers, mask, levels, row, normalize, eps, backend) -> tupl
         layers = [_kernel_dtype(x[i]) for x in (students, teachers) for i in pairs]
         options = (places, row, normalize, eps)
         if with_gradient:
-            out = Gram.apply(backend, options, mask, len(pairs), *layers)
+            if likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
+                weights = [weight for level, weight in zip(levels, likely[0], strict=True) if level in forms]
+                out = GramAtOnce.apply(options, (weights, likely[1]), mask, len(pairs), *layers)
+            else:
+                out = Gram.apply(backend, options, mask, len(pairs), *layers)
             values, valid = out[: len(out) // 2], out[len(out) // 2 :]
         else:
             values, valid, _ = KERNELS[backend].fwd(layers[: len(pairs)], layers[len(pairs) :], mask, *options, False)
@@ -132,6 +171,13 @@ def _by_reference(student, teacher, mask, level, row, normalize, eps):
     level = "token" if level == "token" else "sequence"
     with backends.full_precision(student):
         return reference.gram(student, teacher, mask, level, grouping, pearson, normalize, eps)
+
+
+def _gradient_at_once(backend: str, students) -> bool:
+    """float16's range needs a scaler's factor, which is not known yet; a compiled graph cannot hand over what a forward
+    left."""
+    half = any(s.dtype == torch.float16 for s in students)
+    return backend == "cpu" and not half and not torch.compiler.is_compiling()
 
 
 def _kernel_dtype(x: Tensor) -> Tensor:
