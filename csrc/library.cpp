@@ -64,21 +64,22 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
-  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
-  // gradients of all queries, then of all keys.
+  // The same between the scores q k^T * scale of lists of [B, H, S, d], a scale for each student, then each teacher;
+  // the gradients of all queries, then of all keys.
   m.def(
-      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
-      "-> Tensor");
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? mask, bool "
+      "causal) -> Tensor");
   m.def(
-      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
-      "float scale) -> Tensor[]");
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? "
+      "mask, bool causal) -> Tensor[]");
 
-  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
-  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B]; log sum e^score of
-  // the negatives [B].
+  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped; scale [K] of the rows. Loss rows [B];
+  // the gradient of the query times the temperature [B, D] (no rows unless asked for); the weight of the positive [B];
+  // log sum e^score of the negatives [B].
   m.def(
       "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
-      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? query_ids, Tensor? bank_ids, bool with_direction, Tensor? scale=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_bank_bwd(Tensor query, Tensor bank, Tensor inverse_temperature, Tensor? query_ids, Tensor? bank_ids, "
       "Tensor lse, Tensor coefficient) -> Tensor");
@@ -86,6 +87,16 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
       "(Tensor, Tensor)");
+  // Both anchors at once: half the sum of their rows [B], the gradients of both queries, z of both from now on.
+  m.def(
+      "nce_pair(Tensor query_a, Tensor query_b, Tensor bank_a, Tensor bank_b, Tensor index, Tensor z_a, Tensor z_b, "
+      "float noise, float temperature, int n_data) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // x W^T + bias on the unit sphere [B, D], and the lengths that it had [B]; then the gradients of x (no rows of it
+  // unless with_x), W and bias.
+  m.def("unit_linear_fwd(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  m.def(
+      "unit_linear_bwd(Tensor grad, Tensor unit, Tensor length, Tensor x, Tensor weight, bool with_x) -> "
+      "(Tensor, Tensor, Tensor)");
   // Negatives of other labels (class-sorted ids in order and bounds), or within a window, or all others: [B, count].
   m.def(
       "sample_negatives(Tensor index, int count, int n_data, Tensor? labels, Tensor? order, Tensor? bounds, "

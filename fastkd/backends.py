@@ -123,9 +123,9 @@ class Kernels(NamedTuple):
     bwd: Callable
 
 
-def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS) -> dict[str, Kernels]:
+def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS, mutates=()) -> dict[str, Kernels]:
     """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py, or
-    of kernels/<file>.py where a stem has two forms; `only`: those that have this form."""
+    of kernels/<file>.py where a stem has two forms; `only`: those that have this form. mutates: arguments written to."""
     found = {}
     written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
@@ -133,7 +133,7 @@ def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKEND
             found[library] = Kernels(_op(fwd), _op(bwd))
     if "triton" in written and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{file or stem}")
-        found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
+        found["triton"] = Kernels(*(_triton_op(getattr(module, name), mutates) for name in (fwd, bwd)))
     return found
 
 
@@ -147,9 +147,9 @@ def _op(name: str) -> Callable:
         ) from None
 
 
-def _triton_op(host: Callable) -> Callable:
+def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
     """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
-    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=())
+    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=mutates)
 
     def call(*args):
         return op(*args) if torch.compiler.is_compiling() else host(*args)

@@ -6,7 +6,15 @@ Everywhere: a mask has 1 where something counts; student and teacher dtypes may 
 reduction="mean" is over what counts. backend="auto" takes the fastest implementation that runs here; see `fastkd doctor`.
 """
 
-from fastkd.functions.contrast import info_nce_loss, nce_loss, nce_partition, sample_negatives, update_bank
+from fastkd.functions.contrast import (
+    info_nce_loss,
+    nce_loss,
+    nce_pair_loss,
+    nce_partition,
+    sample_negatives,
+    unit_linear,
+    update_bank,
+)
 from fastkd.functions.divergence import divergence
 from fastkd.functions.gram import gram_correlation_loss
 from fastkd.functions.layer_cost import attention_costs, layer_costs
@@ -27,10 +35,12 @@ __all__ = [
     "layer_costs",
     "linear_divergence",
     "nce_loss",
+    "nce_pair_loss",
     "nce_partition",
     "relation_kl_loss",
     "sample_negatives",
     "transport",
     "transport_with_cost_attention",
+    "unit_linear",
     "update_bank",
 ]

@@ -7,6 +7,7 @@ import torch
 import fastkd
 from cases import randn, relative_error
 from fastkd.checks import KINDS
+from on_gpu import never_waits, replays
 
 pytestmark = pytest.mark.gpu
 
@@ -32,32 +33,12 @@ def every_divergence(student, teacher):
 
 def test_divergence_never_waits_for_the_device():
     student, teacher = logits(64, 5000)
-    list(every_divergence(student, teacher))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_divergence(student, teacher))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_divergence(student, teacher)))
 
 
 def test_divergence_in_a_cuda_graph():
-    """Captured on some logits, replayed on others: bitwise what plain launches give, so no buffer or number is baked in."""
-    student, teacher = logits(64, 5000)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_divergence(student, teacher))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_divergence(student, teacher))
-    for x, other in zip((student, teacher), logits(64, 5000, seed=10), strict=True):
-        x.copy_(other)
-    for x in captured:
-        x.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_divergence(student, teacher), strict=True))
+    inputs = tuple(logits(64, 5000))
+    replays(lambda: every_divergence(*inputs), inputs, logits(64, 5000, seed=10))
 
 
 def test_divergence_is_bitwise_the_same_twice_at_size():
@@ -114,29 +95,12 @@ def relation_states(seed, dtype=torch.bfloat16):
 
 def test_relation_never_waits_for_the_device():
     states = relation_states(0)
-    list(every_relation(*states))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_relation(*states))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_relation(*states)))
 
 
 def test_relation_in_a_cuda_graph_and_the_same_twice():
     states = relation_states(0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_relation(*states))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_relation(*states))
-    for x, other in zip(states[:4], relation_states(10), strict=False):
-        x.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_relation(*states), strict=True))
+    replays(lambda: every_relation(*states), states[:4], relation_states(10)[:4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -286,29 +250,12 @@ def test_contrast_never_waits_for_the_device():
         bank.update(ids, inputs[0])
         functional.sample_negatives(ids, 50, state, n_data=5000)
 
-    step()  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(step)
 
 
 def test_contrast_in_a_cuda_graph():
     inputs = contrast_inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_contrast(*inputs))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_contrast(*inputs))
-    for x, other in zip(inputs, contrast_inputs(seed=10), strict=True):
-        x.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_contrast(*inputs), strict=True))
+    replays(lambda: every_contrast(*inputs), inputs, contrast_inputs(seed=10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -354,12 +301,7 @@ def linear_inputs(rows=300, words=5000, seed=0, dtype=torch.bfloat16):
 
 def test_linear_divergence_never_waits_for_the_device():
     inputs = linear_inputs()
-    list(every_linear_divergence(*inputs))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_linear_divergence(*inputs))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_linear_divergence(*inputs)))
 
 
 def test_linear_divergence_is_bitwise_the_same_twice():

@@ -33,6 +33,11 @@ def test_divergence_in_the_interpreter():
 
 
 @not_interpreted
+def test_sparse_divergence_in_the_interpreter():
+    interpreted("tests/test_divergence_topk.py", "-k", "triton")
+
+
+@not_interpreted
 def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
 
@@ -256,6 +261,7 @@ def test_every_relation_configuration_compiles_offline(name, chip):
 @not_interpreted
 def test_contrast_in_the_interpreter():
     interpreted("tests/test_triton_contrast.py")
+    interpreted("tests/test_triton_contrast_bank.py")
 
 
 def compile_contrast(name, q, bank, width, chip, excluded=False):
@@ -309,6 +315,28 @@ def test_every_contrast_configuration_compiles_offline(name, chip):
         for width in (16, 128, 256, 768):
             for excluded in (False, True):
                 compile_contrast(name, q, bank, width, chip, excluded)
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("name", ["draw_kernel", "shuffle_kernel", "update_kernel"])
+def test_contrast_bank_compiles_offline(name, labelled, chip):
+    from fastkd.kernels import contrast_bank as kernels
+
+    from offline import assert_fits, assert_no_tensor_cores, compile_kernel
+
+    kernel = getattr(kernels, name)
+    tensors = {"bank_ptr": "*bf16", "row_ptr": "*fp32", "momentum": "fp32"}
+    types = {x: tensors.get(x, "*i64" if x.endswith("_ptr") else "i32") for x in kernel.arg_names}
+    absent = {} if labelled else dict.fromkeys(("label_ptr", "order_ptr", "bound_ptr"))
+    block = {"draw_kernel": 128, "shuffle_kernel": 64}.get(name)
+    constants = {"REPLACEMENT": False, "BLOCK": block, "SCAN": 128 if name == "update_kernel" else 32, "WIDTH": 1024}
+    constants = {key: value for key, value in (constants | absent).items() if key in kernel.arg_names}
+    signature = {key: value for key, value in types.items() if key not in constants}
+    compiled = compile_kernel(kernel, signature, constants, chip, num_warps=4)
+    assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
+    assert_no_tensor_cores(compiled)
 
 
 def compile_gram(name, chip, s, t, rows=128, divisible=True, pairs=1, masked=False, **options):

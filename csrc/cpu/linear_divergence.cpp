@@ -162,7 +162,7 @@ struct Block {
     const float largest = std::max(sums->largest, call.divergence.largest(s, words));
     if (largest == -__builtin_inff()) return;
     sums->exponentials = sums->exponentials * std::exp(double(sums->largest) - largest) +
-                         call.divergence.sum_of_exponentials(s, words, 1, largest);
+                         call.divergence.sum_of_exponentials(s, words, 1, 0, largest);
     sums->largest = largest;
     const int64_t label = call.labels[n] - first;
     if (label >= 0 && label < words) sums->label = s[label];

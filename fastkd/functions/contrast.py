@@ -42,6 +42,8 @@ def info_nce_loss(
         checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
     if scale is not None:
         checks.mask("scale", scale, bank.shape[:1], "[K]")
+    elif bank is not None and bank.dtype.itemsize == 1:
+        raise ValueError(f"scale: rows in {bank.dtype} need one each, [K]; NegativeQueue(dtype=...) keeps them")
     if exclude is not None:
         if not isinstance(exclude, (tuple, list)) or len(exclude) != 2:
             raise ValueError(f"exclude: expected a pair (query_ids [B], bank_ids [K]), got {checks.describe(exclude)}")
@@ -85,6 +87,42 @@ def nce_loss(
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     rows = contrast.nce(query, bank, index, n_data, float(temperature), z, backend)
     return reduce.reduce(rows, None, reduction)
+
+
+def nce_pair_loss(
+    queries: tuple[Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    index: Tensor,
+    *,
+    n_data: int,
+    temperature: float,
+    z: tuple[Tensor, Tensor],
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """CoDIR's two anchors at once: half the sum of `nce_loss` of either query against its bank, the same index for both.
+
+    z [] of either side is frozen where it is > 0, else set from this batch as `nce_partition` does; both come back.
+    """
+    checks.integers("index", index, "[B, K]")
+    if index.shape[1] < 2:
+        raise ValueError(
+            f"index: expected the positive and at least one negative per row, got {checks.describe(index)}"
+        )
+    for side in (0, 1):
+        query, bank, names = queries[side], banks[side], (f"queries[{side}]", f"banks[{side}]")
+        checks.tensor(names[0], query, "[B, D]")
+        checks.tensor(names[1], bank, "[K, D]")
+        checks.same_leading("index", index, names[0], query, 1)
+        checks.same_device(**{names[0]: query, names[1]: bank, "index": index, f"z[{side}]": z[side]})
+        if bank.shape[1] != queries[0].shape[1] or query.shape[1] != queries[0].shape[1]:
+            raise ValueError(f"{names[1]}: expected the width of queries[0], {queries[0].shape[1]}")
+    checks.indices_in_range("index", index, min(len(bank) for bank in banks), "rows of both banks")
+    checks.positive("n_data", n_data)
+    checks.positive("temperature", temperature)
+    checks.one_of("reduction", reduction, reduce.REDUCTIONS)
+    rows, z = contrast.nce_pair(queries, banks, index, n_data, float(temperature), z, backend)
+    return reduce.reduce(rows, None, reduction), z
 
 
 def nce_partition(
@@ -141,6 +179,15 @@ def sample_negatives(
         checks.mask(name, x, (n_data,), "[n_data]")
     checks.same_device(index=index, state=state, classes=classes, order=order, bounds=bounds)
     return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, window, backend)
+
+
+def unit_linear(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """x [B, S] by weight [D, S] and bias [D] onto the unit sphere, [B, D] in float32; a zero vector stays zero."""
+    checks.tensor("x", x, "[B, S]")
+    checks.same_device(x=x, weight=weight, bias=bias)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x: expected the width of weight, {weight.shape[1]}, got {checks.describe(x)}")
+    return contrast.unit_linear(x, weight, bias, backend)
 
 
 def update_bank(bank: Tensor, index: Tensor, rows: Tensor, *, momentum: float, backend: str = "auto") -> None:

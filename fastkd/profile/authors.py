@@ -153,6 +153,13 @@ def nce_loss(query, bank, index, *, n_data, temperature, z, reduction="mean", ba
     return _mean(-first - second.sum(-1), None, reduction)
 
 
+def nce_pair_loss(queries, banks, index, *, z, reduction="mean", backend=None, **options):
+    sides = list(zip(queries, banks, z, strict=True))
+    z = tuple(functional.nce_partition(q, bank, index, z=x, backend="reference", **options) for q, bank, x in sides)
+    losses = [nce_loss(q, bank, index, z=x.item() or 1.0, **options) for (q, bank, _), x in zip(sides, z, strict=True)]
+    return sum(losses) / 2, z
+
+
 def info_nce_loss(query, positive, bank, index=None, *, temperature=0.07, exclude=None, scale=None, reduction="mean",
                   backend=None):  # fmt: skip
     if exclude is not None or scale is not None:
@@ -215,5 +222,5 @@ def linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head
 
 WRITTEN = (
     "attention_costs", "divergence", "gram_correlation_loss", "info_nce_loss", "layer_costs", "linear_divergence",
-    "nce_loss", "relation_kl_loss", "transport",
+    "nce_loss", "nce_pair_loss", "relation_kl_loss", "transport",
 )  # fmt: skip

@@ -13,7 +13,8 @@ from .timeline import Timeline
 WAYS = ("fastkd", "reference", "authors")
 HOT = (
     "attention_costs", "divergence", "gram_correlation_loss", "info_nce_loss", "layer_costs", "linear_divergence",
-    "nce_loss", "nce_partition", "relation_kl_loss", "sample_negatives", "transport", "update_bank",
+    "nce_loss", "nce_pair_loss", "nce_partition", "relation_kl_loss", "sample_negatives", "transport", "unit_linear",
+    "update_bank",
 )  # fmt: skip
 HARD = "hard labels"
 
