@@ -10,6 +10,7 @@ import torch
 
 REGISTRY: dict[str, Callable] = {}
 ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a CPU would take minutes for
+CLAIMS: dict[str, Callable] = {}  # beside them, everywhere
 SCALE: dict[str, Callable] = {}  # on top, with --scale: the far ends of the curves
 
 
@@ -142,7 +143,7 @@ def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=F
     for registered in stems or REGISTRY:
         if registered not in REGISTRY:
             raise ValueError(f"stem {registered!r} has no cases; there are {', '.join(REGISTRY)}")
-        tables = [REGISTRY, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
+        tables = [REGISTRY, CLAIMS, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
         found = [case for table in tables if registered in table for case in table[registered]()]
         for case in sorted(found, key=lambda case: not case.goal) if gpu else found:  # there, time may run out
             wanted = (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype)

@@ -92,19 +92,21 @@ def make_states(case: Case, generator) -> dict:
 
 
 def ours_gram(inputs: Inputs, backend: str) -> torch.Tensor:
-    public, student, teacher = functional(), inputs["student"], inputs["teacher"]
-    loss = public.gram_correlation_loss(student, teacher, level="token", backend=backend)
-    if inputs.options["grouping"] is None:
-        return loss
-    more = {"level": "sequence", "grouping": inputs.options["grouping"], "backend": backend}
-    return loss + public.gram_correlation_loss(student, teacher, **more)
+    grouping, sides = inputs.options["grouping"], (inputs["student"], inputs["teacher"])
+    level = "token" if grouping is None else {"token": 1.0, "sequence": 1.0}
+    return functional().gram_correlation_loss(*sides, level=level, grouping=grouping or "position", backend=backend)
+
+
+def gram_work(groups: int, rows: int, ds: int, dt: int) -> tuple[float, float]:
+    """FLOPs forward and backward: symmetric products of rows, their mixture @ [rows, ds]; or of features, if that is less."""
+    fewest = min(rows, ds + dt)
+    return groups * rows * fewest * (ds + dt), groups * rows * fewest * 2.0 * ds
 
 
 def gram_case(kind: str, batch: int, length: int, ds: int, dt: int, dtype: torch.dtype, **more) -> Case:
-    """Symmetry halves the forward products; the backward is [N, N] @ [N, Ds] twice, once for each Gram matrix."""
-    relations = batch * length * length + (0 if kind == "token" else length * batch * batch)
+    works = [gram_work(batch, length, ds, dt)] + ([] if kind == "token" else [gram_work(length, batch, ds, dt)])
+    forward, backward = (sum(work[k] for work in works) for k in (0, 1))
     width, both_sides = dtype.itemsize, batch * length * (ds + dt)
-    forward, backward = relations * (ds + dt), 2.0 * relations * ds
     shapes = [(length, batch)] + ([] if kind == "token" else [(batch, length)])
     gemms = []
     for rows, groups in shapes:

@@ -164,8 +164,8 @@ def stacked_layer_cost(x: dict, options: dict):
     return (costs * x["flow"]).sum()
 
 
-def authors_layer_cost(x: dict, options: dict):
-    """BERT-EMD: a masked copy and an MSE per pair, each written into one matrix, which then goes to the host."""
+def authors_matrix(x: dict):
+    """BERT-EMD: a masked copy and an MSE per pair, each written into one matrix, twice."""
     students, teachers = layers_of(x)
     n, m = len(students), len(teachers)
     matrix = torch.zeros(n + m, n + m, device=students[0].device)
@@ -174,7 +174,13 @@ def authors_layer_cost(x: dict, options: dict):
             if "student_q" in x:
                 s, t = (torch.where(score <= -100, torch.zeros_like(score), score) for score in (s, t))
             matrix[i, n + j] = matrix[n + j, i] = F.mse_loss(s, t)
-    matrix.detach().cpu().numpy().astype("float64")  # for the solver; the flow is given here
+    return matrix
+
+
+def authors_layer_cost(x: dict, options: dict):
+    """That matrix, which then goes to the host for the solver; the flow is given here."""
+    matrix, n = authors_matrix(x), len(layers_of(x)[0])
+    matrix.detach().cpu().numpy().astype("float64")
     flow = torch.zeros_like(matrix)
     flow[:n, n:] = x["flow"]
     return (matrix * flow).sum()
@@ -289,6 +295,7 @@ EAGER = {
     "layer_cost": eager_layer_cost,
     "contrast": eager_contrast,
     "linear_divergence": eager_linear,
+    ("layer_cost", "emd_step"): None,
 }
 COMPILED = {**EAGER, "layer_cost": stacked_layer_cost}
 NOT_RELEASED = "no paper here releases code for this kind"
@@ -322,7 +329,8 @@ def compiled(function: Callable) -> Callable:
 def rivals(case: Case, device: torch.device) -> list:
     """Providers and Absents, in the order of the table."""
     found: list = []
-    eager = EAGER.get(case.stem)
+    more = MORE.get((case.stem, case.kind), MORE.get(case.stem, ()))
+    eager = EAGER.get((case.stem, case.kind), EAGER.get(case.stem))
     if eager is None:
         found += [Absent("eager", NO_SOLVER), Absent("compile", NO_SOLVER)]
     else:
@@ -330,9 +338,9 @@ def rivals(case: Case, device: torch.device) -> list:
     authors = AUTHORS.get((case.stem, case.kind))
     if callable(authors):
         found.append(Provider("authors", bind(authors)))
-    elif case.stem != "transport":
+    elif "authors" not in (name for name, *_ in more):
         found.append(Absent("authors", authors or NOT_RELEASED))
-    for name, package, needs_gpu, make in MORE.get(case.stem, ()):
+    for name, package, needs_gpu, make in more:
         if package and importlib.util.find_spec(package) is None:
             found.append(Absent(name, f"{package} is not installed"))
         elif needs_gpu and device.type != "cuda":

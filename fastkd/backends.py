@@ -17,13 +17,19 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
-    "gram": ("cpu",),
+    "gram": ("cpu", "triton"),
     "relation": ("cpu", "triton"),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu", "triton"),
     "divergence": ("cpu", "triton"),
     "linear_divergence": ("cpu", "triton"),
+}
+
+# What a kernel leaves to the reference.
+PARTS = {
+    ("gram", "triton"): 'row by row, groups of more than 128 rows (64 in float32); and `grouping="official"`',
+    ("relation", "triton"): "heads wider than 128",
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -151,11 +157,12 @@ def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
     return call
 
 
-def fake(name: str, shapes: Callable) -> None:
-    """Tell torch.compile and export what the op `name` returns, in every implementation that is here."""
-    for op in (f"fastkd::{name}", f"fastkd::{name}_triton"):
+def fake(name: str, shapes: Callable, triton: Callable | None = None) -> None:
+    """Tell torch.compile and export what the op `name` returns, in every implementation that is here; triton: what that
+    one returns where it is something else."""
+    for op, of_op in ((f"fastkd::{name}", shapes), (f"fastkd::{name}_triton", triton or shapes)):
         if _defined(op):
-            torch.library.register_fake(op, shapes)
+            torch.library.register_fake(op, of_op)
 
 
 def _defined(op: str) -> bool:
@@ -165,10 +172,15 @@ def _defined(op: str) -> bool:
 def support_table() -> str:
     """What README.md shows, as Markdown."""
     rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
+    numbers = {part: f" [{i}]" for i, part in enumerate(PARTS, 1)}
     for stem in STEMS:
-        marks = ("✓" if backend in (*WRITTEN[stem], "reference") else "–" for backend in BACKENDS[1:])
+        marks = (
+            "✓" + numbers.get((stem, backend), "") if backend in (*WRITTEN[stem], "reference") else "–"
+            for backend in BACKENDS[1:]
+        )
         rows.append(f"| `{stem}` | " + " | ".join(marks) + " |")
-    return "\n".join(rows)
+    notes = [f"[{i}] the reference takes {what}" for i, what in enumerate(PARTS.values(), 1)]
+    return "\n".join([*rows, "", ". ".join(notes) + "."])
 
 
 def full_precision(x: Tensor):

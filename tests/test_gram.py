@@ -29,7 +29,8 @@ def form(level, grouping, pearson):
 
 
 # Kernels are for float32 and below; what they do not have is the reference's (fastkd/ops/gram.py).
-KERNELS = [b for b in ("cpu", "triton", "cuda") if b in backends.WRITTEN["gram"] and not backends.UNAVAILABLE[b]]
+# (On a GPU, Triton's are tests/test_triton_gram.py's.)
+KERNELS = [b for b in ops.KERNELS if b == "cpu" or backends.INTERPRETED]
 HERE = ["reference", *KERNELS]
 EVERY_KIND = [("reference", *kind) for kind in KINDS]
 EVERY_KIND += [(b, *kind) for b in KERNELS for kind in KINDS if form(*kind) in ops.FORMS[b]]

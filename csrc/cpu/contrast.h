@@ -3,7 +3,8 @@
 
 constexpr int64_t kPanel = 32;       // queries that go through a block of the bank together: the row of a score tile
 constexpr int64_t kColumnStep = 32;  // the width that weighted sums work in
-constexpr int64_t kGathered = 64;    // gathered rows whose scores are turned into weights together
+constexpr int64_t kGathered =
+    32;  // gathered rows, half of a first cache, whose scores are turned into weights together
 
 // Beside the elements of cpu/tensors.h: float8 e4m3fn, only ever with a scale for each row of the bank.
 constexpr int kFloat8 = 8;

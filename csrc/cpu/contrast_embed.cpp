@@ -46,6 +46,19 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
   return {unit, length};
 }
 
+// [rows, width] that begins on a page of 2 MiB, where it is that large: its page faults cost as much as the products.
+// What is reserved for the alignment is never touched.
+Tensor empty_on_huge_pages(const Tensor& like, int64_t rows, int64_t width) {
+  constexpr int64_t kPage = int64_t(1) << 21, kFloats = kPage / 4;
+  if (rows * width < kFloats) return torch::stable::new_empty(like, {rows, width});
+  const Tensor whole = torch::stable::new_empty(like, {rows * width + kFloats});
+  use_huge_pages(whole);
+  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(whole.data_ptr()) % kPage) / 4;
+  Tensor flat = whole;
+  flat = torch::stable::narrow(flat, 0, past ? kFloats - past : 0, rows * width);
+  return torch::stable::view(flat, {rows, width});
+}
+
 // dy [rows][D], and its transpose [D][rows]; both padded with zeros to whole tiles.
 struct Slopes {
   int64_t across, down;
@@ -115,8 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> unit_linear_bwd(const Tensor& grad, const Ten
   const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
   const int64_t rows = a.size(0), width = a.size(1), d = w.size(0);
   Tensor to_x = torch::stable::new_empty(x, {with_x ? rows : 0, width});
-  Tensor to_weight = torch::stable::new_empty(weight, {d, width}), to_bias = torch::stable::new_empty(weight, {d});
-  use_huge_pages(to_weight);
+  Tensor to_weight = empty_on_huge_pages(weight, d, width), to_bias = torch::stable::new_empty(weight, {d});
   const Slopes slopes(grad, unit, length, to_bias.mutable_data_ptr<float>());
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   parallel_for(0, blocks, grain(kBlock * d * rows, 1 << 18), [&](int64_t block, int64_t end) {

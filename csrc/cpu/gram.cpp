@@ -18,9 +18,11 @@
 // for the upstream that is likely, where the caller knows one, else for upstream 1. Recomputing P and Q would be twice
 // the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that thread's
 // scratch (gram_whole.h); of longer ones the tiles are made again for the gradient, and the threads share the group
-// (gram_long.h). Sums are in an order that depends on shapes only.
+// (gram_long.h); where rows outnumber features, the Gram of the features says the same (gram_features.h). Sums are in
+// an order that depends on shapes only.
 #include <tuple>
 
+#include "cpu/gram_features.h"
 #include "cpu/gram_long.h"
 #include "cpu/gram_whole.h"
 #include "cpu/isa.h"
@@ -62,7 +64,21 @@ void by_official_groups(const Call& call, const Each& each_group) {
   if (call.out) each_group([&](Work& work, int64_t group) { work.apply(group, found); });
 }
 
+// Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
+bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gradient) {
+  const auto ds = double(s.size(2)), dt = double(t.size(2)), both = ds + dt;
+  const double tiles = n > kWhole ? 3 * both : both;  // made twice, the second time without symmetry
+  const bool half = fastkd::gemm(element_of(s)).operand == kBFloat16 && element_of(t) == kBFloat16;
+  const double by_rows = n * n * (with_gradient ? tiles + 2 * ds : both) * (half ? 0.5 : 1);
+  return n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
+}
+
 void correlate(const Call& call) {
+  if (call.by_features) {
+    Features work(call);
+    for (int64_t group = 0; group < call.groups; ++group) work.run(group);
+    return;
+  }
   if (call.length > kWhole) {
     const auto each_group = [&](const auto& f) {
       Long work(call);
@@ -82,24 +98,26 @@ void correlate(const Call& call) {
   each_group([](Whole& work, int64_t group) { work.run(group); });
 }
 
-Call call_of(const Question& asked, int64_t level, const Tensor& s, const Tensor& t, Norms norms[2], Tensor& values,
-             Tensor& valid) {
+Call call_of(const Question& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+             Tensor& values, Tensor& valid) {
   const GramTable& table = FASTKD_CHOOSE(gram);
   const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   const std::vector<int64_t> shape =
       asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
+  const bool by_features = !asked.row && !official && features_are_fewer(double(length), s, t, with_gradient);
   values = torch::stable::new_empty(s, shape, ScalarType::Float);
   valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
   Call call = {table,
-               Side(table, s, sequence, asked.normalize, norms),
-               Side(table, t, sequence, asked.normalize, norms + 1),
+               Side(table, s, sequence, asked.normalize, by_features, norms),
+               Side(table, t, sequence, asked.normalize, by_features, norms + 1),
                GroupMask(asked.mask, sequence, length),
                groups,
                length,
                sequence,
                asked.row,
                official,
+               by_features,
                asked.eps,
                values.mutable_data_ptr<float>(),
                static_cast<bool*>(valid.mutable_data_ptr()),
@@ -118,7 +136,7 @@ void all_levels(const Question& asked, const Tensor& student, const Tensor& teac
   Norms norms[2];
   for (size_t k = 0; k < asked.levels.size(); ++k) {
     Tensor one_minus_rho, counts;
-    Call call = call_of(asked, asked.levels[k], s, t, norms, one_minus_rho, counts);
+    Call call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
     if (!aim.out.empty()) {
       const bool together = aim.out.size() == 1;
       Tensor& out = aim.out[together ? 0 : k];

@@ -30,8 +30,7 @@ struct GramTable {
   // The sum of squares of `count` (any) elements, which are also copied to `out`, or widened into floats, unless it is
   // null. `element`: cpu/tensors.h.
   double (*take)(const void* row, int element, bool raw, int64_t count, void* out);
-  // `next`: null, or the row that will be asked for next.
-  void (*add_scaled)(const void* row, const void* next, bool raw, float scale, int64_t count, float* sums);
+  void (*add_scaled)(const void* row, bool raw, float scale, int64_t count, float* sums);
   // out = scale * row - centre; returns <out, centre>, or (square) <out, out>.
   double (*shift)(const float* row, float scale, const float* centre, bool square, int64_t count, float* out);
   // tile = tile * scale_i * scale_j + offset_i + offset_j, then zeros from `columns` (any) to the next multiple.
@@ -51,6 +50,7 @@ struct GramTable {
   // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient, plus `before`
   // unless that is null. `scratch`: count floats.
   void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch, const float* before, float* out);
+  void (*accumulate)(const float* from, int64_t count, double* into);      // any count
   void (*widen)(const void* in, int element, int64_t count, float* out);   // any count
   void (*narrow)(const float* in, int element, int64_t count, void* out);  // any count
   // The sum of by[k] times row k of `count` (any) elements, float32 or bfloat16, to an element type of its own; `sum`

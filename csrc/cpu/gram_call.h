@@ -47,7 +47,7 @@ struct Call {
   Side s, t;
   GroupMask mask;
   int64_t groups, length;
-  bool sequence, row, official;
+  bool sequence, row, official, by_features;
   double eps;
   float* values;
   bool* valid;
@@ -93,11 +93,11 @@ struct Scratch {
   float *pull, *u, *before, *ones;
   char* packed;
 
-  Scratch(Arena& arena, const Side& s, int64_t columns, int64_t ones_count) {
-    pull = arena.take<float>(s.strip * s.padded);
+  Scratch(Arena& arena, const Side& s, int64_t rows, int64_t columns, int64_t ones_count) {
+    pull = arena.take<float>(rows * s.padded);
     u = arena.take<float>(s.padded);
     before = arena.take<float>(s.padded);
-    packed = arena.take<char>(s.gemm.bytes_a(s.strip + s.gemm.rows_a, columns));
+    packed = arena.take<char>(s.gemm.bytes_a(rows + s.gemm.rows_a, columns));
     ones = arena.take<float>(ones_count);
   }
 };
@@ -119,15 +119,19 @@ inline void pull_rows(const Side& s, float* weights, int64_t stride, int64_t row
   s.gemm.tile(scratch.packed, s.piece(j, block), {rows, s.width, columns}, {scratch.pull, s.padded, 1, j > 0});
 }
 
+// Rows [begin, end), prepared as they lie from `rows` on.
 inline void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& kept, int64_t begin, int64_t end,
-                        const Scratch& scratch, const double* sums) {
+                        const char* rows, int64_t row_bytes, const Scratch& scratch, const double* sums) {
   const Side& s = call.s;
   const int element = call.out_item == 4 ? kFloat32 : kBFloat16;
   const bool direct = element == kFloat32 && s.padded == s.width;
+  const int64_t out_bytes = s.width * call.out_item;
   for (int64_t i = begin; i < end; ++i) {
+    if (call.add && i + kAhead < end) fetch(out_row(call, group, kept[i + kAhead]), out_bytes);
     float* pull = scratch.pull + (i - begin) * s.padded;
     for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
-    const GramRow of = {s.row(i), s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i], float(sums[i - begin])};
+    const GramRow of = {rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i],
+                        float(sums[i - begin])};
     char* to = out_row(call, group, kept[i]);
     if (direct) {
       auto* floats = reinterpret_cast<float*>(to);

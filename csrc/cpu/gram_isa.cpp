@@ -74,12 +74,8 @@ double take(const void* row, int element, bool raw, int64_t count, void* out) {
   return raw ? sum_of_squares<true>(row, count) : sum_of_squares<false>(row, count);
 }
 
-void add_scaled(const void* row, const void* next, bool raw, float scale, int64_t count, float* sums) {
-  const auto* ahead = static_cast<const char*>(next);
-  for (int64_t k = 0; k < count; k += kLanes) {
-    if (ahead) __builtin_prefetch(ahead + k * (raw ? 2 : 4));
-    store(sums + k, load(sums + k) + load_row(row, raw, k) * scale);
-  }
+void add_scaled(const void* row, bool raw, float scale, int64_t count, float* sums) {
+  for (int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) + load_row(row, raw, k) * scale);
 }
 
 double shift(const float* row, float scale, const float* centre, bool square, int64_t count, float* out) {
@@ -196,6 +192,11 @@ void finish(const GramRow& of, int64_t count, float* pull, float* scratch, const
   }
 }
 
+void accumulate(const float* from, int64_t count, double* into) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) into[k] += from[k];
+}
+
 void widen(const void* in, int element, int64_t count, float* out) {
   if (as_floats(in, element, out, count) == in) std::memcpy(out, in, count * sizeof(float));
 }
@@ -226,5 +227,5 @@ void blend(const void* const* rows, int element, const float* by, int64_t terms,
 }  // namespace
 
 extern const GramTable FASTKD_TABLE(gram);
-const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place, moments, line, combine,
-                                      mirror, weigh,      finish, widen, narrow,  blend};
+const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place,      moments, line,   combine,
+                                      mirror, weigh,      finish, accumulate, widen,   narrow, blend};

@@ -33,7 +33,7 @@ struct Long {
       memory.fill([&](Arena& arena) {
         p = arena.take<float>(of.strip * stride);
         q = arena.take<float>(of.strip * stride);
-        scratch.reset(new Scratch(arena, of.call.s, of.columns, of.call.length + kGramLanes));
+        scratch.reset(new Scratch(arena, of.call.s, of.strip, of.columns, of.call.length + kGramLanes));
       });
       for (int64_t i = 0; i < of.call.length + kGramLanes; ++i) scratch->ones[i] = 1;
     }
@@ -133,7 +133,8 @@ struct Long {
     for_tiles(n, false, [&](Tiles& tiles, int64_t, int64_t i, int64_t end, int64_t j, int64_t j_end) {
       call.table.combine(tiles.p, tiles.q, tiles.stride, end - i, j_end - j, lines.from(i), lines.from(j));
       pull_rows(call.s, tiles.p, tiles.stride, end - i, j, j_end, columns, *tiles.scratch, sums.data() + i);
-      if (j_end == n) finish_rows(call, group, kept, i, end, *tiles.scratch, sums.data() + i);
+      if (j_end == n)
+        finish_rows(call, group, kept, i, end, call.s.row(i), call.s.row_bytes(), *tiles.scratch, sums.data() + i);
     });
   }
 };

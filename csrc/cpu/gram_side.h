@@ -15,6 +15,12 @@ namespace fastkd {
 constexpr int64_t kSkew = 16;  // floats added to a row's stride: powers of two would fall on the same cache sets
 constexpr double kLeastNorm = 1e-12;
 
+constexpr int64_t kAhead = 3;  // rows that are fetched before it is their turn
+
+inline void fetch(const char* row, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k);
+}
+
 // Work on ranges [begin, end) of `count`, one after another or over the threads.
 template <class F>
 void each(bool threads, int64_t count, int64_t step, const F& f) {
@@ -54,9 +60,10 @@ struct Side {
   // The mean of the Gram, which is taken off its entries: |c|^2; and the same less what is 1 for all groups.
   double square, level;
 
-  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, Norms* norms)
+  // `as_floats`: bfloat16 rows too.
+  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, bool as_floats, Norms* norms)
       : table(table),
-        gemm(fastkd::gemm(element_of(x))),
+        gemm(fastkd::gemm(element_of(x), as_floats)),
         data(static_cast<const char*>(x.const_data_ptr())),
         element(element_of(x)),
         item(int64_t(x.element_size())),
@@ -72,7 +79,7 @@ struct Side {
         copied(raw || element != kFloat32 || padded != width),
         normalize(normalize),
         norms(norms) {
-    norms->inverse.resize(normalize ? x.size(0) * x.size(1) : 0);
+    norms->inverse.resize(normalize ? x.size(0) * x.size(1) : 1);
     cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
   }
 
@@ -92,16 +99,21 @@ struct Side {
   char* row(int64_t i) const { return rows + i * row_bytes(); }
   bool live(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
+  // What a pass over the rows of a group finds.
+  void carve_means(Arena& arena) {
+    rows = nullptr;
+    scale = arena.take<float>(gram_padded(most_rows));
+    centre = arena.take<float>(padded);
+    sums = arena.take<float>((most_rows + chunk - 1) / chunk * padded);
+  }
   // `block`: rows behind one piece of the turned operand, 0 where no gradient is wanted.
   void carve(Arena& arena, int64_t block) {
-    const int64_t n = gram_padded(most_rows), chunks = (most_rows + chunk - 1) / chunk;
+    const int64_t n = gram_padded(most_rows);
+    carve_means(arena);
     rows = arena.take<char>(most_rows * row_bytes());
     packed = arena.take<char>(gemm.bytes_b(n + chunk, width));
     turned = arena.take<char>(block ? (most_rows + block - 1) / block * gemm.bytes_b(width, block) : 0);
-    scale = arena.take<float>(n);
     offset = arena.take<float>(n);
-    centre = arena.take<float>(padded);
-    sums = arena.take<float>(chunks * padded);
   }
 
   // Rows `kept` of the group: scaled, and their mean taken away.
@@ -125,27 +137,25 @@ struct Side {
     return {row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width};
   }
 
+  // Lengths, and the sum of the rows of each chunk; rows that cannot be read where they lie are copied to `rows`.
   void scale_and_sum(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     each(threads, int64_t(kept.size()), chunk, [&](int64_t begin, int64_t end) {
       float* sum = sums + begin / chunk * padded;
       std::memset(sum, 0, padded * sizeof(float));
+      std::vector<float> passing(copied && !rows ? padded : 0);
       for (int64_t i = begin; i < end; ++i) {
         const char* x = given(group, kept[i]);
+        if (i + kAhead < end) fetch(given(group, kept[i + kAhead]), width * item);
+        char* copy = !copied ? nullptr : rows ? row(i) : reinterpret_cast<char*>(passing.data());
         const bool again = !normalize || norms->known;
-        if (copied || !again) {
-          const double squares = table.take(x, element, raw, width, copied ? row(i) : nullptr);
-          if (!again) {
-            const double norm = std::sqrt(squares);
-            inverse(group, kept[i]) = float(1 / (norm < kLeastNorm ? kLeastNorm : norm));
-          }
-        }
-        scale[i] = normalize ? inverse(group, kept[i]) : 1;
-        const char* next = !copied && i + 1 < end ? given(group, kept[i + 1]) : nullptr;
-        table.add_scaled(copied ? row(i) : x, next, raw, scale[i], padded, sum);
+        const double squares = copied || !again ? table.take(x, element, raw, width, copy) : 0;
+        float& inverse = norms->inverse[normalize ? group * norm_group + kept[i] * norm_row : 0];
+        if (!again) inverse = float(1 / (squares < kLeastNorm * kLeastNorm ? kLeastNorm : std::sqrt(squares)));
+        scale[i] = normalize ? inverse : 1;
+        table.add_scaled(copied ? copy : x, raw, scale[i], padded, sum);
       }
     });
   }
-  float& inverse(int64_t group, int64_t row) const { return norms->inverse[group * norm_group + row * norm_row]; }
 
   void mean(int64_t n) {
     square = 0;
@@ -157,26 +167,29 @@ struct Side {
     }
   }
 
-  // v = u - c, and <c, v> without its mean. Where |u| is 1 that is (mean |v|^2 - |v|^2) / 2, in which nothing cancels
-  // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2, and mean |v|^2 = 1 - |c|^2.
+  // v = u - c to `to`; returns <c, v>, but for a constant. Where |u| is 1 that is -|v|^2 / 2, in which nothing cancels
+  // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2. `there`: what is copied has been.
+  double shift_row(const char* x, int64_t i, bool there, float* to) const {
+    if (copied && !there) table.take(x, element, false, width, to);
+    const auto* from = copied ? to : reinterpret_cast<const float*>(x);
+    const bool dead = normalize && !live(i);
+    const double lost = dead ? 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr) : 0;
+    const double found = table.shift(from, scale[i], centre, normalize, padded, to);
+    return normalize ? (1 - square - lost - found) / 2 : found;
+  }
+
   void shift(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
     std::vector<double> onto(n);
     each(threads, n, chunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        auto* to = reinterpret_cast<float*>(row(i));
-        const auto* from = copied ? to : reinterpret_cast<const float*>(given(group, kept[i]));
-        const double lost = live(i) || !normalize ? 0 : 1 - scale[i] * scale[i] * squares_of(from);
-        const double found = table.shift(from, scale[i], centre, normalize, padded, to);
-        onto[i] = normalize ? -(found + lost) / 2 : found;
-      }
+      for (int64_t i = begin; i < end; ++i)
+        onto[i] = shift_row(given(group, kept[i]), i, true, reinterpret_cast<float*>(row(i)));
     });
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
     for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
-    if (normalize) level = 2 * sum / n;  // |c|^2 - 1 = -mean |v|^2, with all its digits
+    if (normalize) level = 2 * sum / n - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
   }
-  double squares_of(const float* from) const { return table.take(from, kFloat32, false, padded, nullptr); }
 
   // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.
   void tile(int64_t i, int64_t i_end, int64_t j, int64_t j_end, const float* ones, float* out,

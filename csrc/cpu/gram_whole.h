@@ -24,7 +24,7 @@ struct Whole {
     p = arena.take<float>(call.length * stride);
     q = arena.take<float>(call.length * stride);
     lines = take_lines(arena, stride);
-    scratch.reset(new Scratch(arena, call.s, block, stride));
+    scratch.reset(new Scratch(arena, call.s, call.s.strip, block, stride));
     Arena again = arena;
     call.t.carve(arena, 0);
     call.s.carve(again, call.out ? block : 0);
@@ -105,7 +105,7 @@ struct Whole {
     std::vector<double> sums(call.s.strip);
     each(false, n, call.s.strip, [&](int64_t i, int64_t end) {
       pull_rows(call.s, p + i * stride, stride, end - i, 0, n, block, *scratch, sums.data());
-      finish_rows(call, group, kept, i, end, *scratch, sums.data());
+      finish_rows(call, group, kept, i, end, call.s.row(i), call.s.row_bytes(), *scratch, sums.data());
     });
   }
 };

@@ -21,9 +21,23 @@ KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 # Which forms (level, row) a backend's kernels have; the reference computes the others on every device.
 FORMS = {
     "cpu": tuple((level, row) for level in LEVELS for row in (False, True)),
-    "triton": (("token", False), ("sequence", False)),
+    "triton": tuple((level, row) for level in LEVELS[:2] for row in (False, True)),
     "cuda": (),
 }
+
+# kernels/gram_whole.py: the longest groups that one program holds, without or with a side in float32. Row by row there is
+# nothing for longer ones; matrix by matrix kernels/gram_tiles.py takes them.
+WHOLE = {True: 128, False: 64}
+
+
+def _whole(rows: int, student: Tensor, teacher: Tensor) -> bool:
+    return rows <= WHOLE[student.element_size() == 2 and teacher.element_size() == 2]
+
+
+def _has(backend: str, level: str, row: bool, student: Tensor, teacher: Tensor) -> bool:
+    if (level, row) not in FORMS.get(backend, ()):
+        return False
+    return not (backend == "triton" and row) or _whole(student.shape[level == "token"], student, teacher)
 
 
 def _values_fake(students, mask, levels, row):
@@ -44,11 +58,24 @@ def _fwd_fake(students, teachers, mask, levels, row, normalize, eps, with_gradie
     return *_values_fake(students, mask, levels, row), saved
 
 
+def _triton_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
+    """saved: lengths, means and sums of the terms whose groups are longer than one program holds."""
+    saved = []
+    for student, teacher in zip(students, teachers, strict=True) if with_gradient else ():
+        for level in levels:
+            groups, rows = student.shape[:2] if level == 0 else student.shape[1::-1]
+            if not _whole(rows, student, teacher):
+                widths = sum((x.shape[2] + 7) // 8 * 8 for x in (student, teacher))  # rows begin at 16 bytes
+                size = groups * (4 + 4 * rows + widths)
+                saved.append(student.new_empty(size, dtype=torch.float32))
+    return *_values_fake(students, mask, levels, row), saved
+
+
 def _grads_fake(grads, students, *_):
     return [torch.empty_like(student, memory_format=torch.contiguous_format) for student in students]
 
 
-backends.fake("gram_fwd", _fwd_fake)
+backends.fake("gram_fwd", _fwd_fake, _triton_fake)
 backends.fake("gram_bwd", _grads_fake)
 backends.fake(
     "gram_fwd_grad", lambda s, t, mask, levels, row, *_: (*_values_fake(s, mask, levels, row), _grads_fake([], s))
@@ -110,7 +137,8 @@ def gram(
     likely: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or their mean;
     another use is as right, and slower."""
     backend = backends.choose("gram", backend, students[0])
-    forms = [level for level in levels if (level, row) in FORMS.get(backend, ())]
+    sides = list(zip(students, teachers, strict=True))
+    forms = [level for level in levels if all(_has(backend, level, row, s, t) for s, t in sides)]
     places = [LEVELS.index(level) for level in forms]
     wanted = [s.requires_grad and torch.is_grad_enabled() for s in students]
     found: dict = {}
