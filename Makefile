@@ -49,8 +49,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Where `auto` would go on without a library that does not compile, an older one would be tested in its place.
 build: $(VENV)/installed
-	$(BIN)/python setup.py -q build_ext --inplace
+	FASTKD_BUILD=$${FASTKD_BUILD:-cpu} $(BIN)/python setup.py -q build_ext --inplace
 
 # torch first and by name: a range would fetch a newer build with gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml

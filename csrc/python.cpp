@@ -41,7 +41,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("emd", &emd, py::arg("a"), py::arg("b"), py::arg("M"));
   m.def("build_info", [] {
     py::dict info;
+#if defined(__clang__)
     info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
     info["built_against_torch"] = FASTKD_TORCH_VERSION;
     info["instruction_sets"] = FASTKD_INSTRUCTION_SETS;
     return info;

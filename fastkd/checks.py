@@ -6,6 +6,7 @@ look costs nothing (on the CPU); on other devices it would synchronise, so it ha
 
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ def same_device(**tensors: Tensor | None) -> None:
     given = {name: x for name, x in tensors.items() if x is not None}
     first = next(iter(given))
     for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {describe(x)}")
         if x.device != given[first].device:
             raise ValueError(
                 f"{name} is on {x.device}, but {first} is on {given[first].device}; "
@@ -111,8 +114,13 @@ def same_length(name: str, xs, other_name: str, others) -> None:
 def positive(name: str, x) -> None:
     if isinstance(x, Tensor):
         values(name, x, lambda: (x > 0).all(), "must be > 0 everywhere")
-    elif not x > 0 or x == float("inf"):
+    elif not isinstance(x, Real) or not x > 0 or x == float("inf"):
         raise ValueError(f"{name}: must be a finite number > 0, got {x!r}")
+
+
+def count(name: str, x) -> None:
+    if not isinstance(x, int) or x < 1:
+        raise ValueError(f"{name}: expected a whole number > 0, got {x!r}")
 
 
 def between(name: str, x: float, low: float, high: float, hint: str = "") -> None:
@@ -179,6 +187,10 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
         raise ValueError(
             f"{name}: q's heads must be a multiple of k's and their widths equal, got q {list(q.shape)}, k {list(k.shape)}"
         )
+    if (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"{name}: q and k must be of the same sequences [B, H, S, d], got q {list(q.shape)}, k {list(k.shape)}"
+        )
     return q
 
 
@@ -208,3 +220,7 @@ def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
         raise ValueError("kind='reverse_kl' is infinite where the teacher has no mass; pass TopK(..., tail=True)")
     if isinstance(tail, Tensor):
         mask("teacher.tail", tail, student.shape[:-1], "[...]")
+        same_device(student_logits=student, tail=tail)
+        frozen("teacher.tail", tail)
+    elif tail is not None and tail is not True:
+        raise ValueError(f"teacher.tail: expected None, True or the rest's log-mass [...], got {describe(tail)}")

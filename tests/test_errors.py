@@ -46,6 +46,29 @@ WRONG = {
     "not a list of layers": (lambda: F.layer_costs(X, [X]), "students: expected a list with one entry per layer"),
     "widths of layers differ": (lambda: F.layer_costs([X], [X[..., :4]]), "project the student to the teacher's width"),
     "head counts differ": (lambda: F.attention_costs([(H, H)], [(H[:, :2], H[:, :2])]), "heads='mean'"),
+    "batches of scores differ": (
+        lambda: F.attention_costs([torch.randn(2, 3, 4, 4)], [torch.randn(3, 3, 4, 4)]),
+        "teachers[0] and students[0] must be of the same batch and length",
+    ),
+    "lengths of scores differ": (
+        lambda: F.attention_costs([torch.randn(2, 3, 4, 4)], [torch.randn(2, 3, 5, 5)]),
+        "teachers[0] and students[0] must be of the same batch and length",
+    ),
+    "queries and keys of other lengths": (lambda: F.attention_costs([(H, H[:, :, :4])], [(H, H)]), "students[0]: q and k must be"),
+    "clamp in words": (lambda: F.layer_costs([X], [X], clamp="low"), "clamp: expected a number, got 'low'"),
+    "temperature in words": (lambda: F.divergence(L, L, temperature="2"), "temperature: must be a finite number > 0, got '2'"),
+    "no temperature": (lambda: F.divergence(L, L, temperature=None), "temperature: must be a finite number > 0, got None"),
+    "mask as a list": (lambda: F.divergence(L, L, mask=[1, 1, 1, 1]), "mask: expected a tensor, got a list of 4"),
+    "tail that is no mass": (
+        lambda: F.divergence(L, fastkd.TopK(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2), False)),
+        "teacher.tail: expected None, True or",
+    ),
+    "relation heads in words": (lambda: F.relation_kl_loss([H], [H], heads="3"), "heads: expected a whole number > 0, got '3'"),
+    "label outside the vocabulary": (
+        lambda: F.linear_divergence(L, L, L, L, labels=torch.tensor([0, 1, 4, -100]), hard_weight=1.0),
+        "labels: a label that counts must lie in [0, 4)",
+    ),
+    "half a layer": (lambda: fastkd.BertEMDLoss(2.5, 3), "n_student: expected a whole number > 0, got 2.5"),
     "relations do not pair up": (lambda: F.relation_kl_loss([H], [H, H]), "student and teacher must pair up one to one"),
     "relation heads": (lambda: F.relation_kl_loss([H], [H], heads=5), "heads: must divide the width of student[0], 3·4 = 12"),
     "negative mass": (lambda: F.transport(torch.rand(2, 3), torch.tensor([1.5, -0.5])), "a: masses must be finite and >= 0"),
@@ -72,6 +95,17 @@ WRONG = {
     ),
     "lists of FCD": (lambda: fastkd.FCDLoss()([X], [X, X]), "must pair up one to one"),
 }  # fmt: skip
+
+
+def test_a_command_without_its_extra_says_which(capsys, monkeypatch):
+    from fastkd import cli
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="datasets.arrow")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["distill"]) == 1
+    assert capsys.readouterr().err == "fastkd distill: datasets.arrow is not installed; pip install 'fastkd[train]'\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG)

@@ -1,31 +1,11 @@
-"""gram's Triton kernels without a GPU: in the interpreter, and their machine code for chips that are not here."""
+"""gram's Triton kernels without a GPU: their machine code for chips that are not here."""
 
 import pytest
 
 from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel, tensor_core_instructions
-from test_triton import interpreted, not_interpreted
+from test_triton import not_interpreted
 
 pytest.importorskip("triton")
-
-
-@not_interpreted
-@pytest.mark.parametrize("part", ["long", "not long"])
-def test_gram_in_the_interpreter(part):
-    interpreted("tests/test_triton_gram.py", "-k", part)
-
-
-@not_interpreted
-def test_what_gram_is_in_the_interpreter():
-    interpreted(
-        "tests/test_gram.py", "-k", "triton and (authors or corrcoef or padding or padded or too_few or forget)"
-    )
-
-
-@not_interpreted
-@pytest.mark.long
-@pytest.mark.parametrize("file", ["test_gram.py", "test_gram_terms.py", "test_gram_kernels.py"])
-def test_everything_of_gram_in_the_interpreter(file):
-    interpreted(f"tests/{file}", "-k", "triton and not long_groups")
 
 
 def compile_gram(name, chip, s, t, rows=128, divisible=True, pairs=1, masked=False, **options):

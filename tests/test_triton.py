@@ -1,56 +1,11 @@
-"""Triton kernels without a GPU: their arithmetic in the interpreter, their machine code for chips that are not here."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Triton kernels without a GPU: their machine code for chips that are not here. Their arithmetic: test_triton_interpreted.py."""
 
 import pytest
 
 from fastkd import backends
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
 not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter does not compile")
-
-
-def interpreted(*arguments):
-    """pytest in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
-
-
-@not_interpreted
-def test_divergence_in_the_interpreter():
-    interpreted("tests/test_triton_divergence.py")
-
-
-@not_interpreted
-def test_sparse_divergence_in_the_interpreter():
-    interpreted("tests/test_divergence_topk.py", "-k", "triton")
-
-
-@not_interpreted
-def test_layer_cost_in_the_interpreter():
-    interpreted("tests/test_layer_cost.py", "-k", "triton")
-
-
-@not_interpreted
-def test_relation_in_the_interpreter():
-    wanted = "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)"
-    interpreted("tests/test_relation_kernels.py", "-k", wanted)
-
-
-@not_interpreted
-def test_linear_divergence_in_the_interpreter():
-    interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
 
 
 FLOATS = "*fp32"
@@ -236,12 +191,6 @@ def test_every_relation_configuration_compiles_offline(name, chip):
             for causal in (False, True):
                 for rows, columns in forms:
                     compile_relation(name, chip, s, t, widths, causal, causal, rows, columns)
-
-
-@not_interpreted
-def test_contrast_in_the_interpreter():
-    interpreted("tests/test_triton_contrast.py")
-    interpreted("tests/test_triton_contrast_bank.py")
 
 
 def compile_contrast(name, q, bank, width, chip, excluded=False):

@@ -1,4 +1,4 @@
-"""contrast in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton.py starts it)."""
+"""contrast in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton_interpreted.py starts it)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """Sampling and the bank's update in Triton against their reference: on a GPU where there is one, else in the interpreter
-(test_triton.py starts it)."""
+(test_triton_interpreted.py starts it)."""
 
 import pytest
 import torch

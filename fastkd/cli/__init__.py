@@ -1,6 +1,7 @@
 """`fastkd <command>`: each command is a module of this package, imported only when it is called."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -11,6 +12,11 @@ COMMANDS = {
     "vocab": "count a corpus, keep the words that it needs: a map, a report, a smaller tokenizer and model",
     "doctor": "versions, what is built, and for every stem which implementation runs here and why the others do not",
 }
+EXTRAS = {
+    "bench": "bench",
+    "demo": "demo",
+    "profile": "train,bench",
+}  # what a command needs besides torch; else [train]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,4 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"fastkd: there is no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"fastkd.cli.{command}").main(rest)
+    try:
+        return importlib.import_module(f"fastkd.cli.{command}").main(rest)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "fastkd" or os.environ.get("FASTKD_TRACEBACK") == "1":
+            raise
+        extra = EXTRAS.get(command, "train")
+        print(f"fastkd {command}: {error.name} is not installed; pip install 'fastkd[{extra}]'", file=sys.stderr)
+        return 1

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.passive_threads(sys.orig_argv[1:])
     try:
         return run(arguments)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
         print(f"fastkd profile: {error}", file=sys.stderr)

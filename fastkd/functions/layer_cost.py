@@ -20,6 +20,8 @@ def layer_costs(
     """
     checks.layers("students", students)
     checks.layers("teachers", teachers)
+    if clamp is not None and not isinstance(clamp, (int, float)):
+        raise ValueError(f"clamp: expected a number, got {checks.describe(clamp)}")
     first = students[0]
     for name, xs in (("students", students), ("teachers", teachers)):
         for i, x in enumerate(xs):
@@ -55,11 +57,19 @@ def attention_costs(
         checks.one_of("heads", heads, ("mean",))
     if scale is not None:
         checks.positive("scale", scale)
-    heads_of = {}
+    heads_of, first = {}, None
     for name, xs in (("students", students), ("teachers", teachers)):
         for i, x in enumerate(xs):
             query = checks.scores(f"{name}[{i}]", x, mask)
             heads_of[f"{name}[{i}]"] = query.shape[1]
+            first = query if first is None else first
+            if (query.shape[0], query.shape[2]) != (first.shape[0], first.shape[2]):
+                raise ValueError(
+                    f"{name}[{i}] and students[0] must be of the same batch and length, got {list(query.shape)} and "
+                    f"{list(first.shape)}"
+                )
+            parts = {f"{name}[{i}]": x} if isinstance(x, Tensor) else {f"{name}[{i}] q": x[0], f"{name}[{i}] k": x[1]}
+            checks.same_device(**{"students[0]": first, **parts, "mask": mask})
             if name == "teachers":
                 checks.frozen(f"{name}[{i}]", *(x if isinstance(x, (tuple, list)) else (x,)))
     if heads is None and len(set(heads_of.values())) > 1:

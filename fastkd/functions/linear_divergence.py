@@ -72,6 +72,10 @@ def linear_divergence(
     if hard_weight and labels is None:
         raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
+    if hard_weight:
+        checks.integers("labels", labels, "[...]")
+        known = lambda: ((labels >= 0) & (labels < student_head.shape[0]) | ~counted).all()  # noqa: E731 (where it is free)
+        checks.values("labels", labels, known, f"a label that counts must lie in [0, {student_head.shape[0]})")
     if num_valid is not None and not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
         raise ValueError(
             f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"

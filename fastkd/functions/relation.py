@@ -27,6 +27,8 @@ def relation_kl_loss(
     checks.layers("teacher", teacher)
     checks.same_length("student", student, "teacher", teacher)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
+    if heads is not None:
+        checks.count("heads", heads)
     if temperature is not None:
         checks.positive("temperature", temperature)
     mask = reduce.as_bool(mask)

@@ -41,8 +41,8 @@ class BertEMDLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        checks.positive("n_student", n_student)
-        checks.positive("n_teacher", n_teacher)
+        checks.count("n_student", n_student)
+        checks.count("n_teacher", n_teacher)
         checks.one_of("weights", weights, ("inverse_cost", "softmax"))
         checks.one_of("cost", cost, ("sum_of_products", "product_of_sums"))
         checks.positive("temperature", temperature)

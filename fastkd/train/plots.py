@@ -37,7 +37,7 @@ def comparison(rows: list[dict], metric: str, where: str, path: Path) -> Path:
             axis.barh(places, values, color=[COLOURS[i % len(COLOURS)] for i in places], height=0.62)
             for place, value in zip(places, values, strict=True):
                 axis.text(value, place, " " + form.format(value), va="center", ha="left", fontweight="bold")
-            axis.set(title=title, xlim=(0, max(values) * 1.22), yticks=list(places))
+            axis.set(title=title, xlim=(0, max(values) * 1.22 or 1), yticks=list(places))
             axis.set_yticklabels([row["name"] for row in rows], color=INK)
             if axis is axes[0]:
                 axis.invert_yaxis()

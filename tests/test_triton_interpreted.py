@@ -1,0 +1,84 @@
+"""Triton kernels without a GPU: their arithmetic in the interpreter. Their machine code: test_triton.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import backends
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="this starts an interpreter of its own")
+
+
+def interpreted(*arguments):
+    """pytest in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout
+
+
+@not_interpreted
+def test_divergence_in_the_interpreter():
+    interpreted("tests/test_triton_divergence.py")
+
+
+@not_interpreted
+def test_sparse_divergence_in_the_interpreter():
+    interpreted("tests/test_divergence_topk.py", "-k", "triton")
+
+
+@not_interpreted
+def test_layer_cost_in_the_interpreter():
+    interpreted("tests/test_layer_cost.py", "-k", "triton")
+
+
+@not_interpreted
+def test_relation_in_the_interpreter():
+    wanted = "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)"
+    interpreted("tests/test_relation_kernels.py", "-k", wanted)
+
+
+@not_interpreted
+def test_linear_divergence_in_the_interpreter():
+    interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
+
+
+@not_interpreted
+@pytest.mark.parametrize("part", ["long", "not long"])
+def test_gram_in_the_interpreter(part):
+    interpreted("tests/test_triton_gram.py", "-k", part)
+
+
+@not_interpreted
+def test_what_gram_is_in_the_interpreter():
+    interpreted(
+        "tests/test_gram.py", "-k", "triton and (authors or corrcoef or padding or padded or too_few or forget)"
+    )
+
+
+@not_interpreted
+@pytest.mark.long
+@pytest.mark.parametrize("file", ["test_gram.py", "test_gram_terms.py", "test_gram_kernels.py"])
+def test_everything_of_gram_in_the_interpreter(file):
+    interpreted(f"tests/{file}", "-k", "triton and not long_groups")
+
+
+@not_interpreted
+def test_contrast_in_the_interpreter():
+    interpreted("tests/test_triton_contrast.py")
+    interpreted("tests/test_triton_contrast_bank.py")
+
+
+@not_interpreted
+def test_attention_cost_in_the_interpreter():
+    interpreted("tests/test_attention_cost.py", "-k", "triton")
