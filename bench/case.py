@@ -10,7 +10,23 @@ import torch
 
 REGISTRY: dict[str, Callable] = {}
 ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a CPU would take minutes for
+CLAIMS: dict[str, Callable] = {}  # beside them, everywhere
 SCALE: dict[str, Callable] = {}  # on top, with --scale: the far ends of the curves
+
+
+def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*size, generator=generator) * scale
+
+
+def unit(*size: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
+
+
+def functional():
+    """Imported late, so that the bench's own parts can be read and tested without the library."""
+    from fastkd import functional as public
+
+    return public
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +143,7 @@ def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=F
     for registered in stems or REGISTRY:
         if registered not in REGISTRY:
             raise ValueError(f"stem {registered!r} has no cases; there are {', '.join(REGISTRY)}")
-        tables = [REGISTRY, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
+        tables = [REGISTRY, CLAIMS, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
         found = [case for table in tables if registered in table for case in table[registered]()]
         for case in sorted(found, key=lambda case: not case.goal) if gpu else found:  # there, time may run out
             wanted = (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype)

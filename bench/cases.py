@@ -7,23 +7,14 @@ every input read once, every result written once, `both` without a recompute; `b
 from collections.abc import Iterator
 
 import torch
-from fastkd.bench.case import Case, Gemm, Inputs, Work, stem
-
-
-def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(*size, generator=generator) * scale
-
-
-def unit(*size: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
-
-
-def functional():
-    """Imported late, so that the bench's own parts can be read and tested without the library."""
-    from fastkd import functional as public
-
-    return public
-
+from fastkd.bench.case import Case, Gemm, Inputs, Work, functional, normal, stem
+from fastkd.bench.contrast_cases import (  # noqa: F401  (others say cases.x)
+    batch_case,
+    contrast_cases,
+    gather_case,
+    queue_case,
+    step_case,
+)
 
 # divergence -------------------------------------------------------------------------------------------------------
 
@@ -101,19 +92,21 @@ def make_states(case: Case, generator) -> dict:
 
 
 def ours_gram(inputs: Inputs, backend: str) -> torch.Tensor:
-    public, student, teacher = functional(), inputs["student"], inputs["teacher"]
-    loss = public.gram_correlation_loss(student, teacher, level="token", backend=backend)
-    if inputs.options["grouping"] is None:
-        return loss
-    more = {"level": "sequence", "grouping": inputs.options["grouping"], "backend": backend}
-    return loss + public.gram_correlation_loss(student, teacher, **more)
+    grouping, sides = inputs.options["grouping"], (inputs["student"], inputs["teacher"])
+    level = "token" if grouping is None else {"token": 1.0, "sequence": 1.0}
+    return functional().gram_correlation_loss(*sides, level=level, grouping=grouping or "position", backend=backend)
+
+
+def gram_work(groups: int, rows: int, ds: int, dt: int) -> tuple[float, float]:
+    """FLOPs forward and backward: symmetric products of rows, their mixture @ [rows, ds]; or of features, if that is less."""
+    fewest = min(rows, ds + dt)
+    return groups * rows * fewest * (ds + dt), groups * rows * fewest * 2.0 * ds
 
 
 def gram_case(kind: str, batch: int, length: int, ds: int, dt: int, dtype: torch.dtype, **more) -> Case:
-    """Symmetry halves the forward products; the backward is [N, N] @ [N, Ds] twice, once for each Gram matrix."""
-    relations = batch * length * length + (0 if kind == "token" else length * batch * batch)
+    works = [gram_work(batch, length, ds, dt)] + ([] if kind == "token" else [gram_work(length, batch, ds, dt)])
+    forward, backward = (sum(work[k] for work in works) for k in (0, 1))
     width, both_sides = dtype.itemsize, batch * length * (ds + dt)
-    forward, backward = relations * (ds + dt), 2.0 * relations * ds
     shapes = [(length, batch)] + ([] if kind == "token" else [(batch, length)])
     gemms = []
     for rows, groups in shapes:
@@ -288,67 +281,9 @@ def transport_cases() -> Iterator[Case]:
     yield transport_case(32, 48, 48)
 
 
-# contrast (CoDIR, InfoNCE) ----------------------------------------------------------------------------------------
+# contrast (CoDIR, InfoNCE): bench/contrast_cases.py -----------------------------------------------------------------
 
-
-def make_queue(case: Case, generator) -> dict:
-    batch, k, d = (case.shape[axis] for axis in "BKD")
-    query, positive, bank = (unit(rows, d, generator=generator) for rows in (batch, batch, k))
-    return {"query": query, "positive": positive, "bank": bank}
-
-
-def make_banks(case: Case, generator) -> dict:
-    batch, k, d, rows = (case.shape[axis] for axis in ("B", "K", "D", "n"))
-    sides = {f"{part}_{side}": unit(count, d, generator=generator)
-             for side in "st" for part, count in (("query", batch), ("bank", rows))}  # fmt: skip
-    return {**sides, "index": torch.randint(rows, (batch, k + 1), generator=generator)}
-
-
-def ours_info_nce(inputs: Inputs, backend: str) -> torch.Tensor:
-    public = functional()
-    return public.info_nce_loss(inputs["query"], inputs["positive"], inputs["bank"], backend=backend, **inputs.options)
-
-
-def ours_nce(inputs: Inputs, backend: str) -> torch.Tensor:
-    """Both anchors against the other side's bank, as CoDIR does."""
-    more, public, index = {**inputs.options, "backend": backend}, functional(), inputs["index"]
-    teacher_anchor = public.nce_loss(inputs["query_t"], inputs["bank_s"], index, **more)
-    return teacher_anchor + public.nce_loss(inputs["query_s"], inputs["bank_t"], index, **more)
-
-
-def queue_case(batch: int, k: int, d: int, dtype: torch.dtype, **more) -> Case:
-    """The bank is read once for loss and gradient together: attention with K = V = bank. dtype is the bank's."""
-    product, bank = 2.0 * batch * k * d, float(k * d * dtype.itemsize)
-    gemms = (Gemm(batch, d, k), Gemm(batch, k, d, 1, ("backward", "both")))
-    return Case(
-        "contrast", "info_nce", {"B": batch, "K": k, "D": d}, dtype, make_queue, ours_info_nce, ("query",),
-        flops=Work(product, 2 * product, 2 * product), bytes=Work(bank, bank, bank), gemms=gemms,
-        options={"temperature": 0.07}, keep=("query", "positive"), **more,
-    )  # fmt: skip
-
-
-def gather_case(batch: int, k: int, d: int, rows: int, **more) -> Case:
-    """Two banks; each gathered row is read once for loss and gradient together."""
-    gathered = 2.0 * batch * (k + 1) * d
-    options = {"n_data": rows, "temperature": 0.07, "z": rows * 1.5}
-    return Case(
-        "contrast", "nce", {"B": batch, "K": k, "D": d, "n": rows}, torch.float32, make_banks, ours_nce,
-        ("query_s", "query_t"), flops=Work(2 * gathered, 2 * gathered, 4 * gathered),
-        bytes=Work(4 * gathered, 4 * gathered, 4 * gathered), options=options, **more,
-    )  # fmt: skip
-
-
-@stem("contrast")
-def contrast_cases() -> Iterator[Case]:
-    fp32 = torch.float32
-    yield queue_case(32, 65536, 128, fp32, goal="4x eager, 0.75x of its bare GEMMs")
-    yield queue_case(32, 65536, 128, torch.bfloat16, goal="10x fp32 eager")
-    yield queue_case(256, 65536, 128, fp32)
-    yield queue_case(32, 4096, 128, fp32, quick=True)
-    yield gather_case(32, 4096, 128, 262144, goal="10x the authors' way, 65 % of the gather floor")
-    yield gather_case(32, 100, 128, 393216)
-    for k in (16384, 131072, 1048576):
-        yield queue_case(32, k, 256, fp32, sweep="K")
+stem("contrast")(contrast_cases)
 
 
 # linear_divergence (GLMD) -----------------------------------------------------------------------------------------

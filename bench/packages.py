@@ -114,6 +114,28 @@ def emd_loop(case: Case):
     return run
 
 
+def emd_step(case: Case):
+    """BERT-EMD's way: a loop of MSEs into one matrix, its copy to the host, a solver there, and the flow's way back."""
+    import ot
+    from fastkd.bench import rivals
+
+    n, m = case.shape["N"], case.shape["M"]
+    masses = [1 / n] * n, [1 / m] * m
+
+    def run(x, options):
+        matrix = rivals.authors_matrix(x)[:n, n:]
+        flow = ot.emd(*masses, matrix.detach().cpu().numpy().astype("float64"))
+        return (torch.from_numpy(flow).to(matrix) * matrix).sum()
+
+    return run
+
+
+def full_logits(case: Case):
+    from fastkd.bench import claims
+
+    return claims.full_logits(case)
+
+
 def linear_program(case: Case):
     """SciPy's HiGHS, problem by problem."""
     import numpy as np
@@ -143,6 +165,8 @@ NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
     "layer_cost": [("eager stacked", "", False, stacked), ("cdist", "", False, cdist)],
+    ("layer_cost", "emd_step"): [("authors", "ot", False, emd_step)],
+    ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
     "transport": [
         ("authors", "ot", False, emd_loop),
         ("scipy", "scipy", False, linear_program),

@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastkd.bench.case import Case, Inputs
@@ -163,8 +164,8 @@ def stacked_layer_cost(x: dict, options: dict):
     return (costs * x["flow"]).sum()
 
 
-def authors_layer_cost(x: dict, options: dict):
-    """BERT-EMD: a masked copy and an MSE per pair, each written into one matrix, which then goes to the host."""
+def authors_matrix(x: dict):
+    """BERT-EMD: a masked copy and an MSE per pair, each written into one matrix, twice."""
     students, teachers = layers_of(x)
     n, m = len(students), len(teachers)
     matrix = torch.zeros(n + m, n + m, device=students[0].device)
@@ -173,7 +174,13 @@ def authors_layer_cost(x: dict, options: dict):
             if "student_q" in x:
                 s, t = (torch.where(score <= -100, torch.zeros_like(score), score) for score in (s, t))
             matrix[i, n + j] = matrix[n + j, i] = F.mse_loss(s, t)
-    matrix.detach().cpu().numpy().astype("float64")  # for the solver; the flow is given here
+    return matrix
+
+
+def authors_layer_cost(x: dict, options: dict):
+    """That matrix, which then goes to the host for the solver; the flow is given here."""
+    matrix, n = authors_matrix(x), len(layers_of(x)[0])
+    matrix.detach().cpu().numpy().astype("float64")
     flow = torch.zeros_like(matrix)
     flow[:n, n:] = x["flow"]
     return (matrix * flow).sum()
@@ -183,6 +190,11 @@ def authors_layer_cost(x: dict, options: dict):
 
 
 def eager_contrast(x: dict, options: dict):
+    if "labels" in x:
+        return eager_step(x, options)
+    if "bank" not in x and "positive" in x:
+        logits = x["query"] @ x["positive"].mT / options["temperature"]
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
     if "positive" in x:
         query, bank = x["query"], x["bank"]
         positive = (query * x["positive"]).sum(-1, keepdim=True)  # [B, 1]
@@ -213,6 +225,51 @@ def authors_contrast(x: dict, options: dict):
     return loss
 
 
+def projections(x: dict) -> tuple:
+    """CoDIR's Embed on either side: on the unit sphere, [B, D]."""
+    sides = (F.linear(x[f"f_{side}"], x[f"weight_{side}"], x[f"bias_{side}"]) for side in "st")
+    return tuple(v / v.pow(2).sum(1, keepdim=True).sqrt() for v in sides)
+
+
+@torch.no_grad()
+def move_rows(bank, idx, v, momentum: float) -> None:
+    rows = bank.index_select(0, idx) * momentum + v * (1 - momentum)
+    bank.index_copy_(0, idx, rows / rows.pow(2).sum(1, keepdim=True).sqrt())
+
+
+def step_of(x: dict, options: dict, index, nce: Callable):
+    v_s, v_t = projections(x)
+    sides = {"query_s": v_s, "query_t": v_t, "bank_s": x["bank_s"], "bank_t": x["bank_t"], "index": index}
+    loss = nce(sides, {**options, "n_data": x["bank_s"].shape[0]}) / 2
+    for bank, v in ((x["bank_s"], v_s), (x["bank_t"], v_t)):
+        move_rows(bank, x["idx"], v, options["momentum"])
+    return loss
+
+
+def eager_step(x: dict, options: dict):
+    """Negatives drawn on the device, with replacement: a place among the ids by class that skips the own class."""
+    if "index" in x:
+        return step_of(x, options, x["index"], eager_contrast)
+    own = x["labels"][x["idx"]]
+    start, size = x["bounds"][own], x["bounds"][own + 1] - x["bounds"][own]  # [B]
+    uniform = torch.rand(len(own), options["k"], device=own.device, dtype=torch.float64)
+    place = (uniform * (x["order"].shape[0] - size)[:, None]).long()
+    negatives = x["order"][place + torch.where(place >= start[:, None], size[:, None], 0)]  # [B, K]
+    return step_of(x, options, torch.cat((x["idx"][:, None], negatives), 1), eager_contrast)
+
+
+def authors_step(x: dict, options: dict):
+    """CoDIR: numpy draws for one example after another, and a copy to the device."""
+    if "index" in x:
+        return step_of(x, options, x["index"], authors_contrast)
+    pools = [ids.cpu().numpy() for ids in x["others"]]
+    scarce = options["k"] >= min(map(len, pools))
+    rows = [np.concatenate(([i], np.random.choice(pools[x["labels"][i]], options["k"], replace=scarce)))
+            for i in x["idx"].tolist()]  # fmt: skip
+    index = torch.from_numpy(np.stack(rows)).to(x["idx"].device)
+    return step_of(x, options, index, authors_contrast)
+
+
 # linear_divergence ------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +295,7 @@ EAGER = {
     "layer_cost": eager_layer_cost,
     "contrast": eager_contrast,
     "linear_divergence": eager_linear,
+    ("layer_cost", "emd_step"): None,
 }
 COMPILED = {**EAGER, "layer_cost": stacked_layer_cost}
 NOT_RELEASED = "no paper here releases code for this kind"
@@ -250,6 +308,9 @@ AUTHORS = {
     ("layer_cost", "hidden"): authors_layer_cost,
     ("layer_cost", "attention"): authors_layer_cost,
     ("contrast", "nce"): authors_contrast,
+    ("contrast", "codir_step"): authors_step,
+    ("contrast", "codir_step_given"): authors_step,
+    ("contrast", "in_batch"): NOT_RELEASED,
     ("contrast", "info_nce"): "CoDIR's released code is NCE, not InfoNCE; see nce. eager here is MoCo's way",
     ("linear_divergence", "forward_kl"): authors_linear,
 }  # transport's is in packages.py, since it calls POT
@@ -268,7 +329,8 @@ def compiled(function: Callable) -> Callable:
 def rivals(case: Case, device: torch.device) -> list:
     """Providers and Absents, in the order of the table."""
     found: list = []
-    eager = EAGER.get(case.stem)
+    more = MORE.get((case.stem, case.kind), MORE.get(case.stem, ()))
+    eager = EAGER.get((case.stem, case.kind), EAGER.get(case.stem))
     if eager is None:
         found += [Absent("eager", NO_SOLVER), Absent("compile", NO_SOLVER)]
     else:
@@ -276,9 +338,9 @@ def rivals(case: Case, device: torch.device) -> list:
     authors = AUTHORS.get((case.stem, case.kind))
     if callable(authors):
         found.append(Provider("authors", bind(authors)))
-    elif case.stem != "transport":
+    elif "authors" not in (name for name, *_ in more):
         found.append(Absent("authors", authors or NOT_RELEASED))
-    for name, package, needs_gpu, make in MORE.get(case.stem, ()):
+    for name, package, needs_gpu, make in more:
         if package and importlib.util.find_spec(package) is None:
             found.append(Absent(name, f"{package} is not installed"))
         elif needs_gpu and device.type != "cuda":

@@ -19,6 +19,7 @@ import torch
 from fastkd.bench import against, archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
 from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
+from fastkd.bench import claims as _claims  # noqa: F401
 from fastkd.bench import more_cases as _far_ends  # noqa: F401
 from fastkd.bench.case import Case, Inputs
 from fastkd.bench.intervals import ratio_interval

@@ -82,12 +82,16 @@ BUILDERS = {
     ("transport", None): ("PNM", lambda kind, s, dtype: cases.transport_case(*s)),
     ("contrast", "info_nce"): ("BKD", lambda kind, s, dtype: cases.queue_case(*s, dtype)),
     ("contrast", "nce"): ("BKDn", lambda kind, s, dtype: cases.gather_case(*s)),
+    ("contrast", "in_batch"): ("BD", lambda kind, s, dtype: cases.batch_case(*s, dtype)),
+    ("contrast", "codir_step"): ("BKDnS", lambda kind, s, dtype: cases.step_case(*s, given=False)),
+    ("contrast", "codir_step_given"): ("BKDnS", lambda kind, s, dtype: cases.step_case(*s, given=True)),
     ("linear_divergence", None): (("R", "V", "Ds", "Dt"), lambda kind, s, dtype: cases.linear_case(kind, *s, dtype)),
 }
 KINDS = {
     "divergence": (*cases.KINDS, "top_k", "top_k_tail"), "gram": ("fcd", "fcd_official", "token"),
     "relation": ("self",), "layer_cost": ("hidden", "attention"), "transport": ("exact",),
-    "contrast": ("info_nce", "nce"), "linear_divergence": cases.KINDS,
+    "contrast": ("info_nce", "nce", "in_batch", "codir_step", "codir_step_given"),
+    "linear_divergence": cases.KINDS,
 }  # fmt: skip
 
 

@@ -67,21 +67,22 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
   m.def("layer_cost_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor");
   m.def("layer_cost_bwd(Tensor grad, Tensor[] students, Tensor[] teachers, Tensor? mask, float? clamp) -> Tensor[]");
-  // The same between the scores q k^T * scale (0: one over the root of the width) of lists of [B, H, S, d]; the
-  // gradients of all queries, then of all keys.
+  // The same between the scores q k^T * scale of lists of [B, H, S, d], a scale for each student, then each teacher;
+  // the gradients of all queries, then of all keys.
   m.def(
-      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, float scale) "
-      "-> Tensor");
+      "attention_cost_fwd(Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? mask, bool "
+      "causal) -> Tensor");
   m.def(
-      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, Tensor? mask, bool causal, "
-      "float scale) -> Tensor[]");
+      "attention_cost_bwd(Tensor grad, Tensor[] sq, Tensor[] sk, Tensor[] tq, Tensor[] tk, float[] scales, Tensor? "
+      "mask, bool causal) -> Tensor[]");
 
-  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped. Loss rows [B]; the gradient of the query
-  // times the temperature [B, D] (no rows unless asked for); the weight of the positive [B]; log sum e^score of
-  // the negatives [B].
+  // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped; scale [K] of the rows. Loss rows [B];
+  // the gradient of the query times the temperature [B, D] (no rows unless asked for); the weight of the positive [B];
+  // log sum e^score of the negatives [B].
   m.def(
       "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
-      "Tensor? query_ids, Tensor? bank_ids, bool with_direction) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? query_ids, Tensor? bank_ids, bool with_direction, Tensor? scale=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_bank_bwd(Tensor query, Tensor bank, Tensor inverse_temperature, Tensor? query_ids, Tensor? bank_ids, "
       "Tensor lse, Tensor coefficient) -> Tensor");
@@ -89,6 +90,16 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
       "(Tensor, Tensor)");
+  // Both anchors at once: half the sum of their rows [B], the gradients of both queries, z of both from now on.
+  m.def(
+      "nce_pair(Tensor query_a, Tensor query_b, Tensor bank_a, Tensor bank_b, Tensor index, Tensor z_a, Tensor z_b, "
+      "float noise, float temperature, int n_data) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // x W^T + bias on the unit sphere [B, D], and the lengths that it had [B]; then the gradients of x (no rows of it
+  // unless with_x), W and bias.
+  m.def("unit_linear_fwd(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  m.def(
+      "unit_linear_bwd(Tensor grad, Tensor unit, Tensor length, Tensor x, Tensor weight, bool with_x) -> "
+      "(Tensor, Tensor, Tensor)");
   // Negatives of other labels (class-sorted ids in order and bounds), or within a window, or all others: [B, count].
   m.def(
       "sample_negatives(Tensor index, int count, int n_data, Tensor? labels, Tensor? order, Tensor? bounds, "
@@ -96,12 +107,22 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("update_bank(Tensor(a!) bank, Tensor index, Tensor rows, float momentum) -> ()");
   // z if it is set, else n_data times the mean of e^score of this batch.
   m.def("nce_partition(Tensor query, Tensor bank, Tensor index, Tensor z, float temperature, int n_data) -> Tensor");
-  // 1 - rho and whether it counts, per sequence or (`sequence`) per position, and what the student's gradient is for
-  // upstream 1 (no rows of it unless with_gradient).
+  // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
+  // in the released code's groups. 1 - rho and whether it counts, [G] or (row) [G, R], and what the backward wants.
   m.def(
-      "gram_fwd(Tensor s, Tensor t, Tensor? mask, bool sequence, bool normalize, float eps, bool with_gradient) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def("gram_bwd(Tensor grad, Tensor unit, bool sequence) -> Tensor");
+      "gram_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, float eps, "
+      "bool with_gradient) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_bwd(Tensor[] grads, Tensor[] students, Tensor[] teachers, Tensor? mask, Tensor[] saved, int[] levels, "
+      "bool row, bool normalize, float eps) -> Tensor[]");
+  // At once the students' gradients, for the upstream that is likely: a level's weight, or (`mean`) that over the
+  // number of values that count; then, for the upstream that came, what is left to do to them.
+  m.def(
+      "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
+      "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_settle(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
   // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).

@@ -17,13 +17,19 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 # Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
-    "gram": ("cpu",),
+    "gram": ("cpu", "triton"),
     "relation": ("cpu", "triton"),
     "layer_cost": ("cpu", "triton"),
     "transport": ("cpu", "cuda"),
     "contrast": ("cpu", "triton"),
     "divergence": ("cpu", "triton"),
     "linear_divergence": ("cpu", "triton"),
+}
+
+# What a kernel leaves to the reference.
+PARTS = {
+    ("gram", "triton"): 'row by row, groups of more than 128 rows (64 in float32); and `grouping="official"`',
+    ("relation", "triton"): "heads wider than 128",
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -117,9 +123,9 @@ class Kernels(NamedTuple):
     bwd: Callable
 
 
-def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS) -> dict[str, Kernels]:
+def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS, mutates=()) -> dict[str, Kernels]:
     """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py, or
-    of kernels/<file>.py where a stem has two forms; `only`: those that have this form."""
+    of kernels/<file>.py where a stem has two forms; `only`: those that have this form. mutates: arguments written to."""
     found = {}
     written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
@@ -127,7 +133,7 @@ def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKEND
             found[library] = Kernels(_op(fwd), _op(bwd))
     if "triton" in written and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{file or stem}")
-        found["triton"] = Kernels(_triton_op(getattr(module, fwd)), _triton_op(getattr(module, bwd)))
+        found["triton"] = Kernels(*(_triton_op(getattr(module, name), mutates) for name in (fwd, bwd)))
     return found
 
 
@@ -141,9 +147,9 @@ def _op(name: str) -> Callable:
         ) from None
 
 
-def _triton_op(host: Callable) -> Callable:
+def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
     """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
-    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=())
+    op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=mutates)
 
     def call(*args):
         return op(*args) if torch.compiler.is_compiling() else host(*args)
@@ -151,11 +157,12 @@ def _triton_op(host: Callable) -> Callable:
     return call
 
 
-def fake(name: str, shapes: Callable) -> None:
-    """Tell torch.compile and export what the op `name` returns, in every implementation that is here."""
-    for op in (f"fastkd::{name}", f"fastkd::{name}_triton"):
+def fake(name: str, shapes: Callable, triton: Callable | None = None) -> None:
+    """Tell torch.compile and export what the op `name` returns, in every implementation that is here; triton: what that
+    one returns where it is something else."""
+    for op, of_op in ((f"fastkd::{name}", shapes), (f"fastkd::{name}_triton", triton or shapes)):
         if _defined(op):
-            torch.library.register_fake(op, shapes)
+            torch.library.register_fake(op, of_op)
 
 
 def _defined(op: str) -> bool:
@@ -165,10 +172,15 @@ def _defined(op: str) -> bool:
 def support_table() -> str:
     """What README.md shows, as Markdown."""
     rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
+    numbers = {part: f" [{i}]" for i, part in enumerate(PARTS, 1)}
     for stem in STEMS:
-        marks = ("✓" if backend in (*WRITTEN[stem], "reference") else "–" for backend in BACKENDS[1:])
+        marks = (
+            "✓" + numbers.get((stem, backend), "") if backend in (*WRITTEN[stem], "reference") else "–"
+            for backend in BACKENDS[1:]
+        )
         rows.append(f"| `{stem}` | " + " | ".join(marks) + " |")
-    return "\n".join(rows)
+    notes = [f"[{i}] the reference takes {what}" for i, what in enumerate(PARTS.values(), 1)]
+    return "\n".join([*rows, "", ". ".join(notes) + "."])
 
 
 def full_precision(x: Tensor):

@@ -141,9 +141,11 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
 
 
 def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
-    values(
-        name, x, lambda: x.numel() == 0 or ((x >= 0) & (x < size)).all(), f"indices must lie in [0, {size}), the {what}"
-    )
+    def inside():
+        low, high = x.aminmax()  # one pass
+        return low >= 0 and high < size
+
+    values(name, x, lambda: x.numel() == 0 or inside(), f"indices must lie in [0, {size}), the {what}")
 
 
 def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:

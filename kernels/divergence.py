@@ -28,82 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import blocks_of, hidden, load_pair, maxima, row_of
+from .series import logarithms, phi
+
 # The order of fastkd.checks.KINDS.
 FORWARD_KL, REVERSE_KL, SKEW_KL, JSD, TVD, SOFT_CE, MSE = (tl.constexpr(kind) for kind in range(7))
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-37)  # below it a probability counts as 0, so that no ratio overflows
-
-
-@triton.jit
-def hidden(mask_ptr, i_n):
-    """Whether row i_n is masked."""
-    return False if mask_ptr is None else tl.load(mask_ptr + i_n) == 0
-
-
-@triton.jit
-def phi_series(x):
-    """(expm1(x) - x) / x² for |x| < 1/2, to 4e-8."""
-    y = 1 / 40320 * x + 1 / 5040
-    y = y * x + 1 / 720
-    y = y * x + 1 / 120
-    y = y * x + 1 / 24
-    y = y * x + 1 / 6
-    return y * x + 1 / 2
-
-
-@triton.jit
-def logarithms(y, one_and_y):
-    """log1p(y), and y - log1p(y) with all its digits and never negative; 1 + y may be known better than y."""
-    near = tl.abs(y) < 0.4
-    z = tl.where(near, y, 0.0)
-    z = z / (2.0 + z)  # log(1 + y) = 2 z + 2 z³ / 3 + 2 z⁵ / 5 + ...
-    w = z * z
-    rest = z * w * (2 / 3 + w * (2 / 5 + w * (2 / 7 + w * (2 / 9 + w * (2 / 11)))))
-    log1p = tl.where(near, 2.0 * z + rest, tl.log(one_and_y))
-    return log1p, tl.where(near, y * z - rest, y - log1p)
-
-
-@triton.jit
-def row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN: tl.constexpr):
-    """Where row i_n of both sides is read from, and the first and the end of its columns there."""
-    head = (i_n * s_stride % ALIGN).to(tl.int32)
-    return s_ptr + i_n * s_stride // ALIGN * ALIGN, t_ptr + i_n * t_stride // ALIGN * ALIGN, head, head + V
-
-
-@triton.jit
-def load_pair(row, start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """One block of both rows as float32; outside of them -inf, which is probability 0."""
-    s_ptr, t_ptr, head, end = row
-    o_v = start + tl.arange(0, BLOCK)
-    if WHOLE:
-        b_s = tl.load(s_ptr + o_v).to(tl.float32)  # [BLOCK]
-        b_t = tl.load(t_ptr + o_v).to(tl.float32)
-    else:
-        m_v = (o_v >= head) & (o_v < end)
-        b_s = tl.where(m_v, tl.load(s_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
-        b_t = tl.where(m_v, tl.load(t_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
-    return b_s, b_t
-
-
-@triton.jit
-def blocks_of(row, BLOCK: tl.constexpr):
-    """The blocks that lie in the row whole, from and to; and range() over those that do not: its first, its last."""
-    _, _, head, end = row
-    first, last = tl.where(head > 0, BLOCK, 0), end // BLOCK * BLOCK
-    return first, last, tl.where(head > 0, 0, last), tl.where(end > last, last + 1, last), tl.maximum(last, 1)
-
-
-@triton.jit
-def maxima(row, stop, BLOCK: tl.constexpr):
-    """Of both sides up to `stop`; 0 where nothing but -inf is found."""
-    s_ptr, t_ptr, head, _ = row
-    top_s = tl.full([BLOCK], float("-inf"), tl.float32)
-    top_t = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, stop, BLOCK):
-        b_s, b_t = load_pair((s_ptr, t_ptr, head, stop), start, BLOCK, False)
-        top_s, top_t = tl.maximum(top_s, b_s), tl.maximum(top_t, b_t)
-    best_s, best_t = tl.max(top_s, 0), tl.max(top_t, 0)
-    return tl.where(best_s > float("-inf"), best_s, 0.0), tl.where(best_t > float("-inf"), best_t, 0.0)
 
 
 @triton.jit
@@ -114,7 +45,7 @@ def add_moments(b_s, b_t, refs, sums, inv_T, KIND: tl.constexpr):
     e_s = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E))
     e_t = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E))
     near = tl.abs(c) < 0.5  # not if NaN: a word masked on both sides, where both exponentials are 0
-    slight = e_t * (c * c * phi_series(c))
+    slight = e_t * phi(c)
     here = tl.where(near, e_t * c + slight, e_s - e_t)
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         first_here = tl.where(e_t > 0, e_t * c, e_t)
@@ -137,7 +68,7 @@ def move_references(b_s, b_t, refs, sums, inv_T):
         d_c = ((new_s - new_t) - (ref_s - ref_t)) * inv_T  # c falls by it
         a_s, a_t = tl.exp2((ref_s - new_s) * (inv_T * LOG2_E)), tl.exp2(d_t * -LOG2_E)
         near = tl.abs(d_c) < 0.5
-        slight = a_t * (d_c * d_c * phi_series(-d_c))
+        slight = a_t * phi(-d_c)
         gap = tl.where(near, slight - a_t * d_c, a_s - a_t)  # a_t expm1(-d_c)
         slight = tl.where(near, slight, gap + a_t * d_c)  # a_t phi(-d_c)
         bregman = a_s * bregman + gap * first + slight * sum_t
@@ -176,7 +107,7 @@ def pair(b_s, b_t, refs, per_sums, kappa, inv_T):
     q = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E)) * per_sum_s
     d = ((b_s - b_t) - (ref_s - ref_t)) * inv_T - kappa
     near = tl.abs(d) < 0.5
-    e = d + d * d * phi_series(d)
+    e = d + phi(d)
     n = tl.where(near, p * e, q - p)
     return p, tl.where(near, p + n, q), n, d, e, near
 
@@ -192,10 +123,10 @@ def bregman_term(a, n, y, one_and_y):
 def term_and_slope(p, q, n, d, e, near, mix, KIND: tl.constexpr):
     """The word's share of the value, and h. m = p + mix n is the mixture of skew_kl and jsd."""
     if KIND == FORWARD_KL or KIND == SOFT_CE:
-        value = tl.where(near, p * (d * d * phi_series(d)), tl.where(p > 0, n - p * d, n))
+        value = tl.where(near, p * phi(d), tl.where(p > 0, n - p * d, n))
         slope = n * 0.0
     elif KIND == REVERSE_KL:
-        value = tl.where(near, q * (d * d * phi_series(-d)), tl.where(q > 0, q * d - n, -n))
+        value = tl.where(near, q * phi(-d), tl.where(q > 0, q * d - n, -n))
         slope = tl.where(q > 0, d, q * 0.0)
     elif KIND == TVD:
         value = 0.5 * tl.abs(n)
@@ -264,7 +195,7 @@ def squares(row, BLOCK: tl.constexpr, STAGES: tl.constexpr):
 
 @triton.jit
 def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The value of a row, and what the backward needs of it."""
+    """The value of a row, and the statistics that the backward needs: references, sums, kappa, mean slope."""
     end = row[3]
     refs, sums = (0.0, 0.0), (0.0, tl.full([], 0, tl.float64), 0.0, 0.0, 0.0, 0.0)
     seen, stop = 0, tl.minimum(end, BLOCK)
@@ -291,7 +222,24 @@ def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl
         if KIND == SOFT_CE:
             value += (tl.log(exact_sum_t) - energy / exact_sum_t).to(tl.float32)
     value = tl.where(value < 0, 0.0, value)  # from the rounding of logits near float32's largest
-    return value, refs, sum_s, sum_t, kappa, mean
+    return value, (refs, sum_s, sum_t, kappa, mean)
+
+
+@triton.jit
+def store_stats(stats_ptr, stats):
+    refs, sum_s, sum_t, kappa, mean = stats
+    tl.store(stats_ptr, refs[0])
+    tl.store(stats_ptr + 1, refs[1])
+    tl.store(stats_ptr + 2, sum_s)
+    tl.store(stats_ptr + 3, sum_t)
+    tl.store(stats_ptr + 4, kappa)
+    tl.store(stats_ptr + 5, mean)
+
+
+@triton.jit
+def load_stats(stats_ptr):
+    refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
+    return refs, tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
 
 
 @triton.jit
@@ -308,26 +256,18 @@ def forward_kernel(
     if KIND == MSE:
         tl.store(values_ptr + i_n, squares(row, BLOCK, STAGES))
     else:
-        value, refs, sum_s, sum_t, kappa, mean = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
+        value, stats = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
         tl.store(values_ptr + i_n, value)
-        stats_ptr += 6 * i_n
-        tl.store(stats_ptr, refs[0])
-        tl.store(stats_ptr + 1, refs[1])
-        tl.store(stats_ptr + 2, sum_s)
-        tl.store(stats_ptr + 3, sum_t)
-        tl.store(stats_ptr + 4, kappa)
-        tl.store(stats_ptr + 5, mean)
+        store_stats(stats_ptr + 6 * i_n, stats)
 
 
 @triton.jit
-def gradient(b_s, b_t, g, stats_ptr, inv_T, mix, KIND: tl.constexpr):
+def gradient(b_s, b_t, g, stats, inv_T, mix, KIND: tl.constexpr):
     """Of one block of the student's row, where g is the upstream gradient of the row's value."""
     if KIND == MSE:
         return tl.where(b_s == b_t, 0.0, (b_s - b_t) * (2.0 * g))
-    refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
-    per_sums = (1.0 / tl.load(stats_ptr + 2), 1.0 / tl.load(stats_ptr + 3))
-    kappa, mean = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
-    p, q, n, d, e, near = pair(b_s, b_t, refs, per_sums, kappa, inv_T)
+    refs, sum_s, sum_t, kappa, mean = stats
+    p, q, n, d, e, near = pair(b_s, b_t, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T)
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         return n * (g * inv_T)
     _, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
@@ -351,13 +291,14 @@ def backward_kernel(
         tl.store(grad_ptr, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=m_v)
         return
     g = tl.load(g_ptr + i_n * g_stride).to(tl.float32)
+    stats_ptr += 6 * i_n
     if (start >= head) & (start + BLOCK <= end):
         b_s, b_t = load_pair(row, start, BLOCK, True)
-        grad = gradient(b_s, b_t, g, stats_ptr + 6 * i_n, inv_T, mix, KIND)
+        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, mix, KIND)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty))
     else:
         b_s, b_t = load_pair(row, start, BLOCK, False)
-        grad = gradient(b_s, b_t, g, stats_ptr + 6 * i_n, inv_T, mix, KIND)
+        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, mix, KIND)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 

@@ -19,16 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The order of fastkd.checks.KINDS.
-FORWARD_KL, REVERSE_KL, SKEW_KL, JSD, TVD, SOFT_CE, MSE = (tl.constexpr(kind) for kind in range(7))
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .divergence import JSD, LOG2_E, REVERSE_KL, SKEW_KL, SOFT_CE, TVD
+from .rows import hidden
+
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def hidden(mask_ptr, i_n):
-    """Whether row i_n is masked."""
-    return False if mask_ptr is None else tl.load(mask_ptr + i_n) == 0
 
 
 @triton.jit

@@ -18,21 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import (
-    FORWARD_KL,
-    LOG2_E,
-    MSE,
-    SOFT_CE,
-    compare,
-    hidden,
-    load_pair,
-    maxima,
-    pair,
-    row_of,
-    squares,
-    term_and_slope,
-)
+from .divergence import LOG2_E, MSE, compare, gradient, load_stats, squares, store_stats
 from .divergence_topk import divergence_topk_bwd, divergence_topk_fwd
+from .rows import hidden, load_pair, maxima, row_of
 
 VALUE, VALUE_AND_GRADIENT, GRADIENT = (tl.constexpr(mode) for mode in range(3))
 ROWS = {"speed": 2048, "low": 512}
@@ -48,18 +36,6 @@ def log_sum_exp(row, BLOCK: tl.constexpr):
         b_s, _t = load_pair(row, start, BLOCK, False)
         total += tl.exp2((b_s - top) * LOG2_E)
     return top + tl.log(tl.sum(total))
-
-
-@triton.jit
-def soft_gradient(b_s, b_t, stats, g, inv_T, mix, KIND: tl.constexpr):
-    if KIND == MSE:
-        return tl.where(b_s == b_t, 0.0, (b_s - b_t) * (2.0 * g))
-    refs, sum_s, sum_t, kappa, mean = stats
-    p, q, n, d, e, near = pair(b_s, b_t, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T)
-    if KIND == FORWARD_KL or KIND == SOFT_CE:
-        return n * (g * inv_T)
-    _, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
-    return q * (slope - mean) * (g * inv_T)
 
 
 @triton.jit
@@ -87,22 +63,14 @@ def row_kernel(
     stats = ((0.0, 0.0), 1.0, 1.0, 0.0, 0.0)
     if MODE == GRADIENT:
         if KIND != MSE:
-            refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
-            stats = (
-                refs,
-                tl.load(stats_ptr + 2),
-                tl.load(stats_ptr + 3),
-                tl.load(stats_ptr + 4),
-                tl.load(stats_ptr + 5),
-            )
+            stats = load_stats(stats_ptr)
         if labels_ptr is not None:
             log_sum = tl.load(stats_ptr + 6)
     else:
         if KIND == MSE:
             value = squares(row, BLOCK, STAGES)
         else:
-            value, refs, sum_s, sum_t, kappa, mean = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
-            stats = (refs, sum_s, sum_t, kappa, mean)
+            value, stats = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
         value *= factor
         if labels_ptr is not None:
             log_sum = log_sum_exp(row, BLOCK)
@@ -111,18 +79,13 @@ def row_kernel(
             value += hard * tl.where(there, log_sum - right, float("nan"))
         tl.store(values_ptr + i_n, value)
         if MODE == VALUE:
-            tl.store(stats_ptr, stats[0][0])
-            tl.store(stats_ptr + 1, stats[0][1])
-            tl.store(stats_ptr + 2, stats[1])
-            tl.store(stats_ptr + 3, stats[2])
-            tl.store(stats_ptr + 4, stats[3])
-            tl.store(stats_ptr + 5, stats[4])
+            store_stats(stats_ptr, stats)
             tl.store(stats_ptr + 6, log_sum)
     if MODE != VALUE:
         g = tl.load(weights_ptr + i_n).to(tl.float32)
         for start in range(0, V, BLOCK):
             b_s, b_t = load_pair(row, start, BLOCK, False)
-            grad = soft_gradient(b_s, b_t, stats, g * factor, inv_T, mix, KIND)
+            grad = gradient(b_s, b_t, g * factor, stats, inv_T, mix, KIND)
             if labels_ptr is not None:
                 q = tl.exp2((b_s - log_sum) * LOG2_E)
                 grad += (g * hard) * (q - tl.where(start + o_v == label, 1.0, 0.0))

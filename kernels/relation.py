@@ -23,35 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .series import logarithms, phi
+
 NEVER = tl.constexpr(-1e30)  # a masked score: finite, so that the difference of two is a number
 WIDEST = 128  # of a head; fastkd/ops/relation.py has wider ones done by the reference
 SPILL_LIMIT = {
     "forward_kernel": 136,
     "backward_kernel": 24,
 }  # bytes of stack per thread; the causal forms, most on sm_80
-
-
-@triton.jit
-def phi(x):
-    """expm1(x) - x for |x| < 1/2, to 4e-8."""
-    y = 1 / 40320 * x + 1 / 5040
-    y = y * x + 1 / 720
-    y = y * x + 1 / 120
-    y = y * x + 1 / 24
-    y = y * x + 1 / 6
-    return (y * x + 1 / 2) * x * x
-
-
-@triton.jit
-def logarithms(y):
-    """log1p(y), and y - log1p(y) with all its digits."""
-    near = tl.abs(y) < 0.4
-    z = tl.where(near, y, 0.0)
-    z = z / (2.0 + z)  # log(1 + y) = 2 z + 2 z³ / 3 + 2 z⁵ / 5 + ...
-    w = z * z
-    rest = z * w * (2 / 3 + w * (2 / 5 + w * (2 / 7 + w * (2 / 9 + w * (2 / 11)))))
-    log1p = tl.where(near, 2.0 * z + rest, tl.log(tl.where(near, 1.0, 1.0 + y)))
-    return log1p, tl.where(near, y * z - rest, y - log1p)
 
 
 @triton.jit
@@ -118,7 +97,7 @@ def forward_kernel(
         X += tl.sum(gap, 1)
         A += tl.sum(tl.where(near, a * slack, gap - a * c), 1)
     E = X / mass
-    _, excess = logarithms(E)
+    _, excess = logarithms(E, 1.0 + E)
     at = pair * L + o_i
     tl.store(rows_ptr + at, tl.where(m_i, A / mass - excess, 0.0), mask=o_i < L)
     at = pair * 4 * L + o_i
@@ -136,7 +115,7 @@ def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
     sum_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
     max_s = tl.load(stats_ptr + at + 2 * L, mask=m_l, other=0.0)
     X = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
-    kappa, _ = logarithms(X / sum_t)
+    kappa, _ = logarithms(X / sum_t, 1.0 + X / sum_t)
     return tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0), max_t, max_s, 1.0 / sum_t, 1.0 / (sum_t + X), kappa
 
 

@@ -34,6 +34,20 @@ def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+def one_row_dropped(x):
+    """The first of the leading axis; a single number is a row."""
+    return torch.cat([x[:1] * 0, x[1:]]) if x.dim() else x * 0
+
+
+# What a kernel may get wrong, of a loss or a gradient. A test of precision must fail for each of them, alone.
+MUTANTS = {
+    "zeroed": lambda x: x * 0,
+    "sign flipped": lambda x: -x,
+    "scaled by 1 %": lambda x: x * 1.01,
+    "one row dropped": one_row_dropped,
+}
+
+
 def relative_error(value, oracle):
     """Frobenius norm of the difference over that of the oracle; of the difference itself where the oracle is 0."""
     value, oracle = value.detach().double(), oracle.detach().double()

@@ -32,9 +32,12 @@ class Compiled:
         return min(by_registers, 2048 // threads, SHARED_MEMORY[self.chip] // max(self.shared, 1))
 
 
-def compile_kernel(kernel, signature: dict, constants: dict, chip: int, num_warps: int, num_stages: int = 3, **options):
+def compile_kernel(
+    kernel, signature: dict, constants: dict, chip: int, num_warps: int, num_stages: int = 3, divisible=(), **options
+):
     """signature: argument -> "*fp32", "i32", "fp32", …, or a tuple of them; constants: every tl.constexpr argument, and None
-    for a tensor that is absent. 16-byte alignment of pointers is assumed, as torch gives it. options: enable_fp_fusion …"""
+    for a tensor that is absent. 16-byte alignment of pointers is assumed, as torch gives it; divisible: the integers that
+    are multiples of 16, which Triton looks at when it launches. options: enable_fp_fusion …"""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,7 +45,8 @@ def compile_kernel(kernel, signature: dict, constants: dict, chip: int, num_warp
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter does not compile"
     names = kernel.arg_names
     full = {name: signature.get(name, "constexpr") for name in names}
-    aligned = {path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _pointers(full[name], (i,))}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    aligned |= {path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _pointers(full[name], (i,))}
     source = ASTSource(kernel, full, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
     options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

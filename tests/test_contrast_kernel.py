@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cases import TOLERANCES, randn, relative_error
+from cases import MUTANTS, TOLERANCES, randn, relative_error
 from fastkd import backends, functional
 
 pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built here")
@@ -35,7 +35,7 @@ def call(mode, query, positive, bank, index, exclude=None, temperature=0.07, bac
     )
 
 
-def run(mode, query, positive, bank, index, exclude=None, wrong=lambda g: g, **options):
+def run(mode, query, positive, bank, index, exclude=None, **options):
     """Loss and the gradients of query and, for InfoNCE, of positive and temperature, under a random upstream one."""
     leaves = [query.detach().clone().requires_grad_()]
     if mode != "nce":
@@ -47,7 +47,7 @@ def run(mode, query, positive, bank, index, exclude=None, wrong=lambda g: g, **o
     grads = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
     again = torch.autograd.grad(loss, leaves, upstream)
     assert all(torch.equal(a, b) or not a.isfinite().all() for a, b in zip(grads, again, strict=True))
-    return [wrong(loss.detach()), *map(wrong, grads)]
+    return [loss.detach(), *grads]
 
 
 def oracle(mode, query, positive, bank, index, exclude=None, **options):
@@ -55,8 +55,11 @@ def oracle(mode, query, positive, bank, index, exclude=None, **options):
     return run(mode, *wide, index, exclude, backend="reference", **options)
 
 
-def check(mode, inputs, exclude=None, wrong=lambda g: g):
-    found, true = run(mode, *inputs, exclude, wrong), oracle(mode, *inputs, exclude)
+def check(mode, inputs, exclude=None, wrong=None):
+    found, true = run(mode, *inputs, exclude), oracle(mode, *inputs, exclude)
+    if wrong is not None:
+        place, how = wrong
+        found[place] = how(found[place])
     dtype = inputs[0].dtype
     assert found[0].dtype == FLOAT and all(g.dtype == dtype for g in found[1:3])
     allowed = [TOLERANCES[FLOAT][0], *[TOLERANCES[dtype][1]] * 2, TOLERANCES[FLOAT if dtype == FLOAT else dtype][1]]
@@ -237,8 +240,10 @@ def test_what_the_kernels_leave_to_the_reference():
         ("bank needs a gradient", lambda b: call("nce", query, positive, trained, index, backend=b)),
         ("bank is float64", lambda b: call("shared", query, positive, bank.double(), index, backend=b)),
         (
-            "scale",
-            lambda b: functional.info_nce_loss(query, positive, bank, scale=torch.ones(300), backend=b),
+            "scale needs a gradient",
+            lambda b: functional.info_nce_loss(
+                query, positive, bank, scale=torch.ones(300, requires_grad=True), backend=b
+            ),
         ),
     ]
     for clause, f in cases:
@@ -247,19 +252,53 @@ def test_what_the_kernels_leave_to_the_reference():
             f("cpu")
 
 
-MUTANTS = {
-    "zeroed": lambda g: g * 0,
-    "sign flipped": lambda g: -g,
-    "scaled by 1 %": lambda g: g * 1.01,
-    "one row dropped": lambda g: torch.cat([g[:1] * 0, g[1:]]) if g.dim() else g * 0,
-}
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, FLOAT, BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 3), (7, 129, 33), (40, 3001, 64), (21, 300, 200)], ids=str)
+def test_rows_with_a_scale(sizes, dtype, excluded, gathered):
+    """Against the same rows multiplied out in float64: what 8 bits hold is exact, so the limits are float32's."""
+    query, positive, rows, index, ids = problem(*sizes)
+    scale = torch.rand(sizes[1], generator=torch.Generator().manual_seed(3)) + 0.01
+    rows = (rows / scale[:, None]).to(dtype)
+    keep = {"index": index if gathered else None, "exclude": ids if excluded else None, "reduction": "none"}
+    found = []
+    for wide, bank, more in (
+        (FLOAT, rows, {"scale": scale, "backend": "cpu"}),
+        (torch.float64, rows.double() * scale.double()[:, None], {"backend": "reference"}),
+    ):
+        leaves = [x.to(wide).requires_grad_() for x in (query, positive)]
+        loss = functional.info_nce_loss(*leaves, bank, temperature=0.1, **keep, **more)
+        found.append((loss, *torch.autograd.grad((loss * torch.arange(1, len(loss) + 1)).sum(), leaves)))
+    for x, true, allowed in zip(*found, (TOLERANCES[FLOAT][0], *[TOLERANCES[FLOAT][1]] * 2), strict=True):
+        assert relative_error(x, true) <= allowed
+
+
+def test_every_byte_of_eight_bits():
+    """Each of the 256 as a bank of one row, zeros beside it; the two that are no number poison the loss."""
+    bank = torch.zeros(256, 19, dtype=torch.uint8)
+    bank[:, 3] = bank[:, 17] = torch.arange(256)  # in a whole vector and in the rest of one
+    bank = bank.view(torch.float8_e4m3fn)
+    query = torch.zeros(1, 19)
+    query[0, 3], query[0, 17] = 0.5, 0.25
+    for byte in range(256):
+        row, scale = bank[byte : byte + 1], torch.tensor([0.01])
+        found, expected = (
+            functional.info_nce_loss(query, query, row, scale=scale, temperature=1.0, backend=b)
+            for b in ("cpu", "reference")
+        )
+        assert torch.allclose(found, expected, rtol=1e-6, equal_nan=True), byte
+    assert bank[:, 3].float().isnan().sum() == 2
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_no_mutant_survives(mode, mutant):
-    with pytest.raises(AssertionError):
-        check(mode, problem(7, 129, 33)[:4], wrong=MUTANTS[mutant])
+    """A loss, or a gradient of one of the inputs, that alone is wrong."""
+    inputs = problem(7, 129, 33)[:4]
+    for place in range(len(run(mode, *inputs))):
+        with pytest.raises(AssertionError):
+            check(mode, inputs, wrong=(place, MUTANTS[mutant]))
 
 
 MEMORY = """

@@ -135,6 +135,7 @@ def test_the_saved_run_repeats_itself_as_a_config(files):
     [
         ("regression", "bert", "pkd", {"label_column": "score"}),
         ("masked_lm", "bert", "distilbert", {"train_file": "words.txt", "validation_file": "words.txt"}),
+        ("masked_lm", "bert", "codir:feat_dim=8", {"train_file": "words.txt", "validation_file": "words.txt"}),
         ("causal_lm", "gpt2", "jsd", {"train_file": "words.txt", "validation_file": "words.txt"}),
         ("cloze", "bert", "glmd", {"template": "{mask} film {text}", "answers": "bad,good"}),
     ],

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
-from fastkd.functional import TopK, divergence
+from fastkd.functional import divergence
 
 BACKENDS = ["reference"]
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 COMPARISONS = KINDS[:-1]  # those of probabilities
-TOPK_KINDS = ("forward_kl", "skew_kl", "jsd", "tvd", "soft_ce")  # those that need no teacher mass outside the k
 ZERO_AT_EQUALITY = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "mse")
 BETA, ALPHA = 0.3, 0.1
 
@@ -357,92 +356,6 @@ def test_never_negative_never_nan(kind, words, scale, temperature, dtype, seed, 
     if kind != "mse":  # no divergence of probabilities sees a constant: the gradient's sum is rounding alone
         rounding = 64 * torch.finfo(dtype).eps * (1 + loss.double()) / temperature
         assert (gradient.double().sum(-1).abs() <= 1e-2 * gradient.double().abs().sum(-1) + rounding).all()
-
-
-# -- a sparse teacher --------------------------------------------------------------------------------------------------
-
-
-def top_of(t, k, temperature, tail=None):
-    log_p = torch.log_softmax(t / temperature, -1)
-    log_probs, indices = log_p.topk(k, -1)
-    return TopK(indices, log_probs, tail)
-
-
-@every_backend
-@pytest.mark.parametrize("kind", TOPK_KINDS)
-@pytest.mark.parametrize("tail", [None, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_top_v_is_the_full_divergence(kind, tail, dtype, backend):
-    s, t = randn(2, 3, 17, seed=1, dtype=dtype), randn(2, 3, 17, seed=2, dtype=dtype, scale=2.0)
-    teacher = top_of(t, 17, 1.7, tail)
-    loss, (gradient,) = gradients(lambda x: ours(kind, backend, 1.7)(x, teacher), s)
-    wanted, wanted_gradient = value_and_gradient(ours(kind, backend, 1.7), s, t)
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
-    assert relative_error(loss, wanted) < tolerance and relative_error(gradient, wanted_gradient) < tolerance
-
-
-@every_backend
-@pytest.mark.parametrize("kind", TOPK_KINDS)
-def test_without_a_tail_the_rest_of_the_teacher_has_no_mass(kind, backend):
-    s, t = randn(5, 19, seed=1), randn(5, 19, seed=2, scale=2.0)
-    teacher = top_of(t, 6, 2.0)
-    p = torch.zeros(5, 19, dtype=torch.float64).scatter(-1, teacher.indices, teacher.log_probs.exp())
-    loss, (gradient,) = gradients(lambda x: ours(kind, backend, 2.0)(x, teacher), s)
-    wanted, (wanted_gradient,) = gradients(lambda x: from_probabilities(p, torch.softmax(x / 2, -1), kind), s)
-    assert relative_error(loss, wanted) < 1e-12 and relative_error(gradient, wanted_gradient) < 1e-11
-
-
-@every_backend
-@pytest.mark.parametrize("kind", COMPARISONS)
-def test_the_tail_is_one_more_word(kind, backend):
-    s, t = randn(5, 19, seed=1), randn(5, 19, seed=2, scale=2.0)
-    whole = torch.softmax(t / 2, -1)
-    teacher = top_of(t, 6, 2.0, True)
-
-    def buckets(x):
-        top = x.gather(-1, teacher.indices)
-        return torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1)  # [N, k + 1]
-
-    wanted, (wanted_gradient,) = gradients(
-        lambda x: from_probabilities(buckets(whole), buckets(torch.softmax(x / 2, -1)), kind), s
-    )
-    tail = (1 - teacher.log_probs.exp().sum(-1)).log()
-    for given_tail in (True, tail):
-        given_teacher = teacher._replace(tail=given_tail)
-        loss, (gradient,) = gradients(lambda x, y=given_teacher: ours(kind, backend, 2.0)(x, y), s)
-        assert relative_error(loss, wanted) < 1e-11 and relative_error(gradient, wanted_gradient) < 1e-11
-    if kind in ("forward_kl", "jsd", "tvd", "reverse_kl"):  # coarser words never tell two distributions further apart
-        assert (ours(kind, backend, 2.0)(s, teacher) <= ours(kind, backend, 2.0)(s, t) + 1e-12).all()
-
-
-@every_backend
-@pytest.mark.parametrize("tail", [None, True])
-def test_topk_gradcheck_masks_and_missing_words(tail, backend):
-    s, t = randn(3, 8, seed=1), randn(3, 8, seed=2)
-    mask = torch.tensor([True, False, True])
-    for kind in TOPK_KINDS:
-        f = lambda x, kind=kind: ours(kind, backend, 1.3)(x, top_of(t[:1, :5], 3, 1.3, tail))  # noqa: E731
-        assert torch.autograd.gradcheck(f, s[:1, :5].clone().requires_grad_())
-    teacher = top_of(t, 3, 1.3, tail)
-    s[1] = torch.nan
-    teacher.log_probs[1] = torch.nan
-    clean = ours("forward_kl", backend, 1.3)(s[[0, 2]], top_of(t[[0, 2]], 3, 1.3, tail))
-    loss, (gradient,) = gradients(lambda x: ours("forward_kl", backend, 1.3, mask=mask)(x, teacher), s)
-    assert loss[1] == 0 and (gradient[1] == 0).all() and torch.allclose(loss[[0, 2]], clean)
-    # A student that can say nothing but the k words has no rest to compare.
-    only = torch.full((2, 8), -torch.inf, dtype=torch.float64).scatter(-1, teacher.indices[[0, 2]], 1.0)
-    rest = TopK(teacher.indices[[0, 2]], torch.log_softmax(teacher.log_probs[[0, 2]], -1), tail)
-    loss, (gradient,) = gradients(lambda x: ours("forward_kl", backend)(x, rest), only)
-    assert loss.isfinite().all() and gradient.isfinite().all()
-
-
-@every_backend
-def test_topk_refuses_what_it_cannot_define(backend):
-    s, t = randn(2, 8, seed=1), randn(2, 8, seed=2)
-    with pytest.raises(ValueError, match="mse"):
-        ours("mse", backend)(s, top_of(t, 3, 1.0))
-    with pytest.raises(ValueError, match="reverse_kl"):
-        ours("reverse_kl", backend)(s, top_of(t, 3, 1.0))
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

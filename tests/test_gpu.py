@@ -7,6 +7,7 @@ import torch
 import fastkd
 from cases import randn, relative_error
 from fastkd.checks import KINDS
+from on_gpu import never_waits, replays
 
 pytestmark = pytest.mark.gpu
 
@@ -32,32 +33,12 @@ def every_divergence(student, teacher):
 
 def test_divergence_never_waits_for_the_device():
     student, teacher = logits(64, 5000)
-    list(every_divergence(student, teacher))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_divergence(student, teacher))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_divergence(student, teacher)))
 
 
 def test_divergence_in_a_cuda_graph():
-    """Captured on some logits, replayed on others: bitwise what plain launches give, so no buffer or number is baked in."""
-    student, teacher = logits(64, 5000)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_divergence(student, teacher))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_divergence(student, teacher))
-    for x, other in zip((student, teacher), logits(64, 5000, seed=10), strict=True):
-        x.copy_(other)
-    for x in captured:
-        x.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_divergence(student, teacher), strict=True))
+    inputs = tuple(logits(64, 5000))
+    replays(lambda: every_divergence(*inputs), inputs, logits(64, 5000, seed=10))
 
 
 def test_divergence_is_bitwise_the_same_twice_at_size():
@@ -114,29 +95,12 @@ def relation_states(seed, dtype=torch.bfloat16):
 
 def test_relation_never_waits_for_the_device():
     states = relation_states(0)
-    list(every_relation(*states))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_relation(*states))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_relation(*states)))
 
 
 def test_relation_in_a_cuda_graph_and_the_same_twice():
     states = relation_states(0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_relation(*states))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_relation(*states))
-    for x, other in zip(states[:4], relation_states(10), strict=False):
-        x.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_relation(*states), strict=True))
+    replays(lambda: every_relation(*states), states[:4], relation_states(10)[:4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,6 +115,102 @@ def test_relation_at_size(dtype):
     (true_grad,) = torch.autograd.grad(true_rows.sum(), few)
     assert relative_error(rows[-1:], true_rows) < 1e-6
     assert relative_error(grad[-1:], true_grad) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def every_gram(students, teachers, mask):
+    """(loss, gradients): two pairs at both levels, with padding and without, matrix by matrix and row by row."""
+    for of_which in (None, mask):
+        for pearson in ("matrix", "row"):
+            leaves = [x.detach().requires_grad_() for x in students]
+            loss = fastkd.gram_correlation_loss(
+                leaves,
+                teachers,
+                level={"token": 1.0, "sequence": 2.0},
+                pearson=pearson,
+                mask=of_which,
+                backend="triton",
+            )
+            yield loss.detach()
+            yield from torch.autograd.grad(loss, leaves)
+
+
+def gram_states(length, dtype, seed=0):
+    """Up to 64 tokens one program holds a sentence, in float32 too; 312 columns are TinyBERT's."""
+    students, teachers = (
+        [randn(5, length, width, seed=seed + 2 * i + k).to("cuda", dtype) + 0.5 for i in range(2)]
+        for k, width in ((0, 312), (1, 768))
+    )
+    return (
+        students,
+        teachers,
+        torch.arange(length, device="cuda") < length // torch.arange(1, 6, device="cuda")[:, None],
+    )
+
+
+every_kind_of_gram = pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(60, torch.bfloat16), (60, torch.float32), (300, torch.bfloat16), (300, torch.float32)],
+    ids=str,
+)
+
+
+@every_kind_of_gram
+def test_gram_never_waits_for_the_device(length, dtype):
+    states = gram_states(length, dtype)
+    list(every_gram(*states))  # compiled outside
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(every_gram(*states))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_kind_of_gram
+def test_gram_in_a_cuda_graph_and_the_same_twice(length, dtype):
+    students, teachers, mask = gram_states(length, dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        list(every_gram(students, teachers, mask))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = list(every_gram(students, teachers, mask))
+    others = gram_states(length, dtype, seed=10)
+    for x, other in zip((*students, *teachers), (*others[0], *others[1]), strict=True):
+        x.copy_(other)
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, every_gram(students, teachers, mask), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [512, 5000])
+def test_gram_at_size(length, dtype):
+    """Against float64; weights are made in parts at 5000 tokens (in float32, rows of one sequence). Nothing of the size of
+    a Gram matrix of all sequences is allocated."""
+    groups = 64 if length == 512 else 2
+    shared = torch.randn(768, device="cuda")
+    student, teacher = (
+        (torch.randn(groups, length, 768, device="cuda") + 3 * shared).to(dtype) for _ in range(2)
+    )  # mean cosine 0.9
+    leaf = student.requires_grad_()
+    options = {"level": "token", "reduction": "none"}
+    fastkd.gram_correlation_loss(leaf, teacher, backend="triton", **options).sum().backward()
+    leaf.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    values = fastkd.gram_correlation_loss(leaf, teacher, backend="triton", **options)
+    (grad,) = torch.autograd.grad(values.sum(), leaf)
+    extra = torch.cuda.max_memory_allocated() - before - grad.numel() * grad.element_size()
+    assert extra <= (64 << 20) + (32 << 20)
+    few = student.detach()[-1:].double().requires_grad_()
+    true = fastkd.gram_correlation_loss(few, teacher[-1:].double(), backend="reference", **options)
+    (true_grad,) = torch.autograd.grad(true.sum(), few)
+    assert (values[-1:] - true).abs().max() < 1e-6
+    assert relative_error(grad[-1:], true_grad) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def contrast_inputs(dtype=torch.bfloat16, seed=0):
@@ -190,29 +250,12 @@ def test_contrast_never_waits_for_the_device():
         bank.update(ids, inputs[0])
         functional.sample_negatives(ids, 50, state, n_data=5000)
 
-    step()  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(step)
 
 
 def test_contrast_in_a_cuda_graph():
     inputs = contrast_inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        list(every_contrast(*inputs))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = list(every_contrast(*inputs))
-    for x, other in zip(inputs, contrast_inputs(seed=10), strict=True):
-        x.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, every_contrast(*inputs), strict=True))
+    replays(lambda: every_contrast(*inputs), inputs, contrast_inputs(seed=10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -258,12 +301,7 @@ def linear_inputs(rows=300, words=5000, seed=0, dtype=torch.bfloat16):
 
 def test_linear_divergence_never_waits_for_the_device():
     inputs = linear_inputs()
-    list(every_linear_divergence(*inputs))  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        list(every_linear_divergence(*inputs))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: list(every_linear_divergence(*inputs)))
 
 
 def test_linear_divergence_is_bitwise_the_same_twice():

@@ -5,6 +5,8 @@ import torch
 from fastkd.bench import case as case_module
 from fastkd.bench import check, small
 
+from on_gpu import never_waits, replays
+
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
@@ -31,29 +33,10 @@ def run(provider, inputs):
 def test_never_waits_for_the_device(case, provider):
     assert case is not None, "no kernel of any stem runs on this GPU: is the library built, is triton installed?"
     inputs = case_module.build(case, GPU)
-    run(provider, inputs)  # compiled outside
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(provider, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: run(provider, inputs))
 
 
 @pytest.mark.parametrize(("case", "provider"), kernels())
 def test_in_a_cuda_graph_and_twice_the_same(case, provider):
     inputs = case_module.build(case, GPU)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(provider, inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(provider, inputs)
-    for x in captured:
-        x.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, run(provider, inputs), strict=True):
-        assert torch.equal(a, b)
+    replays(lambda: run(provider, inputs))

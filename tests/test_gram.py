@@ -23,11 +23,17 @@ KINDS = [
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
 
 
-# Kernels are for float32 and below, and for these of the kinds; the others are the reference's (fastkd/ops/gram.py).
-KERNELS = [b for b in ("cpu", "triton", "cuda") if b in backends.WRITTEN["gram"] and not backends.UNAVAILABLE[b]]
+def form(level, grouping, pearson):
+    """What ops.FORMS calls a kind."""
+    return "official" if (grouping, pearson) == ("official", "matrix") else level, pearson == "row"
+
+
+# Kernels are for float32 and below; what they do not have is the reference's (fastkd/ops/gram.py).
+# (On a GPU, Triton's are tests/test_triton_gram.py's.)
+KERNELS = [b for b in ops.KERNELS if b == "cpu" or backends.INTERPRETED]
 HERE = ["reference", *KERNELS]
 EVERY_KIND = [("reference", *kind) for kind in KINDS]
-EVERY_KIND += [(b, *kind) for b in KERNELS for kind in KINDS if kind[1:] == ("position", "matrix")]
+EVERY_KIND += [(b, *kind) for b in KERNELS for kind in KINDS if form(*kind) in ops.FORMS[b]]
 on_every_backend = pytest.mark.parametrize("backend", HERE)
 on_every_kind = pytest.mark.parametrize(("backend", "level", "grouping", "pearson"), EVERY_KIND)
 
@@ -46,7 +52,9 @@ def close(backend, factor=1.0):
 def values_and_valid(backend, student, teacher, mask, level, pearson="matrix"):
     if backend == "reference":
         return gram(student, teacher, mask, level, "position", pearson, True, 1e-6)
-    return ops.gram(student.float(), teacher.float(), mask, level, "position", pearson, True, 1e-6, backend)
+    row = pearson == "row"
+    values, valid = ops.gram([student.float()], [teacher.float()], mask, (level,), row, True, 1e-6, backend)
+    return values[0], valid[0]
 
 
 def brute_force(student, teacher, keep, level, grouping, pearson, normalize):

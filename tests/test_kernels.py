@@ -115,7 +115,7 @@ def _with_own_rows(teacher):
 def info_nce_of_rows(student, teacher, backend, gathered=False):
     index = _index_of(teacher) if gathered else None
     return functional.info_nce_loss(
-        student, teacher, _bank_of(teacher), index, temperature=0.5, reduction="none", backend=backend
+        student, teacher, _bank_of(teacher), index, temperature=0.1, reduction="none", backend=backend
     )
 
 
@@ -123,18 +123,18 @@ def eager_info_nce(student, teacher, gathered=False):
     """MoCo's way: scores side by side, cross-entropy of the first; in the student's dtype, as under autocast."""
     bank = _bank_of(teacher).to(student.dtype)
     negative = (bank[_index_of(teacher)] @ student[:, :, None]).squeeze(-1) if gathered else student @ bank.T
-    scores = torch.cat([(student * teacher).sum(-1, keepdim=True), negative], 1) / 0.5
+    scores = torch.cat([(student * teacher).sum(-1, keepdim=True), negative], 1) / 0.1
     return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
 
 
 def nce_of_rows(student, teacher, backend):
-    options = {"n_data": 1000, "temperature": 0.5, "z": 1500.0}
+    options = {"n_data": 1000, "temperature": 0.1, "z": 1500.0}
     return functional.nce_loss(student, *_with_own_rows(teacher), **options, reduction="none", backend=backend)
 
 
 def eager_nce(student, teacher):
     bank, index = _with_own_rows(teacher)
-    scores = (bank.to(student.dtype)[index] @ student[:, :, None]).squeeze(-1) / 0.5
+    scores = (bank.to(student.dtype)[index] @ student[:, :, None]).squeeze(-1) / 0.1
     scores = scores - math.log(1500.0 * (0.064 + 1e-7))
     dropped = 64 * (math.log(0.064) - math.log(0.064 + 1e-7))
     return F.softplus(-scores[:, 0]) + F.softplus(scores[:, 1:]).sum(-1) - dropped

@@ -89,6 +89,26 @@ def test_senseless_tasks_are_refused_by_name(name, task):
         build(name, Setup(side, side, task, 8))
 
 
+@pytest.mark.parametrize("preset", ["official", "paper"])
+@pytest.mark.parametrize("negatives", ["in_batch", "window,window=3", "uniform"])
+def test_codir_without_labels_takes_two_steps(negatives, preset, tmp_path):
+    """Pre-training: the contrast is there, moves the projections, and ids of the corpus are all that it needs."""
+    teacher, student = pair("bert", "masked_lm")
+    spelling = f"codir:nce_k=3,feat_dim=8,preset={preset},negatives={negatives}"
+    args = tiny.arguments(tmp_path, max_steps=2, learning_rate=3e-3, logging_steps=1)
+    trainer = DistillTrainer(
+        student, teacher, spelling, task="masked_lm", args=args, train_dataset=tiny.dataset("masked_lm")
+    )
+    loss = trainer.method.methods["codir"].loss
+    before = loss.embed_s.linear.weight.detach().clone()
+    trainer.train()
+    logged = [entry["term/codir/contrast"] for entry in trainer.state.log_history if "term/codir/contrast" in entry]
+    assert len(logged) == 2 and all(value > 0 for value in logged)
+    assert not torch.equal(loss.embed_s.linear.weight, before)
+    with pytest.raises(ValueError, match="negatives=label needs labels"):
+        build("codir:negatives=label", Setup(Side.of(student), Side.of(teacher), "masked_lm", 8))
+
+
 # (method, term, names of student parameters that it must reach, and that it must not)
 REACHES = [
     ("kd", "soft", "classifier.weight", None),
@@ -232,7 +252,7 @@ def test_the_table_lists_every_method_and_family():
     assert all(family in lines[0] for family in FAMILIES)
     readme = (Path(methods.__file__).parents[3] / "README.md").read_text()
     assert methods.table() in readme
-    assert "| `codir` | yes | yes | yes | yes | – | – | – | classification |" in lines
+    assert "| `codir` | yes | yes | yes | yes | – | – | – | classification, masked_lm |" in lines
 
 
 def test_two_stages_hand_over(tmp_path):

@@ -15,7 +15,6 @@ INTERPRETED = backends.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 every_kind = pytest.mark.parametrize("kind", KINDS)
-TOPK_KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce")
 FLOAT32 = (1e-6, 1e-5)  # of the loss, of the gradient: DESIGN's ordinary range
 
 
@@ -34,10 +33,8 @@ def rows_of(kind, teacher, backend, temperature=2.0, **options):
 
 def both(kind, student, teacher, temperature=2.0, **options):
     """(loss, gradient) of the kernel, and of the reference in float64 on the same numbers, for one random upstream."""
-    sparse_form = isinstance(teacher, TopK)
-    exact = teacher._replace(log_probs=teacher.log_probs.double()) if sparse_form else teacher.double()
     loss, (grad,) = gradients_on_device(rows_of(kind, teacher, "triton", temperature, **options), student)
-    true = gradients_on_device(rows_of(kind, exact, "reference", temperature, **options), student.double())
+    true = gradients_on_device(rows_of(kind, teacher.double(), "reference", temperature, **options), student.double())
     assert loss.dtype == torch.float32 and grad.dtype == student.dtype
     return loss, grad, true[0], true[1][0]
 
@@ -224,65 +221,15 @@ def test_deterministic_and_never_aliased(kind):
     assert torch.equal(second, kept_first) and torch.equal(first, kept_first)
 
 
-# -- a sparse teacher --------------------------------------------------------------------------------------------------
-
-
-def sparse(teacher, k, temperature, tail):
-    log_probs, indices = torch.log_softmax(teacher.double() / temperature, -1).topk(k, -1)
-    log_probs = log_probs.float()
-    rest = torch.log(-torch.expm1(log_probs.double().logsumexp(-1).clamp(max=0))).float()
-    return TopK(indices, log_probs, rest if tail == "tensor" else tail)
-
-
-@pytest.mark.parametrize("kind", TOPK_KINDS)
-@pytest.mark.parametrize("tail", [None, "tensor"])
-@pytest.mark.parametrize(("width", "k"), [(3, 1), (130, 7), (2500, 150)])
-def test_topk(kind, tail, width, k):
-    if kind == "reverse_kl" and tail is None:
-        pytest.skip("refused: infinite")
-    student, teacher = logits(3, width, seed=13)
-    mask = torch.tensor([True, False, True], device=DEVICE)
-    teacher = sparse(teacher, k, 1.3, tail)
-    student[1] = torch.nan
-    check(kind, student, teacher, temperature=1.3, mask=mask)
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_topk_in_half_precision(kind, dtype):
-    student, teacher = logits(3, 300, seed=14)
-    check(kind, student.to(dtype), sparse(teacher, 20, 2.0, "tensor"), (1e-6, 1e-2))
-
-
-@pytest.mark.parametrize("kind", TOPK_KINDS)
-def test_topk_near_convergence(kind):
-    """log q is known to about 1e-8 of itself, float32 exponentials being what they are: to 1e-4 of a difference of 1e-3."""
-    student, teacher = logits(3, 3000, seed=15, noise=1e-3)
-    check(kind, student, sparse(teacher, 64, 1.3, "tensor"), (1e-4 if kind == "tvd" else 1e-5, 1e-4), temperature=1.3)
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_topk_rest_however_small(kind):
-    """The rest is summed on its own: 1e-30 of the mass keeps its digits where one minus the k words has none."""
-    student, teacher = logits(2, 200, seed=16)
-    teacher = sparse(teacher, 4, 1.0, "tensor")
-    student.scatter_add_(-1, teacher.indices, torch.full((2, 4), 70.0, device=DEVICE))
-    check(kind, student, teacher, temperature=1.0)
-
-
-def test_topk_equal_teacher_and_a_student_without_a_rest():
-    _, teacher = logits(3, 40, seed=17)
-    top = sparse(teacher, 5, 1.0, "tensor")
-    only = torch.full((3, 40), -torch.inf, device=DEVICE).scatter(-1, top.indices, 1.0)
-    loss, (grad,) = gradients_on_device(rows_of("forward_kl", top, "triton", 1.0), only)
-    assert loss.isfinite().all() and grad.isfinite().all()
+# -- a sparse teacher; the rest of it is tests/test_divergence_topk.py's -------------------------------------------------
 
 
 def test_topk_index_outside_the_vocabulary_is_nan_in_its_row_only():
     from fastkd.kernels.divergence_topk import divergence_topk_bwd, divergence_topk_fwd
 
     student, teacher = logits(4, 50, seed=18)
-    top = sparse(teacher, 5, 1.0, None)
+    log_probs, indices = torch.log_softmax(teacher, -1).topk(5, -1)
+    top = TopK(indices, log_probs)
     clean, stats = divergence_topk_fwd(student, *top, None, 0, 1.0, 1.0)
     ones = torch.ones(4, device=DEVICE)
     clean_grad = divergence_topk_bwd(ones, student, *top, None, stats, 0, 1.0, 1.0)

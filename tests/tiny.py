@@ -6,28 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    ModernBertConfig,
-    Qwen2Config,
-    RobertaConfig,
-    TrainingArguments,
-)
+from transformers import AutoConfig, TrainingArguments
+
+from fastkd.train.student import AUTO
 
 VOCAB, LENGTH = 60, 10
-AUTO = {
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "masked_lm": AutoModelForMaskedLM,
-    "cloze": AutoModelForMaskedLM,
-    "causal_lm": AutoModelForCausalLM,
-}
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama")
 MORE_FAMILIES = (*FAMILIES, "modernbert", "qwen2")
 
@@ -51,17 +34,17 @@ def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extr
     }
     modern = {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 0, "sep_token_id": 2}
     kinds = {
-        "bert": lambda: BertConfig(**sizes, **calm, **common),
-        "roberta": lambda: RobertaConfig(**{**sizes, "max_position_embeddings": 34}, **calm, **common, **ends),
-        "distilbert": lambda: DistilBertConfig(
-            **distil, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **common
-        ),
-        "gpt2": lambda: GPT2Config(**gpt2, **still, **common, **ends),
-        "llama": lambda: LlamaConfig(**sizes, num_key_value_heads=heads // 2, **common, **ends),
-        "qwen2": lambda: Qwen2Config(**sizes, num_key_value_heads=heads // 2, **common, **ends),
-        "modernbert": lambda: ModernBertConfig(**sizes, **modern, **common, **ends),
-    }
-    return kinds[family]()
+        "bert": {**sizes, **calm, **common},
+        "roberta": {**sizes, **calm, **common, **ends, "max_position_embeddings": 34},
+        "distilbert": {
+            **distil, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, **common,
+        },
+        "gpt2": {**gpt2, **still, **common, **ends},
+        "llama": {**sizes, "num_key_value_heads": heads // 2, **common, **ends},
+        "qwen2": {**sizes, "num_key_value_heads": heads // 2, **common, **ends},
+        "modernbert": {**sizes, **modern, **common, **ends},
+    }  # fmt: skip
+    return AutoConfig.for_model(family, **kinds[family])
 
 
 def model(family: str, task: str = "classification", *, seed: int = 0, dropout: float = 0.0, **sizes):

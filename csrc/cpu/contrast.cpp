@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
                                                              const Tensor& bank, const Tensor& index,
                                                              const std::optional<Tensor>& query_ids,
                                                              const std::optional<Tensor>& bank_ids,
+                                                             const std::optional<Tensor>& scale,
                                                              double inverse_temperature, bool with_direction);
 
 namespace {
@@ -45,13 +46,15 @@ struct Plan {
   int element;
   int64_t row_bytes, row_stride;  // of the bank
 
-  Plan(const Tensor& query, const Tensor& bank, bool with_direction)
-      : table(FASTKD_CHOOSE(contrast)), gemm(fastkd::gemm(element_of(bank))), with_direction(with_direction) {
-    element = element_of(bank);
+  Plan(const Tensor& query, const Tensor& bank, bool scaled, bool with_direction)
+      : table(FASTKD_CHOOSE(contrast)),
+        gemm(fastkd::gemm(scaled ? int(kFloat32) : element_of(bank))),
+        with_direction(with_direction) {
+    element = element_of_bank(bank);
     queries = query.size(0), width = query.size(1), padded = padded_width(width), bank_rows = bank.size(0);
     bfloat16 = gemm.operand == kBFloat16;
     row_stride = bank.stride(0), row_bytes = row_stride * int64_t(bank.element_size());
-    in_place = width == padded && element == gemm.operand;
+    in_place = width == padded && element == gemm.operand && !scaled;
     split_query = bfloat16 && element_of(query) != kBFloat16;
     split_weights = split_query;
     const int64_t fit = kBlockBytes / (padded * (bfloat16 ? 2 : 4)) / kPanel * kPanel;
@@ -108,19 +111,21 @@ struct Task {
   const Partials& partials;
   const char* bank;
   const int64_t *query_ids, *bank_ids;
+  const float* scales;
   float alpha;
   std::vector<char> memory;
   float *scores, *own_block;
   uint32_t *high, *low;
 
   Task(const Plan& plan, const PackedQueries& packed, const Partials& partials, const Tensor& bank,
-       const int64_t* query_ids, const int64_t* bank_ids, double alpha)
+       const int64_t* query_ids, const int64_t* bank_ids, const float* scales, double alpha)
       : plan(plan),
         packed(packed),
         partials(partials),
         bank(static_cast<const char*>(bank.const_data_ptr())),
         query_ids(query_ids),
         bank_ids(bank_ids),
+        scales(scales),
         alpha(float(alpha)) {
     const int64_t tile = plan.keys * kPanel, block = plan.in_place ? 0 : plan.keys * plan.padded;
     memory.resize((2 * tile + block) * 4 + 64);
@@ -153,7 +158,8 @@ struct Task {
     if (plan.in_place) return rows;
     if (!plan.bfloat16)
       for (int64_t j = 0; j < keys; ++j)
-        plan.table.widen(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded, own_block + j * plan.padded);
+        plan.table.widen(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded, scales ? scales[key + j] : 1,
+                         own_block + j * plan.padded);
     else
       for (int64_t j = 0; j < keys; ++j) {
         auto* row = reinterpret_cast<uint16_t*>(own_block) + j * plan.padded;
@@ -209,8 +215,9 @@ void merge(const Plan& plan, const Partials& partials, int64_t i, double* larges
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, const Tensor& positive,
                                                            const Tensor& bank, const std::optional<Tensor>& query_ids,
                                                            const std::optional<Tensor>& bank_ids,
+                                                           const std::optional<Tensor>& scale,
                                                            double inverse_temperature, bool with_direction) {
-  const Plan plan(query, bank, with_direction);
+  const Plan plan(query, bank, scale.has_value(), with_direction);
   Tensor loss = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
@@ -225,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, 
   const int64_t* of_bank = bank_ids ? bank_ids->const_data_ptr<int64_t>() : nullptr;
   const int64_t tasks = plan.ranges * plan.groups, work = plan.keys * plan.padded * kPanel;
   parallel_for(0, tasks, grain(plan.blocks * work / std::max<int64_t>(tasks, 1), 1 << 20), [&](int64_t t, int64_t end) {
-    Task task(plan, packed, partials, bank, of_queries, of_bank, inverse_temperature);
+    Task task(plan, packed, partials, bank, of_queries, of_bank, scales_of(scale), inverse_temperature);
     for (; t < end; ++t) task.run(t % plan.ranges, t / plan.ranges);
   });
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
@@ -248,14 +255,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, const Tensor& positive, const Tensor& bank,
                                                         std::optional<Tensor> index, const Tensor& inverse_temperature,
                                                         std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids,
-                                                        bool with_direction) {
+                                                        bool with_direction, std::optional<Tensor> scale) {
   const Tensor q = with_contiguous_rows(query), p = with_contiguous_rows(positive), n = with_contiguous_rows(bank);
   if (query_ids) query_ids = torch::stable::contiguous(*query_ids);
   if (bank_ids) bank_ids = torch::stable::contiguous(*bank_ids);
+  if (scale) scale = torch::stable::contiguous(*scale);
+  STD_TORCH_CHECK(scale || element_of_bank(n) != kFloat8, "bank: float8 rows need their scale");
   const double inverse = *inverse_temperature.const_data_ptr<double>();
   if (index)
-    return info_nce_gathered(q, p, n, torch::stable::contiguous(*index), query_ids, bank_ids, inverse, with_direction);
-  return info_nce_shared(q, p, n, query_ids, bank_ids, inverse, with_direction);
+    return info_nce_gathered(q, p, n, torch::stable::contiguous(*index), query_ids, bank_ids, scale, inverse,
+                             with_direction);
+  return info_nce_shared(q, p, n, query_ids, bank_ids, scale, inverse, with_direction);
 }
 
 }  // namespace

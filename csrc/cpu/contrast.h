@@ -3,7 +3,11 @@
 
 constexpr int64_t kPanel = 32;       // queries that go through a block of the bank together: the row of a score tile
 constexpr int64_t kColumnStep = 32;  // the width that weighted sums work in
-constexpr int64_t kGathered = 64;    // gathered rows whose scores are turned into weights together
+constexpr int64_t kGathered =
+    32;  // gathered rows, half of a first cache, whose scores are turned into weights together
+
+// Beside the elements of cpu/tensors.h: float8 e4m3fn, only ever with a scale for each row of the bank.
+constexpr int kFloat8 = 8;
 
 // The running softmax of a panel of queries: sum = sum of e^(score - largest), in doubles.
 struct PanelState {
@@ -28,8 +32,8 @@ struct ContrastTable {
   // Scores become factor_i e^(score - shift_i).
   void (*share)(float* scores, int64_t keys, const float* shift, const float* factor);
   void (*add_scaled)(const float* x, float scale, int64_t count, float* sum);
-  // `count` elements as floats, zeros up to `padded`.
-  void (*widen)(const void* x, int element, int64_t count, int64_t padded, float* out);
+  // `count` elements times `scale` as floats, zeros up to `padded`.
+  void (*widen)(const void* x, int element, int64_t count, int64_t padded, float scale, float* out);
   // bank = normalised(momentum * bank + (1 - momentum) * row); left as it is if that is not finite. scratch: 2 rows.
   void (*update_row)(void* bank, int bank_element, const void* row, int row_element, int64_t width, double momentum,
                      float* scratch);
@@ -42,7 +46,8 @@ struct Gathered {
   int64_t row_bytes, width, padded;  // padded: width in steps of kColumnStep
   const int64_t* index;
   int64_t count;
-  const int64_t* ids;  // of the bank's rows, or null; rows with the id `own` are dropped (info_nce)
+  const float* scales;  // of the bank's rows, or null
+  const int64_t* ids;   // likewise; rows with the id `own` are dropped (info_nce)
   int64_t own;
   float* scratch;  // [kGathered][padded], for rows that cannot be read where they lie
 };

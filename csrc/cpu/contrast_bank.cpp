@@ -147,6 +147,8 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
   });
 }
 
+}  // namespace
+
 // z if it is set, else n_data * mean e^(<query, row> / T) of this batch, over its finite scores.
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
                      int64_t n_data) {
@@ -186,7 +188,6 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
   return out;
 }
 
-}  // namespace
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {

@@ -1,7 +1,9 @@
 // Losses against rows of a bank that each query chooses by an index: NCE, and InfoNCE's gathered form. A query belongs
 // to one thread. The gradient is formed with the loss (contrast_gather_isa.cpp says why); the backward scales it.
 #include <atomic>
+#include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "cpu/contrast.h"
 #include "cpu/contrast_rows.h"
@@ -11,6 +13,10 @@ FASTKD_DECLARE(ContrastTable, contrast);
 FASTKD_DECLARE(ContrastGatherTable, contrast_gather);
 
 namespace fastkd {
+
+Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
+                     int64_t n_data);
+
 namespace {
 
 ScoreOptions options(double scale, double shift) {
@@ -18,55 +24,97 @@ ScoreOptions options(double scale, double shift) {
   return {s, float(scale - s), h, float(shift - h)};
 }
 
-// f(i, rows, query, sum) for every query whose indices are in range; one that is not is an error after the others.
+// Queries and the bank that their index chooses from.
+struct Side {
+  Tensor query, bank;
+  Side(const Tensor& query, const Tensor& bank)
+      : query(with_contiguous_rows(query)), bank(with_contiguous_rows(bank)) {}
+};
+
+// f(side, i, rows, query, sum) for every query of every side whose indices are in range; one that is not is an error
+// after the others.
 template <class F>
-void for_each_query(const Tensor& query, const Tensor& bank, const Tensor& index, F&& f) {
+void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) {
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
-  const int64_t count = index.size(1), width = query.size(1), padded = padded_width(width);
-  const int64_t* indices = index.const_data_ptr<int64_t>();
-  std::atomic<bool> bad{false};
-  parallel_for(0, query.size(0), grain(count * width), [&](int64_t i, int64_t end) {
+  const int64_t queries = index.size(0), count = index.size(1), width = sides[0].query.size(1);
+  const int64_t padded = padded_width(width), *indices = index.const_data_ptr<int64_t>();
+  std::atomic<int64_t> bad{-1};
+  parallel_for(0, queries * int64_t(sides.size()), grain(count * width), [&](int64_t t, int64_t end) {
     std::vector<float> memory((kGathered + 2) * padded + 16);
     float *sum = aligned(memory.data()), *row = sum + padded;
-    for (; i < end; ++i) {
+    for (; t < end; ++t) {
+      const int64_t side = t / queries, i = t % queries;
+      const Tensor &query = sides[side].query, &bank = sides[side].bank;
       const Gathered rows = {static_cast<const char*>(bank.const_data_ptr()),
-                             element_of(bank),
+                             element_of_bank(bank),
                              bank.stride(0) * int64_t(bank.element_size()),
                              width,
                              padded,
                              indices + i * count,
                              count,
                              nullptr,
+                             nullptr,
                              0,
                              row + padded};
       if (!gather.in_range(rows.index, count, bank.size(0))) {
-        bad = true;
+        bad = bank.size(0);
         continue;
       }
       std::fill_n(memory.data(), memory.size(), 0.f);
       float_row(table, query, i, row);
-      f(i, rows, row, sum);
+      f(side, i, rows, row, sum);
     }
   });
-  STD_TORCH_CHECK(!bad, "index: indices must lie in [0, ", bank.size(0), "), the rows of bank");
+  STD_TORCH_CHECK(bad < 0, "index: indices must lie in [0, ", bad.load(), "), the rows of bank");
 }
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
                                    double temperature, bool with_direction) {
-  const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank);
-  const int64_t width = q.size(1);
-  Tensor loss = torch::stable::new_empty(q, {q.size(0)}, ScalarType::Float);
-  Tensor direction = torch::stable::new_empty(q, {with_direction ? q.size(0) : 0, width}, ScalarType::Float);
+  const int64_t width = query.size(1);
+  Tensor loss = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Float);
+  Tensor direction = torch::stable::new_empty(query, {with_direction ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *directions = direction.mutable_data_ptr<float>();
   const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
-  for_each_query(q, n, torch::stable::contiguous(index),
-                 [&](int64_t i, const Gathered& rows, const float* row, float* sum) {
+  for_each_query({{query, bank}}, torch::stable::contiguous(index),
+                 [&](int64_t, int64_t i, const Gathered& rows, const float* row, float* sum) {
                    losses[i] = float(gather.nce(rows, row, how, with_direction ? sum : nullptr));
                    for (int64_t d = 0; with_direction && d < width; ++d) directions[i * width + d] = sum[d] * how.scale;
                  });
   return {loss, direction};
+}
+
+// Both anchors at once: half the sum of their losses, what either query's gradient is for upstream 1, and z as it is
+// from now on. A z that cannot be set yet (no finite score) counts as 1.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_a, const Tensor& query_b,
+                                                            const Tensor& bank_a, const Tensor& bank_b,
+                                                            const Tensor& index, const Tensor& z_a, const Tensor& z_b,
+                                                            double noise, double temperature, int64_t n_data) {
+  const std::vector<Side> sides = {{query_a, bank_a}, {query_b, bank_b}};
+  const Tensor rows = torch::stable::contiguous(index);
+  const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
+  const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data),
+                       nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data)};
+  ScoreOptions how[2];
+  for (int s = 0; s < 2; ++s) {
+    const double now = *z[s].const_data_ptr<float>();
+    how[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
+  }
+  const double dropped = double(negatives) * (std::log(double(negatives) / double(n_data)) - std::log(noise));
+  Tensor loss = torch::stable::new_empty(query_a, {count}, ScalarType::Float);
+  std::vector<double> losses(2 * count);
+  Tensor direction[2] = {torch::stable::new_empty(query_a, {count, width}, ScalarType::Float),
+                         torch::stable::new_empty(query_b, {count, width}, ScalarType::Float)};
+  float* directions[2] = {direction[0].mutable_data_ptr<float>(), direction[1].mutable_data_ptr<float>()};
+  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
+    losses[side * count + i] = gather.nce(gathered, row, how[side], sum);
+    for (int64_t d = 0; d < width; ++d) directions[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
+  });
+  for (int64_t i = 0; i < count; ++i)
+    loss.mutable_data_ptr<float>()[i] = float((losses[i] + losses[count + i]) / 2 - dropped);
+  return {loss, direction[0], direction[1], z[0], z[1]};
 }
 
 }  // namespace
@@ -75,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
                                                              const Tensor& bank, const Tensor& index,
                                                              const std::optional<Tensor>& query_ids,
                                                              const std::optional<Tensor>& bank_ids,
+                                                             const std::optional<Tensor>& scale,
                                                              double inverse_temperature, bool with_direction) {
   const int64_t count = query.size(0), width = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {count}, ScalarType::Float);
@@ -87,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   const ScoreOptions how = options(inverse_temperature, 0);
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
-  for_each_query(query, bank, index, [&](int64_t i, Gathered rows, const float* row, float* sum) {
+  for_each_query({{query, bank}}, index, [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
+    rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
     float largest;
     const double mass = gather.softmax(rows, row, how, &largest, with_direction ? sum : nullptr);
@@ -100,4 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
 
 }  // namespace fastkd
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("nce_fwd", TORCH_BOX(&fastkd::nce_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("nce_fwd", TORCH_BOX(&fastkd::nce_fwd));
+  m.impl("nce_pair", TORCH_BOX(&fastkd::nce_pair));
+}

@@ -3,12 +3,10 @@
 // A gather is bound by memory: each row is read once, in the forward, and its share of the gradient is taken there.
 // Reading the rows again in a backward of its own would double the time of the whole loss.
 #include "cpu/contrast.h"
+#include "cpu/contrast_widen.h"
 #include "cpu/isa.h"
-#include "cpu/vec.h"
 
 namespace {
-
-constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
 
 bool in_range(const int64_t* index, int64_t count, int64_t rows) {
   uint64_t bad = 0;
@@ -30,11 +28,10 @@ struct BFloat16 {
   }
 };
 
-inline void prefetch(const Gathered& rows, int64_t k) {
-  if (k >= rows.count) return;
-  const char* row = rows.bank + rows.index[k] * rows.row_bytes;
-  const int64_t bytes = rows.width * (rows.element == 0 ? 4 : 2);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
+// Every second line of a row, from byte `from` on, into the second cache: the first has room for fewer requests on
+// their way. The other half is asked for while the gradient is summed, since memory is to be busy all the time.
+inline void fetch_half(const char* row, int64_t bytes, int64_t from) {
+  for (int64_t at = from; at < bytes; at += 128) __builtin_prefetch(row + at, 0, 2);
 }
 
 inline float total(vfloat x) {
@@ -55,12 +52,15 @@ inline float dot(const char* row, const float* query, int64_t width) {
   return total(sum[0] + sum[1]);
 }
 
-// sum += weights of kGathered rows times the rows. width: a multiple of kColumnStep.
+// sum += weights of kGathered rows times the rows; fetches the odd lines of `next`. width: a multiple of kColumnStep.
 template <class Element>
-inline void add_rows(const char* const* row, const float* weights, int64_t width, float* sum) {
+inline void add_rows(const char* const* row, const char* const* next, const float* weights, int64_t width, float* sum) {
   for (int64_t d = 0; d < width; d += 2 * kLanes) {
     vfloat a = load(sum + d), b = load(sum + d + kLanes), c = {}, e = {};
+    const int64_t line = d * Element::bytes | 64;
     for (int r = 0; r < kGathered; r += 2) {
+      __builtin_prefetch(next[r] + line, 0, 2);
+      __builtin_prefetch(next[r + 1] + line, 0, 2);
       a += Element::at(row[r], d) * weights[r];
       b += Element::at(row[r], d + kLanes) * weights[r];
       c += Element::at(row[r + 1], d) * weights[r + 1];
@@ -74,20 +74,21 @@ inline void add_rows(const char* const* row, const float* weights, int64_t width
 // weigh(scores, begin, count): scores [kGathered] become weights, those from `count` on are 0 and must become 0.
 template <class Element, int64_t kWidth, class Weigh>
 inline void walk(const Gathered& rows, const float* query, float* sum, bool in_place, Weigh&& weigh) {
-  for (int64_t k = 0; k < kAhead; ++k) prefetch(rows, k);
+  const int64_t bytes = rows.width * (rows.element == 0 ? 4 : rows.element == kFloat8 ? 1 : 2);
+  const auto at = [&](int64_t k) { return rows.bank + rows.index[k] * rows.row_bytes; };
+  for (int64_t k = 0; k < kGathered && k < rows.count; ++k) fetch_half(at(k), bytes, 0), fetch_half(at(k), bytes, 64);
   for (int64_t begin = 0; begin < rows.count; begin += kGathered) {
     const int64_t count = rows.count - begin < kGathered ? rows.count - begin : kGathered;
-    const char* row[kGathered];
+    const char *row[kGathered], *next[kGathered];
     float weights[kGathered] = {};
     for (int64_t r = 0; r < count; ++r) {
-      prefetch(rows, begin + r + kAhead);
-      row[r] = rows.bank + rows.index[begin + r] * rows.row_bytes;
+      row[r] = at(begin + r);
+      next[r] = at(begin + r + kGathered < rows.count ? begin + r + kGathered : begin + r);
+      fetch_half(next[r], bytes, 0);
+      if (!sum || !in_place) fetch_half(next[r], bytes, 64);
       if (!in_place) {
         float* own = rows.scratch + r * rows.padded;
-        if (rows.element == 0)
-          std::memcpy(own, row[r], rows.width * sizeof(float));
-        else
-          as_floats(row[r], rows.element, own, rows.width);
+        widen_row(row[r], rows.element, rows.width, rows.scales ? rows.scales[rows.index[begin + r]] : 1, own);
         row[r] = reinterpret_cast<const char*>(own);
       }
       weights[r] = dot<Element, kWidth>(row[r], query, rows.padded);
@@ -100,7 +101,7 @@ inline void walk(const Gathered& rows, const float* query, float* sum, bool in_p
           for (int64_t d = 0; d < rows.padded; d += kLanes)
             store(sum + d, load(sum + d) + Element::at(row[r], d) * weights[r]);
       } else {
-        add_rows<Element>(row, weights, rows.padded, sum);
+        add_rows<Element>(row, in_place ? next : row, weights, rows.padded, sum);
       }
     }
   }
@@ -108,9 +109,9 @@ inline void walk(const Gathered& rows, const float* query, float* sum, bool in_p
 
 template <class Weigh>
 inline void walk(const Gathered& rows, const float* query, float* sum, Weigh&& weigh) {
-  const bool whole = rows.width == rows.padded;
+  const bool whole = rows.width == rows.padded && !rows.scales;
   if (whole && rows.element == 1) return walk<BFloat16, 0>(rows, query, sum, true, weigh);
-  if (rows.width == 128 && rows.element == 0) return walk<Float32, 128>(rows, query, sum, true, weigh);
+  if (whole && rows.width == 128 && rows.element == 0) return walk<Float32, 128>(rows, query, sum, true, weigh);
   walk<Float32, 0>(rows, query, sum, whole && rows.element == 0, weigh);
 }
 

@@ -6,8 +6,8 @@
 
 #include <cmath>
 
+#include "cpu/contrast_widen.h"
 #include "cpu/isa.h"
-#include "cpu/vec.h"
 
 namespace {
 
@@ -85,13 +85,26 @@ inline void add_tile(const vfloat (&sum)[kRows][kVectors], const float* shrink, 
     }
 }
 
+// Which rows of the next block a group of queries fetches: every (mask + 1)-th, from `phase` on. All of them at once
+// would ask for more than memory gives in that time.
+struct Fetch {
+  int64_t mask, phase;
+  bool some() const { return phase <= mask; }
+  bool now(int64_t step) const { return (step & mask) == phase; }
+};
+
+inline Fetch fetch(bool ahead, int64_t first, int64_t queries) {
+  const int64_t groups = (queries + kRows - 1) / kRows;
+  return {!ahead ? -1 : groups >= 4 ? 3 : groups >= 2 ? 1 : 0, first / kRows};
+}
+
 template <bool kAhead>
-void sum_tile(const float* weights, const float* bank, int64_t row_stride, int64_t keys, const float* shrink,
-              int64_t width, float* out) {
+void sum_tile(const float* weights, const float* bank, int64_t row_stride, int64_t keys, Fetch fetch,
+              const float* shrink, int64_t width, float* out) {
   vfloat sum[kRows][kVectors] = {};
   const int64_t next = keys * row_stride;
   for (int64_t j = 0; j < keys; ++j, weights += kPanel, bank += row_stride) {
-    if constexpr (kAhead) {
+    if (kAhead && fetch.now(j)) {
       __builtin_prefetch(bank + next, 0, 2);
       __builtin_prefetch(bank + next + 16, 0, 2);
     }
@@ -106,10 +119,12 @@ void sum_tile(const float* weights, const float* bank, int64_t row_stride, int64
 
 void weighted_sum(const float* weights, const float* bank, int64_t row_stride, int64_t keys, int64_t queries,
                   int64_t width, const float* shrink, float* out, bool ahead) {
-  for (int64_t i = 0; i < queries; i += kRows)
+  for (int64_t i = 0; i < queries; i += kRows) {
+    const Fetch next = fetch(ahead, i, queries);
     for (int64_t d = 0; d < width; d += kColumns)
-      (ahead && i == 0 ? sum_tile<true> : sum_tile<false>)(weights + i, bank + d, row_stride, keys, shrink + i, width,
-                                                           out + i * width + d);
+      (next.some() ? sum_tile<true> : sum_tile<false>)(weights + i, bank + d, row_stride, keys, next, shrink + i, width,
+                                                       out + i * width + d);
+  }
 }
 
 #if defined(__AVX512F__)
@@ -130,12 +145,12 @@ inline void multiply(vfloat& sum, uint32_t unit, __m512i right) {
 
 template <bool kLow, bool kAhead>
 void sum_tile_bfloat16(const uint32_t* high, const uint32_t* low, const uint16_t* bank, int64_t row_stride,
-                       int64_t keys, const float* shrink, int64_t width, float* out) {
+                       int64_t keys, Fetch fetch, const float* shrink, int64_t width, float* out) {
   const Interleave order;
   vfloat sum[kRows][kVectors] = {};
   const int64_t next = keys * row_stride;
   for (int64_t j = 0; j < keys; j += 2, bank += 2 * row_stride) {
-    if constexpr (kAhead) {
+    if (kAhead && fetch.now(j / 2)) {
       __builtin_prefetch(bank + next, 0, 2);
       __builtin_prefetch(bank + next + row_stride, 0, 2);
     }
@@ -156,12 +171,14 @@ void sum_tile_bfloat16(const uint32_t* high, const uint32_t* low, const uint16_t
 
 void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint16_t* bank, int64_t row_stride,
                            int64_t keys, int64_t queries, int64_t width, const float* shrink, float* out, bool ahead) {
-  for (int64_t i = 0; i < queries; i += kRows)
+  for (int64_t i = 0; i < queries; i += kRows) {
+    const Fetch next = fetch(ahead, i, queries);
     for (int64_t d = 0; d < width; d += kColumns) {
-      const auto tile = low ? (ahead && i == 0 ? sum_tile_bfloat16<true, true> : sum_tile_bfloat16<true, false>)
-                            : (ahead && i == 0 ? sum_tile_bfloat16<false, true> : sum_tile_bfloat16<false, false>);
-      tile(high + i, low ? low + i : nullptr, bank + d, row_stride, keys, shrink + i, width, out + i * width + d);
+      const auto tile = low ? (next.some() ? sum_tile_bfloat16<true, true> : sum_tile_bfloat16<true, false>)
+                            : (next.some() ? sum_tile_bfloat16<false, true> : sum_tile_bfloat16<false, false>);
+      tile(high + i, low ? low + i : nullptr, bank + d, row_stride, keys, next, shrink + i, width, out + i * width + d);
     }
+  }
 }
 #else
 constexpr decltype(ContrastTable::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
@@ -182,11 +199,8 @@ void add_scaled(const float* x, float scale, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += scale * x[i];
 }
 
-void widen(const void* x, int element, int64_t count, int64_t padded, float* out) {
-  if (element == 0)
-    std::memcpy(out, x, count * sizeof(float));
-  else
-    as_floats(x, element, out, count);
+void widen(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
+  widen_row(x, element, count, scale, out);
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
 
@@ -194,8 +208,8 @@ void update_row(void* bank, int bank_element, const void* row, int row_element, 
                 float* scratch) {
   float *old = scratch, *now = scratch + width;
   const float keep = float(momentum), take = float(1 - momentum);
-  widen(bank, bank_element, width, width, old);
-  widen(row, row_element, width, width, now);
+  widen(bank, bank_element, width, width, 1, old);
+  widen(row, row_element, width, width, 1, now);
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {

@@ -19,7 +19,16 @@ inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / 
 // Row i of x [N, D] as floats, with zeros up to the padded width.
 inline void float_row(const ContrastTable& table, const Tensor& x, int64_t i, float* out) {
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
-  table.widen(row, element_of(x), x.size(1), padded_width(x.size(1)), out);
+  table.widen(row, element_of(x), x.size(1), padded_width(x.size(1)), 1, out);
+}
+
+// Of a bank, which may also be float8.
+inline int element_of_bank(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float8_e4m3fn ? kFloat8 : element_of(x);
+}
+
+inline const float* scales_of(const std::optional<Tensor>& scale) {
+  return scale ? scale->const_data_ptr<float>() : nullptr;
 }
 
 inline Tensor with_contiguous_rows(const Tensor& x) {

@@ -46,11 +46,11 @@ struct DivergenceTable {
   void (*refine)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                  const DivergenceStats& stats, DivergenceSums* sums);
   void (*settle)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
-  // For the sparse teacher: parts of softmax(s / T).
+  // For the sparse teacher: parts of softmax(s / T). 1 / T and T logsumexp(s / T) as two floats where digits count.
   float (*largest)(const float* s, int64_t columns);
-  double (*sum_of_exponentials)(const float* s, int64_t columns, float inverse_temperature, float shift);
-  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
-                         float* out);
+  double (*sum_of_exponentials)(const float* s, int64_t columns, float high, float low, float shift);
+  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+                         float scale, float* out);
   // Rows in half precision, to floats and back.
   const float* (*as_floats)(const void* row, int element, float* scratch, int64_t count);
   void (*narrow)(const float* in, int element, void* out, int64_t count);

@@ -344,18 +344,19 @@ void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptio
 
 float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
 
-double sum_of_exponentials(const float* s, int64_t columns, float inverse_temperature, float shift) {
+double sum_of_exponentials(const float* s, int64_t columns, float high, float low, float shift) {
   double totals[1];
   accumulate(s, s, columns, totals, [&](vfloat a, vfloat, vfloat(&sums)[1], int64_t, int) {
-    sums[0] += exp(a * inverse_temperature - shift);
+    const vfloat x = larger(splat(-1e30f), a - shift);  // -inf times a negative `low` would be inf
+    sums[0] += exp(x * high + x * low);
   });
   return totals[0];
 }
 
-void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float scale,
-                    float* out) {
+void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+                    float scale, float* out) {
   sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t i, int count) {
-    store_some(out + i, exp(a * inverse_temperature - log_sum) * scale, count);
+    store_some(out + i, exp(((a - log_sum) - lacking) * inverse_temperature) * scale, count);
   });
 }
 

@@ -1,5 +1,6 @@
 // One row against a sparse teacher: the student's softmax is over the whole vocabulary; everything else happens on k +
 // 1 numbers, in double. The gradient is q (h - mean) / T for every word, where h is the rest's outside the k words.
+// Near p = q, h (which is known up to a constant only) is small, and the logarithms are kept with the digits to tell.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -12,8 +13,11 @@
 namespace fastkd {
 namespace {
 
+// T logsumexp(s / T) as a float and what it lacks, the mean of h under q, and the rest's h.
 struct TopKStats {
-  float max, log_sum, mean, rest_slope;  // of s / T; the rest's slope is 0 where the rest has no probability
+  float log_sum, lacking, mean, rest_slope;
+
+  double raw() const { return double(log_sum) + lacking; }
 };
 // One word, or the rest: its contribution to the row and h. Without a tail p and q differ in mass, so the terms are
 // plain; with one they are Bregman's, which are never negative.
@@ -34,16 +38,16 @@ inline Word word(int kind, double log_p, double log_q, double mix, bool same_mas
     case kReverseKL:
       return {kl_term(q, log_q, log_p, same_mass), q > 0 ? log_q - log_p : 0};
     case kSkewKL:
-      return {kl_term(p, log_p, log_m, same_mass), m > 0 ? -mix * p / m : 0};
+      return {kl_term(p, log_p, log_m, same_mass), m > 0 ? mix * (m - p) / m : 0};
     case kJSD:
       return {(1 - mix) * kl_term(p, log_p, log_m, same_mass) + mix * kl_term(q, log_q, log_m, same_mass),
               q > 0 ? mix * (log_q - log_m) : 0};
     case kTVD:
       return {std::fabs(q - p) / 2, q > p ? 0.5 : (q < p ? -0.5 : 0)};
     case kSoftCE:
-      return {p > 0 ? -p * log_q : 0, q > 0 ? -p / q : 0};
+      return {p > 0 ? -p * log_q : 0, q > 0 ? (q - p) / q : 0};
     default:
-      return {kl_term(p, log_p, log_q, same_mass), q > 0 ? -p / q : 0};
+      return {kl_term(p, log_p, log_q, same_mass), q > 0 ? (q - p) / q : 0};
   }
 }
 
@@ -70,27 +74,40 @@ struct TopKTeacher {
   }
 };
 
+// log sum e^(s / T); -inf where no word exists.
+inline double log_sum_exp(const DivergenceTable& table, const float* s, int64_t columns, double inverse_temperature) {
+  const float max = table.largest(s, columns);
+  if (max == -std::numeric_limits<float>::infinity()) return max;
+  const float high = float(inverse_temperature), low = float(inverse_temperature - high);
+  return max * inverse_temperature + std::log(table.sum_of_exponentials(s, columns, high, low, max));
+}
+
 // `rest` is scratch for a row.
 inline float topk_forward(const DivergenceTable& table, const TopKTeacher& teacher, int64_t i, const float* s,
                           int64_t columns, float* rest, int kind, double inverse_temperature, double mix,
                           TopKStats* stats) {
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
   const int64_t* index = teacher.index(i);
-  const float max = table.largest(s, columns) * float(inverse_temperature);
   std::memcpy(rest, s, columns * sizeof(float));
-  for (int64_t j = 0; j < teacher.k; ++j) rest[index[j]] = -std::numeric_limits<float>::infinity();
-  const double rest_sum = table.sum_of_exponentials(rest, columns, float(inverse_temperature), max);
-  double sum = rest_sum;
-  for (int64_t j = 0; j < teacher.k; ++j) sum += std::exp(s[index[j]] * inverse_temperature - max);
-  const double log_sum = std::log(sum), log_rest_q = std::log(rest_sum) - log_sum;
-  const Word rest_word = word(kind, teacher.log_rest(i), log_rest_q, mix, teacher.has_tail);
+  for (int64_t j = 0; j < teacher.k; ++j) rest[index[j]] = float(kNothing);
+  const double log_rest = log_sum_exp(table, rest, columns, inverse_temperature);
+  double top = log_rest;
+  for (int64_t j = 0; j < teacher.k; ++j) top = std::fmax(top, s[index[j]] * inverse_temperature);
+  double sum = log_rest == kNothing ? 0 : std::exp(log_rest - top);
+  for (int64_t j = 0; j < teacher.k; ++j) sum += std::exp(s[index[j]] * inverse_temperature - top);
+  const double log_sum = top + std::log(sum), log_rest_q = log_rest - log_sum;
+  // A student that can say nothing but the k words has no rest: then the teacher's is not compared either.
+  const double log_tail = log_rest == kNothing ? kNothing : teacher.log_rest(i);
+  const Word rest_word = word(kind, log_tail, log_rest_q, mix, teacher.has_tail);
   double value = rest_word.value, mean = std::exp(log_rest_q) * rest_word.slope;
   for (int64_t j = 0; j < teacher.k; ++j) {
-    const double log_q = s[index[j]] * inverse_temperature - max - log_sum;
+    const double log_q = s[index[j]] * inverse_temperature - log_sum;
     const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
     value += x.value;
     mean += std::exp(log_q) * x.slope;
   }
-  *stats = {max, float(log_sum), float(mean), float(rest_word.slope)};
+  const double raw = log_sum / inverse_temperature;
+  *stats = {float(raw), float(raw - float(raw)), float(mean), float(rest_word.slope)};
   return float(value);
 }
 
@@ -98,11 +115,11 @@ inline void topk_backward(const DivergenceTable& table, const TopKTeacher& teach
                           int64_t columns, int kind, double inverse_temperature, double mix, const TopKStats& stats,
                           float upstream, float* grad) {
   const double scale = upstream * inverse_temperature;
-  table.scaled_softmax(s, columns, float(inverse_temperature), stats.max + stats.log_sum,
+  table.scaled_softmax(s, columns, float(inverse_temperature), stats.log_sum, stats.lacking,
                        float((stats.rest_slope - stats.mean) * scale), grad);
   for (int64_t j = 0; j < teacher.k; ++j) {
     const int64_t v = teacher.index(i)[j];
-    const double log_q = s[v] * inverse_temperature - stats.max - stats.log_sum;
+    const double log_q = (s[v] - stats.raw()) * inverse_temperature;
     const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
     grad[v] = float(std::exp(log_q) * (x.slope - stats.mean) * scale);
   }

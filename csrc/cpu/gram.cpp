@@ -8,22 +8,23 @@
 // meets a rounding. (bfloat16 rows are multiplied as they are instead, since v is not a bfloat16: <x_i, x_j> / |x_i|
 // |x_j| - |c|², exact products and float32 sums, no worse than float32 arithmetic on them.)
 //
-//     rho = <P, Q> / (ab + eps), a = |P|, b = |Q|:   d(1 - rho)/dP = G = -Q / den + <P, Q> b / (a den²) P
-//     d/du_i = 2 sum_j G[i, j] u_j = 2 (sum_j G[i, j] v_j + (sum_j G[i, j]) c)
+//     rho = <P, Q> / (ab + eps), a = |P|, b = |Q|:   d(1 - rho)/dP = W = -Q / den + <P, Q> b / (a den²) P
+//     d/du_i = sum_j G[i, j] u_j = sum_j G[i, j] v_j + (sum_j G[i, j]) c,   G = W + Wᵀ
 //
-// and along the sphere (d/dx is what is orthogonal to u, over |x|) c = u_i - v_i counts as -v_i, small again.
+// and along the sphere (d/dx is what is orthogonal to u, over |x|) c = u_i - v_i counts as -v_i, small again. Row by
+// row (gram_lines.h) a, b and the means are those of row i, and so are the two factors in W[i, j].
 //
-// G depends on nothing outside its group but a factor, so the gradient for upstream 1 is made in the forward, while P
-// and Q are there, and saved (the student's size, in its dtype); the backward multiplies it. Recomputing them would be
-// twice the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that
-// thread's scratch; of longer ones the tiles are made again for the gradient, and the threads share the group. Sums are
-// in an order that depends on shapes only.
-#include "cpu/gram_side.h"
-
-#include <array>
-#include <memory>
+// W depends on nothing outside its group but a factor, so the gradient is made in the forward, while P and Q are there:
+// for the upstream that is likely, where the caller knows one, else for upstream 1. Recomputing P and Q would be twice
+// the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that thread's
+// scratch (gram_whole.h); of longer ones the tiles are made again for the gradient, and the threads share the group
+// (gram_long.h); where rows outnumber features, the Gram of the features says the same (gram_features.h). Sums are in
+// an order that depends on shapes only.
 #include <tuple>
 
+#include "cpu/gram_features.h"
+#include "cpu/gram_long.h"
+#include "cpu/gram_whole.h"
 #include "cpu/isa.h"
 
 FASTKD_DECLARE(GramTable, gram);
@@ -31,313 +32,291 @@ FASTKD_DECLARE(GramTable, gram);
 namespace fastkd {
 namespace {
 
+using Tensors = std::vector<Tensor>;
+
 constexpr int64_t kWhole = 512;
-constexpr int64_t kTokenRows = 2, kSequenceRows = 3;  // fewer valid ones under a mask: the group does not count
+enum Level : int64_t { kToken, kSequence, kOfficial };
 
-struct Call {
-  const GramTable& table;
-  Side s, t;
-  const bool* mask;
-  int64_t mask_group, mask_row;
-  int64_t groups, length;
-  bool sequence;
+// What an op was asked for, whatever the pair.
+struct Question {
+  std::optional<Tensor> mask;
+  std::vector<int64_t> levels;
+  bool row, normalize;
   double eps;
-  float* values;
-  bool* valid;
-  char* unit;  // the gradient for upstream 1 [B, N, D], or null
-  int64_t unit_item;
 };
 
-// The rows of a group that count; none where there are too few.
-std::vector<int64_t> kept_rows(const Call& call, int64_t group) {
-  std::vector<int64_t> kept;
-  kept.reserve(call.length);
-  for (int64_t i = 0; i < call.length; ++i)
-    if (!call.mask || call.mask[group * call.mask_group + i * call.mask_row]) kept.push_back(i);
-  if (call.mask && int64_t(kept.size()) < (call.sequence ? kSequenceRows : kTokenRows)) kept.clear();
-  return kept;
-}
-
-// G = of_p P + of_q Q, with the 2 of both of its halves.
-struct Weights {
-  float of_p, of_q;
-};
-
-using Sums = std::array<double, 3>;  // of P P, Q Q and P Q
-
-Weights conclude(const Sums& sums, int64_t n, double eps, float* value) {
-  const double ab = std::sqrt(sums[0] * sums[1]), den = ab + eps, a = std::sqrt(sums[0]), b = std::sqrt(sums[1]);
-  *value = float((ab - sums[2] + eps) / den);
-  if (n == 1) return {0, 0};  // what is left of P and Q is rounding
-  return {a > 0 ? float(2 * sums[2] * b / (a * den * den)) : a == 0 ? 0.f : float(a), float(-2 / den)};
-}
-
-char* unit_row(const Call& call, int64_t group, int64_t i) {
-  const int64_t b = call.sequence ? i : group, position = call.sequence ? group : i;
-  const int64_t positions = call.sequence ? call.groups : call.length;
-  return call.unit + (b * positions + position) * call.s.width * call.unit_item;
-}
-
-void write_zeros(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
-  if (!call.unit || int64_t(kept.size()) == call.length) return;
-  size_t next = 0;
-  for (int64_t i = 0; i < call.length; ++i) {
-    if (next < kept.size() && kept[next] == i)
-      ++next;
-    else
-      std::memset(unit_row(call, group, i), 0, call.s.width * call.unit_item);
-  }
-}
-
-// What one thread needs: weights of some rows, their product with the rows, and its packed operand.
-struct Scratch {
-  float *pull, *u, *ones;
-  char* packed;
-
-  Scratch(Arena& arena, const Side& s, int64_t columns, int64_t ones_count) {
-    pull = arena.take<float>(s.strip * s.padded);
-    u = arena.take<float>(s.padded);
-    packed = arena.take<char>(s.gemm.bytes_a(s.strip + s.gemm.rows_a, columns));
-    ones = arena.take<float>(ones_count);
-  }
-};
-
-// pull (+)= weights[rows, j..j_end) x rows j to j_end of the student; their sums are added up.
-void pull_rows(const Side& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end, int64_t block,
-               const Scratch& scratch, double* sums) {
-  const int64_t columns = j_end - j;
-  for (int64_t i = 0; i < rows; ++i) {
-    const double sum = s.table.weigh(weights + i * stride, gram_padded(columns), s.raw ? s.scale + j : nullptr);
-    sums[i] = j == 0 ? sum : sums[i] + sum;
-  }
-  s.gemm.pack_a({weights, kFloat32, stride, 1, rows, columns}, scratch.packed);
-  s.gemm.tile(scratch.packed, s.piece(j, block), {rows, s.width, columns}, {scratch.pull, s.padded, 1, j > 0});
-}
-
-void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& kept, int64_t begin, int64_t end,
-                 const Scratch& scratch, const double* sums) {
-  const Side& s = call.s;
-  for (int64_t i = begin; i < end; ++i) {
-    float* pull = scratch.pull + (i - begin) * s.padded;
-    for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
-    const bool live = s.normalize && s.scale[i] < float(1 / kLeastNorm);
-    const GramRow of = {s.row(i), s.raw ? nullptr : s.centre, s.raw, live, s.scale[i], float(sums[i - begin])};
-    char* to = unit_row(call, group, kept[i]);
-    const bool direct = call.unit_item == 4 && s.padded == s.width;
-    call.table.finish(of, s.padded, pull, scratch.u, direct ? reinterpret_cast<float*>(to) : pull);
-    if (call.unit_item == 2)
-      call.table.narrow(pull, s.width, reinterpret_cast<uint16_t*>(to));
-    else if (!direct)
-      std::memcpy(to, pull, s.width * sizeof(float));
-  }
-}
-
-// Groups of at most kWhole rows: P and Q lie in a scratch of their own, and the sides one after the other in another.
-struct Whole {
-  Call call;  // a copy: the sides point into this thread's scratch
-  int64_t stride, block;
-  Memory memory;
-  float *p, *q;
-  std::unique_ptr<Scratch> scratch;
-
-  explicit Whole(const Call& of) : call(of), stride(gram_padded(of.length) + kSkew), block(gram_padded(of.length)) {
-    memory.fill([&](Arena& arena) { carve(arena); });
-    for (int64_t i = 0; i < stride; ++i) scratch->ones[i] = 1;
-  }
-
-  void carve(Arena& arena) {
-    p = arena.take<float>(call.length * stride);
-    q = arena.take<float>(call.length * stride);
-    scratch.reset(new Scratch(arena, call.s, block, stride));
-    Arena again = arena;
-    call.t.carve(arena, 0);
-    call.s.carve(again, call.unit ? block : 0);
-    arena.used = arena.used > again.used ? arena.used : again.used;
-  }
-
-  void run(int64_t group) {
-    const std::vector<int64_t> kept = kept_rows(call, group);
-    const int64_t n = int64_t(kept.size()), strip = call.s.strip;
-    write_zeros(call, group, kept);
-    call.valid[group] = n > 0;
-    call.values[group] = 0;
-    if (n == 0) return;
-    call.t.prepare(group, kept, false);
-    each(false, n, call.t.strip,
-         [&](int64_t i, int64_t end) { call.t.tile(i, end, i, n, scratch->ones, q + i * stride + i, stride); });
-    call.s.prepare(group, kept, false);
-    Sums sums = {};
-    each(false, n, strip, [&](int64_t i, int64_t end) {
-      const int64_t at = i * stride + i;
-      call.s.tile(i, end, i, n, scratch->ones, p + at, stride);
-      call.table.moments(p + at, q + at, stride, end - i, gram_padded(n - i), strip, sums.data());
-    });
-    const Weights weights = conclude(sums, n, call.eps, call.values + group);
-    if (call.unit) gradient(group, kept, weights);
-  }
-
-  void gradient(int64_t group, const std::vector<int64_t>& kept, Weights weights) {
-    const int64_t n = int64_t(kept.size());
-    call.s.turn(n, block, false);
-    each(false, n, call.s.strip, [&](int64_t i, int64_t end) {
-      const int64_t at = i * stride + i;
-      call.table.combine(p + at, q + at, stride, end - i, gram_padded(n - i), weights.of_p, weights.of_q);
-      call.table.mirror(p, stride, i, end, n);
-    });
-    std::vector<double> sums(call.s.strip);
-    each(false, n, call.s.strip, [&](int64_t i, int64_t end) {
-      pull_rows(call.s, p + i * stride, stride, end - i, 0, n, block, *scratch, sums.data());
-      finish_rows(call, group, kept, i, end, *scratch, sums.data());
-    });
-  }
-};
-
-// Longer groups, one after another: every thread takes strips of the same Gram, a tile of P and Q at a time.
-struct Long {
-  Call call;
-  int64_t strip, columns;  // rows and columns of a tile
-  Memory memory;
-
-  explicit Long(const Call& of) : call(of), strip(of.s.strip), columns(16 * of.s.strip) {
-    memory.fill([&](Arena& arena) {
-      call.t.carve(arena, 0);
-      call.s.carve(arena, call.unit ? columns : 0);
-    });
-  }
-
-  // A thread's own tiles.
-  struct Tiles {
-    Memory memory;
-    int64_t stride;
-    float *p, *q;
-    std::unique_ptr<Scratch> scratch;
-
-    explicit Tiles(const Long& of) : stride(gram_padded(of.columns) + kSkew) {
-      memory.fill([&](Arena& arena) {
-        p = arena.take<float>(of.strip * stride);
-        q = arena.take<float>(of.strip * stride);
-        scratch.reset(new Scratch(arena, of.call.s, of.columns, of.call.length + kGramLanes));
-      });
-      for (int64_t i = 0; i < of.call.length + kGramLanes; ++i) scratch->ones[i] = 1;
-    }
-  };
-
-  void make(Tiles& tiles, int64_t i, int64_t end, int64_t j, int64_t j_end) const {
-    call.t.tile(i, end, j, j_end, tiles.scratch->ones, tiles.q, tiles.stride);
-    call.s.tile(i, end, j, j_end, tiles.scratch->ones, tiles.p, tiles.stride);
-  }
-
-  void run(int64_t group) {
-    const std::vector<int64_t> kept = kept_rows(call, group);
-    const int64_t n = int64_t(kept.size());
-    write_zeros(call, group, kept);
-    call.valid[group] = n > 0;
-    call.values[group] = 0;
-    if (n == 0) return;
-    call.t.prepare(group, kept, true);
-    call.s.prepare(group, kept, true);
-    const Weights weights = conclude(moments(n), n, call.eps, call.values + group);
-    if (!call.unit) return;
-    call.s.turn(n, columns, true);
-    parallel_for(0, (n + strip - 1) / strip, 1, [&](int64_t first, int64_t last) {
-      Tiles tiles(*this);
-      for (int64_t at = first; at < last; ++at) gradient(group, kept, weights, at * strip, tiles);
-    });
-  }
-
-  Sums moments(int64_t n) const {
-    const int64_t strips = (n + strip - 1) / strip;
-    std::vector<Sums> of_strip(strips);
-    parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
-      Tiles tiles(*this);
-      for (int64_t at = first; at < last; ++at) {  // a long and a short one by turns: the upper triangle's strips
-        const int64_t which = at % 2 ? strips - 1 - at / 2 : at / 2, i = which * strip;
-        const int64_t end = i + strip < n ? i + strip : n;
-        for (int64_t j = i; j < n; j += columns) {
-          const int64_t j_end = j + columns < n ? j + columns : n;
-          make(tiles, i, end, j, j_end);
-          call.table.moments(tiles.p, tiles.q, tiles.stride, end - i, gram_padded(j_end - j), j == i ? strip : 0,
-                             of_strip[which].data());
-        }
-      }
-    });
-    Sums sums = {};
-    for (const Sums& part : of_strip)
-      for (int k = 0; k < 3; ++k) sums[k] += part[k];
-    return sums;
-  }
-
-  void gradient(int64_t group, const std::vector<int64_t>& kept, Weights weights, int64_t i, Tiles& tiles) const {
-    const int64_t n = int64_t(kept.size()), end = i + strip < n ? i + strip : n;
-    std::vector<double> sums(strip);
-    for (int64_t j = 0; j < n; j += columns) {
-      const int64_t j_end = j + columns < n ? j + columns : n;
-      make(tiles, i, end, j, j_end);
-      call.table.combine(tiles.p, tiles.q, tiles.stride, end - i, gram_padded(j_end - j), weights.of_p, weights.of_q);
-      pull_rows(call.s, tiles.p, tiles.stride, end - i, j, j_end, columns, *tiles.scratch, sums.data());
-    }
-    finish_rows(call, group, kept, i, end, *tiles.scratch, sums.data());
-  }
+// A gradient per level (for upstream 1), or one of all levels together, or none; and the upstream of every level.
+struct Aim {
+  Tensors out;
+  std::vector<Upstream> upstream;
 };
 
 Tensor rows_side_by_side(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gram_fwd(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
-                                            bool sequence, bool normalize, double eps, bool with_gradient) {
-  const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
-  const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
-  Tensor values = torch::stable::new_empty(s, {groups}, ScalarType::Float);
-  Tensor valid = torch::stable::new_empty(s, {groups}, ScalarType::Bool);
-  const bool bfloat16 = s.scalar_type() == ScalarType::BFloat16;
-  Tensor unit = torch::stable::new_empty(s, {s.size(0), with_gradient ? s.size(1) : 0, s.size(2)},
-                                         bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-  if (with_gradient) use_huge_pages(unit);
+// The released code's groups: all positions are measured before the first gradient is known.
+template <class Work, class Each>
+void by_official_groups(const Call& call, const Each& each_group) {
+  OfficialGroups found(call.length, call.groups);
+  each_group([&](Work& work, int64_t group) { work.measure(group, &found.lines[group * call.length]); });
+  found.conclude_all(call);
+  if (call.out) each_group([&](Work& work, int64_t group) { work.apply(group, found); });
+}
+
+// Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
+bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gradient) {
+  const auto ds = double(s.size(2)), dt = double(t.size(2)), both = ds + dt;
+  const double tiles = n > kWhole ? 3 * both : both;  // made twice, the second time without symmetry
+  const bool half = fastkd::gemm(element_of(s)).operand == kBFloat16 && element_of(t) == kBFloat16;
+  const double by_rows = n * n * (with_gradient ? tiles + 2 * ds : both) * (half ? 0.5 : 1);
+  return n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
+}
+
+void correlate(const Call& call) {
+  if (call.by_features) {
+    Features work(call);
+    for (int64_t group = 0; group < call.groups; ++group) work.run(group);
+    return;
+  }
+  if (call.length > kWhole) {
+    const auto each_group = [&](const auto& f) {
+      Long work(call);
+      for (int64_t group = 0; group < call.groups; ++group) f(work, group);
+    };
+    if (call.official) return by_official_groups<Long>(call, each_group);
+    return each_group([](Long& work, int64_t group) { work.run(group); });
+  }
+  const auto each_group = [&](const auto& f) {
+    const int64_t worth = grain(call.length * call.length * (call.s.width + call.t.width), 1 << 20);
+    parallel_for(0, call.groups, worth, [&](int64_t begin, int64_t end) {
+      Whole work(call);
+      for (int64_t group = begin; group < end; ++group) f(work, group);
+    });
+  };
+  if (call.official) return by_official_groups<Whole>(call, each_group);
+  each_group([](Whole& work, int64_t group) { work.run(group); });
+}
+
+Call call_of(const Question& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+             Tensor& values, Tensor& valid) {
   const GramTable& table = FASTKD_CHOOSE(gram);
+  const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
+  const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
+  const std::vector<int64_t> shape =
+      asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
+  const bool by_features = !asked.row && !official && features_are_fewer(double(length), s, t, with_gradient);
+  values = torch::stable::new_empty(s, shape, ScalarType::Float);
+  valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
   Call call = {table,
-               Side(table, s, sequence, normalize),
-               Side(table, t, sequence, normalize),
-               mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
-               mask ? mask->stride(sequence ? 1 : 0) : 0,
-               mask ? mask->stride(sequence ? 0 : 1) : 0,
+               Side(table, s, sequence, asked.normalize, by_features, norms),
+               Side(table, t, sequence, asked.normalize, by_features, norms + 1),
+               GroupMask(asked.mask, sequence, length),
                groups,
                length,
                sequence,
-               eps,
+               asked.row,
+               official,
+               by_features,
+               asked.eps,
                values.mutable_data_ptr<float>(),
                static_cast<bool*>(valid.mutable_data_ptr()),
-               with_gradient ? static_cast<char*>(unit.mutable_data_ptr()) : nullptr,
-               int64_t(unit.element_size())};
+               {},
+               nullptr,
+               0,
+               false};
   Side::agree(call.s, call.t);
-  if (length > kWhole) {
-    Long work(call);
-    for (int64_t group = 0; group < groups; ++group) work.run(group);
-    return {values, valid, unit};
-  }
-  const int64_t worth = grain(length * length * (call.s.width + call.t.width), 1 << 20);
-  parallel_for(0, groups, worth, [&](int64_t begin, int64_t end) {
-    Whole work(call);
-    for (int64_t group = begin; group < end; ++group) work.run(group);
-  });
-  return {values, valid, unit};
+  return call;
 }
 
-Tensor gram_bwd(const Tensor& upstream, const Tensor& unit, bool sequence) {
-  const Tensor g = torch::stable::contiguous(upstream);
-  Tensor grad = torch::stable::new_empty(unit, {unit.size(0), unit.size(1), unit.size(2)});
+// All levels of a pair of layers, one after another.
+void all_levels(const Question& asked, const Tensor& student, const Tensor& teacher, Aim& aim, Tensors* values,
+                Tensors* valid) {
+  const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
+  Norms norms[2];
+  for (size_t k = 0; k < asked.levels.size(); ++k) {
+    Tensor one_minus_rho, counts;
+    Call call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
+    if (!aim.out.empty()) {
+      const bool together = aim.out.size() == 1;
+      Tensor& out = aim.out[together ? 0 : k];
+      call.upstream = aim.upstream[k];
+      call.out = static_cast<char*>(out.mutable_data_ptr());
+      call.out_item = int64_t(out.element_size());
+      call.add = together && k > 0;
+    }
+    correlate(call);
+    // With a mask, a level has seen the rows of its own groups only.
+    norms[0].known = norms[1].known = asked.normalize && !asked.mask;
+    if (values) values->push_back(one_minus_rho);
+    if (valid) valid->push_back(counts);
+  }
+}
+
+// float32 where the student is float16, whose range gradients leave before a scaler has had its say.
+Tensor gradient_like(const Tensor& student) {
+  const bool bfloat16 = student.scalar_type() == ScalarType::BFloat16;
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)},
+                                         bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
   use_huge_pages(grad);
+  return grad;
+}
+
+// A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
+bool units_do(const Question& asked) {
+  for (int64_t level : asked.levels)
+    if (level == kOfficial || asked.row) return false;
+  return true;
+}
+
+std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
+                                               std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                                               bool with_gradient) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  Tensors values, valid, saved;
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    Aim aim = {{}, std::vector<Upstream>(levels.size())};
+    for (size_t k = 0; with_gradient && units_do(asked) && k < levels.size(); ++k)
+      aim.out.push_back(gradient_like(students[pair]));
+    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
+    saved.insert(saved.end(), aim.out.begin(), aim.out.end());
+  }
+  return {values, valid, saved};
+}
+
+// The sum of units, each times its upstream, in the student's dtype.
+Tensor weighted(const Tensor& student, const Question& asked, const std::vector<Upstream>& upstream,
+                const Tensor* units) {
   const GramTable& table = FASTKD_CHOOSE(gram);
-  const float* up = g.const_data_ptr<float>();
-  const bool bfloat16 = unit.scalar_type() == ScalarType::BFloat16;
-  const int64_t positions = unit.size(1), width = unit.size(2), row = width * int64_t(unit.element_size());
-  const auto* in = static_cast<const char*>(unit.const_data_ptr());
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
+  use_huge_pages(grad);
+  const int64_t positions = student.size(1), width = student.size(2), terms = int64_t(upstream.size());
+  const int element_in = element_of(units[0]), element_out = element_of(grad);
+  const int64_t row_in = width * int64_t(units[0].element_size()), row_out = width * int64_t(grad.element_size());
   auto* out = static_cast<char*>(grad.mutable_data_ptr());
-  parallel_for(0, unit.size(0) * positions, grain(width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      table.multiply(in + i * row, bfloat16, up[sequence ? i % positions : i / positions], width, out + i * row);
+  parallel_for(0, student.size(0) * positions, grain(width), [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(gram_padded(width)), by(terms);
+    std::vector<const void*> from(terms);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < terms; ++k) {
+        by[k] = upstream[k][asked.levels[k] == kToken ? i / positions : i % positions];
+        from[k] = static_cast<const char*>(units[k].const_data_ptr()) + i * row_in;
+      }
+      table.blend(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
+    }
   });
   return grad;
+}
+
+// All levels' gradients once more, for the upstream that came.
+Tensor again(const Question& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
+  Aim aim = {{gradient_like(student)}, std::move(upstream)};
+  all_levels(asked, student, teacher, aim, nullptr, nullptr);
+  if (student.scalar_type() != ScalarType::Half) return aim.out[0];
+  return weighted(student, asked, {Upstream()}, aim.out.data());
+}
+
+std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t terms) {
+  std::vector<Upstream> found(terms);
+  for (size_t k = 0; k < terms; ++k) found[k].each = grads[pair * terms + k].const_data_ptr<float>();
+  return found;
+}
+
+Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
+                 std::vector<int64_t> levels, bool row, bool normalize, double eps) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  Tensors found;
+  const size_t terms = levels.size();
+  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    const std::vector<Upstream> upstream = upstream_of(grads, pair, terms);
+    found.push_back(saved.empty() ? again(asked, students[pair], teachers[pair], upstream)
+                                  : weighted(students[pair], asked, upstream, &saved[pair * terms]));
+  }
+  return found;
+}
+
+// What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
+// values that count for a mean.
+std::vector<Upstream> likely_upstream(const Question& asked, const Tensor& student, const std::vector<double>& weights,
+                                      bool mean) {
+  std::vector<Upstream> found(asked.levels.size());
+  for (size_t k = 0; k < found.size(); ++k) {
+    const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
+    const int64_t groups = student.size(sequence ? 1 : 0), length = student.size(sequence ? 0 : 1);
+    int64_t count = asked.row ? groups * length : official ? length : groups;
+    if (asked.mask && !official) {
+      count = 0;
+      const GroupMask mask(asked.mask, sequence, length);
+      for (int64_t group = 0; group < groups; ++group) {
+        const auto kept = int64_t(mask.kept(group).size());
+        count += asked.row ? kept : kept > 0;
+      }
+    }
+    found[k].all = float(weights[k]) / (mean && count > 0 ? float(count) : 1.f);
+  }
+  return found;
+}
+
+std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
+                                                    std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                                                    std::vector<double> weights, bool mean) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  Tensors values, valid, grads;
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    STD_TORCH_CHECK(students[pair].scalar_type() != ScalarType::Half, "gram_fwd_grad takes float32 and bfloat16");
+    Aim aim = {{gradient_like(students[pair])}, likely_upstream(asked, students[pair], weights, mean)};
+    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
+    grads.push_back(aim.out[0]);
+  }
+  return {values, valid, grads};
+}
+
+// Whether every upstream that counts is the likely one times the same number, up to a few roundings; that number.
+std::optional<float> common_factor(const std::vector<Upstream>& likely, const Tensor* came, const Tensor* valid) {
+  constexpr float kRoundings = 4e-7f;
+  std::optional<float> factor;
+  for (size_t k = 0; k < likely.size(); ++k) {
+    const float* up = came[k].const_data_ptr<float>();
+    const bool* counts = valid[k].const_data_ptr<bool>();
+    for (int64_t i = 0; i < came[k].numel(); ++i) {
+      if (!counts[i]) continue;
+      const float ratio = up[i] / likely[k].all;
+      if (!factor) factor = ratio;
+      if (!(std::abs(ratio - *factor) <= kRoundings * std::abs(*factor))) return std::nullopt;
+    }
+  }
+  return !factor || std::abs(*factor - 1) <= kRoundings ? 1.f : *factor;
+}
+
+// From the gradients for the likely upstream to those for the one which came: most often nothing is left to do.
+void gram_settle(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
+                 std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                 std::vector<double> weights, bool mean) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  const GramTable& table = FASTKD_CHOOSE(gram);
+  const size_t terms = levels.size();
+  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    const std::vector<Upstream> likely = likely_upstream(asked, students[pair], weights, mean);
+    const std::optional<float> factor = common_factor(likely, &grads[pair * terms], &valid[pair * terms]);
+    if (!factor) {
+      torch::stable::copy_(found[pair], again(asked, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
+      continue;
+    }
+    if (*factor == 1) continue;
+    auto* out = static_cast<char*>(found[pair].mutable_data_ptr());
+    const int element = element_of(found[pair]);
+    const int64_t width = students[pair].size(2), bytes = width * int64_t(found[pair].element_size());
+    const int64_t rows = students[pair].size(0) * students[pair].size(1);
+    parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(gram_padded(width));
+      for (int64_t i = begin; i < end; ++i) {
+        const void* from = out + i * bytes;
+        table.blend(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -346,4 +325,6 @@ Tensor gram_bwd(const Tensor& upstream, const Tensor& unit, bool sequence) {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("gram_fwd", TORCH_BOX(&fastkd::gram_fwd));
   m.impl("gram_bwd", TORCH_BOX(&fastkd::gram_bwd));
+  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram_fwd_grad));
+  m.impl("gram_settle", TORCH_BOX(&fastkd::gram_settle));
 }

@@ -15,30 +15,46 @@ struct GramRow {
   float scale, sum;     // of the row of weights
 };
 
+// W[i, j] = of_p[i] P[i, j] + of_q[i] Q[i, j] + plus[i]: what dL is to the entries of row i.
+struct GramLines {
+  float *of_p, *of_q, *plus;
+  GramLines from(int64_t i) const { return {of_p + i, of_q + i, plus + i}; }
+};
+
+// Of some entries of P and Q: their number, their means, and the sums of products of what is left without the means.
+struct GramMoments {
+  double count, mean_p, mean_q, pp, qq, pq;
+};
+
 struct GramTable {
-  // `count` (any) elements copied, or widened into floats; returns the sum of their squares. `element`: cpu/tensors.h.
-  // `next`: null, or the row that will be asked for next.
-  double (*take)(const void* row, const void* next, int element, bool raw, int64_t count, void* out);
+  // The sum of squares of `count` (any) elements, which are also copied to `out`, or widened into floats, unless it is
+  // null. `element`: cpu/tensors.h.
+  double (*take)(const void* row, int element, bool raw, int64_t count, void* out);
   void (*add_scaled)(const void* row, bool raw, float scale, int64_t count, float* sums);
-  // row = (scale + scale_low) * row - centre, by one rounding where there are fused multiplications; returns
-  // <row, centre>.
-  double (*shift)(float* row, float scale, float scale_low, const float* centre, int64_t count);
+  // out = scale * row - centre; returns <out, centre>, or (square) <out, out>.
+  double (*shift)(const float* row, float scale, const float* centre, bool square, int64_t count, float* out);
   // tile = tile * scale_i * scale_j + offset_i + offset_j, then zeros from `columns` (any) to the next multiple.
   void (*place)(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i, const float* scale_j,
                 const float* offset_i, const float* offset_j);
   // Adds sum p p, sum q q and sum p q over a tile; columns from `once` on count twice.
   void (*moments)(const float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, int64_t once,
                   double* sums);
-  // p = of_p * p + of_q * q
-  void (*combine)(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, float of_p, float of_q);
+  GramMoments (*line)(const float* p, const float* q, int64_t columns);  // any number of columns
+  // p = W[i, j] + W[j, i], then zeros from `columns` (any) to the next multiple; p and q are symmetric.
+  void (*combine)(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const GramLines& i,
+                  const GramLines& j);
   // Rows [begin, end) of a symmetric matrix are written from `end` on to the columns that they are.
   void (*mirror)(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size);
   // The sum of a row, whose elements are then multiplied by `scale` unless that is null.
   double (*weigh)(float* row, int64_t count, const float* scale);
-  // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient. `scratch`: count
-  // floats.
-  void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch, float* out);
-  void (*narrow)(const float* in, int64_t count, uint16_t* out);  // any count, to bfloat16
-  // out = by * in, any count, both float32 or both bfloat16
-  void (*multiply)(const void* in, bool bfloat16, float by, int64_t count, void* out);
+  // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient, plus `before`
+  // unless that is null. `scratch`: count floats.
+  void (*finish)(const GramRow& of, int64_t count, float* pull, float* scratch, const float* before, float* out);
+  void (*accumulate)(const float* from, int64_t count, double* into);      // any count
+  void (*widen)(const void* in, int element, int64_t count, float* out);   // any count
+  void (*narrow)(const float* in, int element, int64_t count, void* out);  // any count
+  // The sum of by[k] times row k of `count` (any) elements, float32 or bfloat16, to an element type of its own; `sum`
+  // is scratch for gram_padded(count) floats.
+  void (*blend)(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+                int element_out, void* out);
 };

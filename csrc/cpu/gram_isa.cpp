@@ -36,60 +36,54 @@ inline vfloat load_row(const void* row, bool raw, int64_t k) {
 // Vectors whose products are summed before they meet the others.
 constexpr int64_t kRun = 8 * kLanes;
 
-template <class Source>
-double copy_and_square(const Source* row, const Source* next, int64_t count, Source* out) {
-  constexpr bool kRaw = sizeof(Source) == 2;
-  vdouble sum = {};  // in doubles at once: an error of a length shifts a whole row of the Gram
-  std::memset(static_cast<void*>(out + count), 0, (gram_padded(count) - count) * sizeof(Source));
+// The sum of term(k, lanes) for all vectors k of [0, count): in floats over a run, four sums side by side to hide their
+// latency, and in doubles over the runs, so that a sum of squares is known to some 1e-8.
+template <class Term>
+inline double sum_in_runs(int64_t count, const Term& term) {
+  vdouble sum = {};
   int64_t k = 0;
-  while (k + kLanes <= count) {
-    const int64_t end = k + kRun < count ? k + kRun : count;
-    vdouble run = {};
-    for (; k + kLanes <= end; k += kLanes) {
-      if (next) __builtin_prefetch(next + k);
-      const vdouble x = wide(load_row(row + k, kRaw, 0));
-      if (out != row) std::memcpy(out + k, row + k, kLanes * sizeof(Source));
-      run += x * x;
-    }
-    sum += run;
+  for (; k + kRun <= count; k += kRun) {
+    vfloat run[4];
+    for (int i = 0; i < 4; ++i) run[i] = term(k + i * kLanes);
+    for (int i = 0; i < 4; ++i) run[i] += term(k + (4 + i) * kLanes);
+    sum += wide((run[0] + run[1]) + (run[2] + run[3]));
   }
-  if (k < count) {
-    if (out != row) std::memcpy(out + k, row + k, (count - k) * sizeof(Source));
-    const vdouble x = wide(load_row(out + k, kRaw, 0));
-    sum += x * x;
-  }
-  return sum_lanes(sum);
+  vfloat run = {};
+  for (; k < count; k += kLanes) run += term(k);
+  return sum_lanes(sum + wide(run));
 }
 
-double take(const void* row, const void* next, int element, bool raw, int64_t count, void* out) {
-  if (raw)
-    return copy_and_square(static_cast<const uint16_t*>(row), static_cast<const uint16_t*>(next), count,
-                           static_cast<uint16_t*>(out));
-  auto* floats = static_cast<float*>(out);
-  if (element == 0)
-    return copy_and_square(static_cast<const float*>(row), static_cast<const float*>(next), count, floats);
-  as_floats(row, element, floats, count);
-  return copy_and_square<float>(floats, nullptr, count, floats);
+template <bool raw>
+double sum_of_squares(const void* row, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes, size = raw ? 2 : 4;
+  char edge[kLanes * 4] = {};
+  std::memcpy(edge, static_cast<const char*>(row) + whole * size, (count - whole) * size);
+  return sum_in_runs(count > whole ? whole + kLanes : whole, [&](int64_t k) {
+    const vfloat x = k == whole ? load_row(edge, raw, 0) : load_row(row, raw, k);
+    return x * x;
+  });
+}
+
+double take(const void* row, int element, bool raw, int64_t count, void* out) {
+  const int64_t size = raw ? 2 : 4;
+  if (out && element != 0 && !raw)
+    row = as_floats(row, element, static_cast<float*>(out), count);
+  else if (out)
+    std::memcpy(out, row, count * size);
+  if (out) std::memset(static_cast<char*>(out) + count * size, 0, (gram_padded(count) - count) * size);
+  return raw ? sum_of_squares<true>(row, count) : sum_of_squares<false>(row, count);
 }
 
 void add_scaled(const void* row, bool raw, float scale, int64_t count, float* sums) {
   for (int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) + load_row(row, raw, k) * scale);
 }
 
-double shift(float* row, float scale, float scale_low, const float* centre, int64_t count) {
-  vdouble sum = {};
-  for (int64_t k = 0; k < count;) {
-    const int64_t end = k + kRun < count ? k + kRun : count;
-    vfloat run = {};
-    for (; k < end; k += kLanes) {
-      const vfloat x = load(row + k), c = load(centre + k);
-      const vfloat v = x * scale_low + (x * scale - c);
-      store(row + k, v);
-      run += v * c;
-    }
-    sum += wide(run);
-  }
-  return sum_lanes(sum);
+double shift(const float* row, float scale, const float* centre, bool square, int64_t count, float* out) {
+  return sum_in_runs(count, [&](int64_t k) {
+    const vfloat c = load(centre + k), v = load(row + k) * scale - c;
+    store(out + k, v);
+    return v * (square ? v : c);
+  });
 }
 
 void place(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i, const float* scale_j,
@@ -127,12 +121,34 @@ void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64
   sums[2] += sum_lanes(pq);
 }
 
-void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, float of_p, float of_q) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      float* x = p + i * stride + j;
-      store(x, load(x) * of_p + load(q + i * stride + j) * of_q);
-    }
+GramMoments line(const float* p, const float* q, int64_t columns) {
+  const int64_t whole = columns / kLanes * kLanes;
+  const auto sums = [&](const auto& term) {  // of term(p, q), a vector
+    double total = sum_in_runs(whole, [&](int64_t k) { return term(load(p + k), load(q + k)); });
+    for (int64_t j = whole; j < columns; ++j) total += term(splat(p[j]), splat(q[j]))[0];
+    return total;
+  };
+  GramMoments found = {double(columns), 0, 0, 0, 0, 0};
+  if (columns == 0) return found;
+  found.mean_p = sums([](vfloat x, vfloat) { return x; }) / double(columns);
+  found.mean_q = sums([](vfloat, vfloat y) { return y; }) / double(columns);
+  const auto mp = float(found.mean_p), mq = float(found.mean_q);
+  found.pp = sums([&](vfloat x, vfloat) { return (x - mp) * (x - mp); });
+  found.qq = sums([&](vfloat, vfloat y) { return (y - mq) * (y - mq); });
+  found.pq = sums([&](vfloat x, vfloat y) { return (x - mp) * (y - mq); });
+  return found;
+}
+
+void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const GramLines& i,
+             const GramLines& j) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = p + r * stride;
+    const float *other = q + r * stride, a = i.of_p[r], b = i.of_q[r], c = i.plus[r];
+    for (int64_t k = 0; k < columns; k += kLanes)
+      store(row + k,
+            load(row + k) * (a + load(j.of_p + k)) + load(other + k) * (b + load(j.of_q + k)) + (c + load(j.plus + k)));
+    for (int64_t k = columns; k < gram_padded(columns); ++k) row[k] = 0;
+  }
 }
 
 void mirror(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size) {
@@ -153,7 +169,7 @@ double weigh(float* row, int64_t count, const float* scale) {
   return sum_lanes(sum);
 }
 
-void finish(const GramRow& of, int64_t count, float* pull, float* scratch, float* out) {
+void finish(const GramRow& of, int64_t count, float* pull, float* scratch, const float* before, float* out) {
   vfloat along_u = {};
   const auto* v = static_cast<const float*>(of.row);
   for (int64_t k = 0; k < count; k += kLanes) {
@@ -171,36 +187,45 @@ void finish(const GramRow& of, int64_t count, float* pull, float* scratch, float
   }
   const float along = of.project ? sum_lanes(along_u) : 0.f;
   for (int64_t k = 0; k < count; k += kLanes) {
-    const vfloat d = load(pull + k);
-    store(out + k, (of.project ? d - load(scratch + k) * along : d) * of.scale);
+    const vfloat d = load(pull + k), x = (of.project ? d - load(scratch + k) * along : d) * of.scale;
+    store(out + k, before ? load(before + k) + x : x);
   }
 }
 
-void narrow(const float* in, int64_t count, uint16_t* out) { narrow_bfloat16(in, out, count); }
+void accumulate(const float* from, int64_t count, double* into) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) into[k] += from[k];
+}
 
-void multiply(const void* in, bool bfloat16, float by, int64_t count, void* out) {
-  const int64_t size = bfloat16 ? 2 : 4;
+void widen(const void* in, int element, int64_t count, float* out) {
+  if (as_floats(in, element, out, count) == in) std::memcpy(out, in, count * sizeof(float));
+}
+
+void narrow(const float* in, int element, int64_t count, void* out) {
+  if (element == 0)
+    std::memcpy(out, in, count * sizeof(float));
+  else
+    (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
+}
+
+void blend(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+           int element_out, void* out) {
+  const int64_t whole = count / kLanes * kLanes, size = element == 1 ? 2 : 4;
   for (int64_t k = 0; k < count; k += kLanes) {
-    char edge[kLanes * 4] = {};
-    const int64_t left = count - k;
-    const char* from = static_cast<const char*>(in) + k * size;
-    char* to = static_cast<char*>(out) + k * size;
-    if (left < kLanes) std::memcpy(edge, from, left * size);
-    const vfloat product = load_row(left < kLanes ? edge : from, bfloat16, 0) * by;
-    char* target = left < kLanes ? edge : to;
-    if (bfloat16) {
-      float lanes[kLanes];
-      store(lanes, product);
-      narrow_bfloat16(lanes, reinterpret_cast<uint16_t*>(target), kLanes);
-    } else {
-      store(reinterpret_cast<float*>(target), product);
+    vfloat total = {};
+    for (int64_t term = 0; term < terms; ++term) {
+      char edge[kLanes * 4] = {};
+      const char* from = static_cast<const char*>(rows[term]) + k * size;
+      if (k == whole) from = static_cast<char*>(std::memcpy(edge, from, (count - k) * size));
+      total += load_row(from, element == 1, 0) * by[term];
     }
-    if (left < kLanes) std::memcpy(to, edge, left * size);
+    store(sum + k, total);
   }
+  narrow(sum, element_out, count, out);
 }
 
 }  // namespace
 
 extern const GramTable FASTKD_TABLE(gram);
-const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place,  moments, combine,
-                                      mirror, weigh,      finish, narrow, multiply};
+const GramTable FASTKD_TABLE(gram) = {take,   add_scaled, shift,  place,      moments, line,   combine,
+                                      mirror, weigh,      finish, accumulate, widen,   narrow, blend};

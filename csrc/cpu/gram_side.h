@@ -15,6 +15,12 @@ namespace fastkd {
 constexpr int64_t kSkew = 16;  // floats added to a row's stride: powers of two would fall on the same cache sets
 constexpr double kLeastNorm = 1e-12;
 
+constexpr int64_t kAhead = 3;  // rows that are fetched before it is their turn
+
+inline void fetch(const char* row, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(row + k);
+}
+
 // Work on ranges [begin, end) of `count`, one after another or over the threads.
 template <class F>
 void each(bool threads, int64_t count, int64_t step, const F& f) {
@@ -28,35 +34,52 @@ void each(bool threads, int64_t count, int64_t step, const F& f) {
     run(0, chunks);
 }
 
+// 1 / |x| of every row [B, N] of a tensor, found by the first level that needs them.
+struct Norms {
+  std::vector<float> inverse;
+  bool known = false;
+};
+
 struct Side {
   const GramTable& table;
   const Gemm& gemm;
   const char* data;
   int element;
   int64_t item, group_stride, row_stride;  // in bytes
+  int64_t norm_group, norm_row;
   int64_t most_rows, width, padded, stride;
-  bool raw;  // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
+  bool raw;     // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
+  bool copied;  // rows cannot be read where they lie: not floats, or not whole vectors
   bool normalize;
   int64_t strip, chunk;  // rows of a strip of the Gram, and rows that are prepared together: whole panels
+  Norms* norms;
 
   // Of the group at hand.
   char *rows, *packed, *turned;
   float *scale, *offset, *centre, *sums;
+  // The mean of the Gram, which is taken off its entries: |c|^2; and the same less what is 1 for all groups.
+  double square, level;
 
-  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize)
+  // `as_floats`: bfloat16 rows too.
+  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, bool as_floats, Norms* norms)
       : table(table),
-        gemm(fastkd::gemm(element_of(x))),
+        gemm(fastkd::gemm(element_of(x), as_floats)),
         data(static_cast<const char*>(x.const_data_ptr())),
         element(element_of(x)),
         item(int64_t(x.element_size())),
         group_stride(x.stride(sequence ? 1 : 0) * item),
         row_stride(x.stride(sequence ? 0 : 1) * item),
+        norm_group(sequence ? 1 : x.size(1)),
+        norm_row(sequence ? x.size(1) : 1),
         most_rows(x.size(sequence ? 0 : 1)),
         width(x.size(2)),
         padded(gram_padded(width)),
         stride(padded + kSkew),
         raw(element == kBFloat16 && gemm.operand == kBFloat16),
-        normalize(normalize) {
+        copied(raw || element != kFloat32 || padded != width),
+        normalize(normalize),
+        norms(norms) {
+    norms->inverse.resize(normalize ? x.size(0) * x.size(1) : 1);
     cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
   }
 
@@ -74,72 +97,98 @@ struct Side {
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
   char* row(int64_t i) const { return rows + i * row_bytes(); }
+  bool live(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
+  // What a pass over the rows of a group finds.
+  void carve_means(Arena& arena) {
+    rows = nullptr;
+    scale = arena.take<float>(gram_padded(most_rows));
+    centre = arena.take<float>(padded);
+    sums = arena.take<float>((most_rows + chunk - 1) / chunk * padded);
+  }
   // `block`: rows behind one piece of the turned operand, 0 where no gradient is wanted.
   void carve(Arena& arena, int64_t block) {
-    const int64_t n = gram_padded(most_rows), chunks = (most_rows + chunk - 1) / chunk;
+    const int64_t n = gram_padded(most_rows);
+    carve_means(arena);
     rows = arena.take<char>(most_rows * row_bytes());
     packed = arena.take<char>(gemm.bytes_b(n + chunk, width));
     turned = arena.take<char>(block ? (most_rows + block - 1) / block * gemm.bytes_b(width, block) : 0);
-    scale = arena.take<float>(n);
     offset = arena.take<float>(n);
-    centre = arena.take<float>(padded);
-    sums = arena.take<float>(chunks * padded);
   }
 
-  // Rows `kept` of the group: copied, scaled, and their mean taken away.
+  // Rows `kept` of the group: scaled, and their mean taken away.
   void prepare(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
-    const char* from = data + group * group_stride;
-    std::vector<float> low(n);
-    each(threads, n, chunk, [&](int64_t begin, int64_t end) {
-      float* sum = sums + begin / chunk * padded;
-      std::memset(sum, 0, padded * sizeof(float));
-      for (int64_t i = begin; i < end; ++i) {
-        const char* next = i + 1 < end ? from + kept[i + 1] * row_stride : nullptr;
-        const double norm = std::sqrt(table.take(from + kept[i] * row_stride, next, element, raw, width, row(i)));
-        const double inverse = !normalize ? 1 : 1 / (norm < kLeastNorm ? kLeastNorm : norm);
-        scale[i] = float(inverse);
-        low[i] = float(inverse - scale[i]);
-        table.add_scaled(row(i), raw, scale[i], padded, sum);
-      }
-    });
-    const double square = mean(n);
+    scale_and_sum(group, kept, threads);
+    mean(n);
+    level = square;
     if (raw) {
       for (int64_t i = 0; i < n; ++i) offset[i] = float(-square / 2);
     } else {
-      shift(n, low, threads);
+      shift(group, kept, threads);
     }
     each(threads, n, chunk,
          [&](int64_t begin, int64_t end) { gemm.pack_b(source(begin, end), packed + gemm.bytes_b(begin, width)); });
     for (int64_t i = n; i < gram_padded(n); ++i) scale[i] = offset[i] = 0;
   }
 
+  const char* given(int64_t group, int64_t row) const { return data + group * group_stride + row * row_stride; }
   GemmSource source(int64_t begin, int64_t end) const {
     return {row(begin), raw ? kBFloat16 : kFloat32, stride, 1, end - begin, width};
   }
 
-  // The mean row, and its squared length: the mean of the Gram.
-  double mean(int64_t n) {
-    double square = 0;
+  // Lengths, and the sum of the rows of each chunk; rows that cannot be read where they lie are copied to `rows`.
+  void scale_and_sum(int64_t group, const std::vector<int64_t>& kept, bool threads) {
+    each(threads, int64_t(kept.size()), chunk, [&](int64_t begin, int64_t end) {
+      float* sum = sums + begin / chunk * padded;
+      std::memset(sum, 0, padded * sizeof(float));
+      std::vector<float> passing(copied && !rows ? padded : 0);
+      for (int64_t i = begin; i < end; ++i) {
+        const char* x = given(group, kept[i]);
+        if (i + kAhead < end) fetch(given(group, kept[i + kAhead]), width * item);
+        char* copy = !copied ? nullptr : rows ? row(i) : reinterpret_cast<char*>(passing.data());
+        const bool again = !normalize || norms->known;
+        const double squares = copied || !again ? table.take(x, element, raw, width, copy) : 0;
+        float& inverse = norms->inverse[normalize ? group * norm_group + kept[i] * norm_row : 0];
+        if (!again) inverse = float(1 / (squares < kLeastNorm * kLeastNorm ? kLeastNorm : std::sqrt(squares)));
+        scale[i] = normalize ? inverse : 1;
+        table.add_scaled(copied ? copy : x, raw, scale[i], padded, sum);
+      }
+    });
+  }
+
+  void mean(int64_t n) {
+    square = 0;
     for (int64_t k = 0; k < padded; ++k) {
       double sum = 0;
       for (int64_t c = 0; c * chunk < n; ++c) sum += sums[c * padded + k];
       centre[k] = float(sum / n);
       square += sum / n * (sum / n);
     }
-    return square;
   }
 
-  void shift(int64_t n, const std::vector<float>& low, bool threads) {
+  // v = u - c to `to`; returns <c, v>, but for a constant. Where |u| is 1 that is -|v|^2 / 2, in which nothing cancels
+  // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2. `there`: what is copied has been.
+  double shift_row(const char* x, int64_t i, bool there, float* to) const {
+    if (copied && !there) table.take(x, element, false, width, to);
+    const auto* from = copied ? to : reinterpret_cast<const float*>(x);
+    const bool dead = normalize && !live(i);
+    const double lost = dead ? 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr) : 0;
+    const double found = table.shift(from, scale[i], centre, normalize, padded, to);
+    return normalize ? (1 - square - lost - found) / 2 : found;
+  }
+
+  void shift(int64_t group, const std::vector<int64_t>& kept, bool threads) {
+    const int64_t n = int64_t(kept.size());
     std::vector<double> onto(n);
     each(threads, n, chunk, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        onto[i] = table.shift(reinterpret_cast<float*>(row(i)), scale[i], low[i], centre, padded);
+        onto[i] = shift_row(given(group, kept[i]), i, true, reinterpret_cast<float*>(row(i)));
     });
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
     for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
+    if (normalize) level = 2 * sum / n - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
   }
 
   // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.

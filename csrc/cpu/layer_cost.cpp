@@ -113,25 +113,6 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
   return costs;
 }
 
-// The teachers that a student's gradient needs: those with a weight, be it NaN.
-struct Pull {
-  std::vector<int> teacher;
-  std::vector<float> weight;
-};
-
-std::vector<Pull> pulls_of(const Tensor& grad, int n, int m, double elements) {
-  const Tensor dense = torch::stable::contiguous(grad);
-  const float* g = dense.const_data_ptr<float>();
-  std::vector<Pull> pulls(n);
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < m; ++j)
-      if (g[i * m + j] != 0) {
-        pulls[i].teacher.push_back(j);
-        pulls[i].weight.push_back(float(2 * double(g[i * m + j]) / elements));
-      }
-  return pulls;
-}
-
 // What one thread needs for its part of the gradients.
 struct Backward {
   const LayerCostTable& table;

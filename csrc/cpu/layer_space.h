@@ -140,4 +140,23 @@ struct Elements {
   }
 };
 
+// The teachers that a student's gradient needs: those with a weight, be it NaN.
+struct Pull {
+  std::vector<int> teacher;
+  std::vector<float> weight;
+};
+
+inline std::vector<Pull> pulls_of(const Tensor& grad, int students, int teachers, double elements) {
+  const Tensor dense = torch::stable::contiguous(grad);
+  const float* g = dense.const_data_ptr<float>();
+  std::vector<Pull> pulls(students);
+  for (int i = 0; i < students; ++i)
+    for (int j = 0; j < teachers; ++j)
+      if (g[i * teachers + j] != 0) {
+        pulls[i].teacher.push_back(j);
+        pulls[i].weight.push_back(float(2 * double(g[i * teachers + j]) / elements));
+      }
+  return pulls;
+}
+
 }  // namespace fastkd

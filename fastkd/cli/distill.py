@@ -113,17 +113,11 @@ def _device(name: str, args) -> None:
 
 
 def load_models(model_args, task: str, corpus):
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoTokenizer
 
     from fastkd.train import agreement, student
 
-    words = {"masked_lm": AutoModelForMaskedLM, "cloze": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
-    kind = words.get(task, AutoModelForSequenceClassification)
+    kind = student.AUTO[task]
     options = {"trust_remote_code": model_args.trust_remote_code, "attn_implementation": "sdpa"}
 
     def load(name, revision, **extra):
@@ -154,7 +148,7 @@ def load_models(model_args, task: str, corpus):
         own = AutoTokenizer.from_pretrained(model_args.student, revision=model_args.student_revision)
         words = agreement.teacher_words(own, tokenizer)
         tokenizer = tokenizer if words is None else own  # the data bear the student's ids
-        labels = {"num_labels": teacher.config.num_labels} if kind is AutoModelForSequenceClassification else {}
+        labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
         made = load(model_args.student, model_args.student_revision, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, teacher, made, words

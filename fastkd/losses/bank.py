@@ -9,15 +9,29 @@ from torch import Tensor, nn
 
 from fastkd import checks, functional, reduce
 
+EIGHT_BITS, LARGEST = torch.float8_e4m3fn, 448.0  # of this type
+
+
+def eight_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits and a scale for each, so that its largest element is the type's largest: rows ≈ scale · found."""
+    scale = rows.abs().amax(1).clamp_min(1e-12) / LARGEST  # [N]
+    return (rows / scale[:, None]).clamp(-LARGEST, LARGEST).to(EIGHT_BITS), scale
+
 
 class _Rows(nn.Module):
+    DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, count: int, dim: int, dtype: torch.dtype, backend: str, process_group):
         super().__init__()
         checks.positive("dim", dim)
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: rows are kept in a floating type of 2 bytes or more, got {dtype}")
+        if dtype not in self.DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, self.DTYPES))}, got {dtype}")
         self.backend, self.process_group = backend, process_group
-        self.register_buffer("rows", nn.functional.normalize(torch.randn(count, dim), dim=1).to(dtype))
+        rows, scale = nn.functional.normalize(torch.randn(count, dim), dim=1), None
+        if dtype == EIGHT_BITS:
+            rows, scale = eight_bits(rows)
+        self.register_buffer("rows", rows.to(dtype))
+        self.register_buffer("scale", scale)
 
     def _gather(self, *tensors: Tensor | None) -> list:
         return [None if x is None else reduce.gather_rows(x.detach(), self.process_group) for x in tensors]
@@ -62,7 +76,11 @@ class NegativeQueue(_Rows):
 
     It begins full of random unit rows. With ids, keys of the query's own example are not among its negatives (ids are
     any whole numbers >= 0). process_group: the keys of all ranks are pushed, in rank order, on every rank.
+
+    dtype float8_e4m3fn keeps rows in a quarter of float32's memory, with one scale for each in the buffer `scale`.
     """
+
+    DTYPES = (*_Rows.DTYPES, EIGHT_BITS)
 
     def __init__(
         self,
@@ -93,6 +111,7 @@ class NegativeQueue(_Rows):
             self.rows,
             temperature=temperature,
             exclude=None if ids is None else (ids, self.ids),
+            scale=self.scale,
             reduction=reduction,
             backend=self.backend,
         )
@@ -111,8 +130,14 @@ class NegativeQueue(_Rows):
         size, count = self.rows.shape[0], key.shape[0]
         newest = torch.arange(max(0, count - size), count, device=key.device)  # the others would be overwritten at once
         place = (self.pointer + newest) % size
-        functional.update_bank(self.rows, place, key[newest], momentum=0.0, backend=self.backend)
-        new = torch.full_like(newest, -1) if ids is None else ids[newest].to(self.ids.dtype)
         written = key[newest].isfinite().all(1)
+        if self.scale is None:
+            functional.update_bank(self.rows, place, key[newest], momentum=0.0, backend=self.backend)
+        else:
+            rows, scale = eight_bits(nn.functional.normalize(key[newest].float(), dim=1))
+            bits, old = rows.view(torch.uint8), self.rows.view(torch.uint8)
+            old[place] = torch.where(written[:, None], bits, old[place])
+            self.scale[place] = torch.where(written, scale, self.scale[place])
+        new = torch.full_like(newest, -1) if ids is None else ids[newest].to(self.ids.dtype)
         self.ids[place] = torch.where(written, new, self.ids[place])
         self.pointer.copy_((self.pointer + count) % size)

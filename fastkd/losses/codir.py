@@ -19,15 +19,13 @@ LABELS = ("labels", "label_order", "label_bounds")
 class Embed(nn.Module):
     """Linear map to the common space, on the unit sphere there. A zero vector stays zero, with a finite gradient."""
 
-    def __init__(self, dim_in: int, dim_out: int):
+    def __init__(self, dim_in: int, dim_out: int, backend: str = "auto"):
         super().__init__()
-        self.linear = nn.Linear(dim_in, dim_out)
+        self.linear, self.backend = nn.Linear(dim_in, dim_out), backend
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x.to(self.linear.weight.dtype))  # [B, feat_dim]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.where(norm == 0, 1.0, norm)
+        x = x.to(self.linear.weight.dtype)
+        return functional.unit_linear(x, self.linear.weight, self.linear.bias, backend=self.backend)  # [B, feat_dim]
 
 
 class CoDIRLoss(nn.Module):
@@ -87,7 +85,7 @@ class CoDIRLoss(nn.Module):
         self.negatives, self.window = negatives, window
         self.n_data, self.nce_k, self.nce_t, self.nce_m, self.preset = n_data, nce_k, nce_t, nce_m, preset
         self.backend, self.process_group = backend, process_group
-        self.embed_s, self.embed_t = Embed(s_dim, feat_dim), Embed(t_dim, feat_dim)
+        self.embed_s, self.embed_t = (Embed(dim, feat_dim, backend) for dim in (s_dim, t_dim))
         bound = (3 / feat_dim) ** 0.5  # rows of norm 1 on average
         for name, needed in (("bank_student", preset == "official" or negatives != "in_batch"),
                              ("bank_teacher", preset == "official")):  # fmt: skip
@@ -128,9 +126,7 @@ class CoDIRLoss(nn.Module):
                 v_t, v_s, self.bank_student, contrast_idx[:, 1:], temperature=self.nce_t, backend=self.backend
             )
         else:
-            of_student = self._nce("z_student", v_s, self.bank_teacher, contrast_idx)
-            of_teacher = self._nce("z_teacher", v_t, self.bank_student, contrast_idx)
-            loss = (of_student + of_teacher) / 2
+            loss = self._nce((v_s, v_t), (self.bank_teacher, self.bank_student), contrast_idx)
         if self.training:
             self._update(idx, v_s, v_t)
         return loss
@@ -200,14 +196,19 @@ class CoDIRLoss(nn.Module):
             self.sampler[1] += 1
         return torch.cat([idx[:, None], negatives], 1)
 
-    def _nce(self, z_name: str, query: Tensor, bank: Tensor, index: Tensor) -> Tensor:
-        frozen = getattr(self, z_name)
+    def _nce(self, queries: tuple, banks: tuple, index: Tensor) -> Tensor:
+        frozen = z = self.z_student, self.z_teacher
         options = {"n_data": self.n_data, "temperature": self.nce_t, "backend": self.backend}
-        z = functional.nce_partition(query, bank, index, z=frozen, **options)
-        z = torch.where(frozen > 0, frozen, reduce.mean_over_ranks(z, None, self.process_group))
+        if self.process_group is not None:  # what this batch says counts until z is frozen, and for all ranks
+            sides = zip(queries, banks, z, strict=True)
+            own = [functional.nce_partition(query, bank, index, z=now, **options) for query, bank, now in sides]
+            shared = [reduce.mean_over_ranks(now, None, self.process_group) for now in own]
+            z = [torch.where(now > 0, now, mean) for now, mean in zip(z, shared, strict=True)]
+        loss, z = functional.nce_pair_loss(queries, banks, index, z=tuple(z), **options)
         if self.training:
-            frozen.copy_(z)
-        return functional.nce_loss(query, bank, index, z=torch.where(z > 0, z, 1.0), **options)
+            for buffer, now in zip(frozen, z, strict=True):
+                buffer.copy_(now)
+        return loss
 
     @torch.no_grad()
     def _update(self, idx: Tensor, v_s: Tensor, v_t: Tensor) -> None:

@@ -46,22 +46,16 @@ class FCDLoss(nn.Module):
         checks.layers("fs", fs)
         checks.layers("ft", ft)
         checks.same_length("fs", fs, "ft", ft)
-        losses = [self._pair(s, t, mask) for s, t in zip(fs, ft, strict=True)]
-        return self.loss_weight * (sum(losses) / len(losses))
-
-    def _pair(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        correlation = functional.gram_correlation_loss
-        options = {"normalize": self.alpha > 0 or self.grouping == "position"}
-        options.update(mask=mask, process_group=self.process_group, backend=self.backend)
-        loss = 0.0
-        if self.alpha > 0:
-            loss = loss + self.alpha * correlation(student, teacher, level="token", **options)
-        if self.beta > 0:
-            loss = loss + self.beta * correlation(student, teacher, level="sequence", grouping=self.grouping, **options)
+        correlation, w = functional.gram_correlation_loss, self.loss_weight
+        normalize = self.alpha > 0 or self.grouping == "position"
+        options = {"normalize": normalize, "process_group": self.process_group, "backend": self.backend}
+        level = {name: w * x for name, x in (("token", self.alpha), ("sequence", self.beta)) if x > 0}
+        loss = correlation(fs, ft, level=level, grouping=self.grouping, mask=mask, **options) if level else 0.0
         if self.gamma > 0:
-            s, t, real = self._random_tokens(student, teacher, mask)
-            options["mask"] = real
-            loss = loss + self.gamma * correlation(s, t, level="token", pearson="row", **options)
+            # Every pair draws its own tokens. Real ones come first, so that all pairs have the same mask.
+            drawn = [self._random_tokens(s, t, mask) for s, t in zip(fs, ft, strict=True)]
+            students, teachers, masks = zip(*drawn, strict=True)
+            loss = loss + w * self.gamma * correlation(students, teachers, pearson="row", mask=masks[0], **options)
         return loss
 
     def _random_tokens(self, student: Tensor, teacher: Tensor, mask: Tensor | None):

@@ -14,9 +14,12 @@ from fastkd.reference import contrast_bank as bank_reference
 # the bank is trained too. NCE has no backward kernel at all.
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
+SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives", "contrast_bank")
+UPDATE = backends.kernels("contrast", "update_bank", "update_bank", "contrast_bank", mutates=("bank",))
+MOST_DRAWS = 8192  # in Triton every draw scans all others: beyond, the reference's sort is the shorter way
 
 
-def _info_nce_fake(query, positive, bank, index, inverse_temperature, query_ids, bank_ids, with_direction):
+def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, with_direction, scale=None):
     rows = query.new_empty(query.shape[0], dtype=torch.float32)
     return rows, _direction_fake(query, with_direction), torch.empty_like(rows), torch.empty_like(rows)
 
@@ -33,7 +36,24 @@ def _direction_fake(query, wanted):
     return query.new_empty((query.shape[0] if wanted else 0, query.shape[1]), dtype=torch.float32)
 
 
+def _pair_fake(query_a, query_b, bank_a, bank_b, index, z_a, z_b, noise, temperature, n_data):
+    rows = query_a.new_empty(query_a.shape[0], dtype=torch.float32)
+    directions = (_direction_fake(query, True) for query in (query_a, query_b))
+    return rows, *directions, torch.empty_like(z_a), torch.empty_like(z_b)
+
+
+def _unit_linear_bwd_fake(grad, unit, length, x, weight, with_x):
+    return (
+        x.new_empty((x.shape[0] if with_x else 0, x.shape[1])),
+        torch.empty_like(weight),
+        weight.new_empty(len(weight)),
+    )
+
+
 backends.fake("info_nce_fwd", _info_nce_fake)
+backends.fake("nce_pair", _pair_fake)
+backends.fake("unit_linear_fwd", lambda x, w, bias: (x.new_empty(len(x), len(w)), x.new_empty(len(x))))
+backends.fake("unit_linear_bwd", _unit_linear_bwd_fake)
 backends.fake("info_nce_bank_bwd", _bank_fake)
 backends.fake("nce_fwd", _nce_fake)
 backends.fake("update_bank", lambda bank, index, rows, momentum: None)
@@ -46,12 +66,12 @@ class InfoNCE(torch.autograd.Function):
     of a trained bank, w e^(n_k - lse) query / T for its row k."""
 
     @staticmethod
-    def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids):
+    def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids, scale):
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
         inverse = inverse_temperature.to(query.device, torch.float64)
         rows, direction, weight, lse = INFO_NCE[backend].fwd(
-            query, positive, bank, index, inverse, query_ids, bank_ids, wanted
+            query, positive, bank, index, inverse, query_ids, bank_ids, wanted, *([] if scale is None else [scale])
         )
         of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
         ctx.save_for_backward(query, inverse, direction, weight, *of_bank)
@@ -75,7 +95,7 @@ class InfoNCE(torch.autograd.Function):
             bank, lse, query_ids, bank_ids = of_bank
             shares = (query, bank, inverse, query_ids, bank_ids, lse, (scaled * weight).float())
             to_bank = INFO_NCE[ctx.backend].bwd(*shares).to(bank.dtype)
-        return None, to_query, to_positive, to_inverse, to_bank, None, None, None
+        return None, to_query, to_positive, to_inverse, to_bank, None, None, None, None
 
 
 class NCE(torch.autograd.Function):
@@ -96,6 +116,57 @@ class NCE(torch.autograd.Function):
         return None, (direction * grad[:, None]).to(ctx.dtype), None, None, None, None
 
 
+class NCEPair(torch.autograd.Function):
+    """Both anchors of CoDIR at once. z comes back as it is from now on; it and the banks have no gradient."""
+
+    @staticmethod
+    def forward(ctx, query_a, query_b, *rest):
+        rows, to_a, to_b, z_a, z_b = torch.ops.fastkd.nce_pair(query_a, query_b, *rest)
+        ctx.save_for_backward(to_a, to_b)
+        ctx.dtypes = query_a.dtype, query_b.dtype
+        ctx.mark_non_differentiable(z_a, z_b)
+        return rows, z_a, z_b
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        (to_a, to_b), column = ctx.saved_tensors, grad[:, None]
+        return (to_a * column).to(ctx.dtypes[0]), (to_b * column).to(ctx.dtypes[1]), *[None] * 8
+
+
+class UnitLinear(torch.autograd.Function):
+    """normalise(x W^T + bias): the forward leaves the lengths, the backward goes through them first."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        unit, length = torch.ops.fastkd.unit_linear_fwd(x, weight, bias)
+        ctx.save_for_backward(unit, length, x, weight)
+        return unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad
+        to_x, *to_map = torch.ops.fastkd.unit_linear_bwd(grad, *ctx.saved_tensors, wanted[0])
+        return to_x if wanted[0] else None, *(
+            g if needed else None for g, needed in zip(to_map, wanted[1:], strict=True)
+        )
+
+
+MOST_EXAMPLES = 256  # beyond, a library's GEMM has the same work per byte and is as fast
+
+
+def unit_linear(x, weight, bias, backend) -> Tensor:
+    """x [B, S] onto the unit sphere of D dimensions: normalise(x W^T + bias) [B, D]; 0 stays 0."""
+    plain = x.dtype == weight.dtype == bias.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if plain and x.shape[0] <= MOST_EXAMPLES and backends.choose("contrast", backend, x) == "cpu":
+        return UnitLinear.apply(x, weight, bias)
+    x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, 1.0, norm)
+
+
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. bank None: the other positives of the batch, with a gradient."""
     if bank is None:
@@ -103,8 +174,8 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
         if exclude is None:
             own = torch.arange(query.shape[0], device=query.device)
             exclude = own, own
-    why_not = _bank_reason(bank, trained_rows=index is not None)
-    if scale is not None:
+    why_not = _bank_reason(bank, trained_rows=index is not None or scale is not None, scale=scale)
+    if scale is not None and "cpu" != _choose(backend, query, None) != "reference":
         why_not = "rows with a scale are not written there yet"
     elif isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
         why_not = "it takes one temperature for all queries"
@@ -126,6 +197,7 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
         None if index is None else index.long(),
         query_ids,
         bank_ids,
+        None if scale is None else scale.float(),
     )
 
 
@@ -148,6 +220,24 @@ def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     return NCE.apply(backend, query, bank, index.long(), shift, temperature) - dropped
 
 
+def nce_pair(queries, banks, index, n_data, temperature, z, backend) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Half the sum of two anchors' NCE [B], each against its bank, and both z from now on."""
+    why_not = next(filter(None, (_bank_reason(bank, trained_rows=True) for bank in banks)), None)
+    if any(x.dtype != torch.float32 or x.dim() for x in z):
+        why_not = "z must be one float32 number"
+    if _choose(backend, queries[0], why_not) == "cpu":
+        noise = (index.shape[1] - 1) / n_data + reference.EPS
+        rows, *now = NCEPair.apply(*queries, *banks, index.long(), *z, noise, temperature, n_data)
+        return rows, tuple(now)
+    sides = list(zip(queries, banks, z, strict=True))
+    now = [partition(query, bank, index, n_data, temperature, frozen, backend) for query, bank, frozen in sides]
+    anchors = [
+        nce(query, bank, index, n_data, temperature, torch.where(own > 0, own, 1.0), backend)
+        for (query, bank, _), own in zip(sides, now, strict=True)
+    ]
+    return (anchors[0] + anchors[1]) / 2, tuple(now)
+
+
 def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
     """NCE's normaliser: z if it is set, else this batch's, []."""
     why_not = _bank_reason(bank)
@@ -162,8 +252,9 @@ def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
 def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
     """Ids of other labels, or of neighbours, [B, count]: the same on every backend."""
     arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
-    if backends.choose("contrast", backend, index[:0].float()) == "cpu":
-        return torch.ops.fastkd.sample_negatives(*arguments)
+    chosen = backends.choose("contrast", backend, index[:0].float())
+    if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
+        return SAMPLE[chosen].fwd(*arguments)
     return bank_reference.sample_negatives(*arguments)
 
 
@@ -174,17 +265,24 @@ def update_bank(bank, index, rows, momentum, backend) -> None:
         rows = rows.to(torch.promote_types(bank.dtype, torch.float32))
     elif bank.shape[1] > 1 and bank.stride(1) != 1:
         why_not = "the rows of the bank are not contiguous"
-    if _choose(backend, bank, why_not) == "cpu":
+    chosen = _choose(backend, bank, why_not)
+    if chosen != "reference":
         with torch.no_grad():
-            return torch.ops.fastkd.update_bank(bank, index.long(), rows.detach(), momentum)
+            return UPDATE[chosen].fwd(bank, index.long(), rows.detach(), momentum)
     with backends.full_precision(bank):
         bank_reference.update_bank(bank, index, rows, momentum)
 
 
-def _bank_reason(bank: Tensor, trained_rows: bool = False) -> str | None:
+def _bank_reason(bank: Tensor, trained_rows: bool = False, scale: Tensor | None = None) -> str | None:
     """Why the kernels cannot take this bank, as a clause that follows "because"; None if they can."""
     if trained_rows and bank.requires_grad and torch.is_grad_enabled():
-        return "the bank needs a gradient, which the kernels form for a bank that the batch shares only"
+        return (
+            "the bank needs a gradient, which the kernels form for a bank that the batch shares, without a scale, only"
+        )
+    if scale is not None and scale.requires_grad and torch.is_grad_enabled():
+        return "the scale needs a gradient, which the kernels do not form"
+    if scale is not None and bank.dtype == torch.float8_e4m3fn:
+        return None
     if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the bank is {str(bank.dtype).removeprefix('torch.')}, and kernels take float32, bfloat16 and float16"
     return None

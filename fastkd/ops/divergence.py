@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.checks import KINDS
 from fastkd.reference import divergence as reference
+from fastkd.reference.divergence_topk import divergence_topk as topk_reference
 
 
 class TopK(NamedTuple):
@@ -100,7 +101,7 @@ def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, 
     if backend == "reference":
         with backends.full_precision(student):
             if isinstance(teacher, TopK):
-                return reference.divergence_topk(student, *teacher, mask, kind, temperature, beta, alpha)
+                return topk_reference(student, *teacher, mask, kind, temperature, beta, alpha)
             return reference.divergence(student, teacher, mask, kind, temperature, beta, alpha)
     mix = 1.0 - alpha if kind == "skew_kl" else 1.0 - beta
     options = (KINDS.index(kind), temperature, mix)

@@ -1,4 +1,8 @@
-"""Correlation of two self-similarity matrices (FCD): the autograd Function, and which implementation runs."""
+"""Correlation of two self-similarity matrices (FCD): the autograd Functions, and which implementation runs.
+
+A term is one pair of layers at one level: pair 0 level 0, pair 0 level 1, pair 1 level 0, ... A level has groups of rows:
+the tokens of a sequence, the sequences at a position, or (official) the rows of `view(B, -1)` of all positions' matrices.
+"""
 
 import torch
 from torch import Tensor
@@ -6,51 +10,175 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.reference import gram as reference
 
-# What a kernel looks like: fwd(student, teacher, mask, sequence, normalize, eps, with_gradient) -> (1 - rho [G], whether
-# it counts [G], the student's gradient for upstream 1 [B, N, D], or [B, 0, D]), and bwd(grad [G], that, sequence).
+LEVELS = ("token", "sequence", "official")
+
+# What a kernel looks like, options = (levels (their places in LEVELS), row, normalize, eps):
+# fwd(students, teachers, mask, *options, with_gradient) -> (values, valid, saved), lists: 1 - rho of each term, [G], or
+# per row of each Gram [G, R] with `row`; whether it counts; and whatever bwd wants, nothing unless with_gradient.
+# bwd(grads, students, teachers, mask, saved, *options) -> one gradient per student, in the student's dtype.
 KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 
+# Which forms (level, row) a backend's kernels have; the reference computes the others on every device.
+FORMS = {
+    "cpu": tuple((level, row) for level in LEVELS for row in (False, True)),
+    "triton": tuple((level, row) for level in LEVELS[:2] for row in (False, True)),
+    "cuda": (),
+}
 
-def _values_fake(student, teacher, mask, sequence, normalize, eps, with_gradient):
-    B, N, D = student.shape
-    G = N if sequence else B
-    dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
-    values, valid = (student.new_empty(G, dtype=d) for d in (torch.float32, torch.bool))
-    return values, valid, student.new_empty((B, N if with_gradient else 0, D), dtype=dtype)
+# kernels/gram_whole.py: the longest groups that one program holds, without or with a side in float32. Row by row there is
+# nothing for longer ones; matrix by matrix kernels/gram_tiles.py takes them.
+WHOLE = {True: 128, False: 64}
 
 
-backends.fake("gram_fwd", _values_fake)
-backends.fake("gram_bwd", lambda grad, unit, sequence: torch.empty_like(unit))
+def _whole(rows: int, student: Tensor, teacher: Tensor) -> bool:
+    return rows <= WHOLE[student.element_size() == 2 and teacher.element_size() == 2]
+
+
+def _has(backend: str, level: str, row: bool, student: Tensor, teacher: Tensor) -> bool:
+    if (level, row) not in FORMS.get(backend, ()):
+        return False
+    return not (backend == "triton" and row) or _whole(student.shape[level == "token"], student, teacher)
+
+
+def _values_fake(students, mask, levels, row):
+    B, N, _ = students[0].shape
+    shapes = {"token": (B, N), "sequence": (N, B), "official": (N, B) if row else (B, B)}
+    shapes = [shapes[LEVELS[level]] for _ in students for level in levels]
+    sizes = [shape if row else shape[:1] for shape in shapes]
+    return [[students[0].new_empty(s, dtype=d) for s in sizes] for d in (torch.float32, torch.bool)]
+
+
+def _fwd_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
+    """saved is the C++ kernel's: every term's gradient for upstream 1, where a row's upstream is that of its group."""
+    saved = []
+    units = with_gradient and not row and LEVELS.index("official") not in levels
+    for student in students if units else ():
+        dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+        saved += [student.new_empty(student.shape, dtype=dtype) for _ in levels]
+    return *_values_fake(students, mask, levels, row), saved
+
+
+def _triton_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
+    """saved: lengths, means and sums of the terms whose groups are longer than one program holds."""
+    saved = []
+    for student, teacher in zip(students, teachers, strict=True) if with_gradient else ():
+        for level in levels:
+            groups, rows = student.shape[:2] if level == 0 else student.shape[1::-1]
+            if not _whole(rows, student, teacher):
+                widths = sum((x.shape[2] + 7) // 8 * 8 for x in (student, teacher))  # rows begin at 16 bytes
+                size = groups * (4 + 4 * rows + widths)
+                saved.append(student.new_empty(size, dtype=torch.float32))
+    return *_values_fake(students, mask, levels, row), saved
+
+
+def _grads_fake(grads, students, *_):
+    return [torch.empty_like(student, memory_format=torch.contiguous_format) for student in students]
+
+
+backends.fake("gram_fwd", _fwd_fake, _triton_fake)
+backends.fake("gram_bwd", _grads_fake)
+backends.fake(
+    "gram_fwd_grad", lambda s, t, mask, levels, row, *_: (*_values_fake(s, mask, levels, row), _grads_fake([], s))
+)
+backends.fake("gram_settle", lambda *_: None)
 
 
 class Gram(torch.autograd.Function):
-    """Saves the gradient for upstream 1, which needs nothing from outside its group; the backward scales it."""
+    """Every student here wants its gradient. Returns the values of all terms, then whether they count."""
 
     @staticmethod
-    def forward(ctx, backend, student, teacher, mask, sequence, normalize, eps, with_gradient):
-        values, valid, unit = KERNELS[backend].fwd(student, teacher, mask, sequence, normalize, eps, with_gradient)
-        ctx.save_for_backward(unit)
-        ctx.mark_non_differentiable(valid)
-        ctx.backend, ctx.sequence, ctx.dtype = backend, sequence, student.dtype
-        return values, valid
+    def forward(ctx, backend, options, mask, count, *layers):
+        values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, True)
+        ctx.save_for_backward(mask, *layers, *saved)
+        ctx.mark_non_differentiable(*valid)
+        ctx.backend, ctx.options, ctx.count = backend, options, count
+        return *values, *valid
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        (unit,) = ctx.saved_tensors
-        found = KERNELS[ctx.backend].bwd(grad, unit, ctx.sequence)
-        return None, found.to(ctx.dtype), None, None, None, None, None, None
+    def backward(ctx, *grads):
+        mask, *rest = ctx.saved_tensors
+        n = ctx.count
+        grads = grads[: len(grads) // 2]
+        found = KERNELS[ctx.backend].bwd(grads, rest[:n], rest[n : 2 * n], mask, rest[2 * n :], *ctx.options)
+        return None, None, None, None, *found, *[None] * n
 
 
-def gram(student, teacher, mask, level, grouping, pearson, normalize, eps, backend) -> tuple[Tensor, Tensor]:
-    """1 - rho and whether it counts, per group [G] (matrix) or per row of each group's matrix [G, R] (row)."""
-    backend = backends.choose("gram", backend, student)
-    # Kernels correlate whole matrices of a group. Row by row (the random relation, 128 tokens), and the released code's
-    # groups that straddle positions, are the reference's on every backend.
-    official = level == "sequence" and grouping == "official"
-    if backend == "reference" or pearson == "row" or official:
-        with backends.full_precision(student):
-            return reference.gram(student, teacher, mask, level, grouping, pearson, normalize, eps)
-    teacher = teacher.float() if teacher.dtype == torch.float64 else teacher
-    with_gradient = student.requires_grad and torch.is_grad_enabled()
-    return Gram.apply(backend, student, teacher, mask, level == "sequence", normalize, eps, with_gradient)
+class GramAtOnce(torch.autograd.Function):
+    """On the CPU: the gradients of all levels in one, out of the pass that finds the values, for the upstream that is
+    likely. The first backward hands them over (settled, should another upstream come); a further one makes its own."""
+
+    @staticmethod
+    def forward(ctx, options, likely, mask, count, *layers):
+        students, teachers = layers[:count], layers[count:]
+        values, valid, ctx.gradients = torch.ops.fastkd.gram_fwd_grad(students, teachers, mask, *options, *likely)
+        ctx.save_for_backward(mask, *layers, *valid)
+        ctx.mark_non_differentiable(*valid)
+        ctx.options, ctx.likely, ctx.count = options, likely, count
+        return *values, *valid
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        mask, *rest = ctx.saved_tensors
+        n = ctx.count
+        question = (rest[:n], rest[n : 2 * n], mask, *ctx.options)
+        gradients, ctx.gradients = ctx.gradients, None  # a reference kept here would make autograd copy them
+        if gradients is None:
+            _, _, gradients = torch.ops.fastkd.gram_fwd_grad(*question, *ctx.likely)
+        torch.ops.fastkd.gram_settle(gradients, grads[: len(grads) // 2], rest[2 * n :], *question, *ctx.likely)
+        return None, None, None, None, *gradients, *[None] * n
+
+
+def gram(
+    students, teachers, mask, levels, row, normalize, eps, backend, likely=None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """1 - rho of every term and whether it counts: per group [G], or per row of each group's matrix [G, R] (row).
+    likely: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or their mean;
+    another use is as right, and slower."""
+    backend = backends.choose("gram", backend, students[0])
+    sides = list(zip(students, teachers, strict=True))
+    forms = [level for level in levels if all(_has(backend, level, row, s, t) for s, t in sides)]
+    places = [LEVELS.index(level) for level in forms]
+    wanted = [s.requires_grad and torch.is_grad_enabled() for s in students]
+    found: dict = {}
+    for with_gradient in (True, False):  # frozen students among others: a call of their own, without any gradient
+        pairs = [i for i, wants in enumerate(wanted) if wants == with_gradient]
+        if not pairs or not forms:
+            continue
+        layers = [_kernel_dtype(x[i]) for x in (students, teachers) for i in pairs]
+        options = (places, row, normalize, eps)
+        if with_gradient:
+            if likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
+                weights = [weight for level, weight in zip(levels, likely[0], strict=True) if level in forms]
+                out = GramAtOnce.apply(options, (weights, likely[1]), mask, len(pairs), *layers)
+            else:
+                out = Gram.apply(backend, options, mask, len(pairs), *layers)
+            values, valid = out[: len(out) // 2], out[len(out) // 2 :]
+        else:
+            values, valid, _ = KERNELS[backend].fwd(layers[: len(pairs)], layers[len(pairs) :], mask, *options, False)
+        terms = [(i, level) for i in pairs for level in forms]
+        found.update(zip(terms, zip(values, valid, strict=True), strict=True))
+    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        for level in (level for level in levels if level not in forms):
+            found[i, level] = _by_reference(student, teacher, mask, level, row, normalize, eps)
+    terms = [found[i, level] for i in range(len(students)) for level in levels]
+    return [values for values, _ in terms], [valid for _, valid in terms]
+
+
+def _by_reference(student, teacher, mask, level, row, normalize, eps):
+    grouping, pearson = "official" if level == "official" else "position", "row" if row else "matrix"
+    level = "token" if level == "token" else "sequence"
+    with backends.full_precision(student):
+        return reference.gram(student, teacher, mask, level, grouping, pearson, normalize, eps)
+
+
+def _gradient_at_once(backend: str, students) -> bool:
+    """float16's range needs a scaler's factor, which is not known yet; a compiled graph cannot hand over what a forward
+    left."""
+    half = any(s.dtype == torch.float16 for s in students)
+    return backend == "cpu" and not half and not torch.compiler.is_compiling()
+
+
+def _kernel_dtype(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x

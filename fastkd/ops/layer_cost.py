@@ -57,9 +57,9 @@ def layer_cost(students, teachers, mask, clamp, backend) -> Tensor:
     return LayerCost.apply(backend, len(students), mask, None if clamp is None else float(clamp), *layers)
 
 
-# Of attention scores: fwd(sq, sk, tq, tk, mask, causal, scale) -> costs [N, M], and bwd(grad, the same) -> the gradients of
-# all students' queries, then of their keys.
-ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd", only=("cpu",))
+# Of attention scores: fwd(sq, sk, tq, tk, scales, mask, causal) -> costs [N, M], and bwd(grad, the same) -> the gradients of
+# all students' queries, then of their keys. One scale per layer, students first.
+ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd", file="attention_cost")
 backends.fake("attention_cost_fwd", lambda sq, sk, tq, *_: sq[0].new_empty((len(sq), len(tq)), dtype=torch.float32))
 backends.fake("attention_cost_bwd", lambda grad, sq, sk, *_: _grads_fake(grad, [*sq, *sk], None, None, None))
 
@@ -68,16 +68,16 @@ class AttentionCost(torch.autograd.Function):
     """Saves queries and keys; no matrix of scores exists, forwards or backwards."""
 
     @staticmethod
-    def forward(ctx, backend, counts, mask, causal, scale, *layers):
+    def forward(ctx, backend, counts, scales, mask, causal, *layers):
         ctx.save_for_backward(mask, *layers)
-        ctx.backend, ctx.counts, ctx.options = backend, counts, (causal, scale)
-        return ATTENTION[backend].fwd(*_four(counts, layers), mask, causal, scale)
+        ctx.backend, ctx.counts, ctx.scales, ctx.causal = backend, counts, scales, causal
+        return ATTENTION[backend].fwd(*_four(counts, layers), scales, mask, causal)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
-        found = ATTENTION[ctx.backend].bwd(grad, *_four(ctx.counts, layers), mask, *ctx.options)
+        found = ATTENTION[ctx.backend].bwd(grad, *_four(ctx.counts, layers), ctx.scales, mask, ctx.causal)
         return None, None, None, None, None, *found, *[None] * (2 * ctx.counts[1])
 
 
@@ -90,23 +90,21 @@ def attention_cost(students, teachers, mask, causal, scale, heads, backend) -> T
     """[N, M] mean squared differences between attention scores."""
     pairs = [not isinstance(x, Tensor) for x in (*students, *teachers)]
     first = students[0][0] if pairs[0] else students[0]
-    named, backend = backend, backends.choose("layer_cost", backend, first)
-    if backend not in ATTENTION and named == backend != "reference":
-        raise RuntimeError(
-            f"layer_cost: backend='{backend}' cannot run here: attention_costs has no {backend} kernel yet"
-        )
-    if backend not in ATTENTION or any(pairs) != all(pairs):
+    backend = backends.choose("layer_cost", backend, first)
+    if backend == "reference" or any(pairs) != all(pairs):
         with backends.full_precision(first):
             return reference.attention_cost(students, teachers, mask, causal, scale, heads)
     if not all(pairs):
         layers = [_as_compared(x, mask, causal, heads) for x in (*students, *teachers)]
         return layer_cost(layers[: len(students)], layers[len(students) :], None, reference.MASKED_SCORE, backend)
-    scale = 0.0 if scale is None else float(scale)
-    layers = [_head_by_head(x, heads, scale) for x in (*students, *teachers)]
-    counts = len(students), len(teachers)
+    counts, both = (len(students), len(teachers)), (*students, *teachers)
+    scales = [float(q.shape[-1] ** -0.5 if scale is None else scale) for q, _ in both]
+    if heads == "mean":
+        scales = [x / q.shape[1] for x, (q, _) in zip(scales, both, strict=True)]
+    layers = [_head_by_head(x, heads) for x in both]
     sides = layers[: counts[0]], layers[counts[0] :]
     flat = [x[place] for side in sides for place in (0, 1) for x in side]
-    return AttentionCost.apply(backend, counts, mask, causal, 1.0 if heads == "mean" else scale, *flat)
+    return AttentionCost.apply(backend, counts, scales, mask, causal, *flat)
 
 
 def _as_compared(scores: Tensor, mask, causal: bool, heads) -> Tensor:
@@ -120,11 +118,10 @@ def _as_compared(scores: Tensor, mask, causal: bool, heads) -> Tensor:
     return scores.masked_fill(scores <= reference.MASKED_SCORE, 0).mean(1, keepdim=True)
 
 
-def _head_by_head(x, heads, scale: float):
-    """(q, k) with equally many heads. Mean over the heads: one head whose width is that of all, the scale in q."""
+def _head_by_head(x, heads):
+    """(q, k) with equally many heads. Mean over the heads: one head, whose width is that of all."""
     q, k = (part.float() if part.dtype == torch.float64 else part for part in x)
     k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped-query heads
-    if heads != "mean":
-        return q, k
-    share = (scale or q.shape[-1] ** -0.5) / q.shape[1]
-    return tuple(part.transpose(1, 2).flatten(2)[:, None] for part in (q * share, k))  # [B, 1, S, H d]
+    return (
+        (q, k) if heads != "mean" else tuple(part.transpose(1, 2).flatten(2)[:, None] for part in (q, k))
+    )  # [B, 1, S, H d]

@@ -24,6 +24,14 @@ def _pearson(a: Tensor, b: Tensor, eps: float) -> Tensor:
 
 def gram_correlation_loss(student, teacher, *, level="token", grouping="position", pearson="matrix", normalize=True,
                           mask=None, eps=1e-6, process_group=None, reduction="mean", backend=None):  # fmt: skip
+    sides = ([x] if isinstance(x, Tensor) else x for x in (student, teacher))
+    pairs, weights = list(zip(*sides, strict=True)), level if isinstance(level, dict) else {level: 1.0}
+    losses = (weight * _correlation(*pair, name, grouping, pearson, normalize, eps)
+              for pair in pairs for name, weight in weights.items())  # fmt: skip
+    return sum(losses) / len(pairs)
+
+
+def _correlation(student, teacher, level, grouping, pearson, normalize, eps):
     s, t = student.float(), teacher.float()
     if normalize:
         s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
@@ -145,6 +153,13 @@ def nce_loss(query, bank, index, *, n_data, temperature, z, reduction="mean", ba
     return _mean(-first - second.sum(-1), None, reduction)
 
 
+def nce_pair_loss(queries, banks, index, *, z, reduction="mean", backend=None, **options):
+    sides = list(zip(queries, banks, z, strict=True))
+    z = tuple(functional.nce_partition(q, bank, index, z=x, backend="reference", **options) for q, bank, x in sides)
+    losses = [nce_loss(q, bank, index, z=x.item() or 1.0, **options) for (q, bank, _), x in zip(sides, z, strict=True)]
+    return sum(losses) / 2, z
+
+
 def info_nce_loss(query, positive, bank, index=None, *, temperature=0.07, exclude=None, scale=None, reduction="mean",
                   backend=None):  # fmt: skip
     if exclude is not None or scale is not None:
@@ -207,5 +222,5 @@ def linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head
 
 WRITTEN = (
     "attention_costs", "divergence", "gram_correlation_loss", "info_nce_loss", "layer_costs", "linear_divergence",
-    "nce_loss", "relation_kl_loss", "transport",
+    "nce_loss", "nce_pair_loss", "relation_kl_loss", "transport",
 )  # fmt: skip

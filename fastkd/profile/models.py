@@ -6,19 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    ModernBertConfig,
-    Qwen2Config,
-    RobertaConfig,
-)
+from transformers import AutoConfig
 
 from fastkd.train import student as students
 from fastkd.train.methods import METHODS, find, parse, refusal
@@ -26,31 +14,26 @@ from fastkd.train.methods.base import DECODERS
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0}
-CONFIGS = {
-    "bert-base": lambda: BertConfig(),
-    "bert-large": lambda: BertConfig(**LARGE),
-    "roberta-large": lambda: RobertaConfig(vocab_size=50265, max_position_embeddings=514, **LARGE),
-    "distilbert": lambda: DistilBertConfig(),
-    "modernbert": lambda: ModernBertConfig(),
-    "gpt2": lambda: GPT2Config(),
-    "llama-1b": lambda: LlamaConfig(
-        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
-        tie_word_embeddings=True, **LLAMA,
-    ),
-    "llama-8b": lambda: LlamaConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
-        **LLAMA,
-    ),
-    "qwen-0.5b": lambda: Qwen2Config(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-        vocab_size=151936, tie_word_embeddings=True,
-    ),
+CONFIGS = {  # model type, and what differs from its defaults
+    "bert-base": ("bert", {}),
+    "bert-large": ("bert", LARGE),
+    "roberta-large": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, **LARGE}),
+    "distilbert": ("distilbert", {}),
+    "modernbert": ("modernbert", {}),
+    "gpt2": ("gpt2", {}),
+    "llama-1b": ("llama", {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 8192, "tie_word_embeddings": True, **LLAMA,
+    }),
+    "llama-8b": ("llama", {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 14336, **LLAMA,
+    }),
+    "qwen-0.5b": ("qwen2", {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
-AUTO = {
-    "classification": AutoModelForSequenceClassification,
-    "masked_lm": AutoModelForMaskedLM,
-    "causal_lm": AutoModelForCausalLM,
-}
 
 
 def config_of(text: str):
@@ -65,7 +48,8 @@ def config_of(text: str):
             )
         config = AutoConfig.from_pretrained(name)
     else:
-        config = CONFIGS[name]()
+        kind, options = CONFIGS[name]
+        config = AutoConfig.for_model(kind, **options)
     for change in filter(None, changes.split(",")):
         key, equals, value = change.partition("=")
         if not equals or not hasattr(config, key.strip()):
@@ -115,7 +99,7 @@ def first_stage(method: str) -> str:
 def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
     """Teacher and student; the student keeps some of the teacher's layers."""
     torch.manual_seed(seed)
-    auto = AUTO[task]
+    auto = students.AUTO[task]
     if from_config:
         config = config_of(name)
         if getattr(config, "pad_token_id", None) is None:

@@ -13,7 +13,8 @@ from .timeline import Timeline
 WAYS = ("fastkd", "reference", "authors")
 HOT = (
     "attention_costs", "divergence", "gram_correlation_loss", "info_nce_loss", "layer_costs", "linear_divergence",
-    "nce_loss", "nce_partition", "relation_kl_loss", "sample_negatives", "transport", "update_bank",
+    "nce_loss", "nce_pair_loss", "nce_partition", "relation_kl_loss", "sample_negatives", "transport", "unit_linear",
+    "update_bank",
 )  # fmt: skip
 HARD = "hard labels"
 
@@ -21,6 +22,8 @@ HARD = "hard labels"
 def name_of(function: str, options: dict) -> str:
     """What a call is called in the profile: with its kind or level, where it has one."""
     detail = options.get("kind") or options.get("level")
+    if isinstance(detail, dict):  # several levels at once
+        detail = " + ".join(detail)
     return f"{function} ({detail})" if detail else function
 
 

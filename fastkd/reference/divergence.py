@@ -11,28 +11,11 @@ import torch
 def divergence(student, teacher, mask, kind, temperature, beta, alpha):
     """student, teacher [N,V], mask [N] -> rows [N]."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return _rows(student.to(dtype), teacher.to(dtype), None, mask, kind, temperature, beta, alpha)
+    return rows_of(student.to(dtype), teacher.to(dtype), None, mask, kind, temperature, beta, alpha)
 
 
-def divergence_topk(student, indices, log_probs, tail, mask, kind, temperature, beta, alpha):
-    """student [N,V], indices, log_probs [N,k] -> rows [N]. The words outside the k become one more word: with no mass
-    (tail None), with what the k leave over (True), or with the log-mass tail [N]."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    hidden = torch.zeros_like(indices[:, 0], dtype=torch.bool) if mask is None else ~mask
-    s, t = (x.to(dtype).masked_fill(hidden[:, None], 0) for x in (student, log_probs))  # [N, V], [N, k]
-    s = s / temperature
-    outside = torch.ones_like(s, dtype=torch.bool).scatter(-1, indices.long(), False)
-    some = (outside & (s != -torch.inf)).any(-1, keepdim=True)  # [N, 1]
-    rest = torch.where(some, s, 0).masked_fill(some & ~outside, -torch.inf).logsumexp(-1, keepdim=True)
-    log_mass = t.logsumexp(-1, keepdim=True) if tail is None else None
-    left = torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail
-    left = torch.full_like(rest, -torch.inf) if tail is None else left.to(dtype).reshape(-1, 1)
-    s = torch.cat([s.gather(-1, indices.long()), torch.where(some, rest, -torch.inf)], -1)  # [N, k + 1]
-    t = torch.cat([t, torch.where(some, left, -torch.inf)], -1)
-    return _rows(s, t, log_mass, mask, kind, 1.0, beta, alpha)
-
-
-def _rows(s, t, log_mass, mask, kind, temperature, beta, alpha):
+def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
+    """partial: None, or of a sparse teacher (log_mass, plain); see divergence_topk."""
     missing = (s == -torch.inf) & (t == -torch.inf)  # [N, V]
     blank = missing.all(-1) if mask is None else missing.all(-1) | ~mask  # [N]
     s, t = s.masked_fill(blank[:, None], 0), t.masked_fill(blank[:, None], 0)
@@ -44,11 +27,12 @@ def _rows(s, t, log_mass, mask, kind, temperature, beta, alpha):
     y = (x - (p * x.clamp(-1e30, 1e30)).sum(-1, keepdim=True).detach()).masked_fill(silent, 0)
     rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [N, 1] log1p of it: difference of the log-sum-exps
     near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
-    plain = torch.log_softmax(s / temperature, -1) - torch.log_softmax(t / temperature, -1)
-    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), plain.masked_fill(silent, 0))  # [N, V] log q - log p
-    if log_mass is None:
+    far = torch.log_softmax(s / temperature, -1) - torch.log_softmax(t / temperature, -1)
+    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far.masked_fill(silent, 0))  # [N, V] log q - log p
+    if partial is None:
         return _compare(p, q, d, kind, beta, alpha).masked_fill(blank, 0)
-    lacking = {"forward_kl": 1, "soft_ce": 1, "skew_kl": 1 - alpha}.get(kind, 0) * log_mass.expm1()  # of sum (b - a)
+    log_mass, plain = partial
+    lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
     return (_compare(p * log_mass.exp(), q, d - log_mass, kind, beta, alpha) + lacking[:, 0]).masked_fill(blank, 0)
 
 

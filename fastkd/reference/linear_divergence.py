@@ -6,7 +6,8 @@ to factor times the divergence; its logits have temperature 1.
 
 import torch
 
-from .divergence import divergence, divergence_topk
+from .divergence import divergence
+from .divergence_topk import divergence_topk
 
 
 def linear_divergence(

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from .states import depth
+
+# The kind of model that a task is trained with.
+AUTO = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
+    "cloze": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+}
 
 
 def parse_layers(text: str, layers: int) -> list[int]:

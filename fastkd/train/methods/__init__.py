@@ -40,8 +40,8 @@ METHODS = {
     "codir": Entry(
         "codir:CoDIR",
         ENCODERS,
-        ("classification",),
-        "it contrasts [CLS] vectors by the sentences' labels, and a decoder's first token has not seen the sentence",
+        ("classification", "masked_lm"),
+        "it contrasts [CLS] vectors, and a decoder's first token has not seen the sentence",
     ),
     "glmd": Entry("glmd:GLMD", FAMILIES, ("masked_lm", "causal_lm", "cloze")),
     "pkd": Entry("pkd:PKD", FAMILIES, SENTENCE_TASKS),

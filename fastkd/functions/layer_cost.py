@@ -1,0 +1,71 @@
+"""Every student layer against every teacher layer: hidden states and attention scores (BERT-EMD)."""
+
+from torch import Tensor
+
+from fastkd import checks, reduce
+from fastkd.ops import layer_cost
+
+
+def layer_costs(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    *,
+    mask: Tensor | None = None,
+    clamp: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """[N, M] mean squared differences between N student and M teacher layers [B, S, D], over the valid tokens.
+
+    clamp: values <= clamp count as 0 on either side (BERT-EMD's rule for masked scores has clamp=-100).
+    """
+    checks.layers("students", students)
+    checks.layers("teachers", teachers)
+    first = students[0]
+    for name, xs in (("students", students), ("teachers", teachers)):
+        for i, x in enumerate(xs):
+            checks.tensor(f"{name}[{i}]", x, "[B, S, ...]" if isinstance(x, Tensor) and x.dim() < 2 else "[...]")
+            checks.same_shape(
+                f"{name}[{i}]", x, "students[0]", first, "project the student to the teacher's width first"
+            )
+            checks.same_device(**{"students[0]": first, f"{name}[{i}]": x, "mask": mask})
+    checks.frozen("teachers", *teachers)
+    checks.mask("mask", mask, first.shape[:2], "[B, S]")
+    return layer_cost.layer_cost(students, teachers, reduce.as_bool(mask), clamp, backend)
+
+
+def attention_costs(
+    students: list,
+    teachers: list,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    heads: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """[N, M] mean squared differences between pre-softmax attention scores, over all B·H·S·S entries.
+
+    Layers are pairs (q, k) [B, H, S, d] (k may have fewer, grouped heads), scored q·kᵀ·scale with scale None = 1/sqrt(d),
+    or materialised scores [B, H, S, S], whose values <= -100 count as 0. Masked keys (and with causal, later keys)
+    contribute 0 and stay in the denominator. heads="mean" averages the heads' scores where their numbers differ.
+    """
+    checks.layers("students", students)
+    checks.layers("teachers", teachers)
+    if heads is not None:
+        checks.one_of("heads", heads, ("mean",))
+    if scale is not None:
+        checks.positive("scale", scale)
+    heads_of = {}
+    for name, xs in (("students", students), ("teachers", teachers)):
+        for i, x in enumerate(xs):
+            query = checks.scores(f"{name}[{i}]", x, mask)
+            heads_of[f"{name}[{i}]"] = query.shape[1]
+            if name == "teachers":
+                checks.frozen(f"{name}[{i}]", *(x if isinstance(x, (tuple, list)) else (x,)))
+    if heads is None and len(set(heads_of.values())) > 1:
+        (a, b) = next((a, b) for a in heads_of for b in heads_of if heads_of[a] != heads_of[b])
+        raise ValueError(
+            f"{a} has {heads_of[a]} heads and {b} has {heads_of[b]}; attention scores can only be compared head by head: "
+            "pass heads='mean' to average the scores over the heads first"
+        )
+    return layer_cost.attention_cost(students, teachers, reduce.as_bool(mask), bool(causal), scale, heads, backend)

@@ -1,0 +1,66 @@
+"""KL between softmaxed self-relations (MiniLM, MiniLMv2)."""
+
+import torch
+from torch import Tensor
+
+from fastkd import checks, reduce
+from fastkd.ops import relation
+
+
+def relation_kl_loss(
+    student: list,
+    teacher: list,
+    *,
+    heads: int | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    temperature: float | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """KL(teacher || student) of softmaxed self-relations (MiniLM, MiniLMv2), summed over the relations.
+
+    Each relation is x [B, H, L, d] (with itself: Q·Qᵀ) or a pair (x, y) (Q·Kᵀ); `heads` re-splits H·d into a common
+    number of heads; temperature None divides by sqrt(d). "mean" is over heads and valid query rows of each relation.
+    """
+    checks.layers("student", student)
+    checks.layers("teacher", teacher)
+    checks.same_length("student", student, "teacher", teacher)
+    checks.one_of("reduction", reduction, reduce.REDUCTIONS)
+    if temperature is not None:
+        checks.positive("temperature", temperature)
+    mask = reduce.as_bool(mask)
+    total = []
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        rows = _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
+        counted = None if mask is None else mask[:, None, :].expand_as(rows)
+        total.append(reduce.reduce(rows, counted, reduction))
+    if reduction == "none":
+        for i, rows in enumerate(total):
+            checks.same_shape(f"student[{i}]", rows, "student[0]", total[0], "pass heads= to split all relations alike")
+        return torch.stack(total)  # [R, B, H, L]
+    return sum(total)
+
+
+def _relation_rows(where, student, teacher, heads, mask, causal, temperature, backend):
+    sides = []
+    for name, x in (("student", student), ("teacher", teacher)):
+        pair = x if isinstance(x, (tuple, list)) else (x, x)
+        if len(pair) != 2:
+            raise ValueError(f"{name}{where}: expected a tensor or a pair (x, y), got {checks.describe(x)}")
+        for part in pair:
+            checks.tensor(name + where, part, "[B, H, L, d]")
+        checks.same_shape(name + where + "[0]", pair[0], name + where + "[1]", pair[1])
+        checks.mask("mask", mask, (pair[0].shape[0], pair[0].shape[2]), "[B, L]")
+        first = relation.resplit(name + where, pair[0], heads)
+        sides.append((first, first if pair[0] is pair[1] else relation.resplit(name + where, pair[1], heads)))
+    (xs, ys), (xt, yt) = sides
+    checks.frozen("teacher" + where, xt, yt)
+    checks.same_device(**{"student" + where: xs, "teacher" + where: xt, "mask": mask})
+    if xs.shape[:3] != xt.shape[:3]:
+        raise ValueError(
+            f"student{where} and teacher{where} must agree in batch, heads and length, got {list(xs.shape)} and "
+            f"{list(xt.shape)}; different head counts: pass heads= to split both alike"
+        )
+    scale_s, scale_t = (x.shape[-1] ** -0.5 if temperature is None else 1.0 / temperature for x in (xs, xt))
+    return relation.relation(xs, ys, xt, yt, mask, bool(causal), scale_s, scale_t, backend)

@@ -1,0 +1,360 @@
+"""gram of longer groups: lengths and means first, then a program per tile of both Gram matrices, then one per group.
+
+kernels/gram.py has the maths. Of the symmetric matrices the tiles on and above the diagonal are made. In the backward they
+are made once more, turned into W and written, half precision where the rows are; then W times the rows, as a batched
+product. W is the only thing of the size of a Gram, and is made for as many groups, or as many rows of one, as BUDGET holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gram_rows import (
+    LEAST_NORM,
+    ROWS,
+    aligned,
+    centre_of,
+    centred,
+    conclude,
+    counting,
+    finish_centred,
+    finish_rows,
+    halved,
+    load_rows,
+    load_scales,
+    means_kernel,
+    pick,
+    product,
+    rows_kernel,
+    store_gradient,
+)
+
+BUDGET = 64 << 20  # bytes of W at a time
+SPILL_LIMIT = {  # bytes of stack per thread
+    "moments_kernel": 16,
+    "conclude_kernel": 0,
+    "weights_kernel": 224,
+    "pull_kernel": 0,
+}
+
+
+@triton.jit
+def tile(
+    x_ptr, row_stride, saved, side, G, R, group, o_i, o_j, D, D_s, D_t, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of one side, at rows o_i and columns o_j: <u_i, u_j>, less |c|² where rows are float32; the scales of both; and, where
+    rows are float32, <c, v_i>, <c, v_j>, <u_i, v_i> and <u_j, v_j>."""
+    scale_i, low_i, m_i = load_scales(saved, side, G, R, group, o_i)
+    scale_j, low_j, m_j = load_scales(saved, side, G, R, group, o_j)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        for k in range(0, D, BLOCK_D):
+            o_d = k + tl.arange(0, BLOCK_D)
+            b_i = load_rows(x_ptr, row_stride, o_i, m_i, o_d, D)
+            b_j = load_rows(x_ptr, row_stride, o_j, m_j, o_d, D)
+            acc = product(b_i, tl.trans(b_j), acc)
+        base = acc * (scale_i[:, None] * scale_j[None, :])
+        return base, scale_i, scale_j, m_i, m_j, scale_i, scale_j, scale_i, scale_j
+    else:
+        onto_i, onto_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        own_i, own_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        c_ptr = centre_of(saved, side, G, R, group, D_s, D_t)
+        for k in range(0, D, BLOCK_D):
+            o_d = k + tl.arange(0, BLOCK_D)
+            centre = tl.load(c_ptr + o_d, mask=o_d < D, other=0.0)
+            v_i = centred(load_rows(x_ptr, row_stride, o_i, m_i, o_d, D), scale_i, low_i, centre, m_i)
+            v_j = centred(load_rows(x_ptr, row_stride, o_j, m_j, o_d, D), scale_j, low_j, centre, m_j)
+            onto_i += v_i * centre[None, :]
+            onto_j += v_j * centre[None, :]
+            own_i += v_i * (v_i + centre[None, :])
+            own_j += v_j * (v_j + centre[None, :])
+            acc = product(v_i, tl.trans(v_j), acc)
+        o_ci, o_cj = tl.sum(onto_i, 1), tl.sum(onto_j, 1)
+        base = acc + (o_ci[:, None] + o_cj[None, :])
+        return base, scale_i, scale_j, m_i, m_j, o_ci, o_cj, tl.sum(own_i, 1), tl.sum(own_j, 1)
+
+
+@triton.jit
+def place_of(place, tiles):
+    """Row and column of the place-th tile on or above the diagonal, row by row."""
+    i = (((2 * tiles + 1) - tl.sqrt(((2 * tiles + 1) * (2 * tiles + 1) - 8 * place).to(tl.float64))) * 0.5).to(tl.int64)
+    i = tl.where(i * tiles - i * (i - 1) // 2 > place, i - 1, i)
+    i = tl.where((i + 1) * tiles - i * (i + 1) // 2 <= place, i + 1, i)
+    return i, i + place - (i * tiles - i * (i - 1) // 2)
+
+
+@triton.jit
+def moments_kernel(
+    students, teachers, saved, partial_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, tiles, places,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile's sums of P, Q, P P, Q Q and P Q, twice where it has a mirror image."""
+    D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
+    program = tl.program_id(0).to(tl.int64)
+    unit = program // places
+    pair, group = unit // G, unit % G
+    i, j = place_of(program % places, tiles)
+    o_i, o_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    kept = pick(saved, pair)
+    s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
+    Q, _, _, m_i, m_j, _, _, _, _ = tile(t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D)
+    both = m_i[:, None] & m_j[None, :]
+    Q = tl.where(both, Q - tl.load(kept + group * 4 + 1), 0.0)
+    P, _, _, _, _, _, _, _, _ = tile(s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D)
+    P = tl.where(both, P - tl.load(kept + group * 4), 0.0)
+    twice = tl.where(i == j, 1.0, 2.0)
+    partial_ptr += program * 5
+    tl.store(partial_ptr, twice * tl.sum(tl.sum(P, 1), 0))
+    tl.store(partial_ptr + 1, twice * tl.sum(tl.sum(Q, 1), 0))
+    tl.store(partial_ptr + 2, twice * tl.sum(tl.sum(P * P, 1), 0))
+    tl.store(partial_ptr + 3, twice * tl.sum(tl.sum(Q * Q, 1), 0))
+    tl.store(partial_ptr + 4, twice * tl.sum(tl.sum(P * Q, 1), 0))
+
+
+@triton.jit
+def total(partial_ptr, which, places, BLOCK: tl.constexpr):
+    sums = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, places, BLOCK):
+        o = start + tl.arange(0, BLOCK).to(tl.int64)
+        sums += tl.load(partial_ptr + o * 5 + which, mask=o < places, other=0.0).to(tl.float64)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def conclude_kernel(
+    saved, values, valids, partial_ptr, mask_ptr, G, R, m_group, m_row, places, eps,
+    ENOUGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group: its tiles' sums in a fixed order, 1 - rho, and what the backward needs of it."""
+    unit = tl.program_id(0).to(tl.int64)
+    pair, group = unit // G, unit % G
+    if mask_ptr is not None:
+        mask_ptr += group * m_group
+    n = counting(mask_ptr, m_row, R, ENOUGH)
+    entries = tl.maximum(n, 1).to(tl.float64)
+    entries *= entries
+    kept = pick(saved, pair) + group * 4
+    partial_ptr += unit * places * 5
+    mean_p, mean_q = total(partial_ptr, 0, places, BLOCK) / entries, total(partial_ptr, 1, places, BLOCK) / entries
+    pp = total(partial_ptr, 2, places, BLOCK) - entries * mean_p * mean_p  # a mean of rounding errors only
+    qq = total(partial_ptr, 3, places, BLOCK) - entries * mean_q * mean_q
+    pq = total(partial_ptr, 4, places, BLOCK) - entries * mean_p * mean_q
+    value, of_p, of_q = conclude(tl.where(pp < 0, 0.0, pp), tl.where(qq < 0, 0.0, qq), pq, n, eps)
+    tl.store(pick(values, pair) + group, tl.where(n > 0, value, 0.0).to(tl.float32))
+    tl.store(pick(valids, pair) + group, (n > 0).to(tl.uint8))
+    tl.store(kept, (tl.load(kept) + mean_p).to(tl.float32))
+    tl.store(kept + 1, (tl.load(kept + 1) + mean_q).to(tl.float32))
+    tl.store(kept + 2, tl.where(n > 0, of_p, 0.0).to(tl.float32))
+    tl.store(kept + 3, tl.where(n > 0, of_q, 0.0).to(tl.float32))
+
+
+@triton.jit
+def keep_weights(
+    W,
+    base,
+    scale_i,
+    scale_j,
+    onto_i,
+    own_i,
+    weights_ptr,
+    slots_ptr,
+    o_i,
+    o_j,
+    first,
+    R,
+    stride,
+    slot,
+    SIDE: tl.constexpr,
+):
+    """A tile of W as the product will read it, and per row what it adds to <u, gradient> and to W's sum, or its gain."""
+    if SIDE.primitive_bitwidth == 16:
+        weights, factor = halved(W, scale_j, SIDE)
+        length = 1.0 / tl.where(scale_j == 0, 1.0, scale_j)
+        along = tl.sum(weights.to(tl.float32) * length[None, :] * base, 1) * factor
+    else:
+        weights, factor = W, tl.sum(W, 1)
+        along = tl.sum(W * base, 1) - factor * (onto_i + own_i)
+    at = (o_i - first)[:, None] * stride + o_j[None, :]
+    tl.store(weights_ptr + at, weights, mask=(o_i < R)[:, None] & (o_j < R)[None, :])
+    tl.store(slots_ptr + slot * 2 * R + o_i, along, mask=o_i < R)
+    tl.store(slots_ptr + (slot * 2 + 1) * R + o_i, factor, mask=o_i < R)
+
+
+@triton.jit
+def weights_kernel(
+    students, teachers, grads, saved, weights_ptr, slots_ptr, first_unit, first_tile, G, R, D_s, D_t,
+    s_group, s_row, t_group, t_row, stride, height, tiles, places,
+    MIRROR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of W, and with MIRROR its image too; without, every tile of the rows from first_tile on has a program."""
+    D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
+    program = tl.program_id(0).to(tl.int64)
+    here = program // places
+    unit = first_unit + here
+    pair, group = unit // G, unit % G
+    if MIRROR:
+        i, j = place_of(program % places, tiles)
+    else:
+        i, j = first_tile + program % places // tiles, program % places % tiles
+    o_i, o_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    kept = pick(saved, pair)
+    s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
+    Q, _, _, m_i, m_j, _, _, _, _ = tile(t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D)
+    both = m_i[:, None] & m_j[None, :]
+    up = tl.load(pick(grads, pair) + group)
+    kept_of = kept + group * 4
+    W = (tl.load(kept_of + 3) * up) * (Q - tl.load(kept_of + 1))
+    base, scale_i, scale_j, _, _, onto_i, onto_j, own_i, own_j = tile(
+        s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D
+    )
+    W = tl.where(both, W + (tl.load(kept_of + 2) * up) * (base - tl.load(kept_of)), 0.0)
+    base = tl.where(both, base, 0.0)
+    SIDE: tl.constexpr = s_ptr.dtype.element_ty
+    weights_ptr += here * height * stride
+    slots_ptr += here * tiles * 2 * R
+    first = first_tile * BLOCK
+    keep_weights(W, base, scale_i, scale_j, onto_i, own_i, weights_ptr, slots_ptr, o_i, o_j, first, R, stride, j, SIDE)
+    if MIRROR:  # noqa: SIM102 (known when compiled; the other when run)
+        if i != j:
+            W, base = tl.trans(W), tl.trans(base)
+            keep_weights(
+                W, base, scale_j, scale_i, onto_j, own_j, weights_ptr, slots_ptr, o_j, o_i, first, R, stride, i, SIDE
+            )
+
+
+@triton.jit
+def pull_kernel(
+    students, outputs, saved, weights_ptr, slots_ptr, first_unit, first_tile, G, R, D_s, D_t, s_group, s_row,
+    out_group, out_row, stride, height, tiles, row_tiles, columns,
+    ADD: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows and BLOCK_D columns of W times the rows, made the gradient."""
+    D_s, D_t, s_group, s_row, out_group, out_row = aligned((D_s, D_t, s_group, s_row, out_group, out_row))
+    program = tl.program_id(0).to(tl.int64)
+    here = program // (row_tiles * columns)
+    unit = first_unit + here
+    pair, group = unit // G, unit % G
+    of_strip = program // columns % row_tiles
+    o_w = of_strip * BLOCK + tl.arange(0, BLOCK)
+    o_i = first_tile * BLOCK + o_w
+    o_d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    kept = pick(saved, pair)
+    s_ptr = pick(students, pair) + group * s_group
+    HALF: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
+    GAIN: tl.constexpr = s_ptr.dtype.element_ty == tl.float16
+    weights_ptr += here * height * stride
+    slots_ptr += here * tiles * 2 * R
+    scale, low, m_i = load_scales(kept, 0, G, R, group, o_i)
+    along, factor = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for slot in range(0, tiles):
+        along += tl.load(slots_ptr + slot * 2 * R + o_i, mask=o_i < R, other=0.0)
+        factor += tl.load(slots_ptr + (slot * 2 + 1) * R + o_i, mask=o_i < R, other=0.0)
+    if not HALF:
+        centre = tl.load(centre_of(kept, 0, G, R, group, D_s, D_t) + o_d, mask=o_d < D_s, other=0.0)
+    pulled = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, R, BLOCK_J):
+        o_j = start + tl.arange(0, BLOCK_J)
+        at = o_w[:, None] * stride + o_j[None, :]
+        b_w = tl.load(weights_ptr + at, mask=(o_i < R)[:, None] & (o_j < R)[None, :], other=0.0)
+        scale_j, low_j, m_j = load_scales(kept, 0, G, R, group, o_j)
+        b_j = load_rows(s_ptr, s_row, o_j, m_j, o_d, D_s)
+        if not HALF:
+            b_j = centred(b_j, scale_j, low_j, centre, m_j)
+        if GAIN:
+            gain = tl.load(slots_ptr + (start // BLOCK * 2 + 1) * R + o_i, mask=o_i < R, other=0.0)
+            pulled += product(b_w, b_j, tl.zeros([BLOCK, BLOCK_D], tl.float32)) * gain[:, None]
+        else:
+            pulled = product(b_w, b_j, pulled)
+    b_x = load_rows(s_ptr, s_row, o_i, m_i, o_d, D_s)
+    project = m_i & NORMALIZE & (scale < 1.0 / LEAST_NORM)
+    if HALF:
+        grad = finish_rows(pulled, b_x, scale, project, along)
+    else:
+        grad = finish_centred(pulled, centred(b_x, scale, low, centre, m_i), centre, scale, project, along, factor)
+    out_ptr = pick(outputs, pair) + group * out_group
+    store_gradient(out_ptr, out_row, o_i, m_i, o_d, R, D_s, grad, ADD)
+
+
+def geometry(half: bool) -> dict:
+    launch = {"BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    launch = launch if half else {"BLOCK": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}
+    return launch | {"enable_fp_fusion": True}
+
+
+def pull_geometry(half: bool) -> dict:
+    """BLOCK is geometry's."""
+    launch = {"BLOCK_J": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
+    launch = launch if half else {"BLOCK_J": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1}
+    return launch | {"enable_fp_fusion": True}
+
+
+def saved_size(groups: int, rows: int, width_s: int, width_t: int) -> int:
+    return groups * (4 + 4 * rows + width_s + width_t)
+
+
+def forward(launch, out: tuple, normalize: bool, eps: float) -> tuple:
+    """Values and valid are written; returns what is saved, one tensor per pair."""
+    G, R, D_s, D_t = launch.sizes()
+    like, units = launch.students[0], launch.units
+    empty = lambda *size: torch.empty(size, dtype=torch.float32, device=like.device)  # noqa: E731
+    saved = tuple(empty(saved_size(G, R, D_s, D_t)) for _ in launch.places)
+    blocks, shape = triton.cdiv(R, ROWS.value), geometry(launch.half)
+    tiles = triton.cdiv(R, shape["BLOCK"])
+    places = tiles * (tiles + 1) // 2
+    sums_s, sums_t = empty(units, blocks, D_s), empty(units, blocks, D_t)
+    partial = empty(units, places, 5)
+    mask = launch.mask, *launch.sizes()
+    rows_kernel[(units * blocks,)](
+        launch.students, launch.teachers, saved, sums_s, sums_t, *mask, *launch.strides, *launch.mask_strides, blocks,
+        ENOUGH=launch.enough, NORMALIZE=normalize, BLOCK_D=128, num_warps=4,
+    )  # fmt: skip
+    means_kernel[(2 * units,)](
+        saved, sums_s, sums_t, *mask, *launch.mask_strides, blocks, HALF_S=launch.students[0].element_size() == 2,
+        HALF_T=launch.teachers[0].element_size() == 2, ENOUGH=launch.enough, BLOCK=16, BLOCK_D=128, num_warps=4,
+    )  # fmt: skip
+    moments_kernel[(units * places,)](
+        launch.students, launch.teachers, saved, partial, *launch.sizes(), *launch.strides, tiles, places, **shape
+    )
+    conclude_kernel[(units,)](
+        saved, *out, partial, launch.mask, G, R, *launch.mask_strides, places, eps, ENOUGH=launch.enough, BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
+    return saved
+
+
+def strips(units: int, rows: int, block: int, row_bytes: int):
+    """(first group, groups, first tile, tiles) such that the W of each fits BUDGET: some groups, or some rows of one."""
+    tiles = triton.cdiv(rows, block)
+    together = BUDGET // (tiles * block * row_bytes)
+    if together:
+        for unit in range(0, units, together):
+            yield unit, min(together, units - unit), 0, tiles
+        return
+    step = max(1, BUDGET // (block * row_bytes))
+    for unit in range(units):
+        for tile_row in range(0, tiles, step):
+            yield unit, 1, tile_row, min(step, tiles - tile_row)
+
+
+def backward(
+    launch, grads: tuple, saved: tuple, outputs: tuple, out_strides: tuple, add: bool, normalize: bool
+) -> None:
+    _, R, D_s, _ = launch.sizes()
+    x, shape = launch.students[0], geometry(launch.half)
+    block, stride = shape["BLOCK"], triton.cdiv(R, 16) * 16
+    pull = pull_geometry(launch.half)
+    tiles, columns = triton.cdiv(R, block), triton.cdiv(D_s, pull["BLOCK_D"])
+    for unit, units, first, height in strips(launch.units, R, block, stride * x.element_size()):
+        mirror = height == tiles
+        weights = torch.empty((units, height * block, stride), dtype=x.dtype, device=x.device)
+        slots = torch.empty((units, tiles, 2, R), dtype=torch.float32, device=x.device)
+        places = tiles * (tiles + 1) // 2 if mirror else height * tiles
+        weights_kernel[(units * places,)](
+            launch.students, launch.teachers, grads, saved, weights, slots, unit, first, *launch.sizes(), *launch.strides,
+            stride, height * block, tiles, places, MIRROR=mirror, **shape,
+        )  # fmt: skip
+        pull_kernel[(units * height * columns,)](
+            launch.students, outputs, saved, weights, slots, unit, first, *launch.sizes(), *launch.of_student,
+            *out_strides, stride, height * block, tiles, height, columns,
+            ADD=add, NORMALIZE=normalize, BLOCK=block, **pull,
+        )  # fmt: skip
