@@ -46,7 +46,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "Tensor stats, int kind, float temperature, float mix) -> Tensor");
   // The same from hidden [N, D] and head [V, D] of both sides (of the sparse teacher: indices, log_probs, tail), times
   // `factor`, plus `hard` times the cross-entropy with `labels`. scale and cap (0: none) shape the logits. Rows [N, 1];
-  // gradients in float32 (without rows unless asked for), of sum weights * rows (speed) or sum grad * rows (bwd).
+  // gradients (without rows unless asked for) of sum weights * rows (speed) or sum grad * rows (bwd): in float32, but
+  // the head's in its own dtype (speed: in float32 where that is float16, which is not scaled yet).
 #define FASTKD_LINEAR_ARGUMENTS                                                                                   \
   "Tensor hidden, Tensor head, Tensor? bias, Tensor? t_hidden, Tensor? t_head, Tensor? t_bias, Tensor? indices, " \
   "Tensor? log_probs, Tensor? tail, Tensor? mask, Tensor? labels, int kind, float temperature, float mix, "       \
@@ -56,7 +57,9 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("linear_divergence_fwd(" FASTKD_LINEAR_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("linear_divergence_bwd(Tensor grad, Tensor stats, " FASTKD_LINEAR_ARGUMENTS
         ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor)");
+  // x * factor in the dtype of `like`, or in place.
   m.def("linear_divergence_scale(Tensor x, Tensor factor, Tensor like) -> Tensor");
+  m.def("linear_divergence_settle(Tensor(a!) x, Tensor factor) -> ()");
 
   // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
   m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");

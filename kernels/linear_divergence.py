@@ -237,7 +237,8 @@ def linear_divergence_speed(
         )
         if wanted:
             sums.add(part, grad)
-    return values, sums.hidden, sums.head, sums.bias
+    of_head = sums.head.to(torch.bfloat16) if head.dtype == torch.bfloat16 else sums.head
+    return values, sums.hidden, of_head, sums.bias
 
 
 def linear_divergence_scale(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:

@@ -302,3 +302,31 @@ def test_the_number_of_rows_that_count_changes_nothing(spare, memory, backend):
         assert max(of) < 1e-5
     with pytest.raises(ValueError, match="num_valid"):
         call(teacher, "cpu", mask=mask, num_valid=3)(*student)
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
+@every_memory
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("hidden", "head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+                                              (torch.float16, torch.bfloat16)], ids=str)  # fmt: skip
+def test_hidden_states_and_head_of_two_dtypes(hidden, head, masked, memory):
+    """Several chunks of rows, where the place for a row's gradient is narrower, or wider, than the row."""
+    student, teacher = sides(400, 700, (25, 24))
+    student = (student[0].to(hidden), student[1].to(head), student[2])
+    mask = torch.arange(400) % 5 != 2 if masked else None
+    loss, *of = errors(student, teacher, "cpu", memory=memory, mask=mask)
+    assert loss < 2e-6
+    for error, dtype in zip(of, (hidden, head, torch.float32), strict=True):
+        assert error < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
+def test_an_upstream_gradient_scales_what_the_forward_made():
+    student, teacher = sides(90, 300, dtype=torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in student]
+    run = call(teacher, "cpu")
+    wanted = torch.autograd.grad(run(*leaves), leaves)
+    loss = run(*leaves)
+    for factor in (-4.0, 1.0, 4.0):  # powers of two: exact in bfloat16; the first one is handed over, the others made
+        found = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
+        assert all(torch.equal(x, factor * y) for x, y in zip(found, wanted, strict=True))

@@ -10,6 +10,12 @@ struct LinearTable {
   // grad += scale e^(x - log_sum)
   void (*add_softmax)(float* grad, const float* x, float log_sum, float scale, int64_t count);
   void (*add)(float* sum, const float* x, int64_t count);
-  // out = in * factor, in the element of the second argument (tensors.h)
-  void (*write)(const float* in, int element, float factor, void* out, int64_t count);
+  // out = in * factor, each of its element (tensors.h); they may be the same memory if the elements are the same
+  void (*scale)(const void* in, int in_element, float factor, void* out, int element, int64_t count);
+};
+
+// to [columns][to_stride] = from [rows][from_stride]^T. Whole vectors are read and written: a row of `from` is as long
+// as a multiple of 16 columns, and a row of `to` as a multiple of 16 rows.
+struct LinearTurnTable {
+  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 };

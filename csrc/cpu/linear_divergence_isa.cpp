@@ -47,14 +47,16 @@ void add(float* sum, const float* x, int64_t count) {
   update(sum, count, [&](vfloat a, int64_t i, int n) { return a + some(x + i, n); });
 }
 
-void write(const float* in, int element, float factor, void* out, int64_t count) {
+void scale(const void* in, int in_element, float factor, void* out, int element, int64_t count) {
   constexpr int64_t kPiece = 512;
-  float piece[kPiece];
+  float piece[kPiece], wide[kPiece];
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t n = count - begin < kPiece ? count - begin : kPiece;
+    const void* at = static_cast<const char*>(in) + begin * (in_element ? 2 : 4);
+    const float* from = as_floats(at, in_element, wide, n);
     float* to = element == 0 ? static_cast<float*>(out) + begin : piece;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = in[begin + i] * factor;
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
     if (element) (element == 1 ? narrow_bfloat16 : narrow_float16)(piece, static_cast<uint16_t*>(out) + begin, n);
   }
 }
@@ -62,4 +64,4 @@ void write(const float* in, int element, float factor, void* out, int64_t count)
 }  // namespace
 
 extern const LinearTable FASTKD_TABLE(linear_divergence);
-const LinearTable FASTKD_TABLE(linear_divergence) = {shape, unshape, add_softmax, add, write};
+const LinearTable FASTKD_TABLE(linear_divergence) = {shape, unshape, add_softmax, add, scale};

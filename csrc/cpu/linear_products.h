@@ -17,7 +17,7 @@ constexpr int64_t kWords = 128;      // of a tile: as packed, they and their log
 constexpr int64_t kRows = 64;        // that are packed, or pulled, together
 constexpr int64_t kDepth = 512;      // words behind one piece of the turned head
 constexpr int64_t kStrip = 32;       // of them that are turned together: a whole block of every panel's layout
-constexpr int64_t kPieces = 4;       // of it that are there at a time
+constexpr int64_t kPieces = 3;       // of it that are there at a time
 constexpr int64_t kWidthBlock = 96;  // of the turned operands, packed by one thread
 
 inline char* aligned(void* x) {
@@ -149,7 +149,8 @@ inline void pull_head(const LinearTable& table, const PackedRows& rows, const fl
   });
 }
 
-// hidden [count, D] (+)= gradient x head[v, v_end).
+// hidden [rows, D] (+)= gradient x head, a few pieces of words at a time: turn() makes the head's part of them,
+// multiply() takes the gradient of some rows with it.
 struct HiddenPull {
   const LinearSide& side;
   Scratch turned;
@@ -157,21 +158,38 @@ struct HiddenPull {
   explicit HiddenPull(const LinearSide& side)
       : side(side), turned(side.hidden, kPieces * side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth)) {}
 
-  char* piece(int64_t word) const { return turned.get() + word / kDepth * piece_bytes(); }
-  int64_t piece_bytes() const { return side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth); }
+  // f(begin, end): the words of turn() and multiply().
+  template <class F>
+  static void each(int64_t v, int64_t v_end, const F& f) {
+    for (int64_t w = v; w < v_end; w += kPieces * kDepth) f(w, std::min(v_end, w + kPieces * kDepth));
+  }
 
-  void run(const float* gradient, int64_t stride, int64_t rows, int64_t v, int64_t v_end, float* hidden,
-           bool accumulate) const {
-    for (int64_t w = v; w < v_end; w += kPieces * kDepth) {
-      const int64_t end = std::min(v_end, w + kPieces * kDepth);
-      some(gradient + (w - v), stride, rows, w, end, hidden, accumulate || w > v);
-    }
+  void turn(int64_t v, int64_t v_end) const {
+    share(v_end - v, kStrip, 0,
+          [&](int64_t begin, int64_t end, char*) { turn_strip(v + begin, end - begin, begin, v_end - v); });
+  }
+
+  // source(row, rows, word, words) says where so much of the gradient lies.
+  template <class F>
+  void multiply(int64_t rows, int64_t v, int64_t v_end, const F& source, float* hidden, bool accumulate) const {
+    const Gemm& gemm = *side.gemm;
+    const int64_t width = side.width;
+    share(rows, kRows, gemm.bytes_a(kRows + gemm.rows_a, kDepth), [&](int64_t begin, int64_t end, char* a) {
+      for (int64_t w = 0; w < v_end - v; w += kDepth) {
+        const int64_t depth = std::min(kDepth, v_end - v - w);
+        gemm.pack_a(source(begin, end - begin, v + w, depth), a);
+        gemm.tile(a, piece(w), {end - begin, width, depth}, {hidden + begin * width, width, 1, accumulate || w > 0});
+      }
+    });
   }
 
  private:
+  char* piece(int64_t word) const { return turned.get() + word / kDepth * piece_bytes(); }
+  int64_t piece_bytes() const { return side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth); }
+
   // A few words, all of their width before the next ones: the head is read in the order in which it lies. Within a
   // panel k goes on from strip to strip.
-  void turn(int64_t word, int64_t words, int64_t begin, int64_t end) const {
+  void turn_strip(int64_t word, int64_t words, int64_t begin, int64_t end) const {
     const Gemm& gemm = *side.gemm;
     const int64_t item = int64_t(side.head.element_size()), from = begin % kDepth;
     const int64_t depth = std::min(kDepth, end - (begin - from));
@@ -180,21 +198,6 @@ struct HiddenPull {
       gemm.pack_b({side.word(word) + d * item, element_of(side.head), 1, side.width, columns, words},
                   piece(begin) + gemm.bytes_b(d, depth) + gemm.bytes_b(gemm.rows_b, from));
     }
-  }
-
-  void some(const float* gradient, int64_t stride, int64_t rows, int64_t v, int64_t v_end, float* hidden,
-            bool accumulate) const {
-    const Gemm& gemm = *side.gemm;
-    const int64_t width = side.width;
-    share(v_end - v, kStrip, 0,
-          [&](int64_t begin, int64_t end, char*) { turn(v + begin, end - begin, begin, v_end - v); });
-    share(rows, kRows, gemm.bytes_a(kRows + gemm.rows_a, kDepth), [&](int64_t begin, int64_t end, char* a) {
-      for (int64_t w = 0; w < v_end - v; w += kDepth) {
-        const int64_t depth = std::min(kDepth, v_end - v - w);
-        gemm.pack_a({gradient + begin * stride + w, kFloat32, stride, 1, end - begin, depth}, a);
-        gemm.tile(a, piece(w), {end - begin, width, depth}, {hidden + begin * width, width, 1, accumulate || w > 0});
-      }
-    });
   }
 };
 

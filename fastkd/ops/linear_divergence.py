@@ -30,15 +30,16 @@ class Options(NamedTuple):
         return KINDS.index(self.kind), self.temperature, mix, self.factor, self.hard, scale, cap, t_scale, t_cap
 
 
-# speed(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the float32 gradients of
-# sum weights * rows; `low`: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…) ->
-# gradients. inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
+# speed(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the gradients of sum weights * rows;
+# `low`: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…) -> gradients. Those of
+# hidden and bias are float32, the head's has the head's dtype (speed: float32 for float16, which is not scaled yet).
+# inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
 SPEED = backends.kernels("linear_divergence", "linear_divergence_speed", "linear_divergence_scale")
 LOW = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
 _INPUTS = 11
 
 
-def _gradients_fake(hidden, head, to_hidden, to_head, to_bias, head_dtype=torch.float32):
+def _gradients_fake(hidden, head, to_hidden, to_head, to_bias, head_dtype):
     return (
         hidden.new_empty(hidden.shape[0] if to_hidden else 0, hidden.shape[1], dtype=torch.float32),
         head.new_empty(head.shape[0] if to_head else 0, head.shape[1], dtype=head_dtype),
@@ -50,38 +51,54 @@ def _rows_fake(hidden, width):
     return hidden.new_empty(hidden.shape[0], width, dtype=torch.float32)
 
 
-backends.fake(
-    "linear_divergence_speed", lambda w, h, head, *rest: (_rows_fake(h, 1), *_gradients_fake(h, head, *rest[-3:]))
-)
+def _speed_fake(weights, hidden, head, *rest):
+    head_dtype = torch.bfloat16 if head.dtype == torch.bfloat16 else torch.float32
+    return _rows_fake(hidden, 1), *_gradients_fake(hidden, head, *rest[-3:], head_dtype)
+
+
+backends.fake("linear_divergence_speed", _speed_fake)
 backends.fake("linear_divergence_fwd", lambda h, *rest: (_rows_fake(h, 1), _rows_fake(h, 8)))
-backends.fake(
-    "linear_divergence_bwd", lambda g, st, h, head, *rest: _gradients_fake(h, head, *rest[-3:], head_dtype=head.dtype)
-)
+backends.fake("linear_divergence_bwd", lambda g, st, h, head, *rest: _gradients_fake(h, head, *rest[-3:], head.dtype))
 backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_like(x, dtype=like.dtype))
+backends.fake("linear_divergence_settle", lambda *_: None)
 
 
 class Speed(torch.autograd.Function):
-    """sum weights * rows, its gradients made in the forward, while the logits are there, and saved."""
+    """sum weights * rows, its gradients made in the forward, while the logits are there. The first backward hands them
+    over, so that there never are two; a further one makes its own. A compiled graph cannot do that (hands_over False)."""
 
     @staticmethod
-    def forward(ctx, backend, numbers, wanted, weights, hidden, head, bias, *others):
-        rows, *gradients = SPEED[backend].fwd(weights, hidden, head, bias, *others, *numbers, *wanted)
-        ctx.save_for_backward(rows, *gradients)
-        ctx.backend, ctx.wanted, ctx.dtypes = backend, wanted, (hidden.dtype, head.dtype)
+    def forward(ctx, backend, numbers, wanted, hands_over, weights, *inputs):
+        rows, *gradients = SPEED[backend].fwd(weights, *inputs, *numbers, *wanted)
+        ctx.gradients = gradients if hands_over else None
+        ctx.save_for_backward(rows, *((weights, *inputs) if hands_over else gradients))
+        ctx.backend, ctx.numbers, ctx.wanted, ctx.hands_over = backend, numbers, wanted, hands_over
+        ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, torch.float32)
         return (rows[:, 0] * weights).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, hidden, head, bias = ctx.saved_tensors
-        likes = [rows.new_empty(0, dtype=dtype) for dtype in (*ctx.dtypes, torch.float32)]
-        scaled = [
-            SPEED[ctx.backend].bwd(x, grad, like) if wanted else None
-            for x, like, wanted in zip((hidden, head, bias), likes, ctx.wanted, strict=True)
-        ]
+        rows, *saved = ctx.saved_tensors
+        gradients, ctx.gradients = (ctx.gradients, None) if ctx.hands_over else (saved, None)
+        if gradients is None:
+            _, *gradients = SPEED[ctx.backend].fwd(*saved, *ctx.numbers, *ctx.wanted)
+        scaled = [None, None, None]
+        for i, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.wanted, strict=True)):
+            if wanted:
+                scaled[i] = _times(gradients[i], grad, dtype, ctx.backend, ctx.hands_over)
         to_bias = None if scaled[2] is None else scaled[2][:, 0]
-        to_weights = grad * rows[:, 0] if ctx.needs_input_grad[3] else None
-        return None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
+        to_weights = grad * rows[:, 0] if ctx.needs_input_grad[4] else None
+        return None, None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
+
+
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place: bool) -> Tensor:
+    if in_place and x.dtype == dtype:
+        if backend == "cpu":  # where a factor of 1 is seen, and costs nothing
+            torch.ops.fastkd.linear_divergence_settle(x, factor)
+            return x
+        return x.mul_(factor)
+    return SPEED[backend].bwd(x, factor, x.new_empty(0, dtype=dtype))
 
 
 class Low(torch.autograd.Function):
@@ -141,7 +158,8 @@ def linear_divergence(
     # Without a gradient, what is streamed is as fast, unless the kind asks for a second look.
     streams = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
     if row_weights is not None and memory == "speed" and (any(wanted) or not streams):
-        return Speed.apply(backend, options.as_numbers(), wanted, row_weights.float(), *inputs)
+        hands_over = not torch.compiler.is_compiling()
+        return Speed.apply(backend, options.as_numbers(), wanted, hands_over, row_weights.float(), *inputs)
     rows = Low.apply(backend, options.as_numbers(), wanted, *inputs)
     return rows if row_weights is None else (rows * row_weights).sum()
 

@@ -1,0 +1,49 @@
+"""What linear_divergence allocates beyond its inputs and its gradients, as the kernel counts the pages of this process."""
+
+import pytest
+import torch
+from fastkd.bench import measure
+
+from cases import randn
+from fastkd import backends, linear_divergence
+
+WORDS, WIDTH, MIB = 8000, 128, 2**20
+pytestmark = [
+    pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built"),
+    pytest.mark.skipif(measure.peak_memory(measure.Task("", lambda _: None), torch.device("cpu"))[1][:5] != "VmHWM",
+                       reason="this system has no high-water mark that one can reset"),
+]  # fmt: skip
+
+
+def extra(rows, dtype, memory):
+    """MiB at the peak of loss and gradients, less the gradients."""
+    student = [randn(n, WIDTH, seed=i, dtype=torch.float32).to(dtype) for i, n in enumerate((rows, WORDS))]
+    teacher = [randn(n, WIDTH, seed=i + 2, dtype=torch.float32).to(dtype) for i, n in enumerate((rows, WORDS))]
+    leaves = [x.requires_grad_() for x in student]
+    task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, memory=memory), leaves)
+    task.run(None)
+    peak = min(measure.peak_by_kernel(task) for _ in range(2))
+    return (peak - sum(x.numel() * x.element_size() for x in leaves)) / MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_stays_flat_as_rows_grow_eightfold(dtype):
+    few, many = extra(1024, dtype, "low"), extra(8192, dtype, "low")  # a block holds 1024 rows
+    of_rows = 7 * 1024 * (WIDTH * 4 + 9 * 4) / MIB  # float32 sums of the hidden gradient, and nine numbers per row
+    assert many < few + of_rows + 6 < 8192 * WORDS * dtype.itemsize / MIB / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_speed_is_bounded_by_one_chunk_whatever_the_rows(dtype):
+    """Logits of 64 rows, the gradient of 256 spare rows; past one chunk, float32 sums of a bfloat16 head."""
+    chunk = (2 * 64 * WORDS * 4 + 256 * WORDS * dtype.itemsize) / MIB
+    sums = WORDS * WIDTH * 4 / MIB if dtype == torch.bfloat16 else 0
+    for rows in (512, 4096):
+        of_rows = rows * WIDTH * 4 / MIB
+        assert extra(rows, dtype, "speed") < chunk + sums + of_rows + 8
+    assert chunk + sums + of_rows + 8 < 4096 * WORDS * dtype.itemsize / MIB / 2
+
+
+def test_speed_in_one_chunk_adds_less_than_the_gradient_of_the_logits():
+    """No second copy of the head's gradient, and none of the logits."""
+    assert extra(WIDTH, torch.bfloat16, "speed") < 2 * 64 * WORDS * 4 / MIB + 8
