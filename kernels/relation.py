@@ -53,16 +53,21 @@ def scores(x, y, scale):
 
 
 @triton.jit
+def gap_and_excess(a, b, c):
+    """Of b = a e^c: b - a, and b - a - a c, with all their digits where c is small."""
+    near = tl.abs(c) < 0.5
+    slack = phi(tl.where(near, c, 0.0))
+    gap = tl.where(near, a * (c + slack), b - a)
+    return gap, tl.where(near, a * slack, gap - a * c)
+
+
+@triton.jit
 def move(refs, sums, top_s, top_t):
     """The sums as they are relative to new maxima."""
     (max_s, max_t), (mass, X, A) = refs, sums
-    e = (top_t - max_t) - (top_s - max_s)
     alpha, beta = tl.exp(max_t - top_t), tl.exp(max_s - top_s)
-    near = tl.abs(e) < 0.5
-    slack = phi(tl.where(near, e, 0.0))
-    gap = tl.where(near, alpha * (e + slack), beta - alpha)
-    slack = tl.where(near, alpha * slack, gap - alpha * e)
-    return alpha * mass, beta * X + gap * mass, alpha * A + gap * X + slack * mass
+    gap, excess = gap_and_excess(alpha, beta, (top_t - max_t) - (top_s - max_s))
+    return alpha * mass, beta * X + gap * mass, alpha * A + gap * X + excess * mass
 
 
 @triton.jit
@@ -90,12 +95,10 @@ def forward_kernel(
         mass, X, A = move((max_s, max_t), (mass, X, A), top_s, top_t)
         max_s, max_t = top_s, top_t
         a, c = tl.exp(b_t - max_t[:, None]), (b_s - b_t) - (max_s - max_t)[:, None]
-        near = tl.abs(c) < 0.5
-        slack = phi(tl.where(near, c, 0.0))
-        gap = tl.where(near, a * (c + slack), tl.exp(b_s - max_s[:, None]) - a)
+        gap, excess = gap_and_excess(a, tl.exp(b_s - max_s[:, None]), c)
         mass += tl.sum(a, 1)
         X += tl.sum(gap, 1)
-        A += tl.sum(tl.where(near, a * slack, gap - a * c), 1)
+        A += tl.sum(excess, 1)
     E = X / mass
     _, excess = logarithms(E, 1.0 + E)
     at = pair * L + o_i
@@ -124,9 +127,8 @@ def weights(b_s, b_t, of, seen):
     """g (q - p); `of` as load_stats gives it, of the queries."""
     g, max_t, max_s, per_t, per_s, kappa = of
     p, c = tl.exp(b_t - max_t) * per_t, (b_s - b_t) - (max_s - max_t) - kappa
-    near = tl.abs(c) < 0.5
-    slack = phi(tl.where(near, c, 0.0))
-    return tl.where(seen, g * tl.where(near, p * (c + slack), tl.exp(b_s - max_s) * per_s - p), 0.0)
+    gap, _ = gap_and_excess(p, tl.exp(b_s - max_s) * per_s, c)
+    return tl.where(seen, g * gap, 0.0)
 
 
 @triton.jit

@@ -185,9 +185,38 @@ def _linear_divergence(kind):
     )
 
 
+def _queries(rows):
+    """[rows, width] -> [rows, 1, L, d]: every query a piece of a row."""
+    d = 8 if rows.shape[1] < 5000 else 128
+    return F.pad(rows, (0, -rows.shape[1] % d)).unflatten(1, (1, -1, d))
+
+
+def _keys(x):
+    """Every key one coordinate, times a power of two: scores are exact, what is left is the arithmetic of softmaxes."""
+    L, d = x.shape[2:]
+    index = torch.arange(L, device=x.device)
+    picked = (index * 3 + 1)[:, None] % d == torch.arange(d, device=x.device)
+    return (picked * torch.exp2((index % 3 - 1).to(torch.float32))[:, None]).to(x.dtype).expand(len(x), 1, L, d)
+
+
+def relation_of_rows(student, teacher, backend):
+    """Q·Kᵀ, one head of one sequence per row."""
+    s, t = _queries(student), _queries(teacher)
+    options = {"temperature": 2.0, "reduction": "none", "backend": backend}
+    return functional.relation_kl_loss([(s, _keys(s))], [(t, _keys(t))], **options)[0].sum((1, 2))
+
+
+def eager_relation(student, teacher):
+    q, p = (F.log_softmax(x @ _keys(x).mT / 2.0, -1) for x in (_queries(student), _queries(teacher)))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum((1, 2, 3))
+
+
+RELATION = Subject("relation", "pairs", _logits, relation_of_rows, eager_relation)
+
 SUBJECTS = [
     *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
     LAYER_COST,
+    RELATION,
     *CONTRAST,
     *(_linear_divergence(kind) for kind in ("forward_kl", "jsd")),
 ]

@@ -153,6 +153,27 @@ def test_reductions_sum_over_the_relations():
     assert relative_error(loss(students, teachers, mask=MASK, reduction="sum"), rows.sum()) < 1e-13
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_relations_of_other_head_counts_have_means_of_their_own(reduction, mask):
+    """Alike ones share a mean, which must change nothing."""
+    xs = [states(1, 3), states(2, 3), torch.cat([states(3, 4), states(4, 4)], 1), states(5, 2)]
+    xt = [states(6, 5), states(7, 2), torch.cat([states(8, 4), states(9, 4)], 1), states(10, 3)]
+    for some in ((0, 1), (0, 1, 2), (2, 3)):
+        value, grads = gradients(
+            lambda *x, some=some: loss(list(x), [xt[k] for k in some], mask=mask, reduction=reduction),
+            *(xs[k] for k in some),
+        )
+        singly, true = gradients(
+            lambda *x, some=some: sum(
+                loss([a], [xt[k]], mask=mask, reduction=reduction) for a, k in zip(x, some, strict=True)
+            ),
+            *(xs[k] for k in some),
+        )
+        assert relative_error(value, singly) < 1e-13
+        assert all(relative_error(a, b) < 1e-13 for a, b in zip(grads, true, strict=True))
+
+
 def test_heads_are_resplit_from_the_concatenated_width():
     student, teacher = randn(2, 4, 5, 6, seed=1), randn(2, 3, 5, 16, seed=2)  # widths 24 and 48
 

@@ -53,26 +53,6 @@ def test_linear_divergence_in_the_interpreter():
     interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
 
 
-@not_interpreted
-@pytest.mark.parametrize("part", ["long", "not long"])
-def test_gram_in_the_interpreter(part):
-    interpreted("tests/test_triton_gram.py", "-k", part)
-
-
-@not_interpreted
-def test_what_gram_is_in_the_interpreter():
-    interpreted(
-        "tests/test_gram.py", "-k", "triton and (authors or corrcoef or padding or padded or too_few or forget)"
-    )
-
-
-@not_interpreted
-@pytest.mark.long
-@pytest.mark.parametrize("file", ["test_gram.py", "test_gram_terms.py", "test_gram_kernels.py"])
-def test_everything_of_gram_in_the_interpreter(file):
-    interpreted(f"tests/{file}", "-k", "triton and not long_groups")
-
-
 FLOATS = "*fp32"
 DENSE = ("forward_kernel", "backward_kernel")
 SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")
@@ -337,66 +317,3 @@ def test_contrast_bank_compiles_offline(name, labelled, chip):
     compiled = compile_kernel(kernel, signature, constants, chip, num_warps=4)
     assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
     assert_no_tensor_cores(compiled)
-
-
-def compile_gram(name, chip, s, t, rows=128, divisible=True, pairs=1, masked=False, **options):
-    """options: the constants that are not the launch's."""
-    from fastkd.kernels import gram_rows, gram_tiles, gram_whole
-
-    from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel, tensor_core_instructions
-
-    module = next(m for m in (gram_whole, gram_tiles, gram_rows) if name in m.SPILL_LIMIT)
-    kernel, half = getattr(module, name), "float32" not in (s, t)
-    launch = gram_whole.geometry(rows, half) if module is gram_whole else gram_tiles.geometry(half)
-    if name == "pull_kernel":
-        launch = {"BLOCK": launch["BLOCK"]} | gram_tiles.pull_geometry(half)
-    elif name in ("rows_kernel", "means_kernel", "conclude_kernel"):
-        launch = {"BLOCK": 128 if name == "conclude_kernel" else 16, "BLOCK_D": 128, "num_warps": 4}
-    types = {"students": POINTERS[s], "teachers": POINTERS[t], "outputs": POINTERS[s], "valids": "*u8"}
-    types |= dict.fromkeys(("grads", "values", "saved"), FLOATS)
-    types = {key: (pointer,) * pairs for key, pointer in types.items()} | {"mask_ptr": "*u8", "eps": "fp32"}
-    types |= {"weights_ptr": POINTERS[s]} | dict.fromkeys(("partial_ptr", "sums_s", "sums_t", "slots_ptr"), FLOATS)
-    constants = {"ENOUGH": 2, "ROW": False, "NORMALIZE": True, "ADD": False, "MIRROR": True} | launch | options
-    constants |= {"HALF_S": s != "float32", "HALF_T": t != "float32"} | ({} if masked else {"mask_ptr": None})
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {key: types.get(key, "i32") for key in kernel.arg_names if key not in constants}
-    sizes = ("D_s", "D_t", "s_group", "s_row", "t_group", "t_row", "out_group", "out_row") if divisible else ()
-    more = {key: value for key, value in launch.items() if key not in kernel.arg_names and not key.isupper()}
-    sizes = [key for key in (*sizes, "stride") if key in signature]
-    compiled = compile_kernel(kernel, signature, constants, chip, divisible=sizes, **more)
-    assert_fits(compiled, chip, module.SPILL_LIMIT[name])
-    if name in ("rows_kernel", "means_kernel", "conclude_kernel") or (s == t == "float32"):
-        assert_no_tensor_cores(compiled)
-    elif name != "pull_kernel" or s != "float32":
-        assert tensor_core_instructions(compiled) > 0
-    return compiled
-
-
-GRAM_WHOLE = ("whole_forward_kernel", "whole_backward_kernel")
-GRAM_TILES = ("rows_kernel", "means_kernel", "moments_kernel", "conclude_kernel", "weights_kernel", "pull_kernel")
-
-
-@not_interpreted
-@pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize("name", [*GRAM_WHOLE, *GRAM_TILES])
-def test_gram_compiles_offline(name, chip):
-    """In the main loop the tensor cores eat what asynchronous copies brought, some blocks ahead."""
-    compiled = compile_gram(name, chip, "bfloat16", "bfloat16")
-    if name in (*GRAM_WHOLE, "moments_kernel", "weights_kernel", "pull_kernel"):
-        assert "LDGSTS" in compiled.sass
-        assert ("HGMMA" if chip == 90 else "HMMA") in compiled.sass
-
-
-@not_interpreted
-@pytest.mark.long
-@pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize("name", [*GRAM_WHOLE, *GRAM_TILES])
-def test_every_gram_configuration_compiles_offline(name, chip):
-    half, full = ("bfloat16", "bfloat16"), ("float32", "float32")
-    for types in (half, full, ("float16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32")):
-        longest = 128 if "float32" not in types else 64
-        for rows in (16, 32, longest) if name in GRAM_WHOLE else (longest,):
-            compile_gram(name, chip, *types, rows)
-        compile_gram(name, chip, *types, longest, divisible=False)  # 312 columns: 16 bytes, but no multiple of 16
-    for types, rows in ((half, 128), (full, 64)):
-        compile_gram(name, chip, *types, rows, masked=True, pairs=3, ROW=True, ADD=True, MIRROR=False, NORMALIZE=False)

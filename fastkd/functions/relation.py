@@ -30,16 +30,19 @@ def relation_kl_loss(
     if temperature is not None:
         checks.positive("temperature", temperature)
     mask = reduce.as_bool(mask)
-    total = []
-    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        rows = _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
-        counted = None if mask is None else mask[:, None, :].expand_as(rows)
-        total.append(reduce.reduce(rows, counted, reduction))
+    found = [
+        _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
+        for i, (s, t) in enumerate(zip(student, teacher, strict=True))
+    ]
     if reduction == "none":
-        for i, rows in enumerate(total):
-            checks.same_shape(f"student[{i}]", rows, "student[0]", total[0], "pass heads= to split all relations alike")
-        return torch.stack(total)  # [R, B, H, L]
-    return sum(total)
+        for i, rows in enumerate(found):
+            checks.same_shape(f"student[{i}]", rows, "student[0]", found[0], "pass heads= to split all relations alike")
+        found = [torch.stack(found)]  # [R, B, H, L]
+    elif all(rows.shape == found[0].shape for rows in found):
+        found = [sum(found[1:], found[0])]  # the sum of their means is the mean of their sum
+    counted = [None if mask is None else mask[:, None, :].expand_as(rows) for rows in found]
+    losses = [reduce.reduce(rows, of_rows, reduction) for rows, of_rows in zip(found, counted, strict=True)]
+    return sum(losses[1:], losses[0])
 
 
 def _relation_rows(where, student, teacher, heads, mask, causal, temperature, backend):

@@ -6,6 +6,8 @@ differ between the two sides. The mask takes keys out of the softmax, and the ro
 
 import torch
 
+from .divergence import _kl
+
 
 def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t):
     """x, y [B,H,L,d], mask [B,L] -> rows [B,H,L]."""
@@ -16,22 +18,26 @@ def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t):
     if mask is not None:
         keep = mask[:, None, :, None]  # [B, 1, L, 1]
         allowed = allowed & mask[:, None, None, :]  # [B, 1, L, L]
-    log_p = _log_relation(xt.to(dtype), yt.to(dtype), keep, allowed, scale_t)
-    log_q = _log_relation(xs.to(dtype), ys.to(dtype), keep, allowed, scale_s)
-    rows = _kl(log_p, log_q)
+    t = _scores(xt.to(dtype), yt.to(dtype), keep, allowed, scale_t)
+    s = _scores(xs.to(dtype), ys.to(dtype), keep, allowed, scale_s)
+    rows = _kl_of_scores(t, s)
     return rows if mask is None else torch.where(mask[:, None, :], rows, 0)
 
 
-def _log_relation(x, y, keep, allowed, scale):
+def _scores(x, y, keep, allowed, scale):
     if keep is not None:
         x, y = x.masked_fill(~keep, 0), y.masked_fill(~keep, 0)
     scores = (x @ y.transpose(-1, -2)) * scale  # [B, H, L, L]
     # The most negative number, not -inf: a row without any key becomes uniform instead of NaN.
-    return torch.log_softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
 
-def _kl(log_p, log_q):
-    """sum p (log p - log q), with sum (q - p) = 0 added: every term is then >= 0, and none cancels as q nears p."""
-    p, ratio = log_p.exp(), log_q - log_p
-    near = ratio.clamp(max=1)
-    return torch.where(ratio < 1, p * (near.expm1() - near), log_q.exp() - p - p * ratio).sum(-1)
+def _kl_of_scores(t, s):
+    """log q - log p is taken from the difference of the scores, less its mean, where that is small."""
+    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
+    p, x = log_p.exp(), s - t
+    y = x - (p * x).sum(-1, keepdim=True).detach()
+    rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [B, H, L, 1] log1p of it: what q's sum has more
+    near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
+    ratio = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), log_q - log_p)  # [B, H, L, L]
+    return _kl(p, log_q.exp(), ratio)
