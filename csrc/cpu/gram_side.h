@@ -121,7 +121,7 @@ struct Side {
     const int64_t n = int64_t(kept.size());
     scale_and_sum(group, kept, threads);
     mean(n);
-    level = square;
+    level = normalize ? square - 1 : square;
     if (raw) {
       for (int64_t i = 0; i < n; ++i) offset[i] = float(-square / 2);
     } else {
@@ -171,16 +171,17 @@ struct Side {
     }
   }
 
-  // v = u - c to `to`; returns <c, v>, but for a constant. Where |u| is 1 that is -|v|^2 / 2, in which nothing cancels
-  // and no error of |u| counts: |u|^2 = |c|^2 + 2 <c, v> + |v|^2. `there`: what is copied has been.
+  // v = u - c to `to`; returns <c, v>. Where |u| is 1 that is (1 - |c|^2 - |v|^2) / 2, up to a constant: the better way
+  // where c is the larger part, since no error of |u| counts then. `there`: what is copied has been.
   double shift_row(const char* x, int64_t i, bool there, float* to) const {
     if (copied && !there) table.copy(x, element, false, width, to);
     const auto* from = copied ? to : reinterpret_cast<const float*>(x);
-    const bool dead = normalize && !live(i);
-    const double lost = dead ? 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr) : 0;
-    const double found = table.shift(from, scale[i], centre, normalize, padded, to);
-    return normalize ? (1 - square - lost - found) / 2 : found;
+    if (!by_length()) return table.shift(from, scale[i], centre, false, padded, to);
+    const double lost =
+        live(i) ? 0 : 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr);
+    return (1 - square - lost - table.shift(from, scale[i], centre, true, padded, to)) / 2;
   }
+  bool by_length() const { return normalize && square > 0.5; }
 
   void shift(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
@@ -193,7 +194,7 @@ struct Side {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
     for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
-    if (normalize) level = 2 * sum / n - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
+    if (by_length()) level = 2 * sum / n - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
   }
 
   // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.
