@@ -203,7 +203,7 @@ class Layers:
             x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in (*x.stride()[:3], x.shape[3])) for x in (*q, *k)
         )
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        self.elements = self.B * self.H * self.Q * self.K
+        self.elements = max(self.B * self.H * self.Q * self.K, 1)
         self.launch = geometry(max(widths), self.like.element_size() == 2, self.aligned)
         self.table = torch.empty((len(q), COLUMNS), dtype=torch.int64, device=self.like.device)
         self.scales = torch.empty(len(q), dtype=torch.float32, device=self.like.device)

@@ -285,3 +285,15 @@ def test_mistakes():
         layer_costs([x], [x.clone().requires_grad_()])
     with pytest.raises(ValueError, match="heads='mean'"):
         attention_costs(queries_and_keys(1, 1, 3), [tuple(y[:, :1] for y in queries_and_keys(1, 1, 3)[0])])
+
+
+@on_every_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_empty_batch_costs_nothing_and_keeps_its_graph(masked, backend):
+    layers = hidden(3, 1, backend=backend, shape=(0, S, D))
+    leaf, mask = layers[0].requires_grad_(), torch.ones(0, S, device=layers[0].device) if masked else None
+    costs = functional.layer_costs([leaf], layers[1:], mask=mask, backend=backend)
+    pairs = [(x[:, None], x[:, None]) for x in layers]
+    scores = functional.attention_costs(pairs[:1], pairs[1:], mask=mask, backend=backend)
+    for found in (costs, scores):
+        assert (found == 0).all() and torch.autograd.grad(found.sum(), leaf)[0].shape == leaf.shape

@@ -1,6 +1,7 @@
 // Queries and keys of every layer, one head of one sequence at a time: what attention_cost's two ways share.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -57,7 +58,7 @@ struct AttentionShape {
   const bool* mask;  // [B, keys] or null
 
   int64_t units() const { return batch * heads; }
-  double entries() const { return double(batch) * heads * queries * keys; }
+  double entries() const { return std::max(double(batch) * heads * queries * keys, 1.); }
 };
 
 // One head of one sequence.

@@ -70,7 +70,7 @@ struct Space {
   Space(const std::vector<Layer>& layers, const std::optional<Tensor>& given) {
     const Tensor& first = layers[0].tensor;
     const int64_t numel = first.numel();
-    elements = double(numel);
+    elements = double(std::max<int64_t>(numel, 1));
     const size_t axis = dense_from(layers, first.dim(), given ? 2 : 0, length);
     for (size_t a = 0; a < axis; ++a) {
       sizes.push_back(first.size(a));

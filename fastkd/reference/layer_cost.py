@@ -20,9 +20,9 @@ def layer_cost(students, teachers, mask, clamp):
             x = x.masked_fill(~mask.reshape(mask.shape + (1,) * (x.dim() - 2)), 0)
         return x if clamp is None else x.masked_fill(x <= clamp, 0)
 
-    count = students[0].numel()
+    count = max(students[0].numel(), 1)
     if mask is not None:
-        count = mask.sum().clamp_min(1) * (count // mask.numel())
+        count = mask.sum().clamp_min(1) * (count // max(mask.numel(), 1))
     return _squared_differences([kept(x) for x in students], [kept(x) for x in teachers]) / count
 
 
@@ -36,7 +36,7 @@ def attention_cost(students, teachers, mask, causal, scale, heads):
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     students = [_scores(x, dtype, mask, causal, scale, heads) for x in students]
     teachers = [_scores(x, dtype, mask, causal, scale, heads) for x in teachers]
-    return _squared_differences(students, teachers) / students[0].numel()
+    return _squared_differences(students, teachers) / max(students[0].numel(), 1)
 
 
 def _scores(x, dtype, mask, causal, scale, heads):
