@@ -133,7 +133,9 @@ class Layout:
         self.S, self.L, self.rows = S, L, B * S
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.count = None if mask is None else mask.sum().clamp_min(1)
-        self.elements = max(self.L if mask is not None else self.L * self.rows, 1)  # times the rows that count, with a mask
+        self.elements = max(
+            self.L if mask is not None else self.L * self.rows, 1
+        )  # times the rows that count, with a mask
 
     def parts(self, longest: int) -> tuple[int, int]:
         """(elements of a block, blocks of a row): the longest power of two that wastes less than an eighth, if any."""
