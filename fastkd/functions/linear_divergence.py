@@ -1,9 +1,11 @@
 """`divergence` from hidden states and heads, without the logits (GLMD)."""
 
+import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
 from fastkd.ops import linear_divergence as linear_divergence_op
+from fastkd.ops import vocab_parallel
 from fastkd.ops.divergence import TopK
 
 
@@ -30,6 +32,7 @@ def linear_divergence(
     ignore_index: int = -100,
     logit_scale: float | tuple[float, float] = 1.0,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
+    process_group=None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -41,7 +44,8 @@ def linear_divergence(
     Logits are softcap · tanh(scale · x / softcap), one number for both sides or (student, teacher).
     memory: "speed" forms the gradient in the forward; "low" keeps eight numbers per row and makes the logits again; so
     does reduction="none". num_valid: how many rows count at most, if known; a GPU then leaves the others out of its
-    products.
+    products. process_group: heads and biases are this rank's shard of the words, in rank order, the same words on both
+    sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient.
     """
     shape = student_hidden.shape[:-1]
     checks.tensor("student_hidden", student_hidden, "[..., D]")
@@ -58,6 +62,10 @@ def linear_divergence(
         checks.frozen("teacher_head", teacher_head, teacher_bias)
         checks.same_device(student_hidden=student_hidden, teacher_hidden=teacher_hidden, teacher_head=teacher_head,
                            teacher_bias=teacher_bias)  # fmt: skip
+        if vocab is not None and process_group is not None:
+            raise ValueError(
+                "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
+            )
         teacher_head, teacher_bias = _kept_rows(vocab, teacher_head, teacher_bias)
         teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head, teacher_bias)
         _check_vocabularies(student_head, teacher_head)
@@ -74,8 +82,9 @@ def linear_divergence(
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     if hard_weight:
         checks.integers("labels", labels, "[...]")
-        known = lambda: ((labels >= 0) & (labels < student_head.shape[0]) | ~counted).all()  # noqa: E731 (where it is free)
-        checks.values("labels", labels, known, f"a label that counts must lie in [0, {student_head.shape[0]})")
+        words = student_head.shape[0] if process_group is None else torch.iinfo(labels.dtype).max  # of all ranks
+        known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
+        checks.values("labels", labels, known, f"a label that counts must lie in [0, {words})")
     if num_valid is not None and not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
         raise ValueError(
             f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"
@@ -89,6 +98,13 @@ def linear_divergence(
         float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, float(hard_weight),
         _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
     )  # fmt: skip
+    if process_group is not None:
+        if sparse:
+            raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
+        flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
+        student = (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias)
+        rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
+        return reduce.reduce(rows, counted, reduction, weights)
     rows = linear_divergence_op.linear_divergence(
         (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias), teacher,
         *(None if x is None else x.reshape(-1) for x in (counted, labels)), options, memory,

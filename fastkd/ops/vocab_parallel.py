@@ -1,0 +1,118 @@
+"""linear_divergence with heads whose words are spread over ranks: every rank has all rows, and a shard of the vocabulary.
+
+What is summed over the vocabulary is summed over the ranks too. Some rows at a time, made again for their gradient, so no
+rank ever holds more than a few rows' logits of its shard. In PyTorch, on every device: the products are the library's.
+
+Two sums of ranks, which look alike and have other gradients: `_whole` is a loss, the same number on every rank, and each
+rank's part has the gradient that the number has; `_shared` goes on into what differs from rank to rank, so gradients of all
+ranks come back summed.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastkd.reference import divergence as reference
+from fastkd.reference.linear_divergence import _logits
+
+ROWS = 256  # at a time
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, differs):
+        ctx.group, ctx.differs = group, differs
+        return _reduced(x, group, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduced(grad, ctx.group, dist.ReduceOp.SUM) if ctx.differs else grad, None, None
+
+
+class _Copy(torch.autograd.Function):
+    """Every rank uses x with its own words: the gradient is the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduced(grad, ctx.group, dist.ReduceOp.SUM), None
+
+
+def _reduced(x: Tensor, group, how) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, how, group=group)
+    return x
+
+
+def _whole(x, group):
+    return _Sum.apply(x, group, False)
+
+
+def _shared(x, group):
+    return _Sum.apply(x, group, True)
+
+
+def _softmax(x, group) -> tuple[Tensor, Tensor]:
+    """(probabilities, their logarithms) [N, V / ranks] over the words of all ranks."""
+    top = _reduced(x.detach().amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    x = x - top.clamp_min(torch.finfo(x.dtype).min)
+    log_p = x - _shared(x.exp().sum(-1, keepdim=True), group).log()
+    return log_p.exp(), log_p
+
+
+def _compared(s, t, options, group) -> Tensor:
+    """This rank's part of the divergence [N], in the reference's arithmetic: see there why d is not log q - log p."""
+    missing = (s == -torch.inf) & (t == -torch.inf)
+    if options.kind == "mse":
+        return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
+    (p, log_p), (q, log_q) = _softmax(t / options.temperature, group), _softmax(s / options.temperature, group)
+    silent = (p == 0) & (q == 0)
+    x = ((s - t) / options.temperature).masked_fill(silent, 0)
+    mean = _reduced((p * x.detach().clamp(-1e30, 1e30)).sum(-1, keepdim=True), group, dist.ReduceOp.SUM)
+    y = (x - mean).masked_fill(silent, 0)
+    rise = _shared((p * y.clamp(max=60).expm1()).sum(-1, keepdim=True), group)  # [N, 1]
+    largest = _reduced(y.detach().amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    near = (rise < 1) & (largest < 60)
+    far = (log_q - log_p).masked_fill(silent, 0)
+    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far)
+    return reference._compare(p, q, d, options.kind, options.beta, options.alpha)
+
+
+def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
+    hidden, head, bias = student
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    s = _logits(
+        _Copy.apply(hidden, group), head, bias, mask, dtype, options.scales[0], options.caps[0]
+    )  # [N, V / ranks]
+    with torch.no_grad():
+        t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
+    rows = options.factor * _compared(s, t, options, group)
+    if options.hard:
+        place = labels - first
+        here = (place >= 0) & (place < s.shape[1])
+        right = _softmax(s, group)[1].gather(1, place.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
+        rows = rows - options.hard * torch.where(here, right, 0.0)
+    rows = _whole(rows, group)
+    return rows if mask is None else rows.masked_fill(~mask, 0)
+
+
+def rows(student, teacher, mask, labels, options, group) -> Tensor:
+    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None); shards in rank order, of any sizes. Rows [N],
+    the same on every rank; the gradient of hidden is that of all words, a head's that of its own."""
+    first = 0
+    if options.hard:  # where this rank's words begin
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=student[1].device)
+        sizes[dist.get_rank(group)] = student[1].shape[0]
+        first = _reduced(sizes, group, dist.ReduceOp.SUM)[: dist.get_rank(group)].sum()
+    found = []
+    for start in range(0, student[0].shape[0], ROWS):
+        part = slice(start, start + ROWS)
+        sides = [(hidden[part], head, bias) for hidden, head, bias in (student, teacher)]
+        some = [None if x is None else x[part] for x in (mask, labels)]
+        found.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
+    return torch.cat(found) if found else student[0].new_zeros(0, dtype=torch.float32) * student[0].sum()

@@ -1,0 +1,91 @@
+"""linear_divergence with heads spread over two processes: the loss and every gradient of one process with all words."""
+
+import pytest
+import torch
+
+import fastkd
+from cases import randn, relative_error
+from ranks import on_two_ranks
+
+ROWS, D, T_D, WORDS = 300, 6, 5, 23  # more rows than are computed at a time; shards of 11 and 12 words
+SPLIT = (0, 11, WORDS)
+OPTIONS = [
+    {"kind": kind, "temperature": temperature}
+    for kind, temperature in (
+        ("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 1.5), ("skew_kl", 1.0), ("tvd", 1.0), ("soft_ce", 1.0), ("mse", 1.0),
+    )
+] + [
+    {"hard_weight": 0.3, "temperature": 2.0, "masked": True},
+    {"logit_scale": (2.0, 0.5), "logit_softcap": 3.0, "weighted": True, "masked": True},
+    {"reduction": "sum", "masked": True},
+]  # fmt: skip
+
+RUN = """
+import fastkd
+from test_vocab_parallel import OPTIONS, inputs, shard
+result = []
+for options in OPTIONS:
+    for near in (False, True):
+        leaves, sides, more = inputs(options, near, torch.{dtype})
+        student = shard(leaves[1:], rank)
+        teacher = shard(sides[1:], rank)
+        own = [leaves[0].requires_grad_(), *(x.requires_grad_() for x in student)]
+        loss = fastkd.linear_divergence(
+            own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
+        )
+        result.append((loss.detach(), torch.autograd.grad(0.37 * loss, own)))
+"""
+
+
+def inputs(options, near, dtype):
+    """(hidden, head, bias) of the student and of the teacher, and the rest of the arguments."""
+    options = dict(options)
+    teacher = [randn(ROWS, D, seed=1), randn(WORDS, D, seed=2), randn(WORDS, seed=3)]
+    generator = torch.Generator().manual_seed(4)
+    student = [x + (1e-3 if near else 1.0) * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in teacher]
+    if options.pop("masked", False):
+        options["mask"] = torch.arange(ROWS) % 3 > 0
+    if options.pop("weighted", False):
+        options["weights"] = torch.arange(ROWS, dtype=torch.float32) / ROWS
+    if "hard_weight" in options:
+        options["labels"] = torch.arange(ROWS) % WORDS
+    return [x.to(dtype) for x in student], [x.to(dtype) for x in teacher], options
+
+
+def shard(head_and_bias, rank):
+    return [x[SPLIT[rank] : SPLIT[rank + 1]].clone() for x in head_and_bias]
+
+
+def in_one_process(options, near, dtype, wide):
+    """(loss, gradients) with all words, of the inputs in `dtype`, computed in `wide`."""
+    leaves, sides, more = inputs(options, near, getattr(torch, dtype))
+    own, teacher = [x.to(wide).requires_grad_() for x in leaves], [x.to(wide) for x in sides]
+    biases = {"student_bias": own[2], "teacher_bias": teacher[2]}
+    loss = fastkd.linear_divergence(own[0], own[1], teacher[0], teacher[1], backend="reference", **biases, **more)
+    return loss, torch.autograd.grad(0.37 * loss, own)
+
+
+@pytest.mark.parametrize(("dtype", "limits"), [("float64", (1e-12, 1e-12)), ("float32", (1e-6, 1e-5))])
+def test_two_processes_equal_one(dtype, limits):
+    """Products in float32 round logits, which shows near convergence: no more than in one process, then."""
+    ranks = on_two_ranks(RUN.format(dtype=dtype))
+    cases = [(options, near) for options in OPTIONS for near in (False, True)]
+    for i, (options, near) in enumerate(cases):
+        true, true_grads = in_one_process(options, near, dtype, torch.float64)
+        same, same_grads = in_one_process(options, near, dtype, getattr(torch, dtype))
+        for rank in (0, 1):
+            loss, grads = ranks[rank][i]
+            where = f"{options} near={near} rank {rank}"
+            assert relative_error(loss, true) <= max(limits[0], 2 * relative_error(same, true)), where
+            expected, others = ([x[0], *shard(x[1:], rank)] for x in (true_grads, same_grads))
+            for found, right, other in zip(grads, expected, others, strict=True):
+                assert relative_error(found, right) <= max(limits[1], 2 * relative_error(other, right)), where
+
+
+def test_what_cannot_be_sharded_says_so():
+    hidden, head = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="vocab: ids are of the whole vocabulary"):
+        fastkd.linear_divergence(hidden, head, hidden, head, vocab=torch.arange(5), process_group=object())
+    topk = fastkd.TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="process_group: a TopK teacher has no head"):
+        fastkd.linear_divergence(hidden, head, topk, process_group=object())
