@@ -32,10 +32,10 @@ class VocabMap(nn.Module):
     def __init__(self, kept_ids, original_size: int, replacement=None):
         super().__init__()
         kept_ids = torch.as_tensor(kept_ids).detach().clone()
+        if kept_ids.numel() == 0:
+            raise ValueError("kept_ids: is empty; keep at least one id")
         checks.integers("kept_ids", kept_ids, "[K]")
         kept_ids = kept_ids.long()
-        if len(kept_ids) == 0:
-            raise ValueError("kept_ids: is empty; keep at least one id")
         checks.indices_in_range("kept_ids", kept_ids, original_size, "original vocabulary")
         position_of = torch.full((original_size,), -1, dtype=torch.int64, device=kept_ids.device)
         position_of[kept_ids] = torch.arange(len(kept_ids), device=kept_ids.device)

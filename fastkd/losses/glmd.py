@@ -64,6 +64,10 @@ class GLMDLoss(nn.Module):
             raise ValueError("top_n: chooses words for the KL; it cannot be combined with mse=True")
         self.temperature, self.soft_temperature = float(temperature), float(soft_temperature)
         self.teacher_words = teacher_words
+        if vocab is not None and not hasattr(vocab, "slice_head"):
+            raise ValueError(
+                f"vocab: expected a VocabMap, got {checks.describe(vocab)}; VocabMap(kept_ids, original_size) is one"
+            )
         self.vocab, self.normalize, self.stage, self.soft_kind = vocab, normalize, stage, soft_kind
         self.top_n, self.teacher_min, self.mse, self.backend = top_n, teacher_min, mse, backend
 
