@@ -94,7 +94,7 @@ WRONG = {
         "expected 3",
     ),
     "lists of FCD": (lambda: fastkd.FCDLoss()([X], [X, X]), "must pair up one to one"),
-    "kept ids where a map belongs": (lambda: fastkd.GLMDLoss(vocab=[1, 2]), "vocab: expected a VocabMap, got list"),
+    "kept ids where a map belongs": (lambda: fastkd.GLMDLoss(vocab=[1, 2]), "vocab: expected a VocabMap, got a list of 2"),
     "no kept ids": (lambda: fastkd.VocabMap([], 10), "kept_ids: is empty; keep at least one id"),
 }  # fmt: skip
 
