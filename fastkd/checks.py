@@ -151,7 +151,7 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
 def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
     def inside():
         low, high = x.aminmax()  # one pass
-        return low >= 0 and high < size
+        return (low >= 0) & (high < size)
 
     values(name, x, lambda: x.numel() == 0 or inside(), f"indices must lie in [0, {size}), the {what}")
 

@@ -54,12 +54,13 @@ def test_linear_divergence_in_the_interpreter():
 
 
 @not_interpreted
-@pytest.mark.parametrize("part", ["long", "not long"])
+@pytest.mark.parametrize("part", [pytest.param("long", marks=pytest.mark.long), "not long"])
 def test_gram_in_the_interpreter(part):
     interpreted("tests/test_triton_gram.py", "-k", part)
 
 
 @not_interpreted
+@pytest.mark.long
 def test_what_gram_is_in_the_interpreter():
     interpreted(
         "tests/test_gram.py", "-k", "triton and (authors or corrcoef or padding or padded or too_few or forget)"
@@ -81,4 +82,10 @@ def test_contrast_in_the_interpreter():
 
 @not_interpreted
 def test_attention_cost_in_the_interpreter():
+    interpreted("tests/test_attention_cost.py", "-k", "triton and (near or half or mean or does_not_matter)")
+
+
+@not_interpreted
+@pytest.mark.long
+def test_everything_of_attention_cost_in_the_interpreter():
     interpreted("tests/test_attention_cost.py", "-k", "triton")
