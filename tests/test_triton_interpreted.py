@@ -71,7 +71,8 @@ def test_what_gram_is_in_the_interpreter():
 @pytest.mark.long
 @pytest.mark.parametrize("file", ["test_gram.py", "test_gram_terms.py", "test_gram_kernels.py"])
 def test_everything_of_gram_in_the_interpreter(file):
-    interpreted(f"tests/{file}", "-k", "triton and not long_groups")
+    # The interpreter truncates what it rounds to bfloat16, so how good bfloat16 is cannot be seen there.
+    interpreted(f"tests/{file}", "-k", "triton and not long_groups and not as_good_as_float32")
 
 
 @not_interpreted
