@@ -1,11 +1,20 @@
-"""What linear_divergence allocates beyond its inputs and its gradients, as the kernel counts the pages of this process."""
+"""What linear_divergence allocates beyond its inputs and its gradients, as the kernel counts the pages of this process.
+
+Measured in a process whose blocks have pages of their own: in a heap that others have used, what happens to be free
+moves the mark by 15 MiB from call to call.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from fastkd.bench import measure
 
-from cases import randn
-from fastkd import backends, linear_divergence
+from fastkd import backends
 
 WORDS, WIDTH, MIB = 8000, 128, 2**20
 pytestmark = [
@@ -14,23 +23,46 @@ pytestmark = [
                        reason="this system has no high-water mark that one can reset"),
 ]  # fmt: skip
 
+SCRIPT = f"""
+import json
+import torch
+from fastkd import linear_divergence
+from fastkd.bench import measure
+
+def extra(rows, dtype, memory):
+    dtype = getattr(torch, dtype)
+    make = lambda *shape: torch.randn(shape).to(dtype)
+    leaves = [make(rows, {WIDTH}).requires_grad_(), make({WORDS}, {WIDTH}).requires_grad_()]
+    teacher = [make(rows, {WIDTH}), make({WORDS}, {WIDTH})]
+    task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, memory=memory), leaves)
+    task.run(None)
+    peak = measure.peak_by_kernel(task)
+    return (peak - sum(x.numel() * x.element_size() for x in leaves)) / {MIB}
+
+cases = [(rows, dtype, memory) for dtype in ("float32", "bfloat16") for memory, sizes in
+         (("low", (1024, 8192)), ("speed", ({WIDTH}, 512, 4096))) for rows in sizes]
+print(json.dumps([[case, extra(*case)] for case in cases]))
+"""
+
+
+@functools.cache
+def measured():
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return {tuple(case): mib for case, mib in json.loads(done.stdout)}
+
 
 def extra(rows, dtype, memory):
     """MiB at the peak of loss and gradients, less the gradients."""
-    student = [randn(n, WIDTH, seed=i, dtype=torch.float32).to(dtype) for i, n in enumerate((rows, WORDS))]
-    teacher = [randn(n, WIDTH, seed=i + 2, dtype=torch.float32).to(dtype) for i, n in enumerate((rows, WORDS))]
-    leaves = [x.requires_grad_() for x in student]
-    task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, memory=memory), leaves)
-    task.run(None)
-    peak = min(measure.peak_by_kernel(task) for _ in range(2))
-    return (peak - sum(x.numel() * x.element_size() for x in leaves)) / MIB
+    return measured()[rows, str(dtype).removeprefix("torch."), memory]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_stays_flat_as_rows_grow_eightfold(dtype):
     few, many = extra(1024, dtype, "low"), extra(8192, dtype, "low")  # a block holds 1024 rows
     of_rows = 7 * 1024 * (WIDTH * 4 + 9 * 4) / MIB  # float32 sums of the hidden gradient, and nine numbers per row
-    assert many < few + of_rows + 6 < 8192 * WORDS * dtype.itemsize / MIB / 2
+    assert many < few + of_rows + 2 < 8192 * WORDS * dtype.itemsize / MIB / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
