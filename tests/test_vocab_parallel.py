@@ -34,6 +34,19 @@ for options in OPTIONS:
             own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
         )
         result.append((loss.detach(), torch.autograd.grad(0.37 * loss, own)))
+with torch.autocast("cpu", torch.bfloat16):
+    inside = fastkd.linear_divergence(
+        own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
+    )
+assert torch.equal(inside, loss)  # autocast does not reach inside
+try:
+    fastkd.linear_divergence(
+        sides[0], teacher[0], sides[0], teacher[0], labels=torch.full((300,), 23), hard_weight=1.0, process_group=group
+    )
+except ValueError as error:
+    assert "labels: a label that counts must lie in [0, 23)" in str(error)
+else:
+    raise AssertionError("a label outside of all shards was accepted")
 """
 
 
@@ -86,6 +99,8 @@ def test_what_cannot_be_sharded_says_so():
     hidden, head = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match="vocab: ids are of the whole vocabulary"):
         fastkd.linear_divergence(hidden, head, hidden, head, vocab=torch.arange(5), process_group=object())
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
+        fastkd.linear_divergence(hidden, head, hidden, head, backend="cpu", process_group=object())
     topk = fastkd.TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="process_group: a TopK teacher has no head"):
         fastkd.linear_divergence(hidden, head, topk, process_group=object())

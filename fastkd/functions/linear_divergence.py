@@ -1,6 +1,5 @@
 """`divergence` from hidden states and heads, without the logits (GLMD)."""
 
-import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
@@ -45,7 +44,8 @@ def linear_divergence(
     memory: "speed" forms the gradient in the forward; "low" keeps eight numbers per row and makes the logits again; so
     does reduction="none". num_valid: how many rows count at most, if known; a GPU then leaves the others out of its
     products. process_group: heads and biases are this rank's shard of the words, in rank order, the same words on both
-    sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient.
+    sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient; `memory` and `num_valid`
+    change nothing there.
     """
     shape = student_hidden.shape[:-1]
     checks.tensor("student_hidden", student_hidden, "[..., D]")
@@ -82,7 +82,7 @@ def linear_divergence(
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     if hard_weight:
         checks.integers("labels", labels, "[...]")
-        words = student_head.shape[0] if process_group is None else torch.iinfo(labels.dtype).max  # of all ranks
+        words = student_head.shape[0] if process_group is None else vocab_parallel.words(student_head, process_group)
         known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
         checks.values("labels", labels, known, f"a label that counts must lie in [0, {words})")
     if num_valid is not None and not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
@@ -101,6 +101,10 @@ def linear_divergence(
     if process_group is not None:
         if sparse:
             raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
+            )
         flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
         student = (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias)
         rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastkd import backends
 from fastkd.reference import divergence as reference
 from fastkd.reference.linear_divergence import _logits
 
@@ -101,18 +102,26 @@ def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
+def _sizes(head, group) -> Tensor:
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=head.device)
+    sizes[dist.get_rank(group)] = head.shape[0]
+    return _reduced(sizes, group, dist.ReduceOp.SUM)  # [ranks]
+
+
+def words(head: Tensor, group) -> Tensor:
+    """How many words all shards have, [] on the device."""
+    return _sizes(head, group).sum()
+
+
 def rows(student, teacher, mask, labels, options, group) -> Tensor:
     """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None); shards in rank order, of any sizes. Rows [N],
     the same on every rank; the gradient of hidden is that of all words, a head's that of its own."""
-    first = 0
-    if options.hard:  # where this rank's words begin
-        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=student[1].device)
-        sizes[dist.get_rank(group)] = student[1].shape[0]
-        first = _reduced(sizes, group, dist.ReduceOp.SUM)[: dist.get_rank(group)].sum()
+    first = _sizes(student[1], group)[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first word
     found = []
-    for start in range(0, student[0].shape[0], ROWS):
-        part = slice(start, start + ROWS)
-        sides = [(hidden[part], head, bias) for hidden, head, bias in (student, teacher)]
-        some = [None if x is None else x[part] for x in (mask, labels)]
-        found.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
+    with backends.full_precision(student[0]):
+        for start in range(0, student[0].shape[0], ROWS):
+            part = slice(start, start + ROWS)
+            sides = [(hidden[part], head, bias) for hidden, head, bias in (student, teacher)]
+            some = [None if x is None else x[part] for x in (mask, labels)]
+            found.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
     return torch.cat(found) if found else student[0].new_zeros(0, dtype=torch.float32) * student[0].sum()
