@@ -28,7 +28,6 @@ WRITTEN = {
 
 # What a kernel leaves to the reference.
 PARTS = {
-    ("gram", "triton"): 'row by row, groups of more than 128 rows (64 in float32); and `grouping="official"`',
     ("relation", "triton"): "heads wider than 128",
 }
 

@@ -16,11 +16,13 @@ is squared; the mean of what rounding left is taken off too.
 sphere c = u_i - v_i counts as -v_i, small again. W of half-precision rows is W_ij / |x_j| in their dtype, and <d/du_i, u_i>
 is made of the rounded one: the error of a sum that rows share would be larger than the gradient, and lies along u_i.
 
-Row by row (row=True) every row of P has a mean, a and b of its own; W = D + Dᵀ, D_ij = what W_ij was, halved.
+Row by row (row=True) every row of P has a mean, a and b of its own; W = D + Dᵀ, D_ij = what W_ij was, halved. So it is in
+the official grouping, whose values are of the rows of several groups' P.
 
-Groups that one program can hold, the 128 tokens of a sentence or a batch: gram_whole.py, one launch each way. Longer ones:
-gram_tiles.py. Level by level; pairs of layers of the same widths, dtypes and strides share the launches. The sequence
-level reads rows where they lie, a position apart. Sums are in an order that depends on shapes only.
+Groups that one program can hold, the 128 tokens of a sentence or a batch: gram_whole.py, one launch each way. Longer ones,
+and the official grouping: gram_tiles.py, with gram_lines.py for correlations of rows. Level by level; pairs of layers of
+the same widths, dtypes and strides share the launches. The sequence level reads rows where they lie, a position apart. Sums
+are in an order that depends on shapes only.
 """
 
 from collections.abc import Iterator
@@ -30,18 +32,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gram_tiles, gram_whole
-from .gram_rows import ALIGN
+from .gram_rows import ALIGN, geometry, longest
 
-ENOUGH = (2, 3)  # rows of a group that count, by level, under a mask
+ENOUGH = (2, 3, 3)  # rows of a group that count, by level (fastkd/ops/gram.py's LEVELS), under a mask
+OFFICIAL = 2
 
 
 class Launch:
     """Pairs that are alike, at one level: what every kernel is given."""
 
     def __init__(
-        self, places: list[int], students: list[Tensor], teachers: list[Tensor], mask: Tensor | None, level: int
-    ):
+        self, places: list[int], students: list[Tensor], teachers: list[Tensor], mask: Tensor | None, level: int,
+        row: bool,
+    ):  # fmt: skip
         self.places, self.level = places, level
+        self.official = level == OFFICIAL and not row
+        self.by_line = row or self.official
         self.students, self.teachers = (tuple(xs[place] for place in places) for xs in (students, teachers))
         s, t = self.students[0], self.teachers[0]
         by_group, by_row = (0, 1) if level == 0 else (1, 0)
@@ -57,7 +63,7 @@ class Launch:
 
     @property
     def whole(self) -> bool:
-        return self.rows <= gram_whole.longest(self.half)
+        return self.rows <= longest(self.half) and not self.official
 
     def sizes(self) -> tuple:
         return self.groups, self.rows, *self.widths
@@ -75,7 +81,7 @@ def _aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[2] % ALIGN.value)).clone(memory_format=torch.contiguous_format)
 
 
-def _launches(students, teachers, mask, levels) -> Iterator[tuple[int, Launch]]:
+def _launches(students, teachers, mask, levels, row) -> Iterator[tuple[int, Launch]]:
     """(place of the level, launch), such that levels come in their order for each pair."""
     students, teachers = ([_aligned(x) for x in xs] for xs in (students, teachers))
     alike: dict = {}
@@ -84,7 +90,7 @@ def _launches(students, teachers, mask, levels) -> Iterator[tuple[int, Launch]]:
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     for places in alike.values():
         for at, level in enumerate(levels):
-            yield at, Launch(places, students, teachers, mask, level)
+            yield at, Launch(places, students, teachers, mask, level, row)
 
 
 def gram_fwd(
@@ -92,14 +98,15 @@ def gram_fwd(
     eps: float, with_gradient: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     B, N, _ = students[0].shape
-    sizes = [(N, B) if level else (B, N) for _ in students for level in levels]
-    sizes = sizes if row else [size[:1] for size in sizes]
-    values = [torch.empty(size, dtype=torch.float32, device=students[0].device) for size in sizes]
+    of_level = [(B, N), (N, B), (N, B)] if row else [(B,), (N,), (B,)]
+    values = [students[0].new_empty(of_level[level], dtype=torch.float32) for _ in students for level in levels]
     valid = [torch.empty_like(x, dtype=torch.bool) for x in values]
     saved: list = [None] * len(values)
-    for at, launch in _launches(students, teachers, mask, levels):
+    for at, launch in _launches(students, teachers, mask, levels, row):
         out = launch.of(values, levels, at), tuple(x.view(torch.uint8) for x in launch.of(valid, levels, at))
         if launch.units == 0:
+            for x in (y for side in out for y in side):
+                x.zero_()
             continue
         if launch.whole:
             _whole_forward(launch, out, row, normalize, eps)
@@ -113,7 +120,7 @@ def gram_fwd(
 def _whole_forward(launch: Launch, out: tuple, row: bool, normalize: bool, eps: float) -> None:
     gram_whole.whole_forward_kernel[(launch.units,)](
         launch.students, launch.teachers, *out, launch.mask, *launch.sizes(), *launch.strides, *launch.mask_strides,
-        eps, ENOUGH=launch.enough, ROW=row, NORMALIZE=normalize, **gram_whole.geometry(launch.rows, launch.half),
+        eps, ENOUGH=launch.enough, ROW=row, NORMALIZE=normalize, **geometry(launch.rows, launch.half),
     )  # fmt: skip
 
 
@@ -127,7 +134,7 @@ def gram_bwd(
         for x, width in zip(students, widths, strict=True)
     ]
     grads = [x.contiguous() for x in grads]
-    launches = list(_launches(students, teachers, mask, levels))
+    launches = list(_launches(students, teachers, mask, levels, row))
     kept = _by_term(launches, saved, len(grads), levels)
     for at, launch in launches:
         outputs = tuple(out[place] for place in launch.places)
@@ -140,7 +147,7 @@ def gram_bwd(
             gram_whole.whole_backward_kernel[(launch.units,)](
                 launch.students, launch.teachers, up, outputs, launch.mask, *launch.sizes(), *launch.strides,
                 *launch.mask_strides, *strides, eps, ADD=add, ENOUGH=launch.enough, ROW=row, NORMALIZE=normalize,
-                **gram_whole.geometry(launch.rows, launch.half),
+                **geometry(launch.rows, launch.half),
             )  # fmt: skip
         else:
             gram_tiles.backward(launch, up, launch.of(kept, levels, at), outputs, strides, add, normalize)

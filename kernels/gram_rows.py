@@ -1,5 +1,5 @@
-"""Rows of a group, as both forms of gram load, scale, centre and finish them; and, for longer groups, what must be known of
-all rows before the first tile: lengths and means. kernels/gram.py has the maths.
+"""Rows of a group, as all forms of gram load, scale, centre and finish them; and, for longer groups, what must be known of
+all rows before the first tile, lengths and means, and a tile itself. kernels/gram.py has the maths.
 
 Saved of a term of longer groups, in one tensor of float32: per group [mean P, mean Q, of P, of Q]; of every row 1 / |x| in
 two parts, for both sides; the mean rows of both.
@@ -104,6 +104,21 @@ def centred(b_x, scale, low, centre, m_r):
     else:
         b_v = tl.fma(b_x, tl.broadcast_to(scale[:, None], b_x.shape), tl.broadcast_to(-centre[None, :], b_x.shape))
     return tl.where(m_r[:, None], b_x * low[:, None] + b_v, 0.0)
+
+
+@triton.jit
+def without_mean(base, both, n, ROW: tl.constexpr):
+    """base less its mean, 0 where not both rows count; and that mean, [1] or, by rows, [R]. Twice: what the first sum
+    rounded away, the second one sees."""
+    base = tl.where(both, base, 0.0)
+    if ROW:
+        mean = tl.sum(base, 1) / n
+        more = tl.sum(tl.where(both, base - mean[:, None], 0.0), 1) / n
+        return tl.where(both, (base - mean[:, None]) - more[:, None], 0.0), mean + more
+    else:
+        mean = tl.sum(tl.sum(base, 1), 0) / n / n
+        more = tl.sum(tl.sum(tl.where(both, base - mean, 0.0), 1), 0) / n / n
+        return tl.where(both, (base - mean) - more, 0.0), tl.zeros([base.shape[0]], tl.float32) + (mean + more)
 
 
 @triton.jit
@@ -215,10 +230,11 @@ def rows_kernel(
 
 @triton.jit
 def means_kernel(
-    saved, sums_s, sums_t, mask_ptr, G, R, D_s, D_t, m_group, m_row, blocks,
+    saved, levels_ptr, sums_s, sums_t, mask_ptr, G, R, D_s, D_t, m_group, m_row, blocks,
     HALF_S: tl.constexpr, HALF_T: tl.constexpr, ENOUGH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One side of one group: its mean row c, and |c|², which is the mean of the Gram; where rows are centred, 0."""
+    """One side of one group: its mean row c, and |c|², which is the mean of the Gram; where rows are centred it is no part
+    of a tile: 0, and |c|² goes to levels_ptr."""
     program = tl.program_id(0).to(tl.int64)
     unit, of_t = program // 2, program % 2
     pair, group = unit // G, unit % G
@@ -241,7 +257,10 @@ def means_kernel(
         centre = total / n
         square += centre.to(tl.float64) * centre
         tl.store(centre_of(kept, of_t, G, R, group, D_s, D_t) + o_d, centre, mask=o_d < D)
-    tl.store(kept + group * 4 + of_t, tl.where(half, tl.sum(square, 0), 0.0).to(tl.float32))
+    level = tl.sum(square, 0)
+    tl.store(kept + group * 4 + of_t, tl.where(half, level, 0.0).to(tl.float32))
+    if levels_ptr is not None:
+        tl.store(levels_ptr + program, tl.where(half, 0.0, level))
 
 
 @triton.jit
@@ -250,3 +269,52 @@ def load_scales(saved, side, G, R, group, o_r):
     at = scales_of(saved, side, G, R, group) + o_r
     scale = tl.load(at, mask=o_r < R, other=0.0)
     return scale, tl.load(at + G * R, mask=o_r < R, other=0.0), scale != 0
+
+
+@triton.jit
+def tile(
+    x_ptr, row_stride, saved, side, G, R, group, o_i, o_j, D, D_s, D_t, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of one side, at rows o_i and columns o_j: <u_i, u_j>, less |c|² where rows are float32; the scales of both; and, where
+    rows are float32, <c, v_i>, <c, v_j>, <u_i, v_i> and <u_j, v_j>."""
+    scale_i, low_i, m_i = load_scales(saved, side, G, R, group, o_i)
+    scale_j, low_j, m_j = load_scales(saved, side, G, R, group, o_j)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        for k in range(0, D, BLOCK_D):
+            o_d = k + tl.arange(0, BLOCK_D)
+            b_i = load_rows(x_ptr, row_stride, o_i, m_i, o_d, D)
+            b_j = load_rows(x_ptr, row_stride, o_j, m_j, o_d, D)
+            acc = product(b_i, tl.trans(b_j), acc)
+        base = acc * (scale_i[:, None] * scale_j[None, :])
+        return base, scale_i, scale_j, m_i, m_j, scale_i, scale_j, scale_i, scale_j
+    else:
+        onto_i, onto_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        own_i, own_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        c_ptr = centre_of(saved, side, G, R, group, D_s, D_t)
+        for k in range(0, D, BLOCK_D):
+            o_d = k + tl.arange(0, BLOCK_D)
+            centre = tl.load(c_ptr + o_d, mask=o_d < D, other=0.0)
+            v_i = centred(load_rows(x_ptr, row_stride, o_i, m_i, o_d, D), scale_i, low_i, centre, m_i)
+            v_j = centred(load_rows(x_ptr, row_stride, o_j, m_j, o_d, D), scale_j, low_j, centre, m_j)
+            onto_i += v_i * centre[None, :]
+            onto_j += v_j * centre[None, :]
+            own_i += v_i * (v_i + centre[None, :])
+            own_j += v_j * (v_j + centre[None, :])
+            acc = product(v_i, tl.trans(v_j), acc)
+        o_ci, o_cj = tl.sum(onto_i, 1), tl.sum(onto_j, 1)
+        base = acc + (o_ci[:, None] + o_cj[None, :])
+        return base, scale_i, scale_j, m_i, m_j, o_ci, o_cj, tl.sum(own_i, 1), tl.sum(own_j, 1)
+
+
+def longest(half: bool) -> int:
+    """Rows of the longest group that one program holds; half: both sides are bfloat16 or float16."""
+    return 128 if half else 64
+
+
+def geometry(rows: int, half: bool, by_line: bool = False) -> dict:
+    """Of a program that makes a tile of both Grams; by_line: with numbers for every column, registers hold a smaller one."""
+    block = min(max(16, triton.next_power_of_2(rows)), 64 if by_line else longest(half))
+    launch = {"BLOCK": block, "BLOCK_D": 64, "num_warps": 8 if block > 64 else 4, "num_stages": 3}
+    launch = launch if half else {"BLOCK": block, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}
+    return launch | {"enable_fp_fusion": True}

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import gram_lines
+from .gram_lines import side_of_weights
 from .gram_rows import (
     LEAST_NORM,
     ROWS,
@@ -19,6 +21,7 @@ from .gram_rows import (
     counting,
     finish_centred,
     finish_rows,
+    geometry,
     halved,
     load_rows,
     load_scales,
@@ -27,6 +30,7 @@ from .gram_rows import (
     product,
     rows_kernel,
     store_gradient,
+    tile,
 )
 
 BUDGET = 64 << 20  # bytes of W at a time
@@ -36,42 +40,6 @@ SPILL_LIMIT = {  # bytes of stack per thread
     "weights_kernel": 224,
     "pull_kernel": 0,
 }
-
-
-@triton.jit
-def tile(
-    x_ptr, row_stride, saved, side, G, R, group, o_i, o_j, D, D_s, D_t, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Of one side, at rows o_i and columns o_j: <u_i, u_j>, less |c|² where rows are float32; the scales of both; and, where
-    rows are float32, <c, v_i>, <c, v_j>, <u_i, v_i> and <u_j, v_j>."""
-    scale_i, low_i, m_i = load_scales(saved, side, G, R, group, o_i)
-    scale_j, low_j, m_j = load_scales(saved, side, G, R, group, o_j)
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        for k in range(0, D, BLOCK_D):
-            o_d = k + tl.arange(0, BLOCK_D)
-            b_i = load_rows(x_ptr, row_stride, o_i, m_i, o_d, D)
-            b_j = load_rows(x_ptr, row_stride, o_j, m_j, o_d, D)
-            acc = product(b_i, tl.trans(b_j), acc)
-        base = acc * (scale_i[:, None] * scale_j[None, :])
-        return base, scale_i, scale_j, m_i, m_j, scale_i, scale_j, scale_i, scale_j
-    else:
-        onto_i, onto_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
-        own_i, own_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
-        c_ptr = centre_of(saved, side, G, R, group, D_s, D_t)
-        for k in range(0, D, BLOCK_D):
-            o_d = k + tl.arange(0, BLOCK_D)
-            centre = tl.load(c_ptr + o_d, mask=o_d < D, other=0.0)
-            v_i = centred(load_rows(x_ptr, row_stride, o_i, m_i, o_d, D), scale_i, low_i, centre, m_i)
-            v_j = centred(load_rows(x_ptr, row_stride, o_j, m_j, o_d, D), scale_j, low_j, centre, m_j)
-            onto_i += v_i * centre[None, :]
-            onto_j += v_j * centre[None, :]
-            own_i += v_i * (v_i + centre[None, :])
-            own_j += v_j * (v_j + centre[None, :])
-            acc = product(v_i, tl.trans(v_j), acc)
-        o_ci, o_cj = tl.sum(onto_i, 1), tl.sum(onto_j, 1)
-        base = acc + (o_ci[:, None] + o_cj[None, :])
-        return base, scale_i, scale_j, m_i, m_j, o_ci, o_cj, tl.sum(own_i, 1), tl.sum(own_j, 1)
 
 
 @triton.jit
@@ -184,7 +152,7 @@ def keep_weights(
 def weights_kernel(
     students, teachers, grads, saved, weights_ptr, slots_ptr, first_unit, first_tile, G, R, D_s, D_t,
     s_group, s_row, t_group, t_row, stride, height, tiles, places,
-    MIRROR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    LINES: tl.constexpr, OFFICIAL: tl.constexpr, MIRROR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of W, and with MIRROR its image too; without, every tile of the rows from first_tile on has a program."""
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
@@ -201,13 +169,19 @@ def weights_kernel(
     s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
     Q, _, _, m_i, m_j, _, _, _, _ = tile(t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D)
     both = m_i[:, None] & m_j[None, :]
-    up = tl.load(pick(grads, pair) + group)
-    kept_of = kept + group * 4
-    W = (tl.load(kept_of + 3) * up) * (Q - tl.load(kept_of + 1))
+    up_ptr, kept_of = pick(grads, pair), kept + group * 4
+    if LINES:
+        W = side_of_weights(Q, kept, 1, up_ptr, G, R, group, o_i, o_j, D_s, D_t, OFFICIAL)
+    else:
+        W = (tl.load(kept_of + 3) * tl.load(up_ptr + group)) * (Q - tl.load(kept_of + 1))
     base, scale_i, scale_j, _, _, onto_i, onto_j, own_i, own_j = tile(
         s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D
     )
-    W = tl.where(both, W + (tl.load(kept_of + 2) * up) * (base - tl.load(kept_of)), 0.0)
+    if LINES:
+        W += side_of_weights(base, kept, 0, up_ptr, G, R, group, o_i, o_j, D_s, D_t, OFFICIAL)
+    else:
+        W += (tl.load(kept_of + 2) * tl.load(up_ptr + group)) * (base - tl.load(kept_of))
+    W = tl.where(both, W, 0.0)
     base = tl.where(both, base, 0.0)
     SIDE: tl.constexpr = s_ptr.dtype.element_ty
     weights_ptr += here * height * stride
@@ -275,49 +249,47 @@ def pull_kernel(
     store_gradient(out_ptr, out_row, o_i, m_i, o_d, R, D_s, grad, ADD)
 
 
-def geometry(half: bool) -> dict:
-    launch = {"BLOCK": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-    launch = launch if half else {"BLOCK": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}
-    return launch | {"enable_fp_fusion": True}
+def pull_geometry(shape: dict, half: bool) -> dict:
+    """shape: geometry's."""
+    inner, columns = (64, 128) if half else (32, 64)
+    if shape["BLOCK"] <= 32:
+        shape = shape | {"num_warps": 4}
+    return shape | {"BLOCK_J": min(inner, shape["BLOCK"]), "BLOCK_D": columns}
 
 
-def pull_geometry(half: bool) -> dict:
-    """BLOCK is geometry's."""
-    launch = {"BLOCK_J": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
-    launch = launch if half else {"BLOCK_J": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1}
-    return launch | {"enable_fp_fusion": True}
-
-
-def saved_size(groups: int, rows: int, width_s: int, width_t: int) -> int:
-    return groups * (4 + 4 * rows + width_s + width_t)
+def saved_size(groups: int, rows: int, width_s: int, width_t: int, by_line: bool) -> int:
+    return groups * (4 + (8 if by_line else 4) * rows + width_s + width_t)
 
 
 def forward(launch, out: tuple, normalize: bool, eps: float) -> tuple:
     """Values and valid are written; returns what is saved, one tensor per pair."""
-    G, R, D_s, D_t = launch.sizes()
     like, units = launch.students[0], launch.units
-    empty = lambda *size: torch.empty(size, dtype=torch.float32, device=like.device)  # noqa: E731
-    saved = tuple(empty(saved_size(G, R, D_s, D_t)) for _ in launch.places)
-    blocks, shape = triton.cdiv(R, ROWS.value), geometry(launch.half)
-    tiles = triton.cdiv(R, shape["BLOCK"])
-    places = tiles * (tiles + 1) // 2
-    sums_s, sums_t = empty(units, blocks, D_s), empty(units, blocks, D_t)
-    partial = empty(units, places, 5)
+    empty = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device=like.device)  # noqa: E731
+    saved = tuple(empty(saved_size(*launch.sizes(), launch.by_line)) for _ in launch.places)
+    blocks, shape = triton.cdiv(launch.rows, ROWS.value), geometry(launch.rows, launch.half, launch.by_line)
+    sums = tuple(empty(units, blocks, width) for width in launch.widths)
+    levels = empty(units, 2, dtype=torch.float64) if launch.official else None
     mask = launch.mask, *launch.sizes()
     rows_kernel[(units * blocks,)](
-        launch.students, launch.teachers, saved, sums_s, sums_t, *mask, *launch.strides, *launch.mask_strides, blocks,
+        launch.students, launch.teachers, saved, *sums, *mask, *launch.strides, *launch.mask_strides, blocks,
         ENOUGH=launch.enough, NORMALIZE=normalize, BLOCK_D=128, num_warps=4,
     )  # fmt: skip
     means_kernel[(2 * units,)](
-        saved, sums_s, sums_t, *mask, *launch.mask_strides, blocks, HALF_S=launch.students[0].element_size() == 2,
+        saved, levels, *sums, *mask, *launch.mask_strides, blocks, HALF_S=launch.students[0].element_size() == 2,
         HALF_T=launch.teachers[0].element_size() == 2, ENOUGH=launch.enough, BLOCK=16, BLOCK_D=128, num_warps=4,
     )  # fmt: skip
+    if launch.by_line:
+        gram_lines.forward(launch, saved, levels, out, shape, normalize, eps)
+        return saved
+    tiles = triton.cdiv(launch.rows, shape["BLOCK"])
+    places = tiles * (tiles + 1) // 2
+    partial = empty(units, places, 5)
     moments_kernel[(units * places,)](
         launch.students, launch.teachers, saved, partial, *launch.sizes(), *launch.strides, tiles, places, **shape
     )
     conclude_kernel[(units,)](
-        saved, *out, partial, launch.mask, G, R, *launch.mask_strides, places, eps, ENOUGH=launch.enough, BLOCK=128,
-        num_warps=4,
+        saved, *out, partial, launch.mask, launch.groups, launch.rows, *launch.mask_strides, places, eps,
+        ENOUGH=launch.enough, BLOCK=128, num_warps=4,
     )  # fmt: skip
     return saved
 
@@ -340,9 +312,9 @@ def backward(
     launch, grads: tuple, saved: tuple, outputs: tuple, out_strides: tuple, add: bool, normalize: bool
 ) -> None:
     _, R, D_s, _ = launch.sizes()
-    x, shape = launch.students[0], geometry(launch.half)
+    x, shape = launch.students[0], geometry(R, launch.half, launch.by_line)
+    pull = pull_geometry(shape, launch.half)
     block, stride = shape["BLOCK"], triton.cdiv(R, 16) * 16
-    pull = pull_geometry(launch.half)
     tiles, columns = triton.cdiv(R, block), triton.cdiv(D_s, pull["BLOCK_D"])
     for unit, units, first, height in strips(launch.units, R, block, stride * x.element_size()):
         mirror = height == tiles
@@ -351,10 +323,10 @@ def backward(
         places = tiles * (tiles + 1) // 2 if mirror else height * tiles
         weights_kernel[(units * places,)](
             launch.students, launch.teachers, grads, saved, weights, slots, unit, first, *launch.sizes(), *launch.strides,
-            stride, height * block, tiles, places, MIRROR=mirror, **shape,
+            stride, height * block, tiles, places, LINES=launch.by_line, OFFICIAL=launch.official, MIRROR=mirror, **shape,
         )  # fmt: skip
         pull_kernel[(units * height * columns,)](
             launch.students, outputs, saved, weights, slots, unit, first, *launch.sizes(), *launch.of_student,
             *out_strides, stride, height * block, tiles, height, columns,
-            ADD=add, NORMALIZE=normalize, BLOCK=block, **pull,
+            ADD=add, NORMALIZE=normalize, **pull,
         )  # fmt: skip

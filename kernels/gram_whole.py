@@ -23,6 +23,7 @@ from .gram_rows import (
     scale_of,
     store_gradient,
     which_count,
+    without_mean,
 )
 
 SPILL_LIMIT = {"whole_forward_kernel": 152, "whole_backward_kernel": 224}  # bytes of stack per thread
@@ -61,22 +62,6 @@ def whole_side(x_ptr, row_stride, o_r, m_r, n, D, NORMALIZE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def without_mean(base, m_r, n, ROW: tl.constexpr):
-    """base less its mean, 0 where not both rows count; and that mean, [1] or, by rows, [R]. Twice: what the first sum
-    rounded away, the second one sees."""
-    both = m_r[:, None] & m_r[None, :]
-    base = tl.where(both, base, 0.0)
-    if ROW:
-        mean = tl.sum(base, 1) / n
-        more = tl.sum(tl.where(both, base - mean[:, None], 0.0), 1) / n
-        return tl.where(both, (base - mean[:, None]) - more[:, None], 0.0), mean + more
-    else:
-        mean = tl.sum(tl.sum(base, 1), 0) / n / n
-        more = tl.sum(tl.sum(tl.where(both, base - mean, 0.0), 1), 0) / n / n
-        return tl.where(both, (base - mean) - more, 0.0), tl.zeros(m_r.shape, tl.float32) + (mean + more)
-
-
-@triton.jit
 def inner(P, Q, ROW: tl.constexpr):
     of_row = tl.sum(P * Q, 1).to(tl.float64)
     if ROW:
@@ -98,12 +83,12 @@ def whole_forward_kernel(
     n = counting(mask_ptr, m_row, R, ENOUGH)
     o_r = tl.arange(0, BLOCK)
     m_r = which_count(mask_ptr, m_row, o_r, R, n)
-    rows = tl.maximum(n, 1)
+    both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
     Q, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, rows, D_t, NORMALIZE, BLOCK, BLOCK_D)
-    Q, _ = without_mean(Q, m_r, rows, ROW)
+    Q, _ = without_mean(Q, both, rows, ROW)
     P, _, _, _, _ = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
-    P, _ = without_mean(P, m_r, rows, ROW)
+    P, _ = without_mean(P, both, rows, ROW)
     value, _, _ = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
     if ROW:
         at = group * R + o_r
@@ -130,13 +115,13 @@ def whole_backward_kernel(
     n = counting(mask_ptr, m_row, R, ENOUGH)
     o_r = tl.arange(0, BLOCK)
     m_r = which_count(mask_ptr, m_row, o_r, R, n)
-    rows = tl.maximum(n, 1)
+    both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
     HALF: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
     Q, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, rows, D_t, NORMALIZE, BLOCK, BLOCK_D)
-    Q, _ = without_mean(Q, m_r, rows, ROW)
+    Q, _ = without_mean(Q, both, rows, ROW)
     base, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
-    P, mean = without_mean(base, m_r, rows, ROW)
+    P, mean = without_mean(base, both, rows, ROW)
     _, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
     if ROW:
         up = tl.load(pick(grads, pair) + group * R + o_r, mask=m_r, other=0.0)
@@ -145,7 +130,6 @@ def whole_backward_kernel(
     else:
         up = tl.where(n > 0, tl.load(pick(grads, pair) + group), 0.0)
         W = (of_p * up).to(tl.float32) * P + (of_q * up).to(tl.float32) * Q
-    both = m_r[:, None] & m_r[None, :]
     W, base = tl.where(both, W, 0.0), tl.where(both, P + mean[:, None], 0.0)
     project = m_r & NORMALIZE & (scale < 1.0 / LEAST_NORM)
     if HALF:
@@ -170,15 +154,3 @@ def whole_backward_kernel(
             b_v = centred(b_x, scale, low, centre, m_r)
             grad = finish_centred(product(weights, b_v, nothing), b_v, centre, scale, project, along, total)
         store_gradient(out_ptr, out_row, o_r, m_r, o_d, R, D_s, grad, ADD)
-
-
-def longest(half: bool) -> int:
-    """Rows of the longest group that one program holds; half: both sides are bfloat16 or float16."""
-    return 128 if half else 64
-
-
-def geometry(rows: int, half: bool) -> dict:
-    block = max(16, triton.next_power_of_2(rows))
-    launch = {"BLOCK": block, "BLOCK_D": 64, "num_warps": 8 if block > 64 else 4, "num_stages": 3}
-    launch = launch if half else {"BLOCK": block, "BLOCK_D": 16, "num_warps": 8, "num_stages": 1}
-    return launch | {"enable_fp_fusion": True}

@@ -118,20 +118,16 @@ def test_relation_at_size(dtype):
 
 
 def every_gram(students, teachers, mask):
-    """(loss, gradients): two pairs at both levels, with padding and without, matrix by matrix and row by row."""
-    for of_which in (None, mask):
-        for pearson in ("matrix", "row"):
-            leaves = [x.detach().requires_grad_() for x in students]
-            loss = fastkd.gram_correlation_loss(
-                leaves,
-                teachers,
-                level={"token": 1.0, "sequence": 2.0},
-                pearson=pearson,
-                mask=of_which,
-                backend="triton",
-            )
-            yield loss.detach()
-            yield from torch.autograd.grad(loss, leaves)
+    """(loss, gradients): two pairs at both levels, with padding and without, matrix by matrix and row by row, and in the
+    released code's grouping."""
+    forms = [{"pearson": pearson, "mask": of_which} for of_which in (None, mask) for pearson in ("matrix", "row")]
+    for form in (*forms, {"grouping": "official"}):
+        leaves = [x.detach().requires_grad_() for x in students]
+        loss = fastkd.gram_correlation_loss(
+            leaves, teachers, level={"token": 1.0, "sequence": 2.0}, backend="triton", **form
+        )
+        yield loss.detach()
+        yield from torch.autograd.grad(loss, leaves)
 
 
 def gram_states(length, dtype, seed=0):

@@ -23,17 +23,11 @@ KINDS = [
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
 
 
-def form(level, grouping, pearson):
-    """What ops.FORMS calls a kind."""
-    return "official" if (grouping, pearson) == ("official", "matrix") else level, pearson == "row"
-
-
-# Kernels are for float32 and below; what they do not have is the reference's (fastkd/ops/gram.py).
+# Kernels are for float32 and below.
 # (On a GPU, Triton's are tests/test_triton_gram.py's.)
 KERNELS = [b for b in ops.KERNELS if b == "cpu" or backends.INTERPRETED]
 HERE = ["reference", *KERNELS]
-EVERY_KIND = [("reference", *kind) for kind in KINDS]
-EVERY_KIND += [(b, *kind) for b in KERNELS for kind in KINDS if form(*kind) in ops.FORMS[b]]
+EVERY_KIND = [(backend, *kind) for backend in HERE for kind in KINDS]
 on_every_backend = pytest.mark.parametrize("backend", HERE)
 on_every_kind = pytest.mark.parametrize(("backend", "level", "grouping", "pearson"), EVERY_KIND)
 

@@ -42,9 +42,12 @@ def errors(student, teacher, **options):
 
 
 def check(student, teacher, **options):
-    (value, grad), (true_value, true_grad) = run(student, teacher, **options), oracle(student, teacher, **options)
-    allowed = ALLOWED[student.dtype]
-    assert value.dtype == FLOAT and grad.dtype == student.dtype
+    judge(run(student, teacher, **options), oracle(student, teacher, **options), student.dtype)
+
+
+def judge(found, true, dtype):
+    (value, grad), (true_value, true_grad), allowed = found, true, ALLOWED[dtype]
+    assert value.dtype == FLOAT and grad.dtype == dtype
     # 1 - rho is held to an absolute 1e-6: where it is 0 in exact arithmetic, or nearly, there is nothing to be relative to
     assert (value - true_value).norm() <= allowed[0] * max(true_value.norm(), 1.0)
     assert (grad - true_grad).norm() <= allowed[1] * true_grad.norm() + 1e-6
@@ -122,12 +125,6 @@ def test_row_by_row(level, masked, dtype):
     for normalize in (True, False):
         student, teacher = anisotropic(5, 5, 18, 20, 12, 1.0, dtype=dtype)
         check(student, teacher, pearson="row", level=level, mask=mask, normalize=normalize)
-
-
-def test_row_by_row_of_long_groups_is_the_references():
-    student, teacher = (x.to(DEVICE) for x in anisotropic(5, 1, LONG[FLOAT], 6, 5, 1.0))
-    found, expected = (loss(student, teacher, backend, pearson="row") for backend in ("triton", "reference"))
-    assert torch.equal(found, expected)
 
 
 @both_forms
@@ -359,9 +356,9 @@ def test_opcheck(long):
 
 
 def test_the_op_knows_what_a_program_holds():
-    from fastkd.kernels import gram_whole
+    from fastkd.kernels import gram_rows
 
-    assert {half: gram_whole.longest(half) for half in (True, False)} == ops.WHOLE
+    assert {half: gram_rows.longest(half) for half in (True, False)} == ops.WHOLE
 
 
 MUTANTS = {

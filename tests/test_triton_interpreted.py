@@ -60,6 +60,12 @@ def test_gram_in_the_interpreter(part):
 
 
 @not_interpreted
+@pytest.mark.parametrize("part", [pytest.param("test", marks=pytest.mark.long), "mutant or references or 200"])
+def test_lines_of_gram_in_the_interpreter(part):
+    interpreted("tests/test_triton_gram_lines.py", "-k", part)
+
+
+@not_interpreted
 @pytest.mark.long
 def test_what_gram_is_in_the_interpreter():
     interpreted(

@@ -18,26 +18,12 @@ LEVELS = ("token", "sequence", "official")
 # bwd(grads, students, teachers, mask, saved, *options) -> one gradient per student, in the student's dtype.
 KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 
-# Which forms (level, row) a backend's kernels have; the reference computes the others on every device.
-FORMS = {
-    "cpu": tuple((level, row) for level in LEVELS for row in (False, True)),
-    "triton": tuple((level, row) for level in LEVELS[:2] for row in (False, True)),
-    "cuda": (),
-}
-
-# kernels/gram_whole.py: the longest groups that one program holds, without or with a side in float32. Row by row there is
-# nothing for longer ones; matrix by matrix kernels/gram_tiles.py takes them.
+# kernels/gram_whole.py: the longest groups that one program holds, without or with a side in float32.
 WHOLE = {True: 128, False: 64}
 
 
 def _whole(rows: int, student: Tensor, teacher: Tensor) -> bool:
     return rows <= WHOLE[student.element_size() == 2 and teacher.element_size() == 2]
-
-
-def _has(backend: str, level: str, row: bool, student: Tensor, teacher: Tensor) -> bool:
-    if (level, row) not in FORMS.get(backend, ()):
-        return False
-    return not (backend == "triton" and row) or _whole(student.shape[level == "token"], student, teacher)
 
 
 def _values_fake(students, mask, levels, row):
@@ -59,14 +45,15 @@ def _fwd_fake(students, teachers, mask, levels, row, normalize, eps, with_gradie
 
 
 def _triton_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
-    """saved: lengths, means and sums of the terms whose groups are longer than one program holds."""
+    """saved: lengths, means and sums of the terms whose groups are not one program's."""
     saved = []
     for student, teacher in zip(students, teachers, strict=True) if with_gradient else ():
         for level in levels:
             groups, rows = student.shape[:2] if level == 0 else student.shape[1::-1]
-            if not _whole(rows, student, teacher):
+            official = level == LEVELS.index("official") and not row
+            if official or not _whole(rows, student, teacher):
                 widths = sum((x.shape[2] + 7) // 8 * 8 for x in (student, teacher))  # rows begin at 16 bytes
-                size = groups * (4 + 4 * rows + widths)
+                size = groups * (4 + (8 if row or official else 4) * rows + widths)
                 saved.append(student.new_empty(size, dtype=torch.float32))
     return *_values_fake(students, mask, levels, row), saved
 
@@ -137,31 +124,28 @@ def gram(
     likely: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or their mean;
     another use is as right, and slower."""
     backend = backends.choose("gram", backend, students[0])
-    sides = list(zip(students, teachers, strict=True))
-    forms = [level for level in levels if all(_has(backend, level, row, s, t) for s, t in sides)]
-    places = [LEVELS.index(level) for level in forms]
+    if backend == "reference":
+        sides = zip(students, teachers, strict=True)
+        terms = [_by_reference(*side, mask, level, row, normalize, eps) for side in sides for level in levels]
+        return [values for values, _ in terms], [valid for _, valid in terms]
+    options = ([LEVELS.index(level) for level in levels], row, normalize, eps)
     wanted = [s.requires_grad and torch.is_grad_enabled() for s in students]
     found: dict = {}
     for with_gradient in (True, False):  # frozen students among others: a call of their own, without any gradient
         pairs = [i for i, wants in enumerate(wanted) if wants == with_gradient]
-        if not pairs or not forms:
+        if not pairs:
             continue
         layers = [_kernel_dtype(x[i]) for x in (students, teachers) for i in pairs]
-        options = (places, row, normalize, eps)
         if with_gradient:
             if likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
-                weights = [weight for level, weight in zip(levels, likely[0], strict=True) if level in forms]
-                out = GramAtOnce.apply(options, (weights, likely[1]), mask, len(pairs), *layers)
+                out = GramAtOnce.apply(options, likely, mask, len(pairs), *layers)
             else:
                 out = Gram.apply(backend, options, mask, len(pairs), *layers)
             values, valid = out[: len(out) // 2], out[len(out) // 2 :]
         else:
             values, valid, _ = KERNELS[backend].fwd(layers[: len(pairs)], layers[len(pairs) :], mask, *options, False)
-        terms = [(i, level) for i in pairs for level in forms]
+        terms = [(i, level) for i in pairs for level in levels]
         found.update(zip(terms, zip(values, valid, strict=True), strict=True))
-    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        for level in (level for level in levels if level not in forms):
-            found[i, level] = _by_reference(student, teacher, mask, level, row, normalize, eps)
     terms = [found[i, level] for i in range(len(students)) for level in levels]
     return [values for values, _ in terms], [valid for _, valid in terms]
 
