@@ -71,25 +71,44 @@ def inner(P, Q, ROW: tl.constexpr):
 
 
 @triton.jit
-def whole_forward_kernel(
-    students, teachers, values, valids, mask_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, m_group, m_row, eps,
-    ENOUGH: tl.constexpr, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
+def group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH: tl.constexpr, BLOCK: tl.constexpr):
+    """Which pair's group a program has, how many of its rows count, and which."""
     unit = tl.program_id(0).to(tl.int64)
     pair, group = unit // G, unit % G
     if mask_ptr is not None:
         mask_ptr += group * m_group
     n = counting(mask_ptr, m_row, R, ENOUGH)
     o_r = tl.arange(0, BLOCK)
-    m_r = which_count(mask_ptr, m_row, o_r, R, n)
+    return pair, group, n, o_r, which_count(mask_ptr, m_row, o_r, R, n)
+
+
+@triton.jit
+def both_sides(
+    s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps,
+    ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """P and Q; of the student's rows the mean and what whole_side says; and what conclude says of both."""
     both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
-    t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
+    o_r = tl.arange(0, BLOCK)
     Q, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, rows, D_t, NORMALIZE, BLOCK, BLOCK_D)
     Q, _ = without_mean(Q, both, rows, ROW)
-    P, _, _, _, _ = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
-    P, _ = without_mean(P, both, rows, ROW)
-    value, _, _ = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
+    P, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
+    P, mean = without_mean(P, both, rows, ROW)
+    value, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
+    return P, Q, mean, scale, low, onto, own, value, of_p, of_q
+
+
+@triton.jit
+def whole_forward_kernel(
+    students, teachers, values, valids, mask_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, m_group, m_row, eps,
+    ENOUGH: tl.constexpr, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
+    pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
+    t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
+    _, _, _, _, _, _, _, value, _, _ = both_sides(
+        s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
+    )
     if ROW:
         at = group * R + o_r
         tl.store(pick(values, pair) + at, tl.where(m_r, value, 0.0).to(tl.float32), mask=o_r < R)
@@ -108,21 +127,12 @@ def whole_backward_kernel(
 ):  # fmt: skip
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
     out_group, out_row = aligned((out_group, out_row))
-    unit = tl.program_id(0).to(tl.int64)
-    pair, group = unit // G, unit % G
-    if mask_ptr is not None:
-        mask_ptr += group * m_group
-    n = counting(mask_ptr, m_row, R, ENOUGH)
-    o_r = tl.arange(0, BLOCK)
-    m_r = which_count(mask_ptr, m_row, o_r, R, n)
-    both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
+    pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
     HALF: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
-    Q, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, rows, D_t, NORMALIZE, BLOCK, BLOCK_D)
-    Q, _ = without_mean(Q, both, rows, ROW)
-    base, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
-    P, mean = without_mean(base, both, rows, ROW)
-    _, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
+    P, Q, mean, scale, low, onto, own, _, of_p, of_q = both_sides(
+        s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
+    )
     if ROW:
         up = tl.load(pick(grads, pair) + group * R + o_r, mask=m_r, other=0.0)
         W = 0.5 * ((of_p * up).to(tl.float32)[:, None] * P + (of_q * up).to(tl.float32)[:, None] * Q)
@@ -130,6 +140,7 @@ def whole_backward_kernel(
     else:
         up = tl.where(n > 0, tl.load(pick(grads, pair) + group), 0.0)
         W = (of_p * up).to(tl.float32) * P + (of_q * up).to(tl.float32) * Q
+    both = m_r[:, None] & m_r[None, :]
     W, base = tl.where(both, W, 0.0), tl.where(both, P + mean[:, None], 0.0)
     project = m_r & NORMALIZE & (scale < 1.0 / LEAST_NORM)
     if HALF:
@@ -150,7 +161,7 @@ def whole_backward_kernel(
             pulled = product(weights, b_x, nothing) * gain[:, None]
             grad = finish_rows(pulled, b_x, scale, project, along)
         else:
-            centre = tl.sum(normalised(b_x, scale, low), 0) / rows
+            centre = tl.sum(normalised(b_x, scale, low), 0) / tl.maximum(n, 1)
             b_v = centred(b_x, scale, low, centre, m_r)
             grad = finish_centred(product(weights, b_v, nothing), b_v, centre, scale, project, along, total)
         store_gradient(out_ptr, out_row, o_r, m_r, o_d, R, D_s, grad, ADD)

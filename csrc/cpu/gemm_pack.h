@@ -7,16 +7,11 @@
 #include <cstring>
 
 #include "cpu/gemm.h"
+#include "cpu/lanes.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+constexpr int W = kLanes;
 
 #define FASTKD_INLINE inline __attribute__((always_inline))
 

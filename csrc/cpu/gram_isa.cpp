@@ -17,18 +17,6 @@ inline double sum_lanes(vdouble x) {
   return sum;
 }
 
-inline vfloat load_bfloat16(const uint16_t* p) {
-  vhalf x;
-  std::memcpy(&x, p, sizeof x);
-#if defined(__AVX512F__)  // one instruction, of which __builtin_convertvector makes four
-  return from_bits((vint)_mm512_cvtepu16_epi32((__m256i)x) << 16);
-#elif defined(__AVX2__)
-  return from_bits((vint)_mm256_cvtepu16_epi32((__m128i)x) << 16);
-#else
-  return from_bits(__builtin_convertvector(x, vint) << 16);
-#endif
-}
-
 inline vfloat load_row(const void* row, bool raw, int64_t k) {
   return raw ? load_bfloat16(static_cast<const uint16_t*>(row) + k) : load(static_cast<const float*>(row) + k);
 }

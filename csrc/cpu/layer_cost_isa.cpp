@@ -48,15 +48,7 @@ inline void fetch(const void* p, int64_t i, int64_t ahead) {
 template <int kElement>
 inline vfloat load_as(const void* p, int64_t i) {
   if constexpr (kElement == 0) return load(static_cast<const float*>(p) + i);
-  vhalf x;
-  std::memcpy(&x, static_cast<const uint16_t*>(p) + i, sizeof x);
-#if defined(__AVX512F__)  // one instruction, of which __builtin_convertvector makes four
-  return from_bits((vint)_mm512_cvtepu16_epi32((__m256i)x) << 16);
-#elif defined(__AVX2__)
-  return from_bits((vint)_mm256_cvtepu16_epi32((__m128i)x) << 16);
-#else
-  return from_bits(__builtin_convertvector(x, vint) << 16);
-#endif
+  return load_bfloat16(static_cast<const uint16_t*>(p) + i);
 }
 
 // ahead_s, ahead_t: kAhead where this tile is the first of the block to read its students, its teachers, else 0.

@@ -11,15 +11,9 @@
 #include <immintrin.h>
 #endif
 
-namespace {
+#include "cpu/lanes.h"
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+namespace {
 
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
@@ -68,6 +62,17 @@ inline vfloat load(const float* p) {
   vfloat x;
   std::memcpy(&x, p, sizeof x);
   return x;
+}
+inline vfloat load_bfloat16(const uint16_t* p) {
+  vhalf x;
+  std::memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)  // one instruction, of which __builtin_convertvector makes four
+  return from_bits((vint)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#elif defined(__AVX2__)
+  return from_bits((vint)_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
+  return from_bits(__builtin_convertvector(x, vint) << 16);
+#endif
 }
 inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
 

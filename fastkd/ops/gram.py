@@ -70,25 +70,33 @@ backends.fake(
 backends.fake("gram_settle", lambda *_: None)
 
 
+def _keep(ctx, mask, count, layers, valid, more) -> None:
+    ctx.save_for_backward(mask, *layers, *more)
+    ctx.mark_non_differentiable(*valid)
+    ctx.count = count
+
+
+def _kept(ctx):
+    """Students, teachers, mask, and what else was kept."""
+    mask, *rest = ctx.saved_tensors
+    return rest[: ctx.count], rest[ctx.count : 2 * ctx.count], mask, rest[2 * ctx.count :]
+
+
 class Gram(torch.autograd.Function):
     """Every student here wants its gradient. Returns the values of all terms, then whether they count."""
 
     @staticmethod
     def forward(ctx, backend, options, mask, count, *layers):
         values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, True)
-        ctx.save_for_backward(mask, *layers, *saved)
-        ctx.mark_non_differentiable(*valid)
-        ctx.backend, ctx.options, ctx.count = backend, options, count
+        _keep(ctx, mask, count, layers, valid, saved)
+        ctx.backend, ctx.options = backend, options
         return *values, *valid
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        mask, *rest = ctx.saved_tensors
-        n = ctx.count
-        grads = grads[: len(grads) // 2]
-        found = KERNELS[ctx.backend].bwd(grads, rest[:n], rest[n : 2 * n], mask, rest[2 * n :], *ctx.options)
-        return None, None, None, None, *found, *[None] * n
+        found = KERNELS[ctx.backend].bwd(grads[: len(grads) // 2], *_kept(ctx), *ctx.options)
+        return None, None, None, None, *found, *[None] * ctx.count
 
 
 class GramAtOnce(torch.autograd.Function):
@@ -99,22 +107,20 @@ class GramAtOnce(torch.autograd.Function):
     def forward(ctx, options, likely, mask, count, *layers):
         students, teachers = layers[:count], layers[count:]
         values, valid, ctx.gradients = torch.ops.fastkd.gram_fwd_grad(students, teachers, mask, *options, *likely)
-        ctx.save_for_backward(mask, *layers, *valid)
-        ctx.mark_non_differentiable(*valid)
-        ctx.options, ctx.likely, ctx.count = options, likely, count
+        _keep(ctx, mask, count, layers, valid, valid)
+        ctx.options, ctx.likely = options, likely
         return *values, *valid
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        mask, *rest = ctx.saved_tensors
-        n = ctx.count
-        question = (rest[:n], rest[n : 2 * n], mask, *ctx.options)
+        *layers, valid = _kept(ctx)
+        question = (*layers, *ctx.options)
         gradients, ctx.gradients = ctx.gradients, None  # a reference kept here would make autograd copy them
         if gradients is None:
             _, _, gradients = torch.ops.fastkd.gram_fwd_grad(*question, *ctx.likely)
-        torch.ops.fastkd.gram_settle(gradients, grads[: len(grads) // 2], rest[2 * n :], *question, *ctx.likely)
-        return None, None, None, None, *gradients, *[None] * n
+        torch.ops.fastkd.gram_settle(gradients, grads[: len(grads) // 2], valid, *question, *ctx.likely)
+        return None, None, None, None, *gradients, *[None] * ctx.count
 
 
 def gram(
