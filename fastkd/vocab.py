@@ -61,6 +61,11 @@ class VocabMap(nn.Module):
     def original_size(self) -> int:
         return self.position_of.shape[0]
 
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether each dropped word has a kept one that stands for it."""
+        return self._complete
+
     def __len__(self) -> int:
         return self.kept_ids.shape[0]
 
