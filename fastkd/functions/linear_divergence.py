@@ -1,10 +1,12 @@
 """`divergence` from hidden states and heads, without the logits (GLMD)."""
 
+import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions import vocabulary
+from fastkd.ops import kept_mass, vocab_parallel
 from fastkd.ops import linear_divergence as linear_divergence_op
-from fastkd.ops import vocab_parallel
 from fastkd.ops.divergence import TopK
 
 
@@ -17,6 +19,7 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab=None,
+    teacher_words: str = "kept",
     weights: Tensor | None = None,
     memory: str = "speed",
     kind: str = "forward_kl",
@@ -38,7 +41,13 @@ def linear_divergence(
     """`divergence` between hidden @ head.T + bias of both sides. Hidden [..., D], heads [V, D], biases [V].
 
     In place of the teacher's hidden states a TopK may stand (no head is needed then). vocab (a VocabMap, or kept ids [Vs]):
-    the student's vocabulary is that subset of the teacher's, in that order, and the teacher is renormalised over it.
+    the student's vocabulary is that subset of the teacher's, in that order. teacher_words: "kept" renormalises the teacher
+    over it; "all" keeps the probabilities p that it has over all of its words (slice padding off its head). What it gives to
+    a dropped word is then compared with the student's probability of the stand-in, where vocab is a VocabMap that has
+    stand-ins: a divergence over all words, the student's softmax too, since a dropped word has its stand-in's logit. With
+    kept ids (or a map without stand-ins) it counts nowhere: forward_kl sum p log(p/q), soft_ce and reverse_kl over the kept
+    words, q summing to 1 over them and p to less, as of a TopK without tail; forward_kl may then be negative, and a row's
+    gradient has the weight sum p. Labels are the student's ids, their cross-entropy is over its own words.
     weights [...]: per row; "mean" is then sum(w row) / sum(w). hard_weight adds so much of the cross-entropy with `labels`.
     Logits are softcap · tanh(scale · x / softcap), one number for both sides or (student, teacher).
     memory: "speed" forms the gradient in the forward; "low" keeps eight numbers per row and makes the logits again; so
@@ -53,7 +62,12 @@ def linear_divergence(
     sparse = isinstance(teacher_hidden, TopK)
     if sparse:
         checks.topk(teacher_hidden, student_hidden, kind, size=student_head.shape[0])
-        teacher = teacher_hidden.flattened()
+        if teacher_words != "kept":
+            raise ValueError(
+                f"teacher_words={teacher_words!r}: a TopK's log_probs are taken as given; make them over all words, and its "
+                "indices by vocab.encode"
+            )
+        teacher, heads = teacher_hidden.flattened(), vocabulary.Heads((student_head, student_bias), None)
     else:
         checks.tensor("teacher_hidden", teacher_hidden, "[..., D]")
         _check_side("teacher", teacher_hidden, teacher_head, teacher_bias)
@@ -66,9 +80,10 @@ def linear_divergence(
             raise ValueError(
                 "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
             )
-        teacher_head, teacher_bias = _kept_rows(vocab, teacher_head, teacher_bias)
-        teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head, teacher_bias)
-        _check_vocabularies(student_head, teacher_head)
+        heads = vocabulary.aligned(
+            vocab, teacher_words, kind, (student_head, student_bias), (teacher_head, teacher_bias)
+        )
+        teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), *heads.teacher)
     checks.same_device(
         student_hidden=student_hidden, student_head=student_head, student_bias=student_bias, mask=mask, labels=labels,
         weights=weights,
@@ -93,11 +108,14 @@ def linear_divergence(
         checks.values(
             "num_valid", counted, lambda: counted.sum() <= num_valid, f"at most {num_valid} rows should count"
         )
+    apart = bool(hard_weight) and vocab is not None and teacher_words == "all"
     options = linear_divergence_op.Options(
         kind, float(temperature), float(beta), float(alpha),
-        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, float(hard_weight),
+        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if apart else float(hard_weight),
         _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
     )  # fmt: skip
+    flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
+    student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
     if process_group is not None:
         if sparse:
             raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
@@ -105,16 +123,32 @@ def linear_divergence(
             raise RuntimeError(
                 f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
             )
-        flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
-        student = (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias)
         rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
         return reduce.reduce(rows, counted, reduction, weights)
-    rows = linear_divergence_op.linear_divergence(
-        (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias), teacher,
-        *(None if x is None else x.reshape(-1) for x in (counted, labels)), options, memory,
-        reduce.row_weights(counted, reduction, weights, student_hidden), num_valid, backend,
+    row_weights, scale, shift = reduce.row_weights(counted, reduction, weights, student_hidden), None, None
+    if heads.parts is not None:
+        whole = (teacher[0], teacher_head, teacher_bias)
+        mass = kept_mass.kept_log_mass(whole, *heads.parts, flat[0], options, student_hidden, num_valid, backend)  # [N]
+        dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        scale, shift = vocabulary.weighting(kind, mass, options.factor, dtype)
+    found = linear_divergence_op.linear_divergence(
+        student, teacher, *flat, options, memory,
+        row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
     )  # [N], or their weighted sum []  # fmt: skip
-    return rows if reduction != "none" else reduce.reduce(rows.reshape(shape), counted, reduction, weights)
+    if row_weights is None:
+        rows = found if scale is None else found * scale + shift
+        found = reduce.reduce(rows.reshape(shape), counted, reduction, weights)
+    elif shift is not None:
+        found = found + (row_weights * shift).sum()
+    if not apart:
+        return found
+    right = labels if counted is None else labels.masked_fill(~counted, 0)
+    right = TopK(right[..., None], torch.zeros_like(right[..., None], dtype=torch.float32))  # all of the mass
+    return found + hard_weight * linear_divergence(
+        student_hidden, student_head, right, student_bias=student_bias, weights=weights, memory=memory, kind="soft_ce",
+        mask=counted, num_valid=num_valid, logit_scale=options.scales[0], logit_softcap=options.caps[0] or None,
+        reduction=reduction, backend=backend,
+    )  # fmt: skip
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | None) -> None:
@@ -128,16 +162,6 @@ def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | N
         checks.mask(f"{side}_bias", bias, head.shape[:1], "[V]")
 
 
-def _check_vocabularies(student_head: Tensor, teacher_head: Tensor) -> None:
-    ours, theirs = student_head.shape[0], teacher_head.shape[0]
-    if ours != theirs:
-        low, high = sorted((ours, theirs))
-        raise ValueError(
-            f"student_head has {ours} words and the teacher's {theirs}: ids {low} to {high - 1} are on one side only; if "
-            f"the student's vocabulary is a subset, pass vocab=; if they are padding, slice both heads to [:{low}]"
-        )
-
-
 def _both_sides(name: str, x, none: float) -> tuple[float, float]:
     """(student's, teacher's); None is `none`."""
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
@@ -147,13 +171,3 @@ def _both_sides(name: str, x, none: float) -> tuple[float, float]:
         if part is not None:
             checks.positive(name, part)
     return tuple(none if part is None else float(part) for part in pair)
-
-
-def _kept_rows(vocab, head: Tensor, bias: Tensor | None):
-    if vocab is None:
-        return head, bias
-    if not isinstance(vocab, Tensor):
-        return vocab.slice_head(head, bias)
-    checks.integers("vocab", vocab, "[K]")
-    checks.indices_in_range("vocab", vocab, head.shape[0], "rows of teacher_head")
-    return head[vocab], None if bias is None else bias[vocab]
