@@ -175,9 +175,7 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
             own = torch.arange(query.shape[0], device=query.device)
             exclude = own, own
     why_not = _bank_reason(bank, trained_rows=index is not None or scale is not None, scale=scale)
-    if scale is not None and "cpu" != _choose(backend, query, None) != "reference":
-        why_not = "rows with a scale are not written there yet"
-    elif isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
+    if isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
         why_not = "it takes one temperature for all queries"
     elif exclude is not None and any(ids.is_floating_point() for ids in exclude):
         why_not = "it compares whole-number ids"
