@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
+from fastkd.reference import contrast_sample as sample_reference
 
 # The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
 # that are in the cache. Reading the bank again in the backward would double the time. The backward only scales, unless
@@ -253,7 +254,7 @@ def sample_negatives(index, count, n_data, labels, order, bounds, state, replace
     chosen = backends.choose("contrast", backend, index[:0].float())
     if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
         return SAMPLE[chosen].fwd(*arguments)
-    return bank_reference.sample_negatives(*arguments)
+    return sample_reference.sample_negatives(*arguments)
 
 
 def update_bank(bank, index, rows, momentum, backend) -> None:
