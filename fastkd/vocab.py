@@ -61,6 +61,11 @@ class VocabMap(nn.Module):
     def original_size(self) -> int:
         return self.position_of.shape[0]
 
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether each dropped word has a kept one that stands for it."""
+        return self._complete
+
     def __len__(self) -> int:
         return self.kept_ids.shape[0]
 
@@ -254,11 +259,13 @@ class VocabMap(nn.Module):
                     setattr(configuration, name, self._encode_known(old))
         return model
 
-    def shrink_tokenizer(self, tokenizer):
-        """The fast tokenizer that emits the new ids, for `save_pretrained`; it spells dropped words with kept ones."""
+    def shrink_tokenizer(self, tokenizer, *, dropped: str = "spelled"):
+        """The fast tokenizer that emits the new ids, for `save_pretrained`. dropped: "spelled", it spells dropped words
+        with kept ones; or "stand_in", it gives `encode` of the ids that `tokenizer` gives, and transformers then loads it
+        with trust_remote_code=True."""
         from fastkd.vocab_tokenizer import shrink_tokenizer
 
-        return shrink_tokenizer(self, tokenizer)
+        return shrink_tokenizer(self, tokenizer, dropped)
 
     def expand(self, x: Tensor, dim: int = -1) -> Tensor:
         """From the kept words to all: x [..., K] -> [..., V], a dropped word having what its stand-in has."""

@@ -1,21 +1,34 @@
-"""A fast tokenizer over the kept words of a VocabMap, which transformers loads without us.
+"""A fast tokenizer over the kept words of a VocabMap, which transformers loads without us. What a dropped word becomes:
 
-Dropped words are taken out of the tokenizer itself, so that it spells them with kept pieces: a text whose words are all
-kept gets exactly VocabMap.encode of its old ids, any other text some other kept ids, never one that is dropped.
+"spelled": it is taken out of the tokenizer itself, which then spells it with kept pieces. A text whose words are all kept
+gets exactly VocabMap.encode of its old ids, any other text some other kept ids, never one that is dropped.
+"stand_in": any text gets VocabMap.encode of its old ids, the dropped words' stand-ins among them, as in GLMD.
+
+"spelled" is the default: a tokenizer.json is all there is to it, so it loads anywhere; nothing of the text is lost, it
+decodes to what it was; and a teacher that reads by the student's tokenizer (`fastkd distill`) reads the same text. A
+tokenizer.json has no place for stand-ins: it holds one word per id, and the model that cuts a text numbers it too. They
+come as a second file and a class beside it, which transformers runs after trust_remote_code=True only; without, where
+a model's configuration says what to load instead, the same folder is the tokenizer that spells.
 """
 
+import copy
 import json
 
 from torch import Tensor
+
+from fastkd import checks
 
 # What a tokenizer's constructor takes beside its words.
 _KEPT_OPTIONS = ("model_max_length", "padding_side", "truncation_side", "chat_template", "clean_up_tokenization_spaces",
                  "model_input_names")  # fmt: skip
 
 
-def shrink_tokenizer(vocab, tokenizer):
+DROPPED = ("spelled", "stand_in")
+
+
+def shrink_tokenizer(vocab, tokenizer, dropped: str = "spelled"):
     """The tokenizer that emits `vocab`'s new ids. Special words must be kept, and of BPE's words what they are merged of:
-    counts from `count_parts` see to that."""
+    counts from `count_parts` see to that. dropped: "spelled" or "stand_in", see above."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -24,13 +37,15 @@ def shrink_tokenizer(vocab, tokenizer):
         raise ValueError(
             f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}; it has no tokenizer.json"
         )
+    checks.one_of("dropped", dropped, DROPPED)
     words = json.loads(backend.to_str())
+    whole = copy.deepcopy(words)
     new_id = {old: new for new, old in enumerate(vocab.kept_ids.tolist())}
     added = {entry["id"] for entry in words["added_tokens"]}
     special = {entry["content"]: entry["id"] for entry in words["added_tokens"] if entry["special"]}
-    dropped = [word for word, old in special.items() if old < vocab.original_size and old not in new_id]
-    if dropped:
-        raise ValueError(f"tokenizer: its special words {dropped} are dropped; name their ids in always_keep")
+    lost = [word for word, old in special.items() if old < vocab.original_size and old not in new_id]
+    if lost:
+        raise ValueError(f"tokenizer: its special words {lost} are dropped; name their ids in always_keep")
     words["added_tokens"] = sorted(
         ({**entry, "id": new_id[entry["id"]]} for entry in words["added_tokens"] if entry["id"] in new_id),
         key=lambda entry: entry["id"],
@@ -41,7 +56,23 @@ def shrink_tokenizer(vocab, tokenizer):
         words["padding"]["pad_id"] = new_id[words["padding"]["pad_id"]]
     options = {name: getattr(tokenizer, name) for name in _KEPT_OPTIONS if getattr(tokenizer, name, None) is not None}
     names = {name: word for name, word in tokenizer.special_tokens_map.items() if isinstance(word, str)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(words)), **names, **options)
+    small = Tokenizer.from_str(json.dumps(words))
+    if dropped == "spelled":
+        return PreTrainedTokenizerFast(tokenizer_object=small, **names, **options)
+    from fastkd.stand_in_tokenizer import StandInTokenizerFast
+
+    whole.update(truncation=None, padding=None)
+    stand_ins = {"tokenizer": whole, "new_ids": _new_ids(vocab, backend)}
+    return StandInTokenizerFast(tokenizer_object=small, stand_ins=stand_ins, **names, **options)
+
+
+def _new_ids(vocab, backend) -> list[int]:
+    if not vocab.has_stand_ins:
+        raise ValueError("dropped='stand_in': some words have no stand-in; give VocabMap a replacement")
+    words = max(backend.get_vocab().values()) + 1
+    if words > vocab.original_size:
+        raise ValueError(f"tokenizer: has {words} words, but this VocabMap was made for {vocab.original_size}")
+    return vocab.position_of.tolist()
 
 
 def count_parts(counts: Tensor, tokenizer) -> Tensor:

@@ -29,18 +29,22 @@ import torch
 from fastkd import linear_divergence
 from fastkd.bench import measure
 
-def extra(rows, dtype, memory):
+def extra(rows, dtype, memory, teacher_words):
     dtype = getattr(torch, dtype)
     make = lambda *shape: torch.randn(shape).to(dtype)
     leaves = [make(rows, {WIDTH}).requires_grad_(), make({WORDS}, {WIDTH}).requires_grad_()]
-    teacher = [make(rows, {WIDTH}), make({WORDS}, {WIDTH})]
-    task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, memory=memory), leaves)
+    options = {{"memory": memory, "teacher_words": teacher_words}}
+    if teacher_words == "all":
+        options["vocab"] = torch.arange({WORDS}) * 4
+    teacher = [make(rows, {WIDTH}), make({WORDS} * (4 if "vocab" in options else 1), {WIDTH})]
+    task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, **options), leaves)
     task.run(None)
     peak = measure.peak_by_kernel(task)
     return (peak - sum(x.numel() * x.element_size() for x in leaves)) / {MIB}
 
-cases = [(rows, dtype, memory) for dtype in ("float32", "bfloat16") for memory, sizes in
+cases = [(rows, dtype, memory, "kept") for dtype in ("float32", "bfloat16") for memory, sizes in
          (("low", (1024, 8192)), ("speed", ({WIDTH}, 512, 4096))) for rows in sizes]
+cases.append((8192, "bfloat16", "low", "all"))
 print(json.dumps([[case, extra(*case)] for case in cases]))
 """
 
@@ -53,9 +57,9 @@ def measured():
     return {tuple(case): mib for case, mib in json.loads(done.stdout)}
 
 
-def extra(rows, dtype, memory):
+def extra(rows, dtype, memory, teacher_words="kept"):
     """MiB at the peak of loss and gradients, less the gradients."""
-    return measured()[rows, str(dtype).removeprefix("torch."), memory]
+    return measured()[rows, str(dtype).removeprefix("torch."), memory, teacher_words]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,3 +83,10 @@ def test_speed_is_bounded_by_one_chunk_whatever_the_rows(dtype):
 def test_speed_in_one_chunk_adds_less_than_the_gradient_of_the_logits():
     """No second copy of the head's gradient, and none of the logits."""
     assert extra(WIDTH, torch.bfloat16, "speed") < 2 * 64 * WORDS * 4 / MIB + 8
+
+
+def test_the_mass_of_a_teachers_other_words_takes_a_block():
+    """A teacher with four times the words: blocks of 1024 rows and words, the kept rows of its head, a few numbers per row."""
+    block = 1024 * 1024 * (4 + 4 + 8) / MIB  # logits, exponentials, and those in float64
+    more = block + WORDS * WIDTH * 2 / MIB + 8192 * 10 * 8 / MIB
+    assert extra(8192, torch.bfloat16, "low", "all") < extra(8192, torch.bfloat16, "low") + more + 2

@@ -50,7 +50,7 @@ def test_relation_in_the_interpreter():
 
 @not_interpreted
 def test_linear_divergence_in_the_interpreter():
-    interpreted("tests/test_linear_divergence_kernels.py", "-k", "triton")
+    interpreted("tests/test_linear_divergence_kernels.py", "tests/test_linear_divergence_words.py", "-k", "triton")
 
 
 @not_interpreted

@@ -63,6 +63,29 @@ def test_without_a_model_the_unknown_word_stands_in(teacher, tmp_path):
     assert len(dropped) and (vocab.kept_ids[vocab.position_of[dropped]] == old.unk_token_id).all()
 
 
+def test_stand_ins_in_the_tokenizer(teacher, tmp_path):
+    out = tmp_path / "small"
+    options = [
+        "--model",
+        str(teacher),
+        "--output",
+        str(out),
+        "--size",
+        "96",
+        "--multiple-of",
+        "8",
+        "--dropped",
+        "stand_in",
+    ]
+    assert main(["vocab", *corpus(tmp_path), *options]) == 0
+    vocab, old = VocabMap.load(out), transformers.AutoTokenizer.from_pretrained(teacher)
+    new = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    spelled = transformers.AutoTokenizer.from_pretrained(out)  # the model's configuration is there
+    texts = [*TEXTS, RARE]
+    assert new(texts)["input_ids"] == [vocab.encode(ids) for ids in old(texts)["input_ids"]]
+    assert spelled(texts)["input_ids"] == vocab.shrink_tokenizer(old)(texts)["input_ids"] != new(texts)["input_ids"]
+
+
 def test_counts_are_what_the_tokenizer_says():
     tokenizer = trained("BPE")
     counts = count_corpus([*TEXTS, RARE], tokenizer)

@@ -23,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
         help="what stands for a dropped word: "
         "the nearest by dot product, cosine, distance, or the unknown word; default: decoder with a model",
     )
+    p.add_argument(
+        "--dropped",
+        choices=("spelled", "stand_in"),
+        default="spelled",
+        help="what the tokenizer makes of a dropped word: it is spelled with kept pieces (tokenizer.json is all that it takes), "
+        "or becomes what stands for it (loaded with trust_remote_code=True)",
+    )
     p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words that are kept however rare they are, such "
                    "as labels and verbalisers; special words always are")  # fmt: skip
     p.add_argument("--text-column", default="text", help="of a .jsonl corpus")
@@ -64,7 +71,7 @@ def run(options) -> int:
     )  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
     vocab.save(options.output)
-    vocab.shrink_tokenizer(tokenizer).save_pretrained(options.output)
+    vocab.shrink_tokenizer(tokenizer, dropped=options.dropped).save_pretrained(options.output)
     if model is not None:
         vocab.shrink(model, inplace=True).save_pretrained(options.output)
     found = write_report(options.output, vocab, counts)

@@ -1,10 +1,12 @@
 """`divergence` from hidden states and heads, without the logits (GLMD)."""
 
+import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions import vocabulary
+from fastkd.ops import kept_mass, vocab_parallel
 from fastkd.ops import linear_divergence as linear_divergence_op
-from fastkd.ops import vocab_parallel
 from fastkd.ops.divergence import TopK
 
 
@@ -17,6 +19,7 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab=None,
+    teacher_words: str = "kept",
     weights: Tensor | None = None,
     memory: str = "speed",
     kind: str = "forward_kl",
@@ -38,7 +41,13 @@ def linear_divergence(
     """`divergence` between hidden @ head.T + bias of both sides. Hidden [..., D], heads [V, D], biases [V].
 
     In place of the teacher's hidden states a TopK may stand (no head is needed then). vocab (a VocabMap, or kept ids [Vs]):
-    the student's vocabulary is that subset of the teacher's, in that order, and the teacher is renormalised over it.
+    the student's vocabulary is that subset of the teacher's, in that order. teacher_words: "kept" renormalises the teacher
+    over it; "all" keeps the probabilities p that it has over all of its words (slice padding off its head). What it gives to
+    a dropped word is then compared with the student's probability of the stand-in, where vocab is a VocabMap that has
+    stand-ins: a divergence over all words, the student's softmax too, since a dropped word has its stand-in's logit. With
+    kept ids (or a map without stand-ins) it counts nowhere: forward_kl sum p log(p/q), soft_ce and reverse_kl over the kept
+    words, q summing to 1 over them and p to less, as of a TopK without tail; forward_kl may then be negative, and a row's
+    gradient has the weight sum p. Labels are the student's ids, their cross-entropy is over its own words.
     weights [...]: per row; "mean" is then sum(w row) / sum(w). hard_weight adds so much of the cross-entropy with `labels`.
     Logits are softcap · tanh(scale · x / softcap), one number for both sides or (student, teacher).
     memory: "speed" forms the gradient in the forward; "low" keeps eight numbers per row and makes the logits again; so
@@ -47,28 +56,19 @@ def linear_divergence(
     sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient; `memory` and `num_valid`
     change nothing there.
     """
-    shape = student_hidden.shape[:-1]
+    shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
     checks.tensor("student_hidden", student_hidden, "[..., D]")
     _check_side("student", student_hidden, student_head, student_bias)
-    sparse = isinstance(teacher_hidden, TopK)
+    if process_group is not None:
+        _check_shards(sparse, vocab, backend)
     if sparse:
-        checks.topk(teacher_hidden, student_hidden, kind, size=student_head.shape[0])
-        teacher = teacher_hidden.flattened()
+        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_words)
+        teacher, heads = teacher_hidden.flattened(), vocabulary.Heads((student_head, student_bias), None)
     else:
-        checks.tensor("teacher_hidden", teacher_hidden, "[..., D]")
-        _check_side("teacher", teacher_hidden, teacher_head, teacher_bias)
-        checks.same_leading("teacher_hidden", teacher_hidden, "student_hidden", student_hidden, len(shape))
-        checks.frozen("teacher_hidden", teacher_hidden)
-        checks.frozen("teacher_head", teacher_head, teacher_bias)
-        checks.same_device(student_hidden=student_hidden, teacher_hidden=teacher_hidden, teacher_head=teacher_head,
-                           teacher_bias=teacher_bias)  # fmt: skip
-        if vocab is not None and process_group is not None:
-            raise ValueError(
-                "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
-            )
-        teacher_head, teacher_bias = _kept_rows(vocab, teacher_head, teacher_bias)
-        teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head, teacher_bias)
-        _check_vocabularies(student_head, teacher_head)
+        _check_teacher(teacher_hidden, teacher_head, teacher_bias, student_hidden)
+        given = (student_head, student_bias), (teacher_head, teacher_bias)
+        heads = vocabulary.aligned(vocab, teacher_words, kind, *given)
+        teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), *heads.teacher)
     checks.same_device(
         student_hidden=student_hidden, student_head=student_head, student_bias=student_bias, mask=mask, labels=labels,
         weights=weights,
@@ -77,44 +77,102 @@ def linear_divergence(
     checks.mask("weights", weights, shape, "[...]")
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
-    if hard_weight and labels is None:
-        raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     if hard_weight:
-        checks.integers("labels", labels, "[...]")
         words = student_head.shape[0] if process_group is None else vocab_parallel.words(student_head, process_group)
-        known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
-        checks.values("labels", labels, known, f"a label that counts must lie in [0, {words})")
-    if num_valid is not None and not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
+        _check_labels(labels, counted, words)
+    _check_num_valid(num_valid, counted, student_hidden)
+    apart = bool(hard_weight) and vocab is not None and teacher_words == "all"  # labels are of the student's own words
+    options = linear_divergence_op.Options(
+        kind, float(temperature), float(beta), float(alpha),
+        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if apart else float(hard_weight),
+        _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
+    )  # fmt: skip
+    flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
+    student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
+    if process_group is not None:
+        rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
+        return reduce.reduce(rows, counted, reduction, weights)
+    row_weights, scale, shift = reduce.row_weights(counted, reduction, weights, student_hidden), None, None
+    if heads.parts is not None:
+        whole = (teacher[0], teacher_head, teacher_bias)
+        mass = kept_mass.kept_log_mass(whole, *heads.parts, flat[0], options, student_hidden, num_valid, backend)  # [N]
+        dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        scale, shift = vocabulary.weighting(kind, mass, options.factor, dtype)
+    found = linear_divergence_op.linear_divergence(
+        student, teacher, *flat, options, memory,
+        row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
+    )  # [N], or their weighted sum []  # fmt: skip
+    if row_weights is None:
+        rows = found if scale is None else found * scale + shift
+        found = reduce.reduce(rows.reshape(shape), counted, reduction, weights)
+    elif shift is not None:
+        found = found + (row_weights * shift).sum()
+    if not apart:
+        return found
+    return found + hard_weight * linear_divergence(
+        student_hidden, student_head, _certain(labels, counted), student_bias=student_bias, weights=weights,
+        memory=memory, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
+        logit_softcap=options.caps[0] or None, reduction=reduction, backend=backend,
+    )  # fmt: skip
+
+
+def _certain(labels: Tensor, counted: Tensor | None) -> TopK:
+    """Labels as a teacher that is sure of them."""
+    ids = (labels if counted is None else labels.masked_fill(~counted, 0))[..., None]
+    return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
+
+
+def _check_shards(sparse: bool, vocab, backend: str) -> None:
+    if sparse:
+        raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
+    if vocab is not None:
+        raise ValueError(
+            "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
+        )
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
+        )
+
+
+def _check_sparse(teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, teacher_words: str) -> None:
+    checks.topk(teacher, student_hidden, kind, size=student_head.shape[0])
+    if teacher_words != "kept":
+        raise ValueError(
+            f"teacher_words={teacher_words!r}: a TopK's log_probs are taken as given; make them over all words, and its "
+            "indices by vocab.encode"
+        )
+
+
+def _check_teacher(hidden: Tensor, head: Tensor | None, bias: Tensor | None, student_hidden: Tensor) -> None:
+    checks.tensor("teacher_hidden", hidden, "[..., D]")
+    _check_side("teacher", hidden, head, bias)
+    checks.same_leading("teacher_hidden", hidden, "student_hidden", student_hidden, student_hidden.dim() - 1)
+    checks.frozen("teacher_hidden", hidden)
+    checks.frozen("teacher_head", head, bias)
+    checks.same_device(student_hidden=student_hidden, teacher_hidden=hidden, teacher_head=head, teacher_bias=bias)
+
+
+def _check_labels(labels: Tensor | None, counted: Tensor, words) -> None:
+    if labels is None:
+        raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
+    checks.integers("labels", labels, "[...]")
+    known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
+    where = f"lie in [0, {words})" if isinstance(words, int) else "be a word of one of the shards"
+    checks.values("labels", labels, known, f"a label that counts must {where}")
+
+
+def _check_num_valid(num_valid: int | None, counted: Tensor | None, student_hidden: Tensor) -> None:
+    if num_valid is None:
+        return
+    if not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
         raise ValueError(
             f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"
         )
-    if num_valid is not None and counted is not None:
-        checks.values(
-            "num_valid", counted, lambda: counted.sum() <= num_valid, f"at most {num_valid} rows should count"
-        )
-    options = linear_divergence_op.Options(
-        kind, float(temperature), float(beta), float(alpha),
-        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, float(hard_weight),
-        _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
-    )  # fmt: skip
-    if process_group is not None:
-        if sparse:
-            raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
-        if backend not in ("auto", "reference"):
-            raise RuntimeError(
-                f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
-            )
-        flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
-        student = (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias)
-        rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
-        return reduce.reduce(rows, counted, reduction, weights)
-    rows = linear_divergence_op.linear_divergence(
-        (student_hidden.reshape(-1, student_hidden.shape[-1]), student_head, student_bias), teacher,
-        *(None if x is None else x.reshape(-1) for x in (counted, labels)), options, memory,
-        reduce.row_weights(counted, reduction, weights, student_hidden), num_valid, backend,
-    )  # [N], or their weighted sum []  # fmt: skip
-    return rows if reduction != "none" else reduce.reduce(rows.reshape(shape), counted, reduction, weights)
+    if counted is not None:
+        few = lambda: counted.sum() <= num_valid  # noqa: E731
+        checks.values("num_valid", counted, few, f"at most {num_valid} rows should count")
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | None) -> None:
@@ -128,16 +186,6 @@ def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | N
         checks.mask(f"{side}_bias", bias, head.shape[:1], "[V]")
 
 
-def _check_vocabularies(student_head: Tensor, teacher_head: Tensor) -> None:
-    ours, theirs = student_head.shape[0], teacher_head.shape[0]
-    if ours != theirs:
-        low, high = sorted((ours, theirs))
-        raise ValueError(
-            f"student_head has {ours} words and the teacher's {theirs}: ids {low} to {high - 1} are on one side only; if "
-            f"the student's vocabulary is a subset, pass vocab=; if they are padding, slice both heads to [:{low}]"
-        )
-
-
 def _both_sides(name: str, x, none: float) -> tuple[float, float]:
     """(student's, teacher's); None is `none`."""
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
@@ -147,13 +195,3 @@ def _both_sides(name: str, x, none: float) -> tuple[float, float]:
         if part is not None:
             checks.positive(name, part)
     return tuple(none if part is None else float(part) for part in pair)
-
-
-def _kept_rows(vocab, head: Tensor, bias: Tensor | None):
-    if vocab is None:
-        return head, bias
-    if not isinstance(vocab, Tensor):
-        return vocab.slice_head(head, bias)
-    checks.integers("vocab", vocab, "[K]")
-    checks.indices_in_range("vocab", vocab, head.shape[0], "rows of teacher_head")
-    return head[vocab], None if bias is None else bias[vocab]

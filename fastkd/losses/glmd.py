@@ -68,6 +68,8 @@ class GLMDLoss(nn.Module):
             raise ValueError(
                 f"vocab: expected a VocabMap, got {checks.describe(vocab)}; VocabMap(kept_ids, original_size) is one"
             )
+        if vocab is not None and teacher_words == "all" and not vocab.has_stand_ins:
+            raise ValueError("teacher_words: 'all' needs a stand-in for each dropped word; give VocabMap a replacement")
         self.vocab, self.normalize, self.stage, self.soft_kind = vocab, normalize, stage, soft_kind
         self.top_n, self.teacher_min, self.mse, self.backend = top_n, teacher_min, mse, backend
 
@@ -113,17 +115,14 @@ class GLMDLoss(nn.Module):
             raise ValueError(
                 "top_n: needs the logits of a whole row at once; call the loss with logits, not from_hidden"
             )
-        vocab = self.vocab
-        if vocab is not None and self.teacher_words == "all":
-            size = vocab.original_size
-            student_head, teacher_head = vocab.expand(student_head, 0), teacher_head[:size]
-            student_bias = None if student_bias is None else vocab.expand(student_bias)
-            teacher_bias, vocab = None if teacher_bias is None else teacher_bias[:size], None
         value = functional.linear_divergence(
             student_hidden, student_head, teacher_hidden, teacher_head, student_bias=student_bias,
-            teacher_bias=teacher_bias, vocab=vocab, memory=memory, mask=mask, **self._kind(),
+            teacher_bias=teacher_bias, vocab=self.vocab, teacher_words=self.teacher_words, memory=memory, mask=mask,
+            **self._kind(),
         )  # fmt: skip
-        return value / self._denominator(student_hidden, student_head.shape[0])
+        everything = self.vocab is not None and self.teacher_words == "all"
+        words = self.vocab.original_size if everything else student_head.shape[0]
+        return value / self._denominator(student_hidden, words)
 
     def _kind(self) -> dict:
         kind = "mse" if self.mse else "forward_kl"

@@ -1,0 +1,100 @@
+"""Which words of a teacher a student with fewer of them is compared with."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import checks
+
+# Where the teacher's mass on other words can be left out: these need a row's divergence over the kept words, and a number.
+PARTIAL_KINDS = ("forward_kl", "reverse_kl", "soft_ce")
+
+
+class Heads(NamedTuple):
+    """Rows for the same words on both sides, and of a teacher that is compared on a part of its words which they are."""
+
+    student: tuple[Tensor, Tensor | None]  # head [V, D], bias [V]
+    teacher: tuple[Tensor, Tensor | None]
+    parts: tuple[Tensor, Tensor] | None = None  # kept and dropped ids
+
+
+def aligned(vocab, teacher_words: str, kind: str, student: tuple, teacher: tuple) -> Heads:
+    """student, teacher: (head [V, D], bias [V] or None), over the student's and over all words."""
+    checks.one_of("teacher_words", teacher_words, ("kept", "all"))
+    if vocab is None:
+        found = Heads(student, teacher)
+    elif teacher_words == "kept":
+        found = Heads(student, _kept_rows(vocab, *teacher))
+    elif getattr(vocab, "has_stand_ins", False):
+        found = _with_stand_ins(vocab, student, teacher)
+    else:
+        found = _partial(vocab, kind, student, teacher)
+    _check_sizes(found.student[0].shape[0], found.teacher[0].shape[0])
+    return found
+
+
+def _with_stand_ins(vocab, student: tuple, teacher: tuple) -> Heads:
+    size, ours, theirs = vocab.original_size, student[0].shape[0], teacher[0].shape[0]
+    if ours != len(vocab):
+        raise ValueError(f"student_head: expected the {len(vocab)} words that vocab keeps, got {ours}")
+    if theirs < size:
+        raise ValueError(f"teacher_head: expected the {size} words that vocab was made for, got {theirs}")
+    teacher = tuple(None if x is None else x[:size] for x in teacher)
+    return Heads(tuple(_expanded(x, vocab.position_of) for x in student), teacher)
+
+
+def _partial(vocab, kind: str, student: tuple, teacher: tuple) -> Heads:
+    if kind not in PARTIAL_KINDS:
+        raise ValueError(
+            f"kind={kind!r} compares two whole distributions, and of teacher_words='all' kept ids alone leave a part out; "
+            "give a VocabMap with a replacement, which says what stands for a dropped word, or teacher_words='kept'"
+        )
+    rows = _kept_rows(vocab, *teacher)
+    ids = vocab if isinstance(vocab, Tensor) else vocab.kept_ids
+    size = teacher[0].shape[0] if isinstance(vocab, Tensor) else vocab.original_size
+    once = lambda: ids.unique().numel() == ids.numel()  # noqa: E731 (where it is free)
+    checks.values("vocab", ids, once, "with teacher_words='all', an id may be kept only once")
+    kept = torch.zeros(size, dtype=torch.bool, device=ids.device).index_fill(0, ids.long(), True)
+    dropped = torch.nonzero_static(~kept, size=max(size - ids.shape[0], 0), fill_value=0)[:, 0]
+    return Heads(student, rows, (ids, dropped) if len(dropped) else None)
+
+
+def weighting(kind: str, log_mass: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(a, b) [N]: with p the teacher's probabilities, of which the words compared have e^log_mass, and p' = p / e^log_mass,
+    factor · sum p (log p - log q), sum -p log q or sum q (log q - log p) is a · (the same of p') + b."""
+    mass = log_mass.exp()
+    if kind == "reverse_kl":
+        a, b = torch.ones_like(mass), -log_mass
+    elif kind == "soft_ce":
+        a, b = mass, torch.zeros_like(mass)
+    else:
+        a, b = mass, torch.where(mass > 0, mass * log_mass, 0)
+    return a.to(dtype), (factor * b).to(dtype)
+
+
+def _expanded(x: Tensor | None, position_of: Tensor) -> Tensor | None:
+    """Rows of all words, a dropped one having its stand-in's. A stand-in's gradient is summed over many words: in float32,
+    and by an operation that is deterministic everywhere."""
+    if x is None:
+        return None
+    wide = x if x.dtype == torch.float64 else x.float()
+    return F.embedding(position_of.to(x.device), wide.reshape(len(x), -1)).reshape(-1, *x.shape[1:]).to(x.dtype)
+
+
+def _kept_rows(vocab, head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(vocab, Tensor):
+        return vocab.slice_head(head, bias)
+    checks.integers("vocab", vocab, "[K]")
+    checks.indices_in_range("vocab", vocab, head.shape[0], "rows of teacher_head")
+    return head[vocab], None if bias is None else bias[vocab]
+
+
+def _check_sizes(ours: int, theirs: int) -> None:
+    if ours != theirs:
+        low, high = sorted((ours, theirs))
+        raise ValueError(
+            f"student_head has {ours} words and the teacher's {theirs}: ids {low} to {high - 1} are on one side only; if "
+            f"the student's vocabulary is a subset, pass vocab=; if they are padding, slice both heads to [:{low}]"
+        )
