@@ -88,8 +88,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "Tensor lse, Tensor coefficient) -> Tensor");
   // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
   m.def(
-      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction) -> "
-      "(Tensor, Tensor)");
+      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction, "
+      "Tensor? scale=None) -> (Tensor, Tensor)");
   // Both anchors at once: half the sum of their rows [B], the gradients of both queries, z of both from now on.
   m.def(
       "nce_pair(Tensor query_a, Tensor query_b, Tensor bank_a, Tensor bank_b, Tensor index, Tensor z_a, Tensor z_b, "
@@ -104,9 +104,12 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "sample_negatives(Tensor index, int count, int n_data, Tensor? labels, Tensor? order, Tensor? bounds, "
       "Tensor state, bool replacement, int window) -> Tensor");
-  m.def("update_bank(Tensor(a!) bank, Tensor index, Tensor rows, float momentum) -> ()");
+  // scale [K]: of a float8 bank's rows, which it moves with.
+  m.def("update_bank(Tensor(a!) bank, Tensor index, Tensor rows, float momentum, Tensor(b!)? scale=None) -> ()");
   // z if it is set, else n_data times the mean of e^score of this batch.
-  m.def("nce_partition(Tensor query, Tensor bank, Tensor index, Tensor z, float temperature, int n_data) -> Tensor");
+  m.def(
+      "nce_partition(Tensor query, Tensor bank, Tensor index, Tensor z, float temperature, int n_data, "
+      "Tensor? scale=None) -> Tensor");
   // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
   // in the released code's groups. 1 - rho and whether it counts, [G] or (row) [G, R], and what the backward wants.
   m.def(

@@ -385,13 +385,14 @@ def info_nce_bank_bwd(
 
 
 def nce_fwd(
-    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, with_direction: bool
-) -> tuple[Tensor, Tensor]:
-    query, bank = _rows(query), _rows(bank)
+    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, with_direction: bool,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query, bank, row_scale = _rows(query), _readable(bank), _flat(scale)
     if query.shape[0] == 0:
         empty = query.new_empty(query.shape, dtype=torch.float32)
         return empty.sum(1), empty
-    scale = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
-    parts = _gathered(query, bank, None, index, scale, shift, None, None, with_direction)
+    inverse = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
+    parts = _gathered(query, bank, row_scale, index, inverse, shift, None, None, with_direction)
     direction = parts.sums.sum(0) if with_direction else query.new_empty((0, query.shape[1]), dtype=torch.float32)
     return parts.mass.sum(0), direction

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contrast import e4m3
+
 SPILL_LIMIT = {"draw_kernel": 0, "shuffle_kernel": 0, "update_kernel": 0}
 
 
@@ -114,8 +116,20 @@ def shuffle_kernel(
 
 
 @triton.jit
+def to_e4m3(x):
+    """The bits of float8 e4m3fn, |x| <= 448, to nearest, ties to even. Below 2^-6 its numbers lie 2^-9 apart, as those of
+    float32 do from 2^14 on. Not every chip can convert."""
+    word = x.to(tl.uint32, bitcast=True)
+    size = word & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.minimum(tl.where(tl.abs(x) < 0.015625, small, normal), 0x7E)
+    return (code | ((word >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
 def update_kernel(
-    bank_ptr, index_ptr, row_ptr, momentum, B, K, D, bank_stride, row_stride,
+    bank_ptr, scale_ptr, index_ptr, row_ptr, momentum, B, K, D, bank_stride, row_stride,
     WIDTH: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One row of the batch: the mean with its bank row, to unit length, cast, written; unless a later row has its id."""
@@ -129,13 +143,22 @@ def update_kernel(
     if (later == 0) & (own_id >= 0) & (own_id < K):
         o_d = tl.arange(0, WIDTH)
         m_d = o_d < D
-        b_old = tl.load(bank_ptr + own_id * bank_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_old = tl.load(bank_ptr + own_id * bank_stride + o_d, mask=m_d, other=0.0)
+        if scale_ptr is not None:
+            b_old = e4m3(b_old).to(tl.float32) * tl.load(scale_ptr + own_id)
+        b_old = b_old.to(tl.float32)
         b_new = tl.load(row_ptr + i_b * row_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
         mean = momentum * b_old + (1.0 - momentum) * b_new
         norm = tl.sqrt(tl.sum(mean * mean, 0))
         if norm < float("inf"):  # NaN is not
             mean = mean / tl.maximum(norm, 1e-12)
-            tl.store(bank_ptr + own_id * bank_stride + o_d, mean, mask=m_d)
+            to_ptr = bank_ptr + own_id * bank_stride + o_d
+            if scale_ptr is None:
+                tl.store(to_ptr, mean, mask=m_d)
+            else:
+                scale = tl.maximum(tl.max(tl.abs(mean), 0), 1e-12) / 448.0
+                tl.store(scale_ptr + own_id, scale)
+                tl.store(to_ptr, to_e4m3(tl.minimum(tl.maximum(mean / scale, -448.0), 448.0)), mask=m_d)
 
 
 def sample_negatives(
@@ -159,11 +182,12 @@ def sample_negatives(
     return out
 
 
-def update_bank(bank: Tensor, index: Tensor, rows: Tensor, momentum: float) -> None:
+def update_bank(bank: Tensor, index: Tensor, rows: Tensor, momentum: float, scale: Tensor | None = None) -> None:
     B, D = rows.shape
+    bank = bank if scale is None else bank.view(torch.uint8)
     rows = rows if rows.stride(1) == 1 or D == 1 else rows.contiguous()
     if B:
         update_kernel[(B,)](
-            bank, index.contiguous(), rows, momentum, B, bank.shape[0], D, bank.stride(0), rows.stride(0),
+            bank, scale, index.contiguous(), rows, momentum, B, bank.shape[0], D, bank.stride(0), rows.stride(0),
             WIDTH=triton.next_power_of_2(D), SCAN=128, num_warps=4 if D <= 2048 else 8,
         )  # fmt: skip

@@ -35,8 +35,6 @@ def compile_contrast(name, q, bank, width, chip, excluded=False):
     constants = {"HOW": form, "DIRECTION": True, "NCE": not excluded} | launch
     constants |= {} if excluded else {"query_ids": None, "bank_ids": None}
     constants |= {} if scaled else {"row_scale_ptr": None}
-    if scaled:
-        constants["NCE"] = False
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     options = {key: value for key, value in launch.items() if key.startswith("num_")}
     signature = {key: value for key, value in types.items() if key in kernel.arg_names and key not in constants}
@@ -91,15 +89,20 @@ def test_every_eight_bit_configuration_compiles_offline(name, chip):
 
 @not_interpreted
 @pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("name", ["draw_kernel", "shuffle_kernel", "update_kernel"])
-def test_contrast_bank_compiles_offline(name, labelled, chip):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("draw_kernel", False), ("draw_kernel", True), ("shuffle_kernel", False), ("shuffle_kernel", True),
+     ("update_kernel", False), ("update_kernel", True)],
+)  # fmt: skip
+def test_contrast_bank_compiles_offline(name, more, chip):
+    """more: with labels; an update of 8-bit rows."""
     from fastkd.kernels import contrast_bank as kernels
 
     kernel = getattr(kernels, name)
-    tensors = {"bank_ptr": "*bf16", "row_ptr": "*fp32", "momentum": "fp32"}
+    tensors = {"bank_ptr": "*bf16", "row_ptr": "*fp32", "scale_ptr": "*fp32", "momentum": "fp32"}
+    tensors |= {"bank_ptr": "*u8"} if more else {}
     types = {x: tensors.get(x, "*i64" if x.endswith("_ptr") else "i32") for x in kernel.arg_names}
-    absent = {} if labelled else dict.fromkeys(("label_ptr", "order_ptr", "bound_ptr"))
+    absent = {} if more else dict.fromkeys(("label_ptr", "order_ptr", "bound_ptr", "scale_ptr"))
     block = {"draw_kernel": 128, "shuffle_kernel": 64}.get(name)
     constants = {"REPLACEMENT": False, "BLOCK": block, "SCAN": 128 if name == "update_kernel" else 32, "WIDTH": 1024}
     constants = {key: value for key, value in (constants | absent).items() if key in kernel.arg_names}
@@ -107,3 +110,4 @@ def test_contrast_bank_compiles_offline(name, labelled, chip):
     compiled = compile_kernel(kernel, signature, constants, chip, num_warps=4)
     assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
     assert_no_tensor_cores(compiled)
+    assert "FMUL.FTZ" not in compiled.sass

@@ -243,7 +243,7 @@ def test_contrast_in_a_cuda_graph():
 
 
 def in_eight_bits(query, positive, bank, index):
-    from fastkd.losses.bank import eight_bits
+    from fastkd.reference.contrast_bank import eight_bits
 
     rows, scale = eight_bits(bank.float())
     return query, positive, rows, index, scale
@@ -253,7 +253,15 @@ def in_eight_bits(query, positive, bank, index):
 def test_contrast_against_eight_bit_rows(dtype):
     """As the reference in float64 has it of the same rows; no waiting, and the same in a captured graph."""
     inputs, others = (in_eight_bits(*contrast_inputs(seed=seed)) for seed in (0, 10))
-    never_waits(lambda: list(every_contrast(*inputs)))
+    memory, ids = fastkd.MemoryBank(5000, 128, dtype=torch.float8_e4m3fn).cuda(), inputs[3][:, 0].contiguous()
+    options = {"n_data": 5000, "temperature": 0.1, "z": torch.full((), 900.0, device="cuda")}
+
+    def step():
+        list(every_contrast(*inputs))
+        fastkd.nce_loss(inputs[0], memory.rows, inputs[3], scale=memory.scale, **options, backend="triton")
+        memory.update(ids, inputs[0])
+
+    never_waits(step)
     query, positive, bank, index, scale = inputs
     found = list(every_contrast(query.to(dtype), positive, bank, index, scale))
     for at, of_query in ((0, None), (2, index)):

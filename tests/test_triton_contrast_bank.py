@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from cases import TOLERANCES, randn, relative_error
 from fastkd import backends, functional
+from fastkd.reference.contrast_bank import eight_bits
 
 INTERPRETED = backends.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -79,6 +80,32 @@ def test_writes_what_the_reference_writes(bank_dtype, row_dtype, momentum, width
     assert relative_error(found, expected) <= (1e-7 if bank_dtype == FLOAT else TOLERANCES[HALF][0] / 10)
     lengths = found[torch.tensor([0, 4], device=DEVICE), :width].double().norm(dim=1)
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-6 if bank_dtype == FLOAT else 1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("row_dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("width", [1, 5, 128, 300])
+def test_eight_bit_rows(row_dtype, momentum, width):
+    """As the reference rounds them, but for elements that lie between two numbers to the last digits of float32."""
+    whole, scale = eight_bits(randn(9, 2 * width, seed=1, dtype=FLOAT).to(DEVICE))
+    index = torch.tensor([4, 0, 4, 7, 0, 4, 2, 3], device=DEVICE)
+    rows = randn(8, width, seed=2).to(row_dtype).to(DEVICE)
+    rows[3], rows[6] = torch.inf, 0
+    rows[7] = torch.logspace(0, -14, width, base=2, device=DEVICE)  # down to the type's smallest numbers
+    found = []
+    for backend in ("triton", "reference"):
+        bank, factor = whole.clone(), scale.clone()
+        functional.update_bank(bank[:, :width], index, rows, momentum=momentum, scale=factor, backend=backend)
+        found.append((bank.view(torch.uint8).int(), factor))
+    (bits, factor), (true_bits, true_factor) = found
+    assert torch.allclose(factor, true_factor, rtol=1e-6)
+    assert (bits - true_bits).abs().max() <= 1 and (bits == true_bits).double().mean() > 0.999
+    others = torch.tensor([1, 5, 6, 7, 8], device=DEVICE)
+    assert torch.equal(bits[others], whole.view(torch.uint8).int()[others]) and torch.equal(
+        factor[others], scale[others]
+    )
+    assert torch.equal(bits[:, width:], whole.view(torch.uint8).int()[:, width:])
+    assert momentum or (bits[2, :width] % 128 == 0).all()
 
 
 def test_launches(monkeypatch):

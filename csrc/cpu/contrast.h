@@ -35,8 +35,9 @@ struct ContrastTable {
   // `count` elements times `scale` as floats, zeros up to `padded`.
   void (*widen)(const void* x, int element, int64_t count, int64_t padded, float scale, float* out);
   // bank = normalised(momentum * bank + (1 - momentum) * row); left as it is if that is not finite. scratch: 2 rows.
-  void (*update_row)(void* bank, int bank_element, const void* row, int row_element, int64_t width, double momentum,
-                     float* scratch);
+  // Of a float8 bank row `scale` is the factor, which moves with it; of the others it is null.
+  void (*update_row)(void* bank, int bank_element, float* scale, const void* row, int row_element, int64_t width,
+                     double momentum, float* scratch);
 };
 
 // Rows of a bank chosen by an index, against one query.

@@ -122,10 +122,15 @@ Tensor sample_negatives(const Tensor& index, int64_t count, int64_t n_data, std:
 }
 
 // Of equal ids in a batch the last one counts.
-void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, double momentum) {
+void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, double momentum,
+                 std::optional<Tensor> scale) {
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const Tensor ids = torch::stable::contiguous(index), x = with_contiguous_rows(rows);
   STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1, "bank: the rows must be contiguous");
+  const int to_element = element_of_bank(bank), from_element = element_of(x);
+  STD_TORCH_CHECK(scale.has_value() == (to_element == kFloat8), "scale: float8 rows have one each, and no others");
+  STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1, "scale: must be contiguous");
+  float* factors = scale ? scale->mutable_data_ptr<float>() : nullptr;
   const int64_t count = ids.size(0), width = bank.size(1), *id = ids.const_data_ptr<int64_t>();
   std::unordered_map<int64_t, int64_t> last;
   for (int64_t b = 0; b < count; ++b) {
@@ -137,13 +142,12 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   const int64_t to_bytes = bank.stride(0) * int64_t(bank.element_size());
   const int64_t from_bytes = x.stride(0) * int64_t(x.element_size());
-  const int to_element = element_of(bank), from_element = element_of(x);
   parallel_for(0, count, grain(width), [&](int64_t b, int64_t end) {
     std::vector<float> scratch(2 * padded_width(width));
     for (; b < end; ++b)
       if (last.find(id[b])->second == b)
-        table.update_row(to + id[b] * to_bytes, to_element, from + b * from_bytes, from_element, width, momentum,
-                         scratch.data());
+        table.update_row(to + id[b] * to_bytes, to_element, factors ? factors + id[b] : nullptr, from + b * from_bytes,
+                         from_element, width, momentum, scratch.data());
   });
 }
 
@@ -151,13 +155,15 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
 
 // z if it is set, else n_data * mean e^(<query, row> / T) of this batch, over its finite scores.
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
-                     int64_t n_data) {
+                     int64_t n_data, std::optional<Tensor> scale) {
   const float now = *z.const_data_ptr<float>();
   Tensor out = torch::stable::new_empty(z, {}, ScalarType::Float);
   float& found = *out.mutable_data_ptr<float>();
   if (now > 0) return found = now, out;
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank), i = torch::stable::contiguous(index);
+  if (scale) scale = torch::stable::contiguous(*scale);
+  const float* scales = scales_of(scale);
   const int64_t rows = i.size(0), columns = i.size(1), width = q.size(1), *chosen = i.const_data_ptr<int64_t>();
   std::vector<double> sums(rows);
   std::vector<int64_t> counts(rows);
@@ -172,7 +178,7 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
           bad = true;
           continue;
         }
-        float_row(table, n, row, x.data());
+        float_row(table, n, row, x.data(), scales ? scales[row] : 1);
         double score = 0;
         for (int64_t d = 0; d < width; ++d) score += double(a[d]) * double(x[d]);
         if (!std::isfinite(float(score))) continue;

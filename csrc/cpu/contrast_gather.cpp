@@ -15,7 +15,7 @@ FASTKD_DECLARE(ContrastGatherTable, contrast_gather);
 namespace fastkd {
 
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
-                     int64_t n_data);
+                     int64_t n_data, std::optional<Tensor> scale);
 
 namespace {
 
@@ -70,15 +70,18 @@ void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) 
 }
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
-                                   double temperature, bool with_direction) {
+                                   double temperature, bool with_direction, std::optional<Tensor> scale) {
   const int64_t width = query.size(1);
+  if (scale) scale = torch::stable::contiguous(*scale);
+  STD_TORCH_CHECK(scale || element_of_bank(bank) != kFloat8, "bank: float8 rows need their scale");
   Tensor loss = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Float);
   Tensor direction = torch::stable::new_empty(query, {with_direction ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *directions = direction.mutable_data_ptr<float>();
   const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
-                 [&](int64_t, int64_t i, const Gathered& rows, const float* row, float* sum) {
+                 [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
+                   rows.scales = scales_of(scale);
                    losses[i] = float(gather.nce(rows, row, how, with_direction ? sum : nullptr));
                    for (int64_t d = 0; with_direction && d < width; ++d) directions[i * width + d] = sum[d] * how.scale;
                  });
@@ -94,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   const std::vector<Side> sides = {{query_a, bank_a}, {query_b, bank_b}};
   const Tensor rows = torch::stable::contiguous(index);
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
-  const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data),
-                       nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data)};
+  const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data, std::nullopt),
+                       nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data, std::nullopt)};
   ScoreOptions how[2];
   for (int s = 0; s < 2; ++s) {
     const double now = *z[s].const_data_ptr<float>();

@@ -4,6 +4,7 @@
 // score, the exponentials, their sum, and the pairs of neighbouring keys that bfloat16 units multiply.
 #include "cpu/contrast.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/contrast_widen.h"
@@ -204,11 +205,22 @@ void widen(const void* x, int element, int64_t count, int64_t padded, float scal
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
 
-void update_row(void* bank, int bank_element, const void* row, int row_element, int64_t width, double momentum,
-                float* scratch) {
+constexpr float kLargestFloat8 = 448;
+
+// A row in 8 bits, and the factor that makes its largest element the type's largest.
+void store_float8(float* row, int64_t width, uint8_t* out, float* scale) {
+  float largest = 1e-12f;
+  for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(row[i]));
+  *scale = largest / kLargestFloat8;
+  for (int64_t i = 0; i < width; ++i) row[i] = std::min(std::max(row[i] / *scale, -kLargestFloat8), kLargestFloat8);
+  narrow_float8(row, out, width);
+}
+
+void update_row(void* bank, int bank_element, float* factor, const void* row, int row_element, int64_t width,
+                double momentum, float* scratch) {
   float *old = scratch, *now = scratch + width;
   const float keep = float(momentum), take = float(1 - momentum);
-  widen(bank, bank_element, width, width, 1, old);
+  widen(bank, bank_element, width, width, factor ? *factor : 1, old);
   widen(row, row_element, width, width, 1, now);
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -221,7 +233,9 @@ void update_row(void* bank, int bank_element, const void* row, int row_element, 
   const float scale = float(1 / (norm > 1e-12 ? norm : 1e-12));
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) now[i] *= scale;
-  if (bank_element == 0)
+  if (factor)
+    store_float8(now, width, static_cast<uint8_t*>(bank), factor);
+  else if (bank_element == 0)
     std::memcpy(bank, now, width * sizeof(float));
   else
     (bank_element == 1 ? narrow_bfloat16 : narrow_float16)(now, static_cast<uint16_t*>(bank), width);

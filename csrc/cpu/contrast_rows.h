@@ -16,15 +16,15 @@ T* aligned(T* x) {
 
 inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / kColumnStep * kColumnStep; }
 
-// Row i of x [N, D] as floats, with zeros up to the padded width.
-inline void float_row(const ContrastTable& table, const Tensor& x, int64_t i, float* out) {
-  const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
-  table.widen(row, element_of(x), x.size(1), padded_width(x.size(1)), 1, out);
-}
-
 // Of a bank, which may also be float8.
 inline int element_of_bank(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float8_e4m3fn ? kFloat8 : element_of(x);
+}
+
+// Row i of x [N, D] times `scale` as floats, with zeros up to the padded width.
+inline void float_row(const ContrastTable& table, const Tensor& x, int64_t i, float* out, float scale = 1) {
+  const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
+  table.widen(row, element_of_bank(x), x.size(1), padded_width(x.size(1)), scale, out);
 }
 
 inline const float* scales_of(const std::optional<Tensor>& scale) {

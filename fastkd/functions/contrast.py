@@ -1,5 +1,6 @@
 """A query against negatives, how they are drawn, and the bank that they come from (CoDIR, CRD)."""
 
+import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
@@ -40,10 +41,8 @@ def info_nce_loss(
         checks.integers("index", index, "[B, K]")
         checks.same_leading("index", index, "query", query, 1)
         checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
-    if scale is not None:
-        checks.mask("scale", scale, bank.shape[:1], "[K]")
-    elif bank is not None and bank.dtype.itemsize == 1:
-        raise ValueError(f"scale: rows in {bank.dtype} need one each, [K]; NegativeQueue(dtype=...) keeps them")
+    if bank is not None:
+        _check_scale(scale, bank)
     if exclude is not None:
         if not isinstance(exclude, (tuple, list)) or len(exclude) != 2:
             raise ValueError(f"exclude: expected a pair (query_ids [B], bank_ids [K]), got {checks.describe(exclude)}")
@@ -64,16 +63,19 @@ def nce_loss(
     n_data: int,
     temperature: float,
     z: float | Tensor,
+    scale: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Noise-contrastive estimation as CRD and CoDIR release it: query [B, D] against bank[index], index [B, K + 1] with
-    the positive in column 0. p = e^<q,n>/T / z, noise c = K / n_data; -log p0/(p0+c) - sum_k log c/(pk+c) per query."""
+    the positive in column 0. p = e^<q,n>/T / z, noise c = K / n_data; -log p0/(p0+c) - sum_k log c/(pk+c) per query.
+    scale [K] multiplies each bank row (fp8 banks)."""
     checks.tensor("query", query, "[B, D]")
     checks.tensor("bank", bank, "[K, D]")
     checks.integers("index", index, "[B, K]")
     checks.same_leading("index", index, "query", query, 1)
-    checks.same_device(query=query, bank=bank, index=index)
+    checks.same_device(query=query, bank=bank, index=index, scale=scale)
+    _check_scale(scale, bank)
     if bank.shape[1] != query.shape[1]:
         raise ValueError(f"bank: expected the width of query, {query.shape[1]}, got {checks.describe(bank)}")
     if index.shape[1] < 2:
@@ -85,7 +87,7 @@ def nce_loss(
     checks.positive("temperature", temperature)
     checks.positive("z", z)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
-    rows = contrast.nce(query, bank, index, n_data, float(temperature), z, backend)
+    rows = contrast.nce(query, bank, index, n_data, float(temperature), z, scale, backend)
     return reduce.reduce(rows, None, reduction)
 
 
@@ -115,6 +117,10 @@ def nce_pair_loss(
         checks.tensor(names[1], bank, "[K, D]")
         checks.same_leading("index", index, names[0], query, 1)
         checks.same_device(**{names[0]: query, names[1]: bank, "index": index, f"z[{side}]": z[side]})
+        if bank.dtype.itemsize == 1:
+            raise ValueError(
+                f"{names[1]}: {bank.dtype} rows need a scale, which nce_loss takes for one anchor at a time"
+            )
         if bank.shape[1] != queries[0].shape[1] or query.shape[1] != queries[0].shape[1]:
             raise ValueError(f"{names[1]}: expected the width of queries[0], {queries[0].shape[1]}")
     checks.indices_in_range("index", index, min(len(bank) for bank in banks), "rows of both banks")
@@ -133,6 +139,7 @@ def nce_partition(
     n_data: int,
     temperature: float,
     z: Tensor,
+    scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """nce_loss's z as it is frozen after the first batch: `z` where it is > 0, else n_data · mean e^<q,n>/T of this
@@ -141,11 +148,12 @@ def nce_partition(
     checks.tensor("bank", bank, "[K, D]")
     checks.integers("index", index, "[B, K]")
     checks.same_leading("index", index, "query", query, 1)
-    checks.same_device(query=query, bank=bank, index=index, z=z)
+    checks.same_device(query=query, bank=bank, index=index, z=z, scale=scale)
+    _check_scale(scale, bank)
     checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
     checks.positive("n_data", n_data)
     checks.positive("temperature", temperature)
-    return contrast.partition(query, bank, index, n_data, float(temperature), z, backend)
+    return contrast.partition(query, bank, index, n_data, float(temperature), z, scale, backend)
 
 
 def sample_negatives(
@@ -190,17 +198,36 @@ def unit_linear(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto
     return contrast.unit_linear(x, weight, bias, backend)
 
 
-def update_bank(bank: Tensor, index: Tensor, rows: Tensor, *, momentum: float, backend: str = "auto") -> None:
+def update_bank(
+    bank: Tensor, index: Tensor, rows: Tensor, *, momentum: float, scale: Tensor | None = None, backend: str = "auto"
+) -> None:
     """bank[index] = normalise(momentum · bank[index] + (1 - momentum) · rows), in place. bank [K, D], index [B],
-    rows [B, D]. Of equal ids the last counts, on every device; a row that is not finite is not written."""
+    rows [B, D]. Of equal ids the last counts, on every device; a row that is not finite is not written.
+
+    scale [K], of a bank in float8_e4m3fn, is written with the rows: they are moved in float32 and rounded again."""
     checks.tensor("bank", bank, "[K, D]")
     checks.tensor("rows", rows, "[B, D]")
     checks.integers("index", index, "[B]")
     checks.same_leading("rows", rows, "index", index, 1)
-    checks.same_device(bank=bank, rows=rows, index=index)
+    checks.same_device(bank=bank, rows=rows, index=index, scale=scale)
+    _check_scale(scale, bank)
+    if scale is not None and (bank.dtype != torch.float8_e4m3fn or scale.dtype != torch.float32):
+        raise ValueError(
+            "scale: is written in float32 beside a bank in float8_e4m3fn, "
+            f"got {checks.describe(scale)} and {checks.describe(bank)}; an 8-bit module is not cast by .half() or .to(dtype)"
+        )
     checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
     if rows.shape[1] != bank.shape[1]:
         raise ValueError(f"rows: expected the width of bank, {bank.shape[1]}, got {checks.describe(rows)}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: must lie in [0, 1), got {momentum!r}")
-    contrast.update_bank(bank, index, rows, float(momentum), backend)
+    contrast.update_bank(bank, index, rows, float(momentum), scale, backend)
+
+
+def _check_scale(scale: Tensor | None, bank: Tensor) -> None:
+    if scale is not None:
+        checks.mask("scale", scale, bank.shape[:1], "[K]")
+    elif bank.dtype.itemsize == 1:
+        raise ValueError(
+            f"scale: rows in {bank.dtype} need one each, [K]; MemoryBank and NegativeQueue(dtype=...) keep them in .scale"
+        )

@@ -9,29 +9,22 @@ from torch import Tensor, nn
 
 from fastkd import checks, functional, reduce
 
-EIGHT_BITS, LARGEST = torch.float8_e4m3fn, 448.0  # of this type
-
-
-def eight_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in 8 bits and a scale for each, so that its largest element is the type's largest: rows ≈ scale · found."""
-    scale = rows.abs().amax(1).clamp_min(1e-12) / LARGEST  # [N]
-    return (rows / scale[:, None]).clamp(-LARGEST, LARGEST).to(EIGHT_BITS), scale
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 class _Rows(nn.Module):
-    DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
     def __init__(self, count: int, dim: int, dtype: torch.dtype, backend: str, process_group):
         super().__init__()
         checks.positive("dim", dim)
-        if dtype not in self.DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(map(str, self.DTYPES))}, got {dtype}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
         self.backend, self.process_group = backend, process_group
-        rows, scale = nn.functional.normalize(torch.randn(count, dim), dim=1), None
-        if dtype == EIGHT_BITS:
-            rows, scale = eight_bits(rows)
-        self.register_buffer("rows", rows.to(dtype))
-        self.register_buffer("scale", scale)
+        rows, eight_bits = nn.functional.normalize(torch.randn(count, dim), dim=1), dtype == torch.float8_e4m3fn
+        self.register_buffer("rows", torch.zeros_like(rows, dtype=dtype) if eight_bits else rows.to(dtype))
+        self.register_buffer("scale", torch.zeros(count) if eight_bits else None)
+        if eight_bits:
+            everywhere = torch.arange(count, device=rows.device)
+            functional.update_bank(self.rows, everywhere, rows, momentum=0.0, scale=self.scale)
 
     def _gather(self, *tensors: Tensor | None) -> list:
         return [None if x is None else reduce.gather_rows(x.detach(), self.process_group) for x in tensors]
@@ -42,6 +35,10 @@ class MemoryBank(_Rows):
 
     process_group: every rank hands in its examples and all write all of them, in rank order, so that the banks stay the
     same. Of equal ids the last counts; a row that is not finite is left out.
+
+    dtype float8_e4m3fn keeps rows in a quarter of float32's memory, with one scale for each in the buffer `scale`, which
+    info_nce_loss and nce_loss take beside `rows`. Rows move in float32 and are rounded again: to a sixteenth of an element
+    at most, so that a momentum near 1 would be rounded away. Such a module must not be cast (.half()).
     """
 
     def __init__(
@@ -61,14 +58,15 @@ class MemoryBank(_Rows):
         self.momentum = momentum
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows of the examples ids [...], [..., dim]."""
-        return self.rows[ids]
+        """The rows of the examples ids [...], [..., dim]; of an 8-bit bank in float32."""
+        return self.rows[ids] if self.scale is None else self.rows[ids].float() * self.scale[ids].unsqueeze(-1)
 
     @torch.no_grad()
     def update(self, ids: Tensor, x: Tensor) -> None:
         """Move the rows ids [B] towards x [B, dim]."""
         ids, x = self._gather(ids, x)
-        functional.update_bank(self.rows, ids, x, momentum=self.momentum, backend=self.backend)
+        options = {"momentum": self.momentum, "scale": self.scale, "backend": self.backend}
+        functional.update_bank(self.rows, ids, x, **options)
 
 
 class NegativeQueue(_Rows):
@@ -79,8 +77,6 @@ class NegativeQueue(_Rows):
 
     dtype float8_e4m3fn keeps rows in a quarter of float32's memory, with one scale for each in the buffer `scale`.
     """
-
-    DTYPES = (*_Rows.DTYPES, EIGHT_BITS)
 
     def __init__(
         self,
@@ -131,13 +127,8 @@ class NegativeQueue(_Rows):
         newest = torch.arange(max(0, count - size), count, device=key.device)  # the others would be overwritten at once
         place = (self.pointer + newest) % size
         written = key[newest].isfinite().all(1)
-        if self.scale is None:
-            functional.update_bank(self.rows, place, key[newest], momentum=0.0, backend=self.backend)
-        else:
-            rows, scale = eight_bits(nn.functional.normalize(key[newest].float(), dim=1))
-            bits, old = rows.view(torch.uint8), self.rows.view(torch.uint8)
-            old[place] = torch.where(written[:, None], bits, old[place])
-            self.scale[place] = torch.where(written, scale, self.scale[place])
+        options = {"momentum": 0.0, "scale": self.scale, "backend": self.backend}
+        functional.update_bank(self.rows, place, key[newest], **options)
         new = torch.full_like(newest, -1) if ids is None else ids[newest].to(self.ids.dtype)
         self.ids[place] = torch.where(written, new, self.ids[place])
         self.pointer.copy_((self.pointer + count) % size)

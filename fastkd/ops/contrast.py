@@ -16,7 +16,7 @@ from fastkd.reference import contrast_sample as sample_reference
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives", "contrast_bank")
-UPDATE = backends.kernels("contrast", "update_bank", "update_bank", "contrast_bank", mutates=("bank",))
+UPDATE = backends.kernels("contrast", "update_bank", "update_bank", "contrast_bank", mutates=("bank", "scale"))
 MOST_DRAWS = 8192  # in Triton every draw scans all others: beyond, the reference's sort is the shorter way
 
 
@@ -29,7 +29,7 @@ def _bank_fake(query, bank, inverse_temperature, query_ids, bank_ids, lse, coeff
     return bank.new_empty(bank.shape, dtype=torch.float32)
 
 
-def _nce_fake(query, bank, index, shift, temperature, with_direction):
+def _nce_fake(query, bank, index, shift, temperature, with_direction, scale=None):
     return query.new_empty(query.shape[0], dtype=torch.float32), _direction_fake(query, with_direction)
 
 
@@ -57,8 +57,8 @@ backends.fake("unit_linear_fwd", lambda x, w, bias: (x.new_empty(len(x), len(w))
 backends.fake("unit_linear_bwd", _unit_linear_bwd_fake)
 backends.fake("info_nce_bank_bwd", _bank_fake)
 backends.fake("nce_fwd", _nce_fake)
-backends.fake("update_bank", lambda bank, index, rows, momentum: None)
-backends.fake("nce_partition", lambda query, bank, index, z, temperature, n_data: torch.empty_like(z))
+backends.fake("update_bank", lambda bank, index, rows, momentum, scale=None: None)
+backends.fake("nce_partition", lambda query, bank, index, z, *_: torch.empty_like(z))
 backends.fake("sample_negatives", lambda index, count, *_: index.new_empty((index.shape[0], count)))
 
 
@@ -72,7 +72,7 @@ class InfoNCE(torch.autograd.Function):
         ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
         inverse = inverse_temperature.to(query.device, torch.float64)
         rows, direction, weight, lse = INFO_NCE[backend].fwd(
-            query, positive, bank, index, inverse, query_ids, bank_ids, wanted, *([] if scale is None else [scale])
+            query, positive, bank, index, inverse, query_ids, bank_ids, wanted, *_given(scale)
         )
         of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
         ctx.save_for_backward(query, inverse, direction, weight, *of_bank)
@@ -103,9 +103,9 @@ class NCE(torch.autograd.Function):
     """The forward's direction is the gradient itself."""
 
     @staticmethod
-    def forward(ctx, backend, query, bank, index, shift, temperature):
+    def forward(ctx, backend, query, bank, index, shift, temperature, scale):
         wanted = ctx.needs_input_grad[1]
-        rows, direction = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted)
+        rows, direction = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted, *_given(scale))
         ctx.save_for_backward(direction)
         ctx.dtype = query.dtype
         return rows
@@ -114,7 +114,7 @@ class NCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (direction,) = ctx.saved_tensors
-        return None, (direction * grad[:, None]).to(ctx.dtype), None, None, None, None
+        return None, (direction * grad[:, None]).to(ctx.dtype), *[None] * 5
 
 
 class NCEPair(torch.autograd.Function):
@@ -200,15 +200,15 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     )
 
 
-def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
+def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:
     """NCE per query, [B]."""
-    why_not = _bank_reason(bank, trained_rows=True)
+    why_not = _bank_reason(bank, trained_rows=True, scale=scale)
     if isinstance(z, Tensor) and (z.numel() != 1 or z.requires_grad):
         why_not = "z must be one number without a gradient"
     backend = _choose(backend, query, why_not)
     if backend == "reference":
         with backends.full_precision(query):
-            return reference.nce(query, bank, index, n_data, temperature, z)
+            return reference.nce(query, bank, index, n_data, temperature, z, scale)
     c = (index.shape[1] - 1) / n_data
     if isinstance(z, Tensor):
         log_z = z.to(query.device, torch.float64).reshape(()).log()
@@ -216,7 +216,8 @@ def nce(query, bank, index, n_data, temperature, z, backend) -> Tensor:
         log_z = torch.full((), math.log(z), dtype=torch.float64, device=query.device)
     shift = log_z + math.log(c + reference.EPS)
     dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
-    return NCE.apply(backend, query, bank, index.long(), shift, temperature) - dropped
+    scale = None if scale is None else scale.float()
+    return NCE.apply(backend, query, bank, index.long(), shift, temperature, scale) - dropped
 
 
 def nce_pair(queries, banks, index, n_data, temperature, z, backend) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -229,23 +230,26 @@ def nce_pair(queries, banks, index, n_data, temperature, z, backend) -> tuple[Te
         rows, *now = NCEPair.apply(*queries, *banks, index.long(), *z, noise, temperature, n_data)
         return rows, tuple(now)
     sides = list(zip(queries, banks, z, strict=True))
-    now = [partition(query, bank, index, n_data, temperature, frozen, backend) for query, bank, frozen in sides]
+    now = [partition(query, bank, index, n_data, temperature, frozen, None, backend) for query, bank, frozen in sides]
     anchors = [
-        nce(query, bank, index, n_data, temperature, torch.where(own > 0, own, 1.0), backend)
+        nce(query, bank, index, n_data, temperature, torch.where(own > 0, own, 1.0), None, backend)
         for (query, bank, _), own in zip(sides, now, strict=True)
     ]
     return (anchors[0] + anchors[1]) / 2, tuple(now)
 
 
-def partition(query, bank, index, n_data, temperature, z, backend) -> Tensor:
+def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:
     """NCE's normaliser: z if it is set, else this batch's, []."""
-    why_not = _bank_reason(bank)
+    why_not = _bank_reason(bank, scale=scale)
     if z.dtype != torch.float32 or z.dim():
         why_not = "z must be one float32 number"
     if _choose(backend, query, why_not) == "cpu":
-        return torch.ops.fastkd.nce_partition(query.detach(), bank.detach(), index.long(), z, temperature, n_data)
+        scale = None if scale is None else scale.detach().float()
+        return torch.ops.fastkd.nce_partition(
+            query.detach(), bank.detach(), index.long(), z, temperature, n_data, scale
+        )
     with backends.full_precision(query):
-        return reference.partition(query, bank, index, n_data, temperature, z)
+        return reference.partition(query, bank, index, n_data, temperature, z, scale)
 
 
 def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
@@ -257,19 +261,25 @@ def sample_negatives(index, count, n_data, labels, order, bounds, state, replace
     return sample_reference.sample_negatives(*arguments)
 
 
-def update_bank(bank, index, rows, momentum, backend) -> None:
+def update_bank(bank, index, rows, momentum, scale, backend) -> None:
     """Move the bank's rows towards the new ones, in place."""
-    why_not = _bank_reason(bank)
+    why_not = _bank_reason(bank, scale=scale)
     if rows.dtype == torch.float64:
-        rows = rows.to(torch.promote_types(bank.dtype, torch.float32))
+        rows = rows.to(torch.float64 if bank.dtype == torch.float64 else torch.float32)
     elif bank.shape[1] > 1 and bank.stride(1) != 1:
         why_not = "the rows of the bank are not contiguous"
-    chosen = _choose(backend, bank, why_not)
+    if scale is not None and scale.numel() > 1 and scale.stride(0) != 1:
+        why_not = "the scale is not contiguous"
+    chosen = _choose(backend, bank if scale is None else scale, why_not)
     if chosen != "reference":
         with torch.no_grad():
-            return UPDATE[chosen].fwd(bank, index.long(), rows.detach(), momentum)
+            return UPDATE[chosen].fwd(bank, index.long(), rows.detach(), momentum, *_given(scale))
     with backends.full_precision(bank):
-        bank_reference.update_bank(bank, index, rows, momentum)
+        bank_reference.update_bank(bank, index, rows, momentum, scale)
+
+
+def _given(scale: Tensor | None) -> list[Tensor]:
+    return [] if scale is None else [scale]
 
 
 def _bank_reason(bank: Tensor, trained_rows: bool = False, scale: Tensor | None = None) -> str | None:

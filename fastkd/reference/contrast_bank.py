@@ -3,18 +3,32 @@
 import torch
 import torch.nn.functional as F
 
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+def eight_bits(rows):
+    """Rows in 8 bits and a scale for each, so that its largest element is the type's largest: rows ≈ scale · found."""
+    scale = rows.abs().amax(1).clamp_min(1e-12) / LARGEST  # [N]
+    return (rows / scale[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
 
 @torch.no_grad()
-def update_bank(bank, index, rows, momentum):
+def update_bank(bank, index, rows, momentum, scale=None):
     """bank[index] = normalise(momentum · bank[index] + (1 - momentum) · rows), in place, no gradient.
 
     Of equal ids in a batch the last one counts, whatever the device: every copy writes that one's row. A row that came
-    out not finite is not written: one overflow in half precision would otherwise stay in the bank for good.
+    out not finite is not written: one overflow in half precision would otherwise stay in the bank for good. Rows in 8
+    bits have a scale [K]: rows are moved in float32, then rounded with a scale of their own, which replaces the old one.
     """
     dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
     ordered, order = index.sort(stable=True)
     last = order[torch.searchsorted(ordered, index, right=True) - 1]  # [B]
-    old = bank[index].to(dtype)
+    old = bank[index].to(dtype) if scale is None else bank[index].to(dtype) * scale[index][:, None]
     new = F.normalize(momentum * old + (1 - momentum) * rows.to(dtype)[last], dim=-1)
-    new = torch.where(new.isfinite().all(-1, keepdim=True), new, old)
-    bank.index_copy_(0, index, new.to(bank.dtype))
+    finite = new.isfinite().all(-1, keepdim=True)
+    if scale is None:
+        bank.index_copy_(0, index, torch.where(finite, new, old).to(bank.dtype))
+        return
+    (new, of_new), bits = eight_bits(new), bank.view(torch.uint8)  # bytes can be chosen and copied everywhere
+    bits.index_copy_(0, index, torch.where(finite, new.view(torch.uint8), bits[index]))
+    scale.index_copy_(0, index, torch.where(finite[:, 0], of_new, scale[index]))
