@@ -50,6 +50,7 @@ def transport_on_gpu() -> Iterator[Case]:
 def contrast_on_gpu() -> Iterator[Case]:
     for batch in (32, 256):
         yield cases.queue_case(batch, 65536, 768, BF16, goal="65 % of copy, 2.5x eager")
+    yield cases.batch_case(32768, 768, BF16, goal="3x Inf-CL's way, cut-cross-entropy's speed")
 
 
 # The far ends of the curves ---------------------------------------------------------------------------------------
@@ -111,6 +112,8 @@ def relation_scale() -> Iterator[Case]:
 def layer_scale() -> Iterator[Case]:
     for batch in (2, 8, 32, 128):
         yield cases.layer_case(4, 12, batch, 128, 312, BF16, sweep="B", **BOTH)
+    for length in (128, 512, 2048):  # on a CPU the identity's side is the cheaper one from a few hundred tokens on
+        yield cases.attention_case(3, 6, 1, 12, length, 64, FP32, sweep="S", **BOTH)
 
 
 @stem("transport", SCALE)

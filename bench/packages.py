@@ -130,6 +130,58 @@ def emd_step(case: Case):
     return run
 
 
+class Tiled(torch.autograd.Function):
+    """Inf-CL's shape: tiles of scores, of which the forward keeps a log-sum-exp per row; the backward makes them again."""
+
+    TILE = 4096
+
+    @staticmethod
+    def tiles(query, positive, scale):
+        for start in range(0, len(query), Tiled.TILE):
+            rows = slice(start, start + Tiled.TILE)
+            for begin in range(0, len(positive), Tiled.TILE):
+                columns = slice(begin, begin + Tiled.TILE)
+                yield rows, columns, (query[rows] @ positive[columns].mT).float() * scale
+
+    @staticmethod
+    def forward(ctx, query, positive, scale):
+        sums = torch.full((len(query),), -torch.inf, device=query.device)  # [B]
+        for rows, _, scores in Tiled.tiles(query, positive, scale):
+            sums[rows] = torch.logaddexp(sums[rows], scores.logsumexp(-1))
+        ctx.save_for_backward(query, positive, sums)
+        ctx.scale = scale
+        return (sums - (query.float() * positive.float()).sum(-1) * scale).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, positive, sums = ctx.saved_tensors
+        sides = [torch.zeros(x.shape, device=x.device) for x in (query, positive)]
+        for rows, columns, scores in Tiled.tiles(query, positive, ctx.scale):
+            shares = (scores - sums[rows, None]).exp().to(query.dtype)
+            sides[0][rows] += shares @ positive[columns]
+            sides[1][columns] += shares.mT @ query[rows]
+        factor = grad * ctx.scale / len(query)
+        own = [(side - other) * factor for side, other in zip(sides, (positive, query), strict=True)]
+        return own[0].to(query.dtype), own[1].to(positive.dtype), None
+
+
+def tiled_contrast(case: Case):
+    return lambda x, options: Tiled.apply(x["query"], x["positive"], 1 / options["temperature"])
+
+
+def cut_cross_entropy(case: Case):
+    """Apple's, where the other examples' positives are the words."""
+    if case.dtype == torch.float32:
+        return "cut-cross-entropy takes half precision only"
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(x, options):
+        labels = torch.arange(len(x["query"]), device=x["query"].device)
+        return linear_cross_entropy(x["query"] / options["temperature"], x["positive"], labels)
+
+    return run
+
+
 def full_logits(case: Case):
     from fastkd.bench import claims
 
@@ -173,8 +225,12 @@ MORE = {
         ("pot batch", "ot", False, refuse(NOT_EXACT)),
         ("linear_sum_assignment", "scipy", False, refuse("assignments only: square, equal masses")),
     ],
+    ("contrast", "in_batch"): [
+        ("inf-cl-style", "", False, tiled_contrast),
+        ("cut-cross-entropy", "cut_cross_entropy", True, cut_cross_entropy),
+    ],
     "contrast": [
-        ("cut-cross-entropy", "cut_cross_entropy", True, refuse("not wired yet")),
+        ("cut-cross-entropy", "cut_cross_entropy", True, refuse("in-batch only: a positive is one of the words")),
         ("inf-cl", "inf_cl", True, refuse("in-batch only: no bank without a gradient")),
     ],
     "linear_divergence": [

@@ -23,7 +23,8 @@ from torch import Tensor
 from .layer_cost import total_kernel
 
 STUDENTS, TEACHERS = 3, 16  # of a program of the forward
-COLUMNS = 10  # of the table: queries, their three strides, keys, theirs, the width, the student's gradient
+# Of the table: queries, their three strides, keys, theirs, the width, where the gradients of queries and keys go.
+COLUMNS = tl.constexpr(11)
 SPILL_LIMIT = {
     "table_kernel": 0,
     "partial_kernel": 0,
@@ -33,18 +34,20 @@ SPILL_LIMIT = {
 
 @triton.jit
 def table_kernel(
-    table_ptr, scale_ptr, queries, keys, outputs, strides_q, strides_k, widths, scales, first, COUNT: tl.constexpr
-):
-    """One row per layer; `outputs`: where the gradient goes, or anything where there is none."""
+    table_ptr, scale_ptr, queries, keys, grads_q, grads_k, strides_q, strides_k, widths, scales, first,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """One row per layer; `grads`: where they go, or anything where there are none."""
     for i in tl.static_range(COUNT):
-        row = table_ptr + (first + i) * 10
+        row = table_ptr + (first + i) * COLUMNS
         tl.store(row, queries[i].to(tl.int64, bitcast=True))
         tl.store(row + 4, keys[i].to(tl.int64, bitcast=True))
         for axis in tl.static_range(3):
             tl.store(row + 1 + axis, strides_q[i][axis])
             tl.store(row + 5 + axis, strides_k[i][axis])
         tl.store(row + 8, widths[i])
-        tl.store(row + 9, outputs[i].to(tl.int64, bitcast=True))
+        tl.store(row + 9, grads_q[i].to(tl.int64, bitcast=True))
+        tl.store(row + 10, grads_k[i].to(tl.int64, bitcast=True))
         tl.store(scale_ptr + first + i, scales[i])
 
 
@@ -112,14 +115,14 @@ def partial_kernel(
         b_s = ()
         for i in tl.static_range(STUDENTS):
             x = scores(
-                table_ptr + (first + i) * 10, scale_ptr + first + i, 0, 4, b, h, o_q, o_k, m_q, m_k, like_ptr,
+                table_ptr + (first + i) * COLUMNS, scale_ptr + first + i, 0, 4, b, h, o_q, o_k, m_q, m_k, like_ptr,
                 ALIGNED, BLOCK, BLOCK_D,
             )  # fmt: skip
             b_s = b_s + (x,)  # noqa: RUF005
         for j in range(teachers):
             t = N + first_t + j
             b_t = scores(
-                table_ptr + t * 10, scale_ptr + t, 0, 4, b, h, o_q, o_k, m_q, m_k, like_ptr,
+                table_ptr + t * COLUMNS, scale_ptr + t, 0, 4, b, h, o_q, o_k, m_q, m_k, like_ptr,
                 ALIGNED, BLOCK, BLOCK_D,
             )  # fmt: skip
             added = ()
@@ -145,7 +148,7 @@ def gradient_kernel(
     Y: tl.constexpr = 0 if OF_KEYS else 4
     pair, i_student, i_part = tl.program_id(1).to(tl.int64), tl.program_id(2) % N, tl.program_id(2) // N
     b, h, start = pair // H, pair % H, tl.program_id(0) * BLOCK
-    row, scale = table_ptr + i_student * 10, scale_ptr + i_student
+    row, scale = table_ptr + i_student * COLUMNS, scale_ptr + i_student
     D = tl.load(row + 8).to(tl.int32)
     o_own, o_d = start + tl.arange(0, BLOCK), i_part * BLOCK_D + tl.arange(0, BLOCK_D)
     m_own = counting(mask_ptr, b, o_own, OWN) if OF_KEYS else o_own < OWN
@@ -161,7 +164,7 @@ def gradient_kernel(
             weight = tl.load(grad_ptr + i_student * M + j)
             if weight != 0:
                 b_t = scores(
-                    table_ptr + (N + j) * 10, scale_ptr + N + j, X, Y, b, h, o_own, o_other, m_own, m_other, like_ptr,
+                    table_ptr + (N + j) * COLUMNS, scale_ptr + N + j, X, Y, b, h, o_own, o_other, m_own, m_other, like_ptr,
                     ALIGNED, BLOCK, BLOCK_D,
                 )  # fmt: skip
                 slope += weight * (b_s - b_t)
@@ -175,7 +178,7 @@ def gradient_kernel(
         else:  # half precision fits tf32, and slopes lose less there than in it
             pulled = tl.dot(slope, b_other.to(tl.float32), pulled, input_precision="tf32")
     pulled = tl.where(m_own[:, None], pulled * (factor * tl.load(scale)), 0.0)
-    to = tl.load(row + 9).to(like_ptr.dtype) + ((pair * OWN + o_own) * D)[:, None] + o_d[None, :]
+    to = tl.load(row + 9 + OF_KEYS).to(like_ptr.dtype) + ((pair * OWN + o_own) * D)[:, None] + o_d[None, :]
     tl.store(to, pulled.to(like_ptr.dtype.element_ty), mask=(o_own < OWN)[:, None] & (o_d < D)[None, :])
 
 
@@ -190,7 +193,7 @@ def geometry(widest: int, half: bool, aligned: bool) -> dict:
 class Layers:
     """Queries and keys of all layers, students first, as the kernels take them: of one dtype, in a table."""
 
-    def __init__(self, sq, sk, tq, tk, scales: list[float], mask: Tensor | None, outputs=()):
+    def __init__(self, sq, sk, tq, tk, scales: list[float], mask: Tensor | None, grads=((), ())):
         self.n, self.m = len(sq), len(tq)
         self.B, self.H, self.Q = sq[0].shape[:3]
         self.K = sk[0].shape[2]
@@ -205,14 +208,14 @@ class Layers:
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.elements = max(self.B * self.H * self.Q * self.K, 1)
         self.launch = geometry(max(widths), self.like.element_size() == 2, self.aligned)
-        self.table = torch.empty((len(q), COLUMNS), dtype=torch.int64, device=self.like.device)
+        self.table = torch.empty((len(q), COLUMNS.value), dtype=torch.int64, device=self.like.device)
         self.scales = torch.empty(len(q), dtype=torch.float32, device=self.like.device)
-        to = [*outputs, *[self.like] * len(q)][: len(q)]
+        to = [[*side, *[self.like] * (len(q) - len(side))] for side in grads]
         for first in range(0, len(q), 8):
             some = slice(first, first + 8)
             count = len(q[some])
             table_kernel[(1,)](
-                self.table, self.scales, tuple(q[some]), tuple(k[some]), tuple(to[some]),
+                self.table, self.scales, tuple(q[some]), tuple(k[some]), tuple(to[0][some]), tuple(to[1][some]),
                 tuple(x.stride()[:3] for x in q[some]), tuple(x.stride()[:3] for x in k[some]), tuple(widths[some]),
                 tuple(scales[some]), first, count, num_warps=1,
             )  # fmt: skip
@@ -248,17 +251,15 @@ def attention_cost_bwd(
     grad: Tensor, sq: list[Tensor], sk: list[Tensor], tq: list[Tensor], tk: list[Tensor], scales: list[float],
     mask: Tensor | None, causal: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grad, found = grad.contiguous(), []
-    for of_keys, given in ((False, sq), (True, sk)):
-        dtype = given[0].dtype if len({x.dtype for x in (*sq, *tq)}) == 1 else torch.float32
-        outputs = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in given]
-        layers = Layers(sq, sk, tq, tk, scales, mask, outputs)
-        own, other = (layers.K, layers.Q) if of_keys else (layers.Q, layers.K)
-        parts = triton.cdiv(layers.width, layers.launch["BLOCK_D"])
-        if outputs[0].numel():
+    grad, given = grad.contiguous(), (sq, sk)
+    dtype = sq[0].dtype if len({x.dtype for x in (*sq, *tq)}) == 1 else torch.float32
+    grads = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in side] for side in given]
+    layers = Layers(sq, sk, tq, tk, scales, mask, grads)
+    parts = triton.cdiv(layers.width, layers.launch["BLOCK_D"])
+    for of_keys, (own, other) in enumerate(((layers.Q, layers.K), (layers.K, layers.Q))):
+        if grads[of_keys][0].numel():
             gradient_kernel[(layers.blocks(own), layers.B * layers.H, layers.n * parts)](
                 layers.table, layers.scales, layers.like, layers.mask, grad, 2.0 / layers.elements, layers.n, layers.m,
                 layers.H, own, other, of_keys, causal, layers.aligned, **layers.launch,
             )  # fmt: skip
-        found += [out.to(x.dtype) for out, x in zip(outputs, given, strict=True)]
-    return found
+    return [made.to(x.dtype) for side, xs in zip(grads, given, strict=True) for made, x in zip(side, xs, strict=True)]

@@ -18,6 +18,10 @@ many there are depends on sizes alone, so two runs are equal bit for bit. Nothin
 Where query and bank have the same half precision the products run on tensor cores in it; a float32 query against a
 bfloat16 bank is split into a high and a low part there, and so are its weights; everything else is float32 without tf32.
 A row that is wider than a program has registers for goes in chunks: each sums one of them, and scores need them all.
+
+Rows with a scale: n_k and the weight of bank_k in the direction are multiplied by it, rows are not. float8 e4m3 rows are
+bfloat16, exactly, once they are read; so a float16 query is split as well. Chips before sm_89 cannot convert them: there
+they come as bytes, whose bits are moved into place.
 """
 
 import torch
@@ -58,15 +62,31 @@ def softplus_and_slope(x):
 
 
 @triton.jit
+def e4m3(byte):
+    """float8 e4m3fn out of its bits: the float32 of 2^-120 of its value has them in the same order."""
+    word = byte.to(tl.uint32)
+    rest = word & 0x7F
+    value = ((rest << 20) | ((word & 0x80) << 24)).to(
+        tl.float32, bitcast=True
+    ) * 1329227995784915872903807060280344576.0
+    return tl.where(rest == 0x7F, float("nan"), value).to(tl.bfloat16)
+
+
+@triton.jit
 def tile(ptr, o_row, m_row, o_d, stride, D):
-    """[rows, columns] as they are kept, 0 outside."""
+    """[rows, columns] as they are kept, float8 as bfloat16; 0 outside."""
     mask = m_row[:, None] & (o_d < D)[None, :]
-    return tl.load(ptr + o_row[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+    block = tl.load(ptr + o_row[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+    if block.dtype == tl.uint8:
+        block = e4m3(block)
+    elif block.dtype == tl.float8e4nv:
+        block = block.to(tl.bfloat16)
+    return block
 
 
 @triton.jit
 def scores_of(
-    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+    q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
     HOW: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """n [BLOCK_B, BLOCK_K], -inf where there is no key or an excluded one."""
@@ -76,6 +96,8 @@ def scores_of(
         b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D)
         b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
         total = product(b_q, tl.trans(b_k), total, HOW)
+    if row_scale_ptr is not None:
+        total = total * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
     keep = m_k[None, :]
     if query_ids is not None:
         own = tl.load(query_ids + o_b, mask=m_b, other=0)
@@ -85,8 +107,8 @@ def scores_of(
 
 @triton.jit
 def shared_kernel(
-    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D, q_stride, bank_stride,
-    blocks, splits,
+    q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D,
+    q_stride, bank_stride, blocks, splits,
     HOW: tl.constexpr, DIRECTION: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +124,8 @@ def shared_kernel(
         o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = o_k < K
         n = scores_of(
-            q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
-            HOW, INNER,
+            q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride,
+            bank_stride, D, HOW, INNER,
         )  # fmt: skip
         top = tl.maximum(largest, tl.max(n, 1))
         shift = tl.where(top == float("-inf"), 0.0, top)
@@ -112,6 +134,8 @@ def shared_kernel(
         mass = mass * shrink + tl.sum(weight, 1)
         largest = top
         if DIRECTION:
+            if row_scale_ptr is not None:
+                weight = weight * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
             b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
             total = product(weight, b_k, total * shrink[:, None], HOW)
     o_out = i_split * B + o_b
@@ -137,7 +161,7 @@ def bank_kernel(
         o_b = start + tl.arange(0, BLOCK_B).to(tl.int64)
         m_b = o_b < B
         n = scores_of(
-            q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+            q_ptr, bank_ptr, None, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
             HOW, INNER,
         )  # fmt: skip
         lse = tl.load(lse_ptr + o_b, mask=m_b, other=0.0)
@@ -151,8 +175,8 @@ def bank_kernel(
 
 @triton.jit
 def gathered_kernel(
-    q_ptr, bank_ptr, index_ptr, scale_ptr, shift_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D,
-    count, q_stride, bank_stride, blocks, splits,
+    q_ptr, bank_ptr, row_scale_ptr, index_ptr, scale_ptr, shift_ptr, query_ids, bank_ids, largest_ptr, mass_ptr,
+    sum_ptr, B, K, D, count, q_stride, bank_stride, blocks, splits,
     NCE: tl.constexpr, DIRECTION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query against one split of the rows that its index names. A row that does not exist is a loss of NaN."""
@@ -175,6 +199,8 @@ def gathered_kernel(
         row = tl.load(index_ptr + i_b * count + o_k, mask=m_k, other=0)
         there = (row >= 0) & (row < K)
         b_k = tile(bank_ptr, row, m_k & there, o_d, bank_stride, D).to(tl.float32)
+        if row_scale_ptr is not None:
+            b_k = b_k * tl.load(row_scale_ptr + row, mask=m_k & there, other=0.0)[:, None]
         score = tl.sum(b_k * b_q[None, :], 1)
         score = tl.where(there, score, float("nan"))
         if NCE:
@@ -245,32 +271,44 @@ def merge_kernel(
 def how(query: Tensor, bank: Tensor) -> int:
     if query.device.type == "cpu" or bank.dtype == torch.float32:  # the interpreter's dot is wrong in bfloat16
         return FULL
+    if bank.dtype.itemsize == 1:
+        return SAME if query.dtype == torch.bfloat16 else SPLIT
     if query.dtype == bank.dtype:
         return SAME
     return SPLIT if query.dtype == torch.float32 and bank.dtype == torch.bfloat16 else FULL
 
 
-def geometry(queries: int, width: int, form: int) -> dict:
+def geometry(queries: int, width: int, form: int, as_bytes: bool = False) -> dict:
     """Tiles and launch options of shared_kernel and bank_kernel. tl.dot wants 16 at least on every side. What fits the
-    registers: float32 products take their operands there, tensor cores take them from shared memory."""
+    registers: float32 products take their operands there, tensor cores take them from shared memory, but bytes pass
+    through registers on their way."""
     full = form == FULL
     chunk = min(max(triton.next_power_of_2(width), 16), WIDEST[form])
     block = min(max(triton.next_power_of_2(queries), 16), 64 if form == SAME else 32)
-    return {"WIDTH": chunk, "INNER": min(chunk, 32 if full else 64), "BLOCK_B": block, "BLOCK_K": 32 if full else 64,
+    return {"WIDTH": chunk, "INNER": min(chunk, 32 if full else 64), "BLOCK_B": block, "BLOCK_K": 32 if full or as_bytes else 64,
             "num_warps": 4 if full else 8, "num_stages": 2}  # fmt: skip
 
 
-def gathered_geometry(width: int) -> dict:
-    """Rows of a block so that it has about 4096 elements."""
+def gathered_geometry(width: int, as_bytes: bool = False) -> dict:
+    """Rows of a block so that it has about 4096 elements; 2048 of bytes."""
     chunk = triton.next_power_of_2(max(width, 16))
-    return {"WIDTH": chunk, "BLOCK": min(max(4096 // chunk, 1), 64), "num_warps": 4 if chunk <= 4096 else 16}
+    rows = (2048 if as_bytes else 4096) // chunk
+    return {"WIDTH": chunk, "BLOCK": min(max(rows, 1), 64), "num_warps": 4 if chunk <= 4096 else 16}
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def _ids(x: Tensor | None) -> Tensor | None:
+def _readable(bank: Tensor) -> Tensor:
+    """Rows of the bank; float8 as bytes where the chip (or the interpreter) does not convert it."""
+    bank = _rows(bank)
+    if bank.dtype != torch.float8_e4m3fn or (bank.is_cuda and torch.cuda.get_device_capability(bank.device) >= (8, 9)):
+        return bank
+    return bank.view(torch.uint8)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -287,27 +325,27 @@ class Partials:
 
 def info_nce_fwd(
     query: Tensor, positive: Tensor, bank: Tensor, index: Tensor | None, inverse_temperature: Tensor,
-    query_ids: Tensor | None, bank_ids: Tensor | None, with_direction: bool,
+    query_ids: Tensor | None, bank_ids: Tensor | None, with_direction: bool, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (B, D), query, positive, bank = query.shape, _rows(query), _rows(positive), _rows(bank)
-    query_ids, bank_ids, K = _ids(query_ids), _ids(bank_ids), bank.shape[0]
+    (B, D), query, positive, bank = query.shape, _rows(query), _rows(positive), _readable(bank)
+    query_ids, bank_ids, scale, K = _flat(query_ids), _flat(bank_ids), _flat(scale), bank.shape[0]
     loss, weight, lse = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(3))
     direction = torch.empty((B if with_direction else 0, D), dtype=torch.float32, device=query.device)
     if B == 0:
         return loss, direction, weight, lse
     if index is None:
         form = how(query, bank)
-        launch = geometry(B, D, form)
+        launch = geometry(B, D, form, bank.dtype == torch.uint8)
         blocks, rows = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(B, launch["BLOCK_B"])
         chunks = triton.cdiv(D, launch["WIDTH"]) if with_direction else 1
         parts = Partials(query, blocks, rows * chunks, with_direction)
         shared_kernel[(parts.splits, rows, chunks)](
-            query, bank, inverse_temperature, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
+            query, bank, scale, inverse_temperature, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
             B, K, D, query.stride(0), bank.stride(0), blocks, parts.splits,
             HOW=form, DIRECTION=with_direction, **launch,
         )  # fmt: skip
     else:
-        parts = _gathered(query, bank, index, inverse_temperature, None, query_ids, bank_ids, with_direction)
+        parts = _gathered(query, bank, scale, index, inverse_temperature, None, query_ids, bank_ids, with_direction)
     merge_kernel[(B,)](
         query, positive, inverse_temperature, parts.largest, parts.mass, parts.sums, loss, weight, lse, direction,
         B, D, query.stride(0), positive.stride(0), parts.splits,
@@ -316,13 +354,13 @@ def info_nce_fwd(
     return loss, direction, weight, lse
 
 
-def _gathered(query, bank, index, scale, shift, query_ids, bank_ids, with_direction) -> Partials:
+def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, with_direction) -> Partials:
     (B, D), index, count = query.shape, index.contiguous(), index.shape[1]
-    launch = gathered_geometry(D)
+    launch = gathered_geometry(D, bank.dtype == torch.uint8)
     blocks = triton.cdiv(count, launch["BLOCK"])
     parts = Partials(query, blocks, B, with_direction)
     gathered_kernel[(parts.splits, B)](
-        query, bank, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
+        query, bank, row_scale, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
         B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, parts.splits,
         NCE=shift is not None, DIRECTION=with_direction, **launch,
     )  # fmt: skip
@@ -340,7 +378,7 @@ def info_nce_bank_bwd(
     chunks = triton.cdiv(D, launch["WIDTH"])
     if K:
         bank_kernel[(triton.cdiv(K, launch["BLOCK_K"]), chunks)](
-            query, bank, inverse_temperature, _ids(query_ids), _ids(bank_ids), lse.contiguous(),
+            query, bank, inverse_temperature, _flat(query_ids), _flat(bank_ids), lse.contiguous(),
             coefficient.contiguous(), grad, B, K, D, query.stride(0), bank.stride(0), HOW=form, **launch,
         )  # fmt: skip
     return grad
@@ -354,6 +392,6 @@ def nce_fwd(
         empty = query.new_empty(query.shape, dtype=torch.float32)
         return empty.sum(1), empty
     scale = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
-    parts = _gathered(query, bank, index, scale, shift, None, None, with_direction)
+    parts = _gathered(query, bank, None, index, scale, shift, None, None, with_direction)
     direction = parts.sums.sum(0) if with_direction else query.new_empty((0, query.shape[1]), dtype=torch.float32)
     return parts.mass.sum(0), direction

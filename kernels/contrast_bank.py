@@ -1,6 +1,6 @@
 """Around contrast's losses: which rows of the bank are a query's negatives, and what the bank keeps of the query.
 
-The maths is fastkd/reference/contrast_bank.py's, bit for bit where numbers are drawn. Draw k of example b is a hash w of
+The maths is fastkd/reference/contrast_*.py's, bit for bit where numbers are drawn. Draw k of example b is a hash w of
 (seed, step, b, id, k). With replacement it is w mod R, R the size of the pool. Without, it is what the k-th swap of a
 Fisher-Yates shuffle takes, places k and t_k = k + w mod (R - k): t_k itself, unless an earlier swap touched that place;
 the last one that did, j < k with t_j = t_k, put there what place j held in its turn, which is j unless an earlier swap
@@ -29,8 +29,11 @@ def mix(x):
 
 
 @triton.jit
-def pool_of(index_ptr, label_ptr, bound_ptr, i_b, n_data, window):
-    """The id, and its pool: `extent` positions from `base` on, without `size` of them from `start` on."""
+def draws_of(index_ptr, label_ptr, bound_ptr, count, n_data, window, BLOCK: tl.constexpr):
+    """A program's example, its draws, the example's id, and its pool: `extent` positions from `base` on, without `size`
+    of them from `start` on."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     own_id = tl.load(index_ptr + i_b).to(tl.int64)
     safe = tl.minimum(tl.maximum(own_id, 0), n_data - 1)  # an id that does not exist reads nothing that is not ours
     base, extent, start, size = safe * 0, safe * 0 + n_data, safe, safe * 0 + 1
@@ -43,7 +46,7 @@ def pool_of(index_ptr, label_ptr, bound_ptr, i_b, n_data, window):
             extent = tl.minimum(extent, 2 * window + 1)
             base = tl.minimum(tl.maximum(safe - window, 0), n_data - extent)
             start = safe - base
-    return own_id, base, extent, start, size
+    return i_b, o_k, o_k < count, own_id, base, extent, start, size
 
 
 @triton.jit
@@ -61,10 +64,9 @@ def draw_kernel(
     REPLACEMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Ids, where draws are with replacement; else the places that the swaps exchange with."""
-    i_b = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_k = o_k < count
-    own_id, base, extent, start, size = pool_of(index_ptr, label_ptr, bound_ptr, i_b, n_data, window)
+    i_b, o_k, m_k, own_id, base, extent, start, size = draws_of(
+        index_ptr, label_ptr, bound_ptr, count, n_data, window, BLOCK
+    )
     step = mix(mix(tl.load(state_ptr)) + tl.load(state_ptr + 1))
     stream = mix(mix(step + i_b) + own_id)
     word = mix(stream + (o_k + 1) * -0x61C8864680B583EB) & 0x7FFFFFFFFFFFFFFF
@@ -97,10 +99,9 @@ def shuffle_kernel(
     BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """What each swap takes, as ids. Examples whose pool was too small have theirs already."""
-    i_b = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_k = o_k < count
-    _own_id, base, extent, start, size = pool_of(index_ptr, label_ptr, bound_ptr, i_b, n_data, window)
+    i_b, o_k, m_k, _own_id, base, extent, start, size = draws_of(
+        index_ptr, label_ptr, bound_ptr, count, n_data, window, BLOCK
+    )
     if extent - size >= count:
         target_ptr += i_b * count
         taken = tl.load(target_ptr + o_k, mask=m_k, other=-2)

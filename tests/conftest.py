@@ -18,6 +18,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def fake_measure(monkeypatch):
+    import bench_fakes
+
+    return bench_fakes.fake_measure(monkeypatch)
+
+
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return

@@ -132,6 +132,28 @@ def test_a_student_that_is_its_teacher(backend):
 
 
 @has_cpu
+@on_every_kernel
+def test_frozen_students_get_none_and_cost_nothing(backend, monkeypatch):
+    """Of three students one is wholly frozen and one's queries are; the others' gradients are what they were."""
+    from fastkd.ops.layer_cost import ATTENTION
+
+    students, teachers, seen = layers(3, 8, 1), layers(2, 8, 2), []
+    cast = lambda x: x.to(device_of(backend))  # noqa: E731
+    trained = ((True, True), (False, False), (False, True)), ((True, True),) * 3
+    partly, free = ([tuple(cast(x.clone()).requires_grad_(own) for x, own in zip(pair, which, strict=True))
+                     for pair, which in zip(students, sides, strict=True)] for sides in trained)  # fmt: skip
+    kernels = ATTENTION[backend]
+    counting = kernels._replace(bwd=lambda *args: (seen.append(len(args[1])), kernels.bwd(*args))[1])
+    monkeypatch.setitem(ATTENTION, backend, counting)
+    for side in (partly, free):
+        costs = functional.attention_costs(side, [tuple(map(cast, pair)) for pair in teachers], backend=backend)
+        (costs * torch.arange(1.0, 7).view(3, 2).to(costs)).sum().backward()
+    assert seen == [2, 3]
+    for pair, whole in zip(partly, free, strict=True):
+        for x, y in zip(pair, whole, strict=True):
+            assert torch.equal(x.grad, y.grad) if x.requires_grad else x.grad is None
+
+
 def test_strides_as_models_have_them():
     flat = torch.randn(B, S, H * 8, generator=torch.Generator().manual_seed(3))
     view = lambda x: x.view(B, S, H, 8).transpose(1, 2)  # noqa: E731

@@ -49,7 +49,7 @@ def test_the_table_of_addresses_compiles_offline(chip):
 
     layers, strides = ("*bf16",) * 8, (("i32",) * 3,) * 8
     signature = {"table_ptr": "*i64", "scale_ptr": FLOATS, "first": "i32", "widths": ("i32",) * 8}
-    signature |= dict.fromkeys(("queries", "keys", "outputs"), layers) | {"scales": ("fp32",) * 8}
+    signature |= dict.fromkeys(("queries", "keys", "grads_q", "grads_k"), layers) | {"scales": ("fp32",) * 8}
     signature |= dict.fromkeys(("strides_q", "strides_k"), strides)
     compiled = compile_kernel(kernels.table_kernel, signature, {"COUNT": 8}, chip, 1)
     assert_fits(compiled, chip, kernels.SPILL_LIMIT["table_kernel"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cases import gradients, randn, relative_error
 from fastkd import functional
-from fastkd.reference import contrast, contrast_bank
+from fastkd.reference import contrast, contrast_bank, contrast_draw, contrast_sample
 
 
 def problem(B=5, K=7, D=4, seed=0):
@@ -195,7 +195,7 @@ def classes(*sizes, seed=0):
 
 def draw(index, count, n_data, table, seed=1, step=0, replacement=False):
     table = table or (None, None, None)
-    return contrast_bank.sample_negatives(index, count, n_data, *table, torch.tensor([seed, step]), replacement)
+    return contrast_sample.sample_negatives(index, count, n_data, *table, torch.tensor([seed, step]), replacement)
 
 
 def chi_square_is_ordinary(counts, expected):
@@ -257,7 +257,7 @@ def test_shuffle_is_fisher_yates():
     for n, K in ((1, 1), (2, 2), (9, 9), (12, 7), (400, 33)):
         steps = torch.arange(K)
         target = steps + torch.randint(2**40, (200, K), generator=generator) % (n - steps)
-        result = contrast_bank._first_of_shuffle(target)
+        result = contrast_draw.first_of_shuffle(target)
         for row, swaps in zip(result.tolist(), target.tolist(), strict=True):
             deck = list(range(n))
             for k, other in enumerate(swaps):
@@ -282,7 +282,7 @@ def test_random_words_are_splitmix64():
         return x ^ (x >> 31)
 
     state, index = torch.tensor([2**61 + 12345, 7]), torch.tensor([11, 5])
-    words = contrast_bank._random_words(index, 3, state)
+    words = contrast_draw.random_words(index, 3, state)
     for b in range(2):
         stream = mix((mix((mix((mix(2**61 + 12345) + 7) % 2**64) + b) % 2**64) + int(index[b])) % 2**64)
         for k in range(3):

@@ -201,8 +201,15 @@ def contrast_inputs(dtype=torch.bfloat16, seed=0):
     return query.float(), positive.float(), bank, index
 
 
-def every_contrast(query, positive, bank, index):
+def every_contrast(query, positive, bank, index, scale=None):
     """(loss, gradient) of InfoNCE against a bank, gathered, in the batch, with a trained temperature; and of NCE."""
+    if scale is not None:
+        leaf = query.detach().requires_grad_()
+        for of_query in (None, index):
+            loss = fastkd.info_nce_loss(leaf, positive, bank, of_query, scale=scale, backend="triton")
+            yield loss.detach()
+            yield torch.autograd.grad(loss, leaf)[0]
+        return
     temperature = torch.full((), 0.1, device="cuda", requires_grad=True)
     leaf = query.detach().requires_grad_()
     for loss in (
@@ -237,6 +244,30 @@ def test_contrast_never_waits_for_the_device():
 def test_contrast_in_a_cuda_graph():
     inputs = contrast_inputs()
     replays(lambda: every_contrast(*inputs), inputs, contrast_inputs(seed=10))
+
+
+def in_eight_bits(query, positive, bank, index):
+    from fastkd.losses.bank import eight_bits
+
+    rows, scale = eight_bits(bank.float())
+    return query, positive, rows, index, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_contrast_against_eight_bit_rows(dtype):
+    """As the reference in float64 has it of the same rows; no waiting, and the same in a captured graph."""
+    inputs, others = (in_eight_bits(*contrast_inputs(seed=seed)) for seed in (0, 10))
+    never_waits(lambda: list(every_contrast(*inputs)))
+    query, positive, bank, index, scale = inputs
+    found = list(every_contrast(query.to(dtype), positive, bank, index, scale))
+    for at, of_query in ((0, None), (2, index)):
+        leaf = query.to(dtype).double().requires_grad_()
+        options = {"scale": scale.double(), "backend": "reference"}
+        loss = fastkd.info_nce_loss(leaf, positive.double(), bank.double(), of_query, **options)
+        true = loss, torch.autograd.grad(loss, leaf)[0]
+        errors = [relative_error(x, y) for x, y in zip(found[at : at + 2], true, strict=True)]
+        assert max(errors) < (1e-4 if dtype == torch.float32 else 1e-2), errors
+    replays(lambda: every_contrast(*inputs), inputs, others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

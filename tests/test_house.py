@@ -61,6 +61,22 @@ def test_arrows_point_down_only(pattern):
                 assert not re.match(forbidden, name), f"{path.relative_to(ROOT)} may not import {name}"
 
 
+def test_no_two_files_define_one_name():
+    """Two structs of one name in one namespace are one to the linker, which keeps the functions of either."""
+    places: dict[str, list[str]] = {}
+    for path in sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")]):
+        inside: list[str] = []
+        for line in path.read_text().splitlines():
+            if opened := re.match(r"namespace ?(\w*) {$", line):
+                inside.append(opened[1])
+            elif line.startswith("}  // namespace"):
+                inside.pop()
+            elif (defined := re.match(r"(?:struct|class) (?:alignas\S+ )?(\w+)[^;]*{", line)) and "" not in inside:
+                places.setdefault("::".join([*inside, defined[1]]), []).append(path.name)
+    assert {"fastkd::Layers", "fastkd::LayerHeads"} <= places.keys()  # the search finds something
+    assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
 def test_references_are_short():
     for path in (ROOT / "fastkd/reference").glob("*.py"):
         lines = len(path.read_text().splitlines())

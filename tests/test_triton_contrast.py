@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from cases import MUTANTS, TOLERANCES, randn, relative_error
 from fastkd import backends, functional
+from fastkd.losses.bank import EIGHT_BITS as EIGHT
+from fastkd.losses.bank import eight_bits
 
 INTERPRETED = backends.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -23,7 +25,7 @@ def problem(B, K, D, seed=0, query=FLOAT, bank=FLOAT, count=21):
     return *moved, tuple(x.to(DEVICE) for x in ids)
 
 
-def run(mode, query, positive, bank, index, exclude=None, backend="triton", train_bank=False):
+def run(mode, query, positive, bank, index, exclude=None, backend="triton", train_bank=False, scale=None):
     """Loss, and the gradients of query, positive, temperature and (train_bank) the bank, under a random upstream one."""
     leaves = [query.detach().requires_grad_()]
     wide = torch.float64 if query.dtype == torch.float64 else FLOAT
@@ -39,7 +41,8 @@ def run(mode, query, positive, bank, index, exclude=None, backend="triton", trai
         if mode == "batch":
             bank, exclude = None, exclude and (exclude[0], exclude[0])
         index = index if mode == "gathered" else None
-        loss = functional.info_nce_loss(*leaves[:2], bank, index, temperature=temperature, exclude=exclude, **options)
+        options |= {"temperature": temperature, "exclude": exclude, "scale": scale}
+        loss = functional.info_nce_loss(*leaves[:2], bank, index, **options)
     upstream = (randn(len(loss), seed=7) + 1.5).to(loss)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
@@ -89,6 +92,67 @@ def test_a_trained_bank(sizes, excluded):
     if excluded and sizes[1] == 1:
         ids = ids[0] * 0, ids[1] * 0 + 1
     check("shared", inputs, ids if excluded else None, train_bank=True)
+
+
+def in_eight_bits(bank):
+    """float8 rows and their scales; the first row is all of the type's smallest numbers, another has its largest."""
+    rows, scale = eight_bits(bank.float())
+    rows.view(torch.uint8)[0] = torch.arange(bank.shape[1]) % 8
+    return rows, scale
+
+
+@pytest.fixture(params=["converted", "bytes"])
+def reading(request, monkeypatch):
+    """Chips read float8 themselves from sm_89 on; the interpreter can do both."""
+    from fastkd.kernels import contrast as kernels
+
+    rows = kernels._rows
+    if request.param == "bytes":
+        monkeypatch.setattr(kernels, "_readable", lambda bank: rows(bank).view(torch.uint8))
+    elif DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this chip cannot convert float8")
+    else:
+        monkeypatch.setattr(kernels, "_readable", rows)
+    return request.param
+
+
+@pytest.mark.parametrize("mode", ["shared", "gathered"])
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 3), (33, 257, 31), (5, 90, 300)], ids=str)
+def test_eight_bit_rows(mode, dtype, sizes, reading):
+    query, positive, bank, index, ids = problem(*sizes, query=dtype)
+    rows, scale = in_eight_bits(bank)
+    check(mode, (query, positive, rows, index), ids if sizes[1] > 1 else None, scale=scale)
+    spread = scale * torch.logspace(-24, 3, len(scale), base=2, device=DEVICE).flip(0)
+    check(mode, (query, positive, rows, index), scale=spread)
+
+
+def test_every_eight_bit_number_is_read(reading):
+    """Each of the 256 as the only element of its row; NaN is NaN (the interpreter converts it to 480)."""
+    number = torch.arange(256, device=DEVICE).to(torch.uint8).view(EIGHT)
+    query, scale, index = torch.ones(1, 1, device=DEVICE), torch.full((256,), 0.01, device=DEVICE), None
+    whole = torch.arange(256, device=DEVICE).remainder(128) != 127
+    for index in (None, whole.nonzero().T):
+        rows, of_rows = (number[:, None], scale) if index is not None else (number[whole][:, None], scale[whole])
+        found, true = (
+            functional.info_nce_loss(q, q, rows, index, temperature=1.0, scale=of_rows.to(q), backend=b)
+            for q, b in ((query, "triton"), (query.double(), "reference"))
+        )
+        assert relative_error(found, true) < 1e-6
+    if reading == "bytes" or not INTERPRETED:
+        for place in (127, 255):
+            loss = functional.info_nce_loss(
+                query, query, number[place : place + 1, None], scale=scale[:1], backend="triton"
+            )
+            assert loss.isnan()
+
+
+def test_a_scale_beside_rows_of_other_types():
+    query, positive, bank, index, ids = problem(9, 60, 33)
+    scale = torch.linspace(0.1, 3, 60, device=DEVICE)
+    for mode in ("shared", "gathered"):
+        check(mode, (query, positive, bank, index), ids, scale=scale)
+        check(mode, (query, positive, bank.half(), index), ids, scale=scale)
 
 
 @pytest.mark.parametrize("mode", MODES[:3])
@@ -152,11 +216,14 @@ def test_an_index_out_of_range_is_nan_and_no_fault():
         assert found.isnan().tolist() == [False, False, True, False, True, False]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "eight bits"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_no_mutant_survives(mode, mutant):
     """A loss, or a gradient of one of the inputs, that alone is wrong."""
     inputs, options = problem(7, 60, 33)[:4], {"train_bank": mode == "shared"}
+    if mode == "eight bits":
+        (rows, options["scale"]), mode = in_eight_bits(inputs[2]), "shared"
+        inputs = *inputs[:2], rows, inputs[3]
     for place in range(len(run(mode, *inputs, **options))):
         with pytest.raises(AssertionError):
             check(mode, inputs, wrong=(place, MUTANTS[mutant]), **options)

@@ -149,7 +149,7 @@ struct PullOfScores {
   std::vector<char> keys, packed_slope, packed_queries;
 
   void begin(Scores& unit, int i) {
-    const Heads& k = unit.layers.k[i];
+    const LayerHeads& k = unit.layers.k[i];
     slope.assign(unit.block * unit.padded, 0.f);
     of_queries.resize(unit.block * k.width);
     of_keys.assign(unit.valid * k.width, 0.f);
@@ -178,9 +178,7 @@ struct PullOfScores {
 void pulls_of_scores(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
                      const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
   const int n = layers.students;
-  std::vector<bool> used(layers.count());
-  for (int i = 0; i < n; ++i)
-    for (const int j : pulls[i].teacher) used[i] = used[n + j] = true;
+  const std::vector<bool> used = used_layers(pulls, layers.teachers);
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     Scores unit(shape, layers);

@@ -225,9 +225,7 @@ void identity_sums(const AttentionShape& shape, const Layers& layers, double* su
 void identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
                     const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
   const int n = layers.students;
-  std::vector<bool> used(layers.count());
-  for (int i = 0; i < n; ++i)
-    for (const int j : pulls[i].teacher) used[i] = used[n + j] = true;
+  const std::vector<bool> used = used_layers(pulls, layers.teachers);
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     AttentionUnit unit(shape, layers);

@@ -12,12 +12,12 @@
 namespace fastkd {
 
 // Queries [B, H, S, d] or keys [B, H, S', d] of one layer.
-struct Heads {
+struct LayerHeads {
   const char* data;
   int element;
   int64_t item, width, stride_b, stride_h, stride_s, stride_d;
 
-  explicit Heads(const Tensor& x)
+  explicit LayerHeads(const Tensor& x)
       : data(static_cast<const char*>(x.const_data_ptr())),
         element(element_of(x)),
         item(int64_t(x.element_size())),
@@ -34,7 +34,7 @@ struct Heads {
 
 // Students, then teachers.
 struct Layers {
-  std::vector<Heads> q, k;
+  std::vector<LayerHeads> q, k;
   std::vector<float> scale;
   int students, teachers;
 
@@ -83,7 +83,7 @@ class AttentionUnit {
 
   // The keys of layer l that count, gathered if some do not.
   GemmSource keys_of(int l) {
-    const Heads& k = layers.k[l];
+    const LayerHeads& k = layers.k[l];
     if (valid == shape.keys) return {k.row(b, h, 0), k.element, k.stride_s, k.stride_d, valid, k.width};
     const int64_t bytes = k.width * k.item;
     keys_[l].resize(valid * bytes);
@@ -95,7 +95,7 @@ class AttentionUnit {
   }
 
   GemmSource queries_of(int l, int64_t begin, int64_t rows) const {
-    const Heads& q = layers.q[l];
+    const LayerHeads& q = layers.q[l];
     return {q.row(b, h, begin), q.element, q.stride_s, q.stride_d, rows, q.width};
   }
 

@@ -1,5 +1,5 @@
 // Around the losses: which rows of the bank are a query's negatives, what the bank keeps of the query, NCE's
-// normaliser. fastkd/reference/contrast_bank.py is the definition; draws are the same numbers, bit for bit.
+// normaliser. fastkd/reference/contrast_*.py are the definition; draws are the same numbers, bit for bit.
 #include <atomic>
 #include <cmath>
 #include <unordered_map>

@@ -159,4 +159,13 @@ inline std::vector<Pull> pulls_of(const Tensor& grad, int students, int teachers
   return pulls;
 }
 
+// Students, then teachers: whose data a gradient reads.
+inline std::vector<bool> used_layers(const std::vector<Pull>& pulls, int teachers) {
+  const size_t students = pulls.size();
+  std::vector<bool> used(students + teachers);
+  for (size_t i = 0; i < students; ++i)
+    for (const int j : pulls[i].teacher) used[i] = used[students + j] = true;
+  return used;
+}
+
 }  // namespace fastkd

@@ -56,33 +56,18 @@ def linear_divergence(
     sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient; `memory` and `num_valid`
     change nothing there.
     """
-    shape = student_hidden.shape[:-1]
+    shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
     checks.tensor("student_hidden", student_hidden, "[..., D]")
     _check_side("student", student_hidden, student_head, student_bias)
-    sparse = isinstance(teacher_hidden, TopK)
+    if process_group is not None:
+        _check_shards(sparse, vocab, backend)
     if sparse:
-        checks.topk(teacher_hidden, student_hidden, kind, size=student_head.shape[0])
-        if teacher_words != "kept":
-            raise ValueError(
-                f"teacher_words={teacher_words!r}: a TopK's log_probs are taken as given; make them over all words, and its "
-                "indices by vocab.encode"
-            )
+        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_words)
         teacher, heads = teacher_hidden.flattened(), vocabulary.Heads((student_head, student_bias), None)
     else:
-        checks.tensor("teacher_hidden", teacher_hidden, "[..., D]")
-        _check_side("teacher", teacher_hidden, teacher_head, teacher_bias)
-        checks.same_leading("teacher_hidden", teacher_hidden, "student_hidden", student_hidden, len(shape))
-        checks.frozen("teacher_hidden", teacher_hidden)
-        checks.frozen("teacher_head", teacher_head, teacher_bias)
-        checks.same_device(student_hidden=student_hidden, teacher_hidden=teacher_hidden, teacher_head=teacher_head,
-                           teacher_bias=teacher_bias)  # fmt: skip
-        if vocab is not None and process_group is not None:
-            raise ValueError(
-                "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
-            )
-        heads = vocabulary.aligned(
-            vocab, teacher_words, kind, (student_head, student_bias), (teacher_head, teacher_bias)
-        )
+        _check_teacher(teacher_hidden, teacher_head, teacher_bias, student_hidden)
+        given = (student_head, student_bias), (teacher_head, teacher_bias)
+        heads = vocabulary.aligned(vocab, teacher_words, kind, *given)
         teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), *heads.teacher)
     checks.same_device(
         student_hidden=student_hidden, student_head=student_head, student_bias=student_bias, mask=mask, labels=labels,
@@ -92,23 +77,12 @@ def linear_divergence(
     checks.mask("weights", weights, shape, "[...]")
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
-    if hard_weight and labels is None:
-        raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     if hard_weight:
-        checks.integers("labels", labels, "[...]")
         words = student_head.shape[0] if process_group is None else vocab_parallel.words(student_head, process_group)
-        known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
-        checks.values("labels", labels, known, f"a label that counts must lie in [0, {words})")
-    if num_valid is not None and not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
-        raise ValueError(
-            f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"
-        )
-    if num_valid is not None and counted is not None:
-        checks.values(
-            "num_valid", counted, lambda: counted.sum() <= num_valid, f"at most {num_valid} rows should count"
-        )
-    apart = bool(hard_weight) and vocab is not None and teacher_words == "all"
+        _check_labels(labels, counted, words)
+    _check_num_valid(num_valid, counted, student_hidden)
+    apart = bool(hard_weight) and vocab is not None and teacher_words == "all"  # labels are of the student's own words
     options = linear_divergence_op.Options(
         kind, float(temperature), float(beta), float(alpha),
         float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if apart else float(hard_weight),
@@ -117,12 +91,6 @@ def linear_divergence(
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
     student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
     if process_group is not None:
-        if sparse:
-            raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
-        if backend not in ("auto", "reference"):
-            raise RuntimeError(
-                f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
-            )
         rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
         return reduce.reduce(rows, counted, reduction, weights)
     row_weights, scale, shift = reduce.row_weights(counted, reduction, weights, student_hidden), None, None
@@ -142,13 +110,69 @@ def linear_divergence(
         found = found + (row_weights * shift).sum()
     if not apart:
         return found
-    right = labels if counted is None else labels.masked_fill(~counted, 0)
-    right = TopK(right[..., None], torch.zeros_like(right[..., None], dtype=torch.float32))  # all of the mass
     return found + hard_weight * linear_divergence(
-        student_hidden, student_head, right, student_bias=student_bias, weights=weights, memory=memory, kind="soft_ce",
-        mask=counted, num_valid=num_valid, logit_scale=options.scales[0], logit_softcap=options.caps[0] or None,
-        reduction=reduction, backend=backend,
+        student_hidden, student_head, _certain(labels, counted), student_bias=student_bias, weights=weights,
+        memory=memory, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
+        logit_softcap=options.caps[0] or None, reduction=reduction, backend=backend,
     )  # fmt: skip
+
+
+def _certain(labels: Tensor, counted: Tensor | None) -> TopK:
+    """Labels as a teacher that is sure of them."""
+    ids = (labels if counted is None else labels.masked_fill(~counted, 0))[..., None]
+    return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
+
+
+def _check_shards(sparse: bool, vocab, backend: str) -> None:
+    if sparse:
+        raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
+    if vocab is not None:
+        raise ValueError(
+            "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
+        )
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
+        )
+
+
+def _check_sparse(teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, teacher_words: str) -> None:
+    checks.topk(teacher, student_hidden, kind, size=student_head.shape[0])
+    if teacher_words != "kept":
+        raise ValueError(
+            f"teacher_words={teacher_words!r}: a TopK's log_probs are taken as given; make them over all words, and its "
+            "indices by vocab.encode"
+        )
+
+
+def _check_teacher(hidden: Tensor, head: Tensor | None, bias: Tensor | None, student_hidden: Tensor) -> None:
+    checks.tensor("teacher_hidden", hidden, "[..., D]")
+    _check_side("teacher", hidden, head, bias)
+    checks.same_leading("teacher_hidden", hidden, "student_hidden", student_hidden, student_hidden.dim() - 1)
+    checks.frozen("teacher_hidden", hidden)
+    checks.frozen("teacher_head", head, bias)
+    checks.same_device(student_hidden=student_hidden, teacher_hidden=hidden, teacher_head=head, teacher_bias=bias)
+
+
+def _check_labels(labels: Tensor | None, counted: Tensor, words) -> None:
+    if labels is None:
+        raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
+    checks.integers("labels", labels, "[...]")
+    known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
+    where = f"lie in [0, {words})" if isinstance(words, int) else "be a word of one of the shards"
+    checks.values("labels", labels, known, f"a label that counts must {where}")
+
+
+def _check_num_valid(num_valid: int | None, counted: Tensor | None, student_hidden: Tensor) -> None:
+    if num_valid is None:
+        return
+    if not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
+        raise ValueError(
+            f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"
+        )
+    if counted is not None:
+        few = lambda: counted.sum() <= num_valid  # noqa: E731
+        checks.values("num_valid", counted, few, f"at most {num_valid} rows should count")
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | None) -> None:

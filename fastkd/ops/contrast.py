@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
+from fastkd.reference import contrast_sample as sample_reference
 
 # The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
 # that are in the cache. Reading the bank again in the backward would double the time. The backward only scales, unless
@@ -175,9 +176,7 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
             own = torch.arange(query.shape[0], device=query.device)
             exclude = own, own
     why_not = _bank_reason(bank, trained_rows=index is not None or scale is not None, scale=scale)
-    if scale is not None and "cpu" != _choose(backend, query, None) != "reference":
-        why_not = "rows with a scale are not written there yet"
-    elif isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
+    if isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
         why_not = "it takes one temperature for all queries"
     elif exclude is not None and any(ids.is_floating_point() for ids in exclude):
         why_not = "it compares whole-number ids"
@@ -255,7 +254,7 @@ def sample_negatives(index, count, n_data, labels, order, bounds, state, replace
     chosen = backends.choose("contrast", backend, index[:0].float())
     if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
         return SAMPLE[chosen].fwd(*arguments)
-    return bank_reference.sample_negatives(*arguments)
+    return sample_reference.sample_negatives(*arguments)
 
 
 def update_bank(bank, index, rows, momentum, backend) -> None:

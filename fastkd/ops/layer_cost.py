@@ -37,14 +37,17 @@ class LayerCost(torch.autograd.Function):
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
         wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[4 + i]]
-        if len(wanted) < ctx.count:
-            grad = torch.stack([grad[i] for i in wanted])  # [wanted, M]
         students = [layers[i] for i in wanted]
-        found = KERNELS[ctx.backend].bwd(grad, students, layers[ctx.count :], mask, ctx.clamp)
+        found = KERNELS[ctx.backend].bwd(_rows(grad, wanted), students, layers[ctx.count :], mask, ctx.clamp)
         grads: list = [None] * len(layers)
         for i, x in zip(wanted, found, strict=True):
             grads[i] = x
         return None, None, None, None, *grads
+
+
+def _rows(grad: Tensor, wanted: list[int]) -> Tensor:
+    """Those of the students that are not frozen, [wanted, M]."""
+    return grad if len(wanted) == len(grad) else torch.stack([grad[i] for i in wanted])
 
 
 def layer_cost(students, teachers, mask, clamp, backend) -> Tensor:
@@ -77,8 +80,15 @@ class AttentionCost(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
-        found = ATTENTION[ctx.backend].bwd(grad, *_four(ctx.counts, layers), ctx.scales, mask, ctx.causal)
-        return None, None, None, None, None, *found, *[None] * (2 * ctx.counts[1])
+        n, (sq, sk, tq, tk) = ctx.counts[0], _four(ctx.counts, layers)
+        wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i] or ctx.needs_input_grad[5 + n + i]]
+        own = [[side[i] for i in wanted] for side in (sq, sk)]
+        scales = [*[ctx.scales[i] for i in wanted], *ctx.scales[n:]]
+        found = ATTENTION[ctx.backend].bwd(_rows(grad, wanted), *own, tq, tk, scales, mask, ctx.causal)
+        grads: list = [None] * len(layers)
+        for place, x in zip([*wanted, *[n + i for i in wanted]], found, strict=True):
+            grads[place] = x
+        return None, None, None, None, None, *grads
 
 
 def _four(counts, layers):
@@ -122,6 +132,6 @@ def _head_by_head(x, heads):
     """(q, k) with equally many heads. Mean over the heads: one head, whose width is that of all."""
     q, k = (part.float() if part.dtype == torch.float64 else part for part in x)
     k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped-query heads
-    return (
-        (q, k) if heads != "mean" else tuple(part.transpose(1, 2).flatten(2)[:, None] for part in (q, k))
-    )  # [B, 1, S, H d]
+    if heads != "mean":
+        return q, k
+    return tuple(part.transpose(1, 2).flatten(2)[:, None] for part in (q, k))  # [B, 1, S, H d]
