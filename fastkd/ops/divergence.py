@@ -74,7 +74,8 @@ class Divergence(torch.autograd.Function):
 
 class DivergenceAtOnce(torch.autograd.Function):
     """On the CPU, in float32: the gradient comes out of the pass that finds the value, for the upstream that is likely. The
-    first backward hands it over (settled, should another upstream come); a further one makes its own."""
+    first backward hands it over (settled, should another upstream come); a further one makes its own. Until then the graph holds
+    it beside the logits; where nobody can ask for it, Divergence makes the value alone."""
 
     @staticmethod
     def forward(ctx, student, teacher, mask, options, likely):
