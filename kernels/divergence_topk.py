@@ -45,17 +45,36 @@ def load_rest(s_ptr, marks_ptr, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def wide_exp2(y):
+    """2^y in float64 to 2e-10, without the branches of the library's; -1000 <= y <= 1000, beyond which it is as there."""
+    y = tl.where(y < -1000.0, -1000.0, tl.where(y > 1000.0, 1000.0, y))  # NaN stays
+    n = tl.floor(y + 0.5)
+    r = (y - n) * LN_2
+    x = r * (1 / 40320) + 1 / 5040
+    x = x * r + 1 / 720
+    x = x * r + 1 / 120
+    x = x * r + 1 / 24
+    x = x * r + 1 / 6
+    x = x * r + 0.5
+    x = x * r + 1.0
+    x = x * r + 1.0
+    return x * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The maximum of the first `stop` words outside the k (0 if all are -inf), and the sum of exponentials over it."""
+    """The maximum of the first `stop` words outside the k (0 if all are -inf), and the sum of exponentials over it, float64:
+    float32 would know its logarithm to 1e-8 at best, of a log q - log p that is 1e-3 near convergence."""
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, stop, BLOCK):
         top = tl.maximum(top, load_rest(s_ptr, marks_ptr, start, stop, BLOCK))
     ref = tl.max(top, 0)
     ref = tl.where(ref > float("-inf"), ref, 0.0)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float64)
+    per_2 = tl.full([], k_high, tl.float64) + tl.full([], k_low, tl.float64)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        x = load_rest(s_ptr, marks_ptr, start, V, BLOCK) - ref
-        total += tl.where(x == float("-inf"), 0.0, tl.exp2(x * k_high + x * k_low))
+        x = load_rest(s_ptr, marks_ptr, start, V, BLOCK).to(tl.float64) - ref.to(tl.float64)
+        total += tl.where(x == float("-inf"), 0.0, wide_exp2(x * per_2))
     return ref, tl.sum(total)
 
 
@@ -125,14 +144,14 @@ def topk_forward_kernel(
     marks_ptr += i_n * width
     indices_ptr += i_n * k
     log_probs_ptr += i_n * k
-    ref, total, seen = 0.0, 0.0, 0
+    ref, total, seen = 0.0, tl.full([], 0.0, tl.float64), 0
     stop = tl.minimum(V, BLOCK)
     while seen < stop:
         ref, total = rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK, STAGES)
         seen = stop
         stop = tl.where((total > 1e-25) & (total < 1e25), stop, V)
     per_T = one_over_temperature(k_high, k_low)
-    log_rest = ref.to(tl.float64) * per_T + tl.log(total.to(tl.float64))
+    log_rest = ref.to(tl.float64) * per_T + tl.log(total)
     top = log_rest  # of the log-sum-exp over all words
     mass = tl.where(log_rest == float("-inf"), 0.0, tl.exp(log_rest - log_rest))
     wrong = 0
@@ -237,7 +256,7 @@ def divergence_topk_fwd(
     s: Tensor, indices: Tensor, log_probs: Tensor, tail: Tensor | None, mask: Tensor | None, kind: int,
     temperature: float, mix: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """s [N, V], indices and log_probs [N, k], tail and mask [N] -> values [N], stats [N, 4]."""
+    """s [N, V], indices and log_probs [N, k], tail and mask [N] -> values [N], stats [N, 4]. log_probs and tail float64."""
     (N, V), k = s.shape, indices.shape[1]
     s, indices, log_probs, tail, mask = _dense(s, indices, log_probs, tail, mask)
     values, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, 4)))

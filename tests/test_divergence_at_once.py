@@ -1,5 +1,7 @@
 """The CPU's float32 path: value and gradient from one pass, for the upstream that is likely, and settled for any other."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -25,6 +27,20 @@ def gradient(student, teacher, upstream=1.0, backend="cpu", **options):
     loss = divergence(leaf, teacher, backend=backend, **options)
     (grad,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
     return loss.detach(), grad
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Weak references to the gradients that forwards make."""
+    found, fwd = [], torch.ops.fastkd.divergence_fwd_grad
+
+    def watched(*args):
+        rows, gradient = fwd(*args)
+        found.append(weakref.ref(gradient))
+        return rows, gradient
+
+    monkeypatch.setattr(torch.ops.fastkd, "divergence_fwd_grad", watched)
+    return found
 
 
 def error(x, truth):
@@ -92,6 +108,30 @@ def test_the_first_backward_hands_its_gradient_over_without_a_copy():
     first = student.grad.clone()
     loss.backward()
     assert torch.equal(student.grad, first + first)
+
+
+@pytest.mark.parametrize("nobody", ["no_grad", "inference_mode", "frozen"])
+def test_a_gradient_that_nobody_wants_is_not_made(nobody, made):
+    student, teacher = logits()
+    leaf = student.requires_grad_(nobody != "frozen")
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(nobody, torch.enable_grad)():
+        value = divergence(leaf, teacher, backend="cpu")
+    assert not made
+    assert torch.allclose(divergence(leaf.detach().requires_grad_(), teacher, backend="cpu"), value, rtol=1e-6)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_the_gradient_is_gone_with_the_graph_or_its_first_backward(differentiated, made):
+    student, teacher = logits()
+    leaf = student.requires_grad_()
+    loss = divergence(leaf, teacher, backend="cpu")
+    assert made[0]() is not None
+    if differentiated:
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+    else:
+        del loss
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])

@@ -42,9 +42,9 @@ def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, 
     forward, rest, words = kernels.geometry(vocabulary, k)
     launch = {"topk_forward_kernel": forward, "rest_backward_kernel": rest}.get(name, words)
     constants = {key: launch.pop(key) for key in ("BLOCK", "STAGES", "WORDS") if key in launch}
-    types = {"s_ptr": POINTERS[s], "indices_ptr": "*i64", "marks_ptr": "*i32", "tail_ptr": FLOATS, "mask_ptr": "*i1"}
+    types = {"s_ptr": POINTERS[s], "indices_ptr": "*i64", "marks_ptr": "*i32", "tail_ptr": "*fp64", "mask_ptr": "*i1"}
     types |= {"grad_ptr": POINTERS[s], "inv_T": "fp32", "k_high": "fp32", "k_low": "fp32", "mix": "fp32"}
-    types |= dict.fromkeys(("log_probs_ptr", "values_ptr", "stats_ptr", "g_ptr"), FLOATS)
+    types |= {"log_probs_ptr": "*fp64"} | dict.fromkeys(("values_ptr", "stats_ptr", "g_ptr"), FLOATS)
     types |= dict.fromkeys(("s_stride", "g_stride", "V", "k", "width", "blocks"), "i32")
     kernel = getattr(kernels, name)
     absent = [argument for argument, there in (("tail_ptr", tail), ("mask_ptr", masked)) if not there]

@@ -46,9 +46,10 @@ struct DivergenceTable {
   void (*refine)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                  const DivergenceStats& stats, DivergenceSums* sums);
   void (*settle)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
-  // For the sparse teacher: parts of softmax(s / T). 1 / T and T logsumexp(s / T) as two floats where digits count.
+  // For the sparse teacher: parts of softmax(s / T). The sum is of e^((s - largest) / T), in double; log_sum and
+  // lacking are T logsumexp(s / T) as two floats.
   float (*largest)(const float* s, int64_t columns);
-  double (*sum_of_exponentials)(const float* s, int64_t columns, float high, float low, float shift);
+  double (*sum_of_exponentials)(const float* s, int64_t columns, double inverse_temperature, float largest);
   void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
                          float scale, float* out);
   // Rows in half precision, to floats and back.

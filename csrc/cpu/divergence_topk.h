@@ -51,7 +51,7 @@ inline Word word(int kind, double log_p, double log_q, double mix, bool same_mas
   }
 }
 
-// k words per row with log-probabilities, and perhaps the log-mass of the rest as one more word.
+// k words per row with log-probabilities, and perhaps the log-mass of the rest as one more word; then the masses are 1.
 struct TopKTeacher {
   Tensor indices, log_probs, tail;
   int64_t k;
@@ -63,14 +63,17 @@ struct TopKTeacher {
         k(ids.size(1)),
         has_tail(rest.has_value()) {
     if (has_tail) tail = torch::stable::contiguous(*rest);
+    STD_TORCH_CHECK(
+        log_probs.scalar_type() == ScalarType::Double && (!has_tail || tail.scalar_type() == ScalarType::Double),
+        "teacher: expected log-probabilities and tail in float64");
     const int64_t* index = indices.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < ids.size(0) * k; ++i)
       STD_TORCH_CHECK(index[i] >= 0 && index[i] < columns, "teacher.indices: an index lies outside the vocabulary");
   }
   const int64_t* index(int64_t i) const { return indices.const_data_ptr<int64_t>() + i * k; }
-  const float* log_prob(int64_t i) const { return log_probs.const_data_ptr<float>() + i * k; }
+  const double* log_prob(int64_t i) const { return log_probs.const_data_ptr<double>() + i * k; }
   double log_rest(int64_t i) const {
-    return has_tail ? tail.const_data_ptr<float>()[i] : -std::numeric_limits<double>::infinity();
+    return has_tail ? tail.const_data_ptr<double>()[i] : -std::numeric_limits<double>::infinity();
   }
 };
 
@@ -78,8 +81,7 @@ struct TopKTeacher {
 inline double log_sum_exp(const DivergenceTable& table, const float* s, int64_t columns, double inverse_temperature) {
   const float max = table.largest(s, columns);
   if (max == -std::numeric_limits<float>::infinity()) return max;
-  const float high = float(inverse_temperature), low = float(inverse_temperature - high);
-  return max * inverse_temperature + std::log(table.sum_of_exponentials(s, columns, high, low, max));
+  return max * inverse_temperature + std::log(table.sum_of_exponentials(s, columns, inverse_temperature, max));
 }
 
 // `rest` is scratch for a row.

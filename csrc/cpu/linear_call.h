@@ -108,7 +108,7 @@ struct Call {
     const float largest = std::max(sums->largest, divergence.largest(s, count));
     if (largest == -__builtin_inff()) return;
     sums->exponentials = sums->exponentials * std::exp(double(sums->largest) - largest) +
-                         divergence.sum_of_exponentials(s, count, 1, 0, largest);
+                         divergence.sum_of_exponentials(s, count, 1, largest);
     sums->largest = largest;
     const int64_t label = labels[n] - first;
     if (label >= 0 && label < count) sums->label = s[label];

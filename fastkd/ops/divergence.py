@@ -74,7 +74,8 @@ class Divergence(torch.autograd.Function):
 
 class DivergenceAtOnce(torch.autograd.Function):
     """On the CPU, in float32: the gradient comes out of the pass that finds the value, for the upstream that is likely. The
-    first backward hands it over (settled, should another upstream come); a further one makes its own."""
+    first backward hands it over (settled, should another upstream come); a further one makes its own. Until then the graph holds
+    it beside the logits; where nobody can ask for it, Divergence makes the value alone."""
 
     @staticmethod
     def forward(ctx, student, teacher, mask, options, likely):
@@ -124,9 +125,12 @@ def kernel_dtype(x: Tensor) -> Tensor:
 
 
 def kernel_form(teacher: TopK):
-    """indices int64, log_probs float32, and the tail as a log-mass: of what the k words leave over where tail is True."""
-    indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.float(), teacher.tail
-    if tail is True:
-        mass = log_probs.double().logsumexp(-1)  # [N]
-        tail = torch.log(-torch.expm1(mass.clamp(max=0)))  # all of the mass in the k words: -inf
-    return indices, log_probs, tail.float() if isinstance(tail, Tensor) else None
+    """indices int64, log_probs and the tail's log-mass float64: of what the k words leave over where tail is True. With a
+    tail, all of it has mass 1, to the last digit: near convergence the student is compared with it to nearly that."""
+    indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.double(), teacher.tail
+    if tail is None:
+        return indices, log_probs, None
+    mass = log_probs.logsumexp(-1)  # [N]
+    tail = torch.log(-torch.expm1(mass.clamp(max=0))) if tail is True else tail.double()  # no mass is left: -inf
+    whole = torch.logaddexp(mass, tail)
+    return indices, log_probs - whole[:, None], tail - whole
