@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
 }
 
 // glibc gives freed memory back to the system at twice the largest block that it has mapped and freed so far. Where
-// those are these gradients, what one step frees is beyond that, and every step pays again for pages that it had, with
-// a third of its time. Freeing 32 MiB, untouched, is the most that the rule learns from; most processes have done it.
+// those are these gradients, what one step frees is beyond that, and every step pays again for pages that it had.
+// Freeing 32 MiB, untouched, is the most that the rule learns from; most processes have done it.
 void keep_freed_memory() {
 #if defined(__GLIBC__)
   static const bool once = [] {
