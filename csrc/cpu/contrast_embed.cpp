@@ -8,7 +8,6 @@
 #include "cpu/contrast_embed.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <tuple>
 #include <vector>
 
@@ -47,26 +46,11 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
   return {unit, length};
 }
 
-// glibc gives freed memory back to the system at twice the largest block that it has mapped and freed so far. Where
-// those are these gradients, what one step frees is beyond that, and every step pays again for pages that it had.
-// Freeing 32 MiB, untouched, is the most that the rule learns from; most processes have done it.
-void keep_freed_memory() {
-#if defined(__GLIBC__)
-  static const bool once = [] {
-    void* volatile block = std::malloc((size_t(32) << 20) - (size_t(1) << 16));
-    std::free(block);
-    return true;
-  }();
-  (void)once;
-#endif
-}
-
 // [rows, width] that begins on a page of 2 MiB, where it is that large: its page faults cost as much as the products.
 // What is reserved for the alignment is never touched.
 Tensor empty_on_huge_pages(const Tensor& like, int64_t rows, int64_t width) {
   constexpr int64_t kPage = int64_t(1) << 21, kFloats = kPage / 4;
   if (rows * width < kFloats) return torch::stable::new_empty(like, {rows, width});
-  keep_freed_memory();
   const Tensor whole = torch::stable::new_empty(like, {rows * width + kFloats});
   use_huge_pages(whole);
   const int64_t past = int64_t(reinterpret_cast<uintptr_t>(whole.data_ptr()) % kPage) / 4;
