@@ -60,7 +60,7 @@ def test_gram_in_the_interpreter(part):
 
 
 @not_interpreted
-@pytest.mark.parametrize("part", [pytest.param("test", marks=pytest.mark.long), "mutant or references or 200"])
+@pytest.mark.parametrize("part", [pytest.param("test", marks=pytest.mark.long), "mutant or references"])
 def test_lines_of_gram_in_the_interpreter(part):
     interpreted("tests/test_triton_gram_lines.py", "-k", part)
 
