@@ -42,10 +42,15 @@ def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
 
 
+# Of each longer file a quick part, which takes seconds, and all of it: [long].
+def parts(quick, everything="test"):
+    return pytest.mark.parametrize("part", [pytest.param(everything, marks=pytest.mark.long), quick])
+
+
 @not_interpreted
-def test_relation_in_the_interpreter():
-    wanted = "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)"
-    interpreted("tests/test_relation_kernels.py", "-k", wanted)
+@parts("triton and (near_convergence or equal_to or extreme or strided)", "triton")
+def test_relation_in_the_interpreter(part):
+    interpreted("tests/test_relation_kernels.py", "-k", part)
 
 
 @not_interpreted
@@ -54,13 +59,13 @@ def test_linear_divergence_in_the_interpreter():
 
 
 @not_interpreted
-@pytest.mark.parametrize("part", [pytest.param("long", marks=pytest.mark.long), "not long"])
+@parts("not long and (authors or near or side or mutant)")
 def test_gram_in_the_interpreter(part):
     interpreted("tests/test_triton_gram.py", "-k", part)
 
 
 @not_interpreted
-@pytest.mark.parametrize("part", [pytest.param("test", marks=pytest.mark.long), "mutant or references"])
+@parts("mutant or references")
 def test_lines_of_gram_in_the_interpreter(part):
     interpreted("tests/test_triton_gram_lines.py", "-k", part)
 
@@ -82,17 +87,17 @@ def test_everything_of_gram_in_the_interpreter(file):
 
 
 @not_interpreted
-def test_contrast_in_the_interpreter():
-    interpreted("tests/test_triton_contrast.py")
+@parts("trained or near or mutant or unwritten")
+def test_contrast_in_the_interpreter(part):
+    interpreted("tests/test_triton_contrast.py", "-k", part)
+
+
+@not_interpreted
+def test_contrast_banks_in_the_interpreter():
     interpreted("tests/test_triton_contrast_bank.py")
 
 
 @not_interpreted
-def test_attention_cost_in_the_interpreter():
-    interpreted("tests/test_attention_cost.py", "-k", "triton and (near or half or mean or does_not_matter)")
-
-
-@not_interpreted
-@pytest.mark.long
-def test_everything_of_attention_cost_in_the_interpreter():
-    interpreted("tests/test_attention_cost.py", "-k", "triton")
+@parts("triton and (near or half or mean or does_not_matter)", "triton")
+def test_attention_cost_in_the_interpreter(part):
+    interpreted("tests/test_attention_cost.py", "-k", part)
