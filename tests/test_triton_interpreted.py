@@ -48,7 +48,10 @@ def parts(quick, everything="test"):
 
 
 @not_interpreted
-@parts("triton and (near_convergence or equal_to or extreme or strided)", "triton")
+@parts(
+    "triton and (near_convergence or equal_to or extreme or strided)",
+    "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)",
+)
 def test_relation_in_the_interpreter(part):
     interpreted("tests/test_relation_kernels.py", "-k", part)
 
