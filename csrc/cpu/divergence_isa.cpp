@@ -21,10 +21,7 @@
 namespace {
 
 constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles after so many elements
-constexpr int kDoubles = kLanes / 2;
-typedef double vdouble __attribute__((vector_size(kLanes * 4)));
-typedef int64_t vlong __attribute__((vector_size(kLanes * 4)));
-typedef float vnarrow __attribute__((vector_size(kLanes * 2)));  // as many floats as there are doubles in a vector
+typedef int64_t vlong __attribute__((vector_size(kLanes * 8)));
 constexpr float kTiny = 1e-37f;  // below it a probability counts as 0, so that no ratio overflows
 
 // f(a, b, i, count): vectors of s and t at i; a last short one is filled up with -inf, which is probability 0.
@@ -348,12 +345,11 @@ void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptio
 
 float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
 
-// e^x in double to 2e-10, for x <= 0: float32 would know each term, and so a row of few words, to 1e-7 at best.
+// e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few words, to 1e-7 at best.
 inline vdouble exp_of_negative(vdouble x) {
-  constexpr double kRound = 6755399441055744.0;              // 1.5 * 2^52: see exponential() in vec.h
-  const vdouble bounded = x < -700.0 ? vdouble{} - 700 : x;  // NaN stays
-  const vdouble shifted = bounded * 1.4426950408889634 + kRound;
-  const vdouble r = bounded - (shifted - kRound) * 0.6931471805599453;
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: see exponential() in vec.h
+  const vdouble shifted = x * 1.4426950408889634 + kRound;
+  const vdouble r = x - (shifted - kRound) * 0.6931471805599453;
   vdouble y = r * (1. / 40320) + 1. / 5040;
   y = y * r + 1. / 720;
   y = y * r + 1. / 120;
@@ -367,23 +363,14 @@ inline vdouble exp_of_negative(vdouble x) {
 
 double sum_of_exponentials(const float* s, int64_t columns, double inverse_temperature, float largest) {
   vdouble sum = {};
-  const auto add = [&](vnarrow a) {
-    sum += exp_of_negative((__builtin_convertvector(a, vdouble) - largest) * inverse_temperature);
+  const vfloat least = splat(float(std::max(largest - 700 / inverse_temperature, -3e38)));
+  const auto add = [&](vfloat x) {  // NaN stays
+    sum += exp_of_negative((wide(larger(least, x)) - largest) * inverse_temperature);
   };
   int64_t i = 0;
-  vnarrow a;
-  for (; i + kDoubles <= columns; i += kDoubles) {
-    std::memcpy(&a, s + i, sizeof a);
-    add(a);
-  }
-  if (i < columns) {
-    a = vnarrow{} - kInfinity;
-    std::memcpy(&a, s + i, (columns - i) * sizeof(float));
-    add(a);
-  }
-  double total = 0;
-  for (int k = 0; k < kDoubles; ++k) total += sum[k];
-  return total;
+  for (; i + kLanes <= columns; i += kLanes) add(load(s + i));
+  if (i < columns) add(load_some(s + i, int(columns - i), -kInfinity));
+  return sum_lanes(sum);
 }
 
 void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,

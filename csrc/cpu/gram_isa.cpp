@@ -8,15 +8,6 @@ namespace {
 
 static_assert(kGramLanes % kLanes == 0, "padded rows must be whole vectors");
 
-typedef double vdouble __attribute__((vector_size(kLanes * 8)));
-
-inline vdouble wide(vfloat x) { return __builtin_convertvector(x, vdouble); }
-inline double sum_lanes(vdouble x) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
 inline vfloat load_row(const void* row, bool raw, int64_t k) {
   return raw ? load_bfloat16(static_cast<const uint16_t*>(row) + k) : load(static_cast<const float*>(row) + k);
 }

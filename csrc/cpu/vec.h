@@ -18,6 +18,7 @@ namespace {
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
+typedef double vdouble __attribute__((vector_size(kLanes * 8)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -92,6 +93,12 @@ inline float sum_lanes(vfloat x) {
   float lanes[kLanes], sum = 0;
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+inline vdouble wide(vfloat x) { return __builtin_convertvector(x, vdouble); }
+inline double sum_lanes(vdouble x) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
 inline float max_lanes(vfloat x) {

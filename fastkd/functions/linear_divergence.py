@@ -78,9 +78,9 @@ def linear_divergence(
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
+    of_ranks = vocab_parallel.sizes(student_head, process_group) if hard_weight and process_group is not None else None
     if hard_weight:
-        words = student_head.shape[0] if process_group is None else vocab_parallel.words(student_head, process_group)
-        _check_labels(labels, counted, words)
+        _check_labels(labels, counted, student_head.shape[0] if of_ranks is None else of_ranks.sum())
     _check_num_valid(num_valid, counted, student_hidden)
     apart = bool(hard_weight) and vocab is not None and teacher_words == "all"  # labels are of the student's own words
     options = linear_divergence_op.Options(
@@ -91,7 +91,7 @@ def linear_divergence(
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
     student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
     if process_group is not None:
-        rows = vocab_parallel.rows(student, teacher, *flat, options, process_group).reshape(shape)
+        rows = vocab_parallel.rows(student, teacher, *flat, of_ranks, options, process_group).reshape(shape)
         return reduce.reduce(rows, counted, reduction, weights)
     row_weights, scale, shift = reduce.row_weights(counted, reduction, weights, student_hidden), None, None
     if heads.parts is not None:

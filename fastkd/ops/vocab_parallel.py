@@ -87,9 +87,8 @@ def _compared(s, t, options, group) -> Tensor:
 def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
     hidden, head, bias = student
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    s = _logits(
-        _Copy.apply(hidden, group), head, bias, mask, dtype, options.scales[0], options.caps[0]
-    )  # [N, V / ranks]
+    hidden = _Copy.apply(hidden, group)
+    s = _logits(hidden, head, bias, mask, dtype, options.scales[0], options.caps[0])  # [N, V / ranks]
     with torch.no_grad():
         t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
     rows = options.factor * _compared(s, t, options, group)
@@ -102,21 +101,18 @@ def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
-def _sizes(head, group) -> Tensor:
+def sizes(head: Tensor, group) -> Tensor:
+    """How many words each rank's shard has, [ranks] on the device."""
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=head.device)
     sizes[dist.get_rank(group)] = head.shape[0]
-    return _reduced(sizes, group, dist.ReduceOp.SUM)  # [ranks]
+    return _reduced(sizes, group, dist.ReduceOp.SUM)
 
 
-def words(head: Tensor, group) -> Tensor:
-    """How many words all shards have, [] on the device."""
-    return _sizes(head, group).sum()
-
-
-def rows(student, teacher, mask, labels, options, group) -> Tensor:
-    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None); shards in rank order, of any sizes. Rows [N],
-    the same on every rank; the gradient of hidden is that of all words, a head's that of its own."""
-    first = _sizes(student[1], group)[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first word
+def rows(student, teacher, mask, labels, of_ranks, options, group) -> Tensor:
+    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None); shards in rank order, of any `sizes`, of_ranks
+    if there are labels. Rows [N], the same on every rank; the gradient of hidden is that of all words, a head's that of
+    its own."""
+    first = of_ranks[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first word
     found = []
     with backends.full_precision(student[0]):
         for start in range(0, student[0].shape[0], ROWS):
