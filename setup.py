@@ -29,7 +29,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch
 COMMON = ["-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/isa.h).
 # No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence_isa.cpp).
-FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# -Wno-psabi: a vector wider than a unit's registers is passed between its own inline functions only.
+FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 X86_SETS = {
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

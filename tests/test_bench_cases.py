@@ -56,6 +56,16 @@ def test_roofs_count_reads_and_writes_and_measure_once():
     assert gemms[2].flops == 2 * 2 * 6 * 4 * 5
 
 
+def test_a_roof_measured_again_stays_the_best_that_was_seen():
+    timer = CountingTimer({"roof": 0.5})
+    measured, case = roofs.Roofs(CPU, timer), cases.divergence_case("mse", 3, 5, torch.float32)
+    for seconds, best in ((0.5, 0.5), (2.0, 0.5), (0.25, 0.25)):
+        timer.seconds["roof"] = seconds
+        measured.again(case, "both")
+        assert measured.copy_rate(1000.0) == (1 << 20) / best
+        assert measured.gemm_rate(torch.float32) == 2.0 * 2048**3 / best
+
+
 def test_declared_work_agrees_with_arithmetic_by_hand():
     """Figures of the physical floors, worked out independently: FLOPs over 788 TFLOP/s, bytes as they are."""
     linear = cases.linear_case("forward_kl", 8192, 128256, 4096, 4096, torch.bfloat16)
