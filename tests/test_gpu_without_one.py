@@ -1,0 +1,106 @@
+"""What runs on a GPU only, with fakes in the place of one: what a rival's failed capture leaves behind, whose device is current."""
+
+import contextlib
+
+import pytest
+import torch
+from fastkd.bench import case as case_module
+from fastkd.bench import cases, measure, packages, roofs
+
+from bench_fakes import CPU, FakeTimer
+
+
+class FakeCuda:
+    """torch.cuda as far as a capture needs it. As the real one does, `graph` that fails leaves its stream current."""
+
+    def __init__(self):
+        self.current, self.mode, self.captures = "default", "default", 0
+
+    def install(self, monkeypatch):
+        fakes = {
+            "Stream": lambda: self.Stream("side"), "current_stream": lambda: self.Stream(self.current),
+            "stream": self.stream, "set_stream": lambda stream: setattr(self, "current", stream.name),
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode), "graph": self.graph, "CUDAGraph": self.Graph,
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        return self
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, _):
+            pass
+
+    class Graph:
+        def pool(self):
+            return 0
+
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, _, stream, pool=None):
+        before, self.current = self.current, stream.name
+        self.captures += 1
+        yield
+        self.current = before
+
+    def wait(self):
+        """What .item() does."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_what_waits_for_the_device_never_enters_a_capture(mode, monkeypatch):
+    cuda, x = FakeCuda().install(monkeypatch), torch.ones(3, requires_grad=True)
+
+    def waits():
+        cuda.wait()
+        return x.square().sum()
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        measure.capture_task("authors", mode, waits, [x])
+    assert (cuda.captures, cuda.mode, cuda.current) == (0, "default", "default")
+    measure.capture_task("ours", mode, lambda: x.square().sum(), [x])
+    assert (cuda.captures, cuda.mode, cuda.current) == (2 if mode == "backward" else 1, "default", "default")
+
+
+def test_a_capture_that_fails_all_the_same_gives_its_stream_back(monkeypatch):
+    cuda, x = FakeCuda().install(monkeypatch), torch.ones(3, requires_grad=True)
+
+    def refuses():
+        if cuda.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x.square().sum()
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        measure.capture_task("other", "forward", refuses, [x])
+    assert (cuda.captures, cuda.current) == (1, "default")
+
+
+def test_roofs_do_not_need_the_default_generator():
+    measured, before = roofs.Roofs(CPU, FakeTimer({"roof": 1e-3, "gemm": 1e-3})), torch.get_rng_state()
+    measured.measure_copy(1 << 20)
+    measured.gemm_rate(torch.float32)
+    measured.gemm_seconds(roofs.Gemm(3, 4, 5), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpointed_chunks_can_be_captured(monkeypatch):
+    """The state of random numbers, on a GPU, cannot be read meanwhile."""
+    case = cases.linear_case("forward_kl", 300, 11, 4, 5, torch.float32)
+    run, inputs = packages.checkpointed_chunks(case), case_module.build(case, CPU)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch, name, lambda *_: pytest.fail("reads the state of random numbers"))
+    torch.autograd.grad(run(inputs, inputs.options), inputs.leaves)
