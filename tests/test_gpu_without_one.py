@@ -1,6 +1,10 @@
 """What runs on a GPU only, with fakes in the place of one: what a rival's failed capture leaves behind, whose device is current."""
 
 import contextlib
+import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ from fastkd.bench import case as case_module
 from fastkd.bench import cases, measure, packages, roofs
 
 from bench_fakes import CPU, FakeTimer
+
+ROOT = Path(__file__).parent.parent
 
 
 class FakeCuda:
@@ -104,3 +110,32 @@ def test_checkpointed_chunks_can_be_captured(monkeypatch):
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *_: pytest.fail("reads the state of random numbers"))
     torch.autograd.grad(run(inputs, inputs.options), inputs.leaves)
+
+
+def test_profiles_are_imported_without_datasets(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "fastkd.profile.models", raising=False)
+    models = importlib.import_module("fastkd.profile.models")
+    rows = models.tokens(models.config_of("bert-base"), "classification", 2, 8)
+    assert set(rows[3]) == set(rows.column_names) and rows[3]["labels"] == rows["labels"][3] and len(rows) == 512
+
+
+PROFILE = """
+import sys
+for name in ("datasets", "ot", "liger_kernel", "cut_cross_entropy", "ruff", "expecttest"):
+    sys.modules[name] = None  # importing it is an error
+from fastkd.cli import main
+sizes = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=32,vocab_size=50"
+options = ["--method", "all", "--batch", "4", "--length", "8", "--steps", "6", "--no-trace", "--device", "cpu"]
+for model in ("bert-base:", "llama-1b:num_key_value_heads=1,"):
+    assert main(["profile", "--from-config", model + sizes, *options, "--out", sys.argv[1]]) == 0, model
+"""
+
+
+@pytest.mark.long
+def test_a_profile_needs_no_more_packages_than_a_machine_with_a_gpu_has(tmp_path):
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, "-c", PROFILE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "left out" not in done.stdout and list(tmp_path.rglob("profile.csv"))
