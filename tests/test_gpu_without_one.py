@@ -1,6 +1,7 @@
 """What runs on a GPU only, with fakes in the place of one: what a rival's failed capture leaves behind, whose device is current."""
 
 import contextlib
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastkd.bench import case as case_module
-from fastkd.bench import cases, measure, packages, roofs
+from fastkd.bench import cases, check, measure, more_cases, packages, roofs
 
 from bench_fakes import CPU, FakeTimer
 
@@ -110,6 +111,34 @@ def test_checkpointed_chunks_can_be_captured(monkeypatch):
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *_: pytest.fail("reads the state of random numbers"))
     torch.autograd.grad(run(inputs, inputs.options), inputs.leaves)
+
+
+GREAT = [(case.stem, case.name) for stem in ("divergence", "linear_divergence", "relation")
+         for case in case_module.ON_GPU[stem]()]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stem", "name"), GREAT)
+def test_oracles_of_the_great_cases_keep_nothing_of_a_logit_s_size(stem, name, monkeypatch):
+    """Sixteen times the logits in float64 is more than a GPU has; the numbers are those of the whole reference."""
+    monkeypatch.setattr(more_cases, "PIECE", 4)
+    sizes = {"N": 11, "R": 11, "V": 50, "Ds": 4, "Dt": 6, "B": 2, "H": 2, "L": 11, "d": 4}
+    sizes |= {"R": 3} if stem == "relation" else {}
+    case = next(case for case in case_module.ON_GPU[stem]() if case.name == name)
+    case = dataclasses.replace(case, shape={axis: sizes[axis] for axis in case.shape}, dtype=torch.float32)
+    inputs, kept = case_module.build(case, CPU).to(torch.float64), []
+    own = {x.untyped_storage().data_ptr() for value in inputs.values() for x in case_module.as_list(value)}
+
+    def keep(tensor):
+        kept.append(0 if tensor.untyped_storage().data_ptr() in own else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        case.oracle(inputs)
+    assert sum(kept) < 11 * 11, "the graph of the float64 check holds score or logit matrices"
+    pieces = check.make_oracle(case, inputs)
+    whole = check.make_oracle(dataclasses.replace(case, oracle=None), inputs)
+    torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(pieces.gradients, whole.gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_profiles_are_imported_without_datasets(monkeypatch):
