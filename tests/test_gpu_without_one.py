@@ -13,6 +13,7 @@ from fastkd.bench import case as case_module
 from fastkd.bench import cases, check, measure, more_cases, packages, roofs
 
 from bench_fakes import CPU, FakeTimer
+from fastkd import backends
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,3 +169,34 @@ def test_a_profile_needs_no_more_packages_than_a_machine_with_a_gpu_has(tmp_path
     done = subprocess.run([sys.executable, "-c", PROFILE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "left out" not in done.stdout and list(tmp_path.rglob("profile.csv"))
+
+
+@pytest.mark.parametrize("arguments", ["x", "[x]", "None, [], [x, x], 2.0"])
+def test_kernels_are_launched_on_the_device_of_their_tensors(arguments, monkeypatch):
+    """Pointers of cuda:1 and the current stream of cuda:0 are no pair."""
+    current, x = [0], torch.ones(2)
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        assert tensor is x
+        current[0] = 1  # where x would be
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    seen = []
+    launch = backends._where_its_tensors_are(lambda *_: seen.append(current[0]))
+    launch(*eval(f"({arguments},)", {"x": x}))
+    assert seen == [1] and current == [0]
+
+
+def test_every_triton_op_has_the_guard(monkeypatch):
+    def host_of_this_test(x: torch.Tensor) -> torch.Tensor:
+        """What torch.library reads of a host function, its annotations, stays."""
+        return x + 1
+
+    guarded = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guarded.append(x) or contextlib.nullcontext())
+    op, x = backends._triton_op(host_of_this_test, ()), torch.ones(2)
+    assert torch.equal(op(x), x + 1) and torch.equal(torch.ops.fastkd.host_of_this_test_triton(x), x + 1)
+    assert len(guarded) == 2
