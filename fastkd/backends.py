@@ -163,8 +163,10 @@ def _where_its_tensors_are(host: Callable) -> Callable:
 
     @functools.wraps(host)
     def call(*args):
-        lists = ((x,) if isinstance(x, Tensor) else x for x in args if isinstance(x, Tensor | list))
-        with torch.cuda.device_of(next(x for each in lists for x in each)):  # on a CPU: nothing
+        lists = (x if isinstance(x, list | tuple) else (x,) for x in args)
+        with torch.cuda.device_of(
+            next(x for each in lists for x in each if isinstance(x, Tensor))
+        ):  # on a CPU: nothing
             return host(*args)
 
     return call

@@ -171,7 +171,7 @@ def test_a_profile_needs_no_more_packages_than_a_machine_with_a_gpu_has(tmp_path
     assert "left out" not in done.stdout and list(tmp_path.rglob("profile.csv"))
 
 
-@pytest.mark.parametrize("arguments", ["x", "[x]", "None, [], [x, x], 2.0"])
+@pytest.mark.parametrize("arguments", ["x", "[x]", "(x, x), None", "None, [], (2.0,), [x, x], 2.0"])
 def test_kernels_are_launched_on_the_device_of_their_tensors(arguments, monkeypatch):
     """Pointers of cuda:1 and the current stream of cuda:0 are no pair."""
     current, x = [0], torch.ones(2)
