@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from fastkd.bench import case as case_module
-from fastkd.bench import cases, check, measure, more_cases, packages, roofs
+from fastkd.bench import cases, check, measure, more_cases, packages, roofs, small
 
 from bench_fakes import CPU, FakeTimer
 from fastkd import backends
+from on_gpu import step_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,3 +201,18 @@ def test_every_triton_op_has_the_guard(monkeypatch):
     op, x = backends._triton_op(host_of_this_test, ()), torch.ones(2)
     assert torch.equal(op(x), x + 1) and torch.equal(torch.ops.fastkd.host_of_this_test_triton(x), x + 1)
     assert len(guarded) == 2
+
+
+def test_a_step_that_moves_a_bank_is_the_same_twice():
+    """Bitwise, which a captured graph's replay is compared for."""
+    case = next(case for case in small.small_cases() if case.kind == "codir_step_given")
+    inputs = case_module.build(case, CPU)
+    for side in "st":  # the case's own banks move by a bit or two
+        inputs[f"bank_{side}"].normal_(generator=torch.Generator().manual_seed(1))
+    step = step_of(lambda inputs: check.loss_and_gradients(lambda x: case.ours(x, "reference"), inputs), inputs)
+    (loss, gradients), moved = step(), inputs["bank_s"].clone()
+    again, gradients_again = step()
+    assert torch.equal(loss, again) and all(map(torch.equal, gradients, gradients_again))
+    assert torch.equal(inputs["bank_s"], moved)
+    once_more, _ = check.loss_and_gradients(lambda x: case.ours(x, "reference"), inputs)
+    assert not torch.equal(loss, once_more)  # without putting it back

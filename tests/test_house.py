@@ -64,6 +64,18 @@ def test_kernels_unpack_one_tuple_at_a_time(path):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("path", HOT_PATHS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_sum_into_a_tensor_waits_where_algorithms_are_deterministic(path):
+    """There, torch copies strides from the host for scatter_add, which waits for the device; for index_put_ it does not."""
+    found = [
+        f"{path.name}:{node.lineno}: .{node.func.attr}(): index_put_(…, accumulate=True) does the same"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith(("scatter_add", "scatter_reduce"))
+    ]  # fmt: skip
+    assert not found, "\n".join(found)
+
+
 # Arrows point down only: cli → train → losses → functional → functions → ops → {kernels, csrc, reference}.
 FORBIDDEN = {
     "fastkd/reference/*.py": ["fastkd.(?!reference)"],
