@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,3 +217,41 @@ def test_a_step_that_moves_a_bank_is_the_same_twice():
     assert torch.equal(inputs["bank_s"], moved)
     once_more, _ = check.loss_and_gradients(lambda x: case.ours(x, "reference"), inputs)
     assert not torch.equal(loss, once_more)  # without putting it back
+
+
+class Launches:
+    """In the place of a kernel: the grids it is launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+MANY = 65536 + 3  # one more than a grid may have programs along y and z
+
+
+@pytest.mark.parametrize(("stem", "name"), [("relation", "forward_kernel"), ("relation", "backward_kernel"),
+                                            ("attention_cost", "partial_kernel"), ("attention_cost", "gradient_kernel"),
+                                            ("contrast", "gathered_kernel")])  # fmt: skip
+def test_so_many_heads_and_examples_fit_into_a_grid(stem, name, monkeypatch):
+    pytest.importorskip("triton")
+    module, launches = importlib.import_module(f"fastkd.kernels.{stem}"), Launches()
+    for other in vars(module):
+        if other.endswith("_kernel"):
+            monkeypatch.setattr(module, other, launches if other == name else Launches())
+    x, grad = torch.empty(MANY, 1, 5, 16, device="meta"), torch.empty(1, 1, device="meta")
+    if stem == "relation":
+        rows, stats, *nothing = module.relation_fwd(x, None, x, None, None, False, 1.0, 1.0, False)
+        module.relation_bwd(rows, x, None, x, None, None, stats, *nothing, False, 1.0, 1.0)
+    elif stem == "attention_cost":
+        module.attention_cost_fwd([x], [x], [x], [x], [1.0, 1.0], None, False)
+        module.attention_cost_bwd(grad, [x], [x], [x], [x], [1.0, 1.0], None, False)
+    else:
+        query, index = torch.empty(MANY, 16, device="meta"), torch.zeros(MANY, 2, dtype=torch.int64, device="meta")
+        monkeypatch.setattr(module, "Partials", lambda query, *_: SimpleNamespace(
+            splits=2, largest=query, mass=query, sums=query))  # fmt: skip
+        module.nce_fwd(query, torch.empty(9, 16, device="meta"), index, grad, 0.1, False)
+    assert launches.grids and all(grid[0] >= MANY and max(grid[1:], default=1) <= 65535 for grid in launches.grids)
