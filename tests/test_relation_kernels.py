@@ -204,7 +204,7 @@ def test_extreme_scores(backend):
 
 @INTERPRETED
 @on_every_kernel
-@pytest.mark.parametrize("student, teacher", [(0.05, 3.0), (3.0, 0.05)])
+@pytest.mark.parametrize(("student", "teacher"), [(0.05, 3.0), (3.0, 0.05)])
 def test_a_flat_side_against_a_sharp_one(student, teacher, backend):
     """Hundreds of keys: the sums of the two softmaxes lie so far apart that their difference would lose digits."""
     tensors = states(12, 1, 17, WHOLE + 77, 16, 16)
