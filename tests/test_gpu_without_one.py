@@ -158,7 +158,7 @@ import sys
 for name in ("datasets", "ot", "liger_kernel", "cut_cross_entropy", "ruff", "expecttest"):
     sys.modules[name] = None  # importing it is an error
 from fastkd.cli import main
-sizes = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=32,vocab_size=50"
+sizes = "num_hidden_layers=4,hidden_size=96,num_attention_heads=4,intermediate_size=32,vocab_size=50"
 options = ["--method", "all", "--batch", "4", "--length", "8", "--steps", "6", "--no-trace", "--device", "cpu"]
 for model in ("bert-base:", "llama-1b:num_key_value_heads=1,"):
     assert main(["profile", "--from-config", model + sizes, *options, "--out", sys.argv[1]]) == 0, model
