@@ -310,9 +310,9 @@ def backward_kernel(
 SPILL_LIMIT = {"forward_kernel": 8, "backward_kernel": 0}
 
 # Words of a row per step and warps of a program, forward and backward, by the width of the row. 8 and 16 words a thread keep
-# the sums in registers, with two programs or more on a multiprocessor.
+# the sums in registers, with two programs or more on a multiprocessor: not with every Triton, unless it is told the limit.
 SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}
-LARGE = {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 8}
+LARGE = {"BLOCK": 2048, "STAGES": 3, "num_warps": 8, "maxnreg": 128}, {"BLOCK": 4096, "num_warps": 8}
 
 
 def geometry(s: Tensor, t: Tensor) -> tuple[dict, dict, int]:

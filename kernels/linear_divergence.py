@@ -97,7 +97,13 @@ def row_kernel(
 
 # Bytes of local memory a thread may use (tests/test_triton.py), and the launch by the width of the row.
 SPILL_LIMIT = {"row_kernel": 32}
-SMALL, LARGE = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}, {"BLOCK": 2048, "STAGES": 3, "num_warps": 8}
+SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}
+LARGE = {
+    "BLOCK": 2048,
+    "STAGES": 3,
+    "num_warps": 8,
+    "maxnreg": 128,
+}  # two programs on a multiprocessor, with any Triton
 
 
 class Chunks:
