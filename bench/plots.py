@@ -28,7 +28,7 @@ STYLE = {
     "xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "font.size": 9.5, "legend.frameon": False,
     "legend.fontsize": 9, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
 }  # fmt: skip
-DIGEST = "fastkd-rows"
+DIGEST, MARKS = "fastkd-rows", "fastkd-marks"
 
 
 def colour(provider: str) -> str:
@@ -69,11 +69,16 @@ def title(figure, text: str, rows: Sequence[dict]) -> None:
     figure.text(0.992, 0.992, source(rows), ha="right", va="top", fontsize=7, color="#8b949e")
 
 
-def save(figure, path: pathlib.Path, rows: Sequence[dict]) -> None:
+def is_of(picture: bytes, rows: Sequence[dict], marks: Iterable = ()) -> bool:
+    """Whether a picture shows these rows and marks; one from before the marks were noted has none to compare."""
+    return digest_of(rows).encode() in picture and (MARKS.encode() not in picture or digest(*marks).encode() in picture)
+
+
+def save(figure, path: pathlib.Path, rows: Sequence[dict], marks: Iterable = ()) -> None:
     """The date of drawing stays out of the file: the same rows give the same picture."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=140, metadata={DIGEST: digest_of(rows), "Software": None})
+    figure.savefig(path, dpi=140, metadata={DIGEST: digest_of(rows), MARKS: digest(*marks), "Software": None})
     plt.close(figure)
 
 
@@ -182,7 +187,7 @@ def sweep(rows: Sequence[dict], stem: str, path: pathlib.Path, out_of_memory=())
         panels[0].set_title(f"{kind} {DTYPES.get(dtype, dtype)} (first point {first}): {modes_of(points)}, ms")
         panels[1].set_title("peak extra memory, MiB")
     title(figure, f"{stem}: how it grows", rows)
-    save(figure, path, rows)
+    save(figure, path, rows, out_of_memory)
     return True
 
 

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from fastkd.bench import archive, device_plots, machine, plots, report, targets
+from fastkd.bench import archive, device_plots, machine, plots, report, shapes, targets
 
 BEGIN, END = "<!-- figures: begin (written by `make readme` from bench/results) -->", "<!-- figures: end -->"
 RIVALS = ("eager", "compile", "authors")
@@ -52,7 +52,7 @@ def case_line(stem: str, case: str, there: dict[str, dict]) -> str:
 def table(rows: Sequence[dict]) -> list[str]:
     """Every case but the curves' points, in the order of the CSV."""
     groups: dict[tuple, dict[str, dict]] = {}
-    for row in plots.headline(rows):
+    for row in plots.headline(report.one_cache(rows)):
         if not row["sweep"]:
             groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
     lines = [case_line(stem, case, there) for (stem, case), there in groups.items() if "fastkd" in there]
@@ -61,21 +61,30 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 
 def slower_than_eager(rows: Sequence[dict], limit: float = 0.95) -> list[str]:
-    """Cases and modes where eager takes less than `limit` of our time; all launches, curves too."""
+    """Cases and modes where eager takes less than `limit` of our time; all launches and cache states, curves too."""
+
+    def how(row: dict) -> str:
+        cold = row["cache"].startswith("cold") and not row["cuda"]  # a GPU is always measured cold
+        return f"{row['mode']}{'' if row['launch'] == 'plain' else ' graph'}{' cold' if cold else ''}"
+
     return [
-        f"{row['stem']} {plots.label_of(row['case'])} {row['mode']}{'' if row['launch'] == 'plain' else ' graph'} "
-        f"({plots.value(row, 'times_ours_median'):.2f}×)"
-        for row in rows
-        if row["provider"] == "eager" and row["times_ours_median"] and plots.value(row, "times_ours_median") < limit
+        f"{row['stem']} {plots.label_of(row['case'])} {how(row)} ({plots.value(row, 'times_ours_median'):.2f}×)"
+        for row in targets.beside_eager(rows)
+        if plots.value(row, "times_ours_median") < limit
     ]
+
+
+def stems_of(folder: pathlib.Path) -> list[str]:
+    """Stems with rows or reasons; a profile, a log or what somebody else put here is none."""
+    return sorted({*shapes.KINDS, *(path.stem for path in report.results_in(folder))})
 
 
 def absent(folder: pathlib.Path) -> list[str]:
     """Rivals that have no row on this device, with the reason, once."""
     found = [
-        (path.stem, name, reason)
-        for path in sorted(folder.glob("*.json"))
-        for reasons in archive.absent_of(path).values()
+        (stem, name, reason)
+        for stem in stems_of(folder)
+        for reasons in archive.absent_of(folder / f"{stem}.json").values()
         for name, reason in reasons.items()
         if not name.startswith("fastkd")
     ]
@@ -99,11 +108,9 @@ def section(folder: pathlib.Path, root: pathlib.Path) -> Iterator[str]:
         yield from ("", f"![How many times faster, case by case]({where}/overview.png)")
     yield from ("", *table(rows))
     slow = slower_than_eager(rows)
-    compared = sum(row["provider"] == "eager" for row in rows)
-    yield from (
-        "",
-        f"Slower than 0.95× eager: {len(slow)} of {compared} rows" + (f": {'; '.join(slow)}." if slow else "."),
-    )
+    yield from ("", f"Slower than 0.95× eager: {len(slow)} of {targets.coverage(rows)}.")
+    if slow:
+        yield f"Those are {'; '.join(slow)}."
     lines = targets.table(rows, folder)
     if lines:
         yield from folded("Targets", lines)
@@ -172,12 +179,44 @@ def replaced(readme: str, figures: str) -> str:
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     """All pictures of one device."""
     drawn = []
-    for path in sorted(folder.glob("*.csv")):
-        if path.stem != report.PROFILE:
-            drawn += plots.draw(
-                report.read_rows(path), path.stem, folder, archive.out_of_memory(path.with_suffix(".json"))
-            )[0]
-    return drawn + device_plots.draw(report.rows_of(folder), folder)[0]
+    for path in report.results_in(folder):
+        lost = archive.out_of_memory(path.with_suffix(".json"))
+        drawn += plots.draw(report.read_rows(path), path.stem, folder, lost)[0]
+    drawn += device_plots.draw(report.rows_of(folder), folder)[0]
+    if (folder / f"{report.PROFILE}.csv").exists():
+        from fastkd.profile import plots as profile_plots
+
+        drawn += profile_plots.draw(folder)[0]
+    return drawn
+
+
+def rewrite(folder: pathlib.Path) -> list[pathlib.Path]:
+    """JSON and pictures of one device, from its CSV. What we would not draw is somebody else's and stays."""
+    for stem in (path.stem for path in report.results_in(folder)):
+        if json_is_stale(folder, stem):
+            archive.write(folder, stem, {})
+    pictures = [folder / name for name in archive.pictures(stems_of(folder))]
+    for path in (*pictures, folder / f"{report.PROFILE}.png"):
+        archive.check_picture(path)
+    for path in pictures:
+        path.unlink(missing_ok=True)
+    return draw(folder)
+
+
+def json_is_stale(folder: pathlib.Path, stem: str) -> bool:
+    csv, json = folder / f"{stem}.csv", folder / f"{stem}.json"
+    return not json.exists() or archive.contents(json)["rows"] != archive.checked(csv, report.read_rows(csv))
+
+
+def shown_by(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, Sequence[dict], Sequence]]:
+    """Every picture that we draw and that is there, the rows behind it, and what ran out of memory on it."""
+    everything = report.rows_of(folder)
+    for name in (*archive.pictures(stems_of(folder)), f"{report.PROFILE}.png"):
+        path, stem = folder / name, name.removesuffix(".png").rsplit("_", 1)[0]
+        if path.exists():
+            rows = everything if stem in ("overview", "roofline") else report.read_rows(folder / f"{stem}.csv")
+            swept = name.endswith("_sweep.png")
+            yield path, rows, archive.out_of_memory(folder / f"{stem}.json") if swept else ()
 
 
 def stale(root: pathlib.Path) -> list[str]:
@@ -185,20 +224,14 @@ def stale(root: pathlib.Path) -> list[str]:
     readme = (root / "README.md").read_text()
     found = [] if replaced(readme, text(root)) == readme else ["README.md: its figures are not those of bench/results"]
     for folder in devices(root / "bench" / "results"):
-        for path in sorted(folder.glob("*.png")):
-            stem = path.stem.rsplit("_", 1)[0]
-            if path.stem == report.PROFILE:
-                rows = report.read_rows(folder / "profile.csv")
-            else:
-                rows = (
-                    report.rows_of(folder)
-                    if path.stem in ("overview", "roofline")
-                    else report.read_rows(folder / f"{stem}.csv")
-                )
-            if plots.digest_of(rows).encode() not in path.read_bytes():
+        where = folder.relative_to(root)
+        for stem in (path.stem for path in report.results_in(folder)):
+            found += [f"{where}/{stem}.json: its rows are not those of the CSV"] if json_is_stale(folder, stem) else []
+        for path, rows, lost in shown_by(folder):
+            if not plots.is_of(path.read_bytes(), rows, lost):
                 found.append(f"{path.relative_to(root)}: drawn from other rows")
         if device_plots.leading(report.rows_of(folder)) and not (folder / "overview.png").exists():
-            found.append(f"{folder.relative_to(root)}/overview.png: missing")
+            found.append(f"{where}/overview.png: missing")
     return found
 
 
@@ -206,18 +239,23 @@ def main(argv: Sequence[str] | None = None, root: pathlib.Path = machine.ROOT) -
     parser = argparse.ArgumentParser("make readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 and a list where something is stale")
     arguments = parser.parse_args(argv)
-    if not arguments.check:
+    try:
+        return run(root, arguments.check)
+    except ValueError as error:
+        print(f"make readme: {error}", file=sys.stderr)
+        return 2
+
+
+def run(root: pathlib.Path, only_check: bool) -> int:
+    if not only_check:
         reason = plots.ready()
         if reason:
             print(reason, file=sys.stderr)
             return 2
         for folder in devices(root / "bench" / "results"):
-            for path in folder.glob("*.png"):
-                if path.stem != report.PROFILE:
-                    path.unlink()
-            print(*(path.relative_to(root) for path in draw(folder)), sep="\n")
+            print(*(path.relative_to(root) for path in rewrite(folder)), sep="\n")
         readme = root / "README.md"
-        readme.write_text(replaced(readme.read_text(), text(root)))
+        report.store(readme, replaced(readme.read_text(), text(root)))
     wrong = stale(root)
     print("\n".join((*wrong, "run `make readme`")) if wrong else "README.md and its pictures say what the CSV says")
     return 1 if wrong else 0
