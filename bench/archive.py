@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from fastkd.bench import plots, report
+from fastkd.bench import report
 
 FORMAT = 1
 OOM = "out of memory"
@@ -79,11 +79,6 @@ def absent_of(path: pathlib.Path) -> dict[str, dict[str, str]]:
     return contents(path)["absent"] if path.exists() else {}
 
 
-def out_of_memory(path: pathlib.Path) -> list[tuple[str, str]]:
-    """(case, rival) that ran out of memory, for the curves."""
-    return [(case, name) for case, there in absent_of(path).items() for name, why in there.items() if OOM in why]
-
-
 def pictures(stems: Iterable[str]) -> list[str]:
     """What is drawn in the folder of a device that has these stems."""
     return ["overview.png", "roofline.png", *(f"{stem}_{kind}.png" for stem in stems for kind in ("speedup", "sweep"))]
@@ -91,6 +86,8 @@ def pictures(stems: Iterable[str]) -> list[str]:
 
 def check_picture(path: pathlib.Path) -> None:
     """Raises where drawing would overwrite a picture that somebody else put there."""
+    from fastkd.bench import plots  # which reads our reasons
+
     if path.exists() and plots.DIGEST.encode() not in path.read_bytes():
         raise foreign(path, "a picture that was not drawn from rows")
 

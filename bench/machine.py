@@ -233,9 +233,11 @@ def busy_reason(foreign: float | None, when: str, limit: float = FOREIGN_CORES) 
     return ""
 
 
-def gpu_busy_reason(device, limit: int = 10) -> str:
-    """A GPU that computes before we start is somebody else's."""
-    answer = query_gpu(device, "utilization.gpu")
+def gpu_busy_reason(device=None, limit: int = 10) -> str:
+    """A GPU (the current one, unless it is named) that computes before we start is somebody else's."""
+    import torch
+
+    answer = query_gpu(device or torch.device("cuda"), "utilization.gpu")
     if answer.isdigit() and int(answer) > limit:
         return f"the GPU was {answer} % busy before the run"
     return ""

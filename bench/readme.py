@@ -52,7 +52,7 @@ def case_line(stem: str, case: str, there: dict[str, dict]) -> str:
 def table(rows: Sequence[dict]) -> list[str]:
     """Every case but the curves' points, in the order of the CSV."""
     groups: dict[tuple, dict[str, dict]] = {}
-    for row in plots.headline(report.one_cache(rows)):
+    for row in plots.headline(rows):
         if not row["sweep"]:
             groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
     lines = [case_line(stem, case, there) for (stem, case), there in groups.items() if "fastkd" in there]
@@ -180,8 +180,7 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     """All pictures of one device."""
     drawn = []
     for path in report.results_in(folder):
-        lost = archive.out_of_memory(path.with_suffix(".json"))
-        drawn += plots.draw(report.read_rows(path), path.stem, folder, lost)[0]
+        drawn += plots.draw(report.read_rows(path), path.stem, folder)[0]
     drawn += device_plots.draw(report.rows_of(folder), folder)[0]
     if (folder / f"{report.PROFILE}.csv").exists():
         from fastkd.profile import plots as profile_plots
@@ -208,15 +207,18 @@ def json_is_stale(folder: pathlib.Path, stem: str) -> bool:
     return not json.exists() or archive.contents(json)["rows"] != archive.checked(csv, report.read_rows(csv))
 
 
-def shown_by(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, Sequence[dict], Sequence]]:
-    """Every picture that we draw and that is there, the rows behind it, and what ran out of memory on it."""
-    everything = report.rows_of(folder)
-    for name in (*archive.pictures(stems_of(folder)), f"{report.PROFILE}.png"):
-        path, stem = folder / name, name.removesuffix(".png").rsplit("_", 1)[0]
-        if path.exists():
-            rows = everything if stem in ("overview", "roofline") else report.read_rows(folder / f"{stem}.csv")
-            swept = name.endswith("_sweep.png")
-            yield path, rows, archive.out_of_memory(folder / f"{stem}.json") if swept else ()
+def drawn_from_others(folder: pathlib.Path) -> Iterator[str]:
+    """Pictures of ours that show other rows than the CSV has, or curves that end for other reasons than the JSON gives."""
+    names = [*archive.pictures(stems_of(folder)), f"{report.PROFILE}.png"]
+    for path in (folder / name for name in names if (folder / name).exists()):
+        stem, _, kind = path.stem.rpartition("_")
+        csv = folder / f"{stem or kind}.csv"
+        rows = report.rows_of(folder) if kind in ("overview", "roofline") else report.read_rows(csv)
+        digests, picture = [plots.digest_of(rows)], path.read_bytes()
+        if plots.DIGEST_ABSENT.encode() in picture:  # a picture from before the reasons were noted has none
+            digests.append(plots.digest_of_absent(archive.absent_of(csv.with_suffix(".json"))))
+        if not all(digest.encode() in picture for digest in digests):
+            yield path.name
 
 
 def stale(root: pathlib.Path) -> list[str]:
@@ -227,9 +229,7 @@ def stale(root: pathlib.Path) -> list[str]:
         where = folder.relative_to(root)
         for stem in (path.stem for path in report.results_in(folder)):
             found += [f"{where}/{stem}.json: its rows are not those of the CSV"] if json_is_stale(folder, stem) else []
-        for path, rows, lost in shown_by(folder):
-            if not plots.is_of(path.read_bytes(), rows, lost):
-                found.append(f"{path.relative_to(root)}: drawn from other rows")
+        found += [f"{where}/{name}: drawn from other rows" for name in drawn_from_others(folder)]
         if device_plots.leading(report.rows_of(folder)) and not (folder / "overview.png").exists():
             found.append(f"{where}/overview.png: missing")
     return found

@@ -115,15 +115,6 @@ def rows_of(folder: pathlib.Path) -> list[dict]:
     return [row for path in results_in(folder) for row in read_rows(path)]
 
 
-def one_cache(rows: Iterable[dict]) -> list[dict]:
-    """One cache state of each case, the one that is measured by default where there are both: a figure never mixes them."""
-    rows, states = list(rows), {}
-    for row in rows:
-        states.setdefault((row["stem"], row["case"]), []).append(row["cache"])
-    chosen = {case: min(there, key=lambda cache: cache.startswith("cold")) for case, there in states.items()}
-    return [row for row in rows if row["cache"] == chosen[row["stem"], row["case"]]]
-
-
 def merge(old: Iterable[dict], new: Sequence[dict]) -> list[dict]:
     """New rows replace the old ones of the same case and mode, whole groups at a time: a ratio lives in one run."""
     measured = {tuple(row[name] for name in KEY[1:-1]) for row in new}

@@ -308,8 +308,7 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
 def draw(stems: Iterable[str], folder: pathlib.Path) -> None:
     """The pictures of these stems, and those of the device."""
     for stem in stems:
-        lost = archive.out_of_memory(folder / f"{stem}.json")
-        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder, lost)
+        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder)
         print(f"published {folder / stem}.json and .csv", *(path.name for path in paths), reason)
     if stems:
         print(*(path.name for path in device_plots.draw(report.rows_of(folder), folder)[0]))

@@ -120,7 +120,7 @@ def test_cold_and_warm_are_never_mixed(order, checkout):
 def test_a_case_that_was_measured_cold_only_is_shown_so(checkout):
     folder = checkout / "bench/results/box"
     written(folder, rows_of(eager=0.5, **{**COLD, "case": "jsd-5x31-float32"}))
-    assert "| **0.5×** [0.495, 0.505] |" in readme.text(checkout)
+    assert "| **0.50×** [0.495, 0.505] |" in readme.text(checkout)
     assert readme.slower_than_eager(report.rows_of(folder)) == ["divergence jsd 5×31 fp32 both cold (0.50×)"]
 
 
