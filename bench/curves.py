@@ -68,11 +68,12 @@ def head(axes, above: float, text: str, **style) -> None:
 def curves(time, memory, points: Sequence[dict], absent: Absent) -> list[tuple]:
     """One line per provider in both panels; (handle, label) for the legend, the slowest first as on the right of the plot."""
     lines, nothing = [], []
-    for provider in sorted({row["provider"] for row in points}, key=lambda p: p.startswith("fastkd")):
+    providers = dict.fromkeys(row["provider"] for row in points)
+    for provider in sorted(providers, key=plots.rank, reverse=True):  # ours over the others
         mine, why = [row for row in points if row["provider"] == provider], ending(points, provider, absent)
         ours, tone = provider.startswith("fastkd"), plots.colour(provider)
         style = {"color": tone, "marker": "o", "markersize": 6 if ours else 4.5, "linewidth": 3 if ours else 1.7}
-        style["zorder"] = 3 if ours else 2
+        style |= {"zorder": 3 if ours else 2, "linestyle": ":" if provider.startswith("fastkd:") else "-"}
         xs, ms = [size_of(row) for row in mine], [plots.value(row, "median_ms") for row in mine]
         (line,) = time.plot(xs, ms, **style)
         band = [[plots.value(row, name) or y for row, y in zip(mine, ms, strict=True)]

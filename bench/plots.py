@@ -105,7 +105,7 @@ def decimal_ticks(axis) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -176,7 +176,8 @@ def legend_above(axes, rivals: Sequence[str], most: int = 7) -> None:
 
 
 def rank(provider: str) -> int:
-    return list(COLOURS).index(provider) if provider in COLOURS else len(COLOURS)
+    name = provider.split(":")[0]
+    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
 
 
 def interval_of(row: dict) -> tuple[float, float, float]:

@@ -160,7 +160,8 @@ def test_a_curve_that_reaches_the_end_says_nothing():
 
 
 def test_bands_are_intervals_of_the_median_and_no_memory_is_said(drawn, tmp_path):
-    rows = curve(8, 64, median_low_ms=0.5, median_high_ms=2.0, p20_ms=0.9, p80_ms=1.1)
+    changes = {"median_low_ms": 0.5, "median_high_ms": 2.0, "p20_ms": 0.9, "p80_ms": 1.1}
+    rows = curve(8, 64, **changes) + curve(8, 64, rival="authors", **changes)[1::2]
     rows = [dataclasses.replace(row, peak_extra_mib=0.0) if row.sweep == "V=8" else row for row in rows]
     written(tmp_path, rows)
     plots.draw(report.read_rows(tmp_path / "divergence.csv"), "divergence", tmp_path)
@@ -169,8 +170,10 @@ def test_bands_are_intervals_of_the_median_and_no_memory_is_said(drawn, tmp_path
     heights = {height for band in time.collections for path in band.get_paths() for height in path.vertices[:, 1]}
     assert heights == {0.5, 2.0}
     assert "95 % interval" in figure.get_supxlabel()
-    assert " 0: eager, fastkd" in [text.get_text() for text in memory.texts]
-    assert [list(line.get_xdata()) for line in memory.lines] == [[64], [64]]
+    assert " 0: authors, eager, fastkd" in [text.get_text() for text in memory.texts]
+    assert [list(line.get_xdata()) for line in memory.lines] == [[64]] * 3
+    order = [line.get_color() for line in time.lines]  # ours over the others, in an order that no run changes
+    assert order == [*(plots.colour(name) for name in ("authors", "eager", "fastkd")), plots.INK]
 
 
 def test_whiskers_and_all_names_are_inside(drawn, tmp_path):

@@ -202,15 +202,15 @@ def test_extreme_scores(backend):
         assert relative_error(grad, true_grad) <= 1.5 * relative_error(reference_grad, true_grad) + 1e-5
 
 
-@INTERPRETED
 @on_every_kernel
 @pytest.mark.parametrize(("student", "teacher"), [(0.05, 3.0), (3.0, 0.05)])
-def test_a_flat_side_against_a_sharp_one(student, teacher, backend):
+@pytest.mark.parametrize("case", ["self", "pair"])
+def test_a_flat_side_against_a_sharp_one(case, student, teacher, backend):
     """Hundreds of keys: the sums of the two softmaxes lie so far apart that their difference would lose digits."""
-    tensors = states(12, 1, 17, WHOLE + 77, 16, 16)
-    tensors = [student * x for x in tensors[:2]] + [teacher * x for x in tensors[2:]]
-    loss_error, grad_error = errors("self", tensors, backend)
-    assert loss_error <= 1e-6 and grad_error <= 1e-5
+    for length in [200] if backends.INTERPRETED else [300, WHOLE + 77]:
+        tensors = states(12, 1, 1 if backends.INTERPRETED else 17, length, 16, 16)
+        tensors = [student * x for x in tensors[:2]] + [teacher * x for x in tensors[2:]]
+        assert max(errors(case, tensors, backend)) <= 2e-6
 
 
 @INTERPRETED

@@ -11,7 +11,8 @@ struct RelationTile {
 };
 
 // Per query: a score of each side that is taken off all of its scores, at or near the largest; sum e^(t - max t), and
-// sum e^(s - max s) less that.
+// sum e^(s - max s) less that. Where the sums are so far apart that their difference would lose digits, sum_t is
+// negative, and `excess` is the student's sum itself.
 struct RelationStats {
   float *max_t, *sum_t, *max_s, *excess;
 };
@@ -29,7 +30,7 @@ struct RelationPull {
 struct RelationTable {
   // Scores of keys after the query, in the square at the diagonal, become so small that they count for nothing.
   void (*hide)(const RelationTile& at);
-  // `keep`: e^(t - max t) and e^(s - max s) - e^(t - max t) are left where the scores were.
+  // `keep`: what `from_kept` needs is left where the scores were.
   void (*statistics)(const RelationTile& at, bool keep, const RelationStats& of, float* values);
   // s = g (q - p), from what `statistics` kept, or from scores once more.
   void (*from_kept)(const RelationTile& at, const RelationStats& of, const float* g);

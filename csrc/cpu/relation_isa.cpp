@@ -37,6 +37,7 @@ Column maxima(const RelationTile& at, int64_t lane) {
 // One key's share in the sums of its queries, and those sums.
 struct Share {
   vfloat t, s, excess, bregman, cross;
+  vint close = {};  // |c| < 1
 
   void add(const Share& other) {
     t += other.t, s += other.s, excess += other.excess, bregman += other.bregman, cross += other.cross;
@@ -48,34 +49,37 @@ inline Share share(const Column& column, vfloat a, vfloat b) {
   const vint near = c < 1.f;
   const Exponential x = exponential(near ? c : column.student(a));
   const vfloat grown = x.exp(), student = near ? e * grown : grown, difference = near ? e * x.expm1() : grown - e;
-  // expm1(c) - c > 0 has no limit
-  return {e, student, difference, magnitude(c) < 1.f ? e * x.expm1_minus_x() : difference - cross, cross};
+  const vint close = magnitude(c) < 1.f;  // expm1(c) - c > 0 has no limit
+  return {e, student, difference, close ? e * x.expm1_minus_x() : difference - cross, cross, close};
 }
 
-// Of a query with these sums: its value, and log(sum_s / sum_t) where the sums are far apart (else 0).
-struct Query {
-  vfloat value, far;
+// The value of a query with these sums, and what is remembered of them.
+vfloat settle(const Share& sum, const Column& column, const RelationStats& of, int64_t lane) {
+  const vfloat apart = sum.excess / sum.t;
+  const vint near = magnitude(apart) < 0.5f;
+  store(of.max_t + lane, column.max_t);
+  store(of.max_s + lane, column.max_s);
+  store(of.sum_t + lane, near ? sum.t : -sum.t);
+  store(of.excess + lane, near ? sum.excess : sum.s);
+  return near ? sum.bregman / sum.t - logarithm(apart).y_minus_log1p
+              : natural_logarithm(sum.s / sum.t) - sum.cross / sum.t;
+}
 
-  explicit Query(const Share& sum) {
-    const vfloat apart = sum.excess / sum.t, ratio = sum.s / sum.t;
-    const vint near = magnitude(apart) < 0.5f;
-    const vfloat kappa = natural_logarithm(ratio);
-    far = near ? vfloat{} : kappa;
-    value = near ? sum.bregman / sum.t - logarithm(apart).y_minus_log1p : kappa - sum.cross / sum.t;
+// What was remembered, read again.
+struct Sums {
+  vfloat t, s, excess;
+  vint near;
+
+  Sums(const RelationStats& of, int64_t lane) : t(load(of.sum_t + lane)), excess(load(of.excess + lane)) {
+    near = t > 0.f;
+    t = magnitude(t);
+    s = near ? t + excess : excess;
   }
 };
 
-// Where the sums are far apart, the student's scores are shifted until they are equal: a difference would lose digits.
-void keep(const Share& sum, const Query& query, Column column, const RelationStats& of, int64_t lane) {
-  store(of.max_t + lane, column.max_t);
-  store(of.max_s + lane, column.max_s + query.far);
-  store(of.sum_t + lane, sum.t);
-  store(of.excess + lane, query.far == 0.f ? sum.excess : vfloat{});
-}
-
 template <bool kKeep>
 void statistics_of(const RelationTile& at, const RelationStats& of, float* values, int64_t lane) {
-  Column column = maxima(at, lane);
+  const Column column = maxima(at, lane);
   Share sum = {};
   for (int64_t begin = 0; begin < at.keys; begin += kRun) {
     const int64_t end = begin + kRun < at.keys ? begin + kRun : at.keys;
@@ -85,16 +89,13 @@ void statistics_of(const RelationTile& at, const RelationStats& of, float* value
       const Share one = share(column, load(s), load(t));
       run.add(one);
       if constexpr (kKeep) {
-        store(t, one.t);
-        store(s, one.excess);
+        store(t, one.close ? one.t : -one.t);
+        store(s, one.close ? one.excess : one.s);
       }
     }
     sum.add(run);
   }
-  Query query(sum);
-  store(values + lane, query.value);
-  if constexpr (kKeep) query.far = vfloat{};
-  keep(sum, query, column, of, lane);
+  store(values + lane, settle(sum, column, of, lane));
 }
 
 void statistics(const RelationTile& at, bool keep, const RelationStats& of, float* values) {
@@ -102,14 +103,22 @@ void statistics(const RelationTile& at, bool keep, const RelationStats& of, floa
     keep ? statistics_of<true>(at, of, values, lane) : statistics_of<false>(at, of, values, lane);
 }
 
-// q - p = (e_s - e_t) / sum_s - e_t (sum_s - sum_t) / (sum_t sum_s): both small where q is near p.
+// Kept are e_t and, where |c| < 1, e_s - e_t; else -e_t and e_s: each to its last digit. Where the sums are near,
+//
+//     q - p = (e_s - e_t) / sum_s - e_t (sum_s - sum_t) / (sum_t sum_s): both small where q is near p;
+//
+// else e_s / sum_s - e_t / sum_t.
 void from_kept(const RelationTile& at, const RelationStats& of, const float* g) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
-    const vfloat sum_t = load(of.sum_t + lane), excess = load(of.excess + lane);
-    const vfloat of_difference = load(g + lane) / (sum_t + excess), of_teacher = -excess / sum_t * of_difference;
+    const Sums sum(of, lane);
+    const vfloat of_student = load(g + lane) / sum.s;
+    const vfloat of_teacher = sum.near ? -sum.excess / sum.t * of_student : -load(g + lane) / sum.t;
+    const vfloat difference_lacks = sum.near ? vfloat{} : splat(1),
+                 student_lacks = difference_lacks - 1.f;  // times e_t
     for (int64_t key = 0; key < at.keys; ++key) {
       float* s = at.s + key * at.stride + lane;
-      store(s, load(s) * of_difference + load(at.t + key * at.stride + lane) * of_teacher);
+      const vfloat kept = load(at.t + key * at.stride + lane), e = magnitude(kept);
+      store(s, (load(s) + (bits(kept) < 0 ? student_lacks : difference_lacks) * e) * of_student + e * of_teacher);
     }
   }
 }
@@ -120,9 +129,9 @@ struct Pull {
   vfloat p_scale, q_scale, kappa;
 
   Pull(const RelationStats& of, const float* g, int64_t lane) : column{load(of.max_t + lane), load(of.max_s + lane)} {
-    const vfloat sum_t = load(of.sum_t + lane), excess = load(of.excess + lane);
-    p_scale = load(g + lane) / sum_t, q_scale = load(g + lane) / (sum_t + excess);
-    kappa = logarithm(excess / sum_t).log1p;
+    const Sums sum(of, lane);
+    p_scale = load(g + lane) / sum.t, q_scale = load(g + lane) / sum.s;
+    kappa = sum.near ? logarithm(sum.excess / sum.t).log1p : natural_logarithm(sum.s / sum.t);
   }
   // Of a vector of queries, or of one for all lanes.
   Pull(const RelationPull& of, int64_t lane)
@@ -202,9 +211,7 @@ void finish(const RelationSums& sums, int64_t count, const RelationStats& of, fl
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const Share sum = {load(sums.t + lane), load(sums.s + lane), load(sums.excess + lane), load(sums.bregman + lane),
                        load(sums.cross + lane)};
-    const Query query(sum);
-    store(values + lane, query.value);
-    keep(sum, query, {load(of.max_t + lane), load(of.max_s + lane)}, of, lane);
+    store(values + lane, settle(sum, {load(of.max_t + lane), load(of.max_s + lane)}, of, lane));
   }
 }
 
