@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import set_multithreading_enabled
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastkd.train.trainer import DistillTrainer
@@ -124,9 +125,11 @@ class Turns(TrainerCallback):
 
 
 def timed(timeline: Timeline, function, phase: str):
+    """`function` as a phase; where autograd has threads of its own, a traced backward does without them."""
+
     @functools.wraps(function)
     def call(*args, **kwargs):
-        with timeline.phase(phase):
+        with timeline.phase(phase), set_multithreading_enabled(not timeline.tracing):
             return function(*args, **kwargs)
 
     return call
