@@ -32,7 +32,7 @@ def steps_of(method: str, family: str = "bert", plan=None, **changes) -> list[St
     data = models.tokens(teacher.config, task, 4, 12)
     plan = plan or session.Plan(warm=0, timed=1, memory=1, trace=0)
     options = {"batch": 4, "device": CPU, **changes}
-    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)
+    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)[0]
 
 
 # The timeline -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
 OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule, bookkeeping
 MODES = ("warm", "time", "memory", "trace")
 
