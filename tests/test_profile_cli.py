@@ -117,11 +117,18 @@ def test_mistakes_are_named(argv, said, cli, monkeypatch):
 SHORT = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--ways", "fastkd")
 
 
-def test_setups_and_their_traces_are_kept_apart(cli):
+def test_setups_and_their_traces_are_kept_apart(cli, monkeypatch):
+    facts, run, said = machine.facts, session.run, []
+    clocks = "550.54, 1980, 2619"
+    monkeypatch.setattr(
+        machine, "facts", lambda device: (said.append("clocks"), {**facts(device), "driver": clocks})[1]
+    )
+    monkeypatch.setattr(session, "run", lambda *args, **options: (said.append("steps"), run(*args, **options))[1])
     assert cli(*SHORT)[0] == 0
     code, _, _, folder = cli(*SHORT, "--length", "16", "--student-layers", "0")
     rows = [row for row in csv.DictReader((folder / "profile.csv").open()) if row["phase"] == "step"]
     assert code == 0 and [row["length"] for row in rows] == ["12", "16"]
+    assert {row["driver"] for row in rows} == {clocks} and said == ["steps", "clocks"] * 2  # as they are at work
     assert [row["model"] for row in rows] == [TINY["bert"], f"{TINY['bert']}, student 0"]
     assert len([*(folder / "traces").iterdir()]) == 2
     assert cli(*SHORT)[0] == 0 and len([*(folder / "traces").iterdir()]) == 2  # ours is replaced
@@ -209,6 +216,7 @@ def test_all_methods_that_make_sense(cli, monkeypatch):
     monkeypatch.setattr(models, "sensible_methods", lambda family: ["fcd", "kd"])
     code, out, _, folder = cli(*SHORT, "--method", "all", "--no-trace")
     assert code == 0 and out.endswith("left out: kd: out of memory\n")
+    assert cli(*SHORT, "--method", "fcd,kd", "--no-trace")[0] == 2  # it was asked for by name
     assert {row["method"] for row in csv.DictReader((folder / "profile.csv").open())} == {"fcd"}
 
 

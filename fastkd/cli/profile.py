@@ -110,7 +110,7 @@ def run(arguments) -> int:
         try:
             rows = profile(arguments, setup, device, folder)
         except (ValueError, RuntimeError) as error:
-            if arguments.method != "all":
+            if len(setups) == 1:
                 raise
             left_out.append(f"{setup['method']}: {first_line(error)}")
             continue
@@ -125,9 +125,12 @@ def run(arguments) -> int:
     if len(refused) < len(setups) - len(left_out) and not arguments.force:
         drawn, reason = plots.draw(folder)
         print(f"\n{folder / 'profile.csv'}, profile.json", *(path.name for path in drawn), reason)
+    if everything and not arguments.no_trace:
+        print(f"traces for Perfetto: {folder / 'traces'}")
     for text in (*(f"left out: {text}" for text in left_out), *(f"not published: {text}" for text in refused)):
         print(text)
-    return 2 if not everything or (refused and not arguments.force) else 0
+    failed = not everything or (left_out and arguments.method != "all")
+    return 2 if failed or (refused and not arguments.force) else 0
 
 
 def busy(device, force: bool) -> bool:

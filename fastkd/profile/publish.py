@@ -18,7 +18,7 @@ RECORD = f'{{\n "format": {FORMAT},\n "rows": ['
 
 def trace_of(folder: Path, setup: dict) -> Path:
     """One file per setup: readable, and the digest tells apart what the words do not."""
-    words = machine.slug(f"{setup['model']} {setup['method']}")[:100]
+    words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
     sizes = f"{setup['batch']}x{setup['length']}-{setup['dtype']}" + ("-compiled" if setup["compiled"] else "")
     return folder / "traces" / f"{words}-{sizes}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
 
