@@ -225,15 +225,29 @@ def layer_case(n: int, m: int, batch: int, length: int, d: int, dtype: torch.dty
     )  # fmt: skip
 
 
+def attention_work(n: int, m: int, length: int, d: int) -> Work:
+    """FLOPs of one head, the cheaper way: every layer's scores [S, S]; or, as <Q K^T, R L^T> = <Q^T R, K^T L>, products
+    [d, d] of queries and of keys, half of one with itself. At most N + M - 1 flows pull at a student."""
+    scores, features, flows = 2.0 * length * length * d, 2.0 * length * d * d, n + m - 1
+    of_scores, pulls_of_scores = (n + m) * scores, 2 * n * scores
+    of_features, pulls = (n + m + 2 * n * m) * features, 2 * (n + flows) * features
+    pulls_alone = (n + 2 * flows) * features + pulls
+    return Work(
+        min(of_scores, of_features),
+        min(of_scores + pulls_of_scores, pulls_alone),
+        min(of_scores + min(pulls_of_scores, pulls_alone), of_features + pulls),
+    )
+
+
 def attention_case(n: int, m: int, batch: int, heads: int, length: int, d: int, dtype: torch.dtype, **more) -> Case:
-    states, scores = batch * heads * length * d, batch * heads * length * length
-    tiles, moved = 2.0 * (n + m) * scores * d, 2.0 * states * dtype.itemsize
+    states, one = batch * heads * length * d, attention_work(n, m, length, d)
+    work = [batch * heads * flops for flops in (one.forward, one.backward, one.both)]
+    moved = 2.0 * states * dtype.itemsize
     gemms = (Gemm(length, d, length, (n + m) * batch * heads),
              Gemm(length, length, d, 2 * n * batch * heads, ("backward", "both")))  # fmt: skip
     return Case(
         "layer_cost", "attention", {"N": n, "M": m, "B": batch, "H": heads, "S": length, "d": d}, dtype,
-        make_heads, ours_heads, ("student_q", "student_k"),
-        flops=Work(tiles, tiles + 4.0 * n * scores * d, tiles + 4.0 * n * scores * d),
+        make_heads, ours_heads, ("student_q", "student_k"), flops=Work(*work),
         bytes=Work((n + m) * moved, (2 * n + m) * moved, (2 * n + m) * moved), gemms=gemms, keep=("flow",), **more,
     )  # fmt: skip
 

@@ -128,24 +128,36 @@ class GraphTimer(EventTimer):
 
 
 def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
-    """The task as CUDA-graph replays. Backward alone is a second graph in the memory pool of its forward."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    """The task as CUDA-graph replays. Backward alone is a second graph in the memory pool of its forward.
+
+    What waits for the device fails in the warm-up: a capture that it broke would leave its side stream current, and the
+    default generator counting for a graph that never came to be.
+    """
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(3):
             torch.autograd.grad(call(), leaves)
-    torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(call(), leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    current.wait_stream(stream)
     plain = make_task(provider, mode, call, leaves)
     first, second, kept = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
-    if mode == "backward":
+    try:
+        if mode == "backward":
+            with torch.cuda.graph(first, stream=stream):
+                kept.append(call())
+            with torch.cuda.graph(second, pool=first.pool(), stream=stream):
+                kept.append(torch.autograd.grad(kept[0], leaves))
+            return Task(provider, lambda _, held=kept: second.replay(), prepare=first.replay)
         with torch.cuda.graph(first, stream=stream):
-            kept.append(call())
-        with torch.cuda.graph(second, pool=first.pool(), stream=stream):
-            kept.append(torch.autograd.grad(kept[0], leaves))
-        return Task(provider, lambda _, held=kept: second.replay(), prepare=first.replay)
-    with torch.cuda.graph(first, stream=stream):
-        plain.run(None)
-    return Task(provider, lambda _, held=kept: first.replay())
+            plain.run(None)
+        return Task(provider, lambda _, held=kept: first.replay())
+    finally:
+        torch.cuda.set_stream(current)
 
 
 def make_flush(device: torch.device, size: int) -> Callable:

@@ -65,9 +65,16 @@ def checkpointed_chunks(case: Case):
         for start in range(0, rows, 256):
             part = slice(start, start + 256)
             total = total + checkpoint(
-                chunk, x["student_hidden"][part], x["student_head"], x["teacher_hidden"][part], x["teacher_head"],
-                options["kind"], options["temperature"], use_reentrant=False,
-            )  # fmt: skip
+                chunk,
+                x["student_hidden"][part],
+                x["student_head"],
+                x["teacher_hidden"][part],
+                x["teacher_head"],
+                options["kind"],
+                options["temperature"],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )  # fmt: skip (the state of random numbers cannot be read while a graph is captured)
         return total / rows
 
     return run

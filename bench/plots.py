@@ -1,11 +1,14 @@
 """Pictures of the committed CSV, stem by stem: how much faster per case, and how time and memory grow with size.
 
-Every picture carries the digest of the rows it shows (PNG text `fastkd-rows`), so that a test can tell an old one.
+Every picture carries the digest of the rows it shows (PNG text `fastkd-rows`), so that a test can tell an old one; curves
+also that of the reasons at their ends (`fastkd-absent`).
 """
 
 import hashlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from fastkd.bench import archive
 
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
 COLOURS = {
@@ -28,7 +31,7 @@ STYLE = {
     "xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "font.size": 9.5, "legend.frameon": False,
     "legend.fontsize": 9, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
 }  # fmt: skip
-DIGEST = "fastkd-rows"
+DIGEST, DIGEST_ABSENT = "fastkd-rows", "fastkd-absent"
 
 
 def colour(provider: str) -> str:
@@ -40,10 +43,18 @@ def value(row: dict, name: str) -> float | None:
 
 
 def headline(rows: Sequence[dict]) -> list[dict]:
-    """One mode per case: both where there is a backward, else forward; plain launches only."""
-    plain = [row for row in rows if row["launch"] == "plain"]
-    with_both = {row["case"] for row in plain if row["mode"] == "both"}
-    return [row for row in plain if row["mode"] == ("both" if row["case"] in with_both else "forward")]
+    """One mode and one cache state per case: both passes where there is a backward, else forward; caches as they were
+    left, flushed only where there is nothing else. Plain launches only."""
+    plain = [row for row in rows if row["launch"] == "plain" and row["mode"] in ("both", "forward")]
+    best: dict[tuple, tuple] = {}
+    for row in plain:
+        key = row["stem"], row["case"]
+        best[key] = min(best.get(key, preference(row)), preference(row))
+    return [row for row in plain if preference(row) == best[row["stem"], row["case"]]]
+
+
+def preference(row: dict) -> tuple:
+    return row["mode"] != "both", row["cache"].startswith("cold"), row["cache"]
 
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -63,17 +74,22 @@ def digest_of(rows: Iterable[dict]) -> str:
     return digest(*(sorted(row.items()) for row in rows))
 
 
+def digest_of_absent(absent: Mapping[str, Mapping[str, str]]) -> str:
+    return digest(*(f"{case} {sorted(reasons.items())}" for case, reasons in sorted(absent.items())))
+
+
 def title(figure, text: str, rows: Sequence[dict]) -> None:
     """What it is, large at the left; where the numbers come from, small at the right."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    figure.text(0.992, 0.992, source(rows), ha="right", va="top", fontsize=7, color="#8b949e")
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.text(0.992, 0.992, source(rows), ha="right", va="top", fontsize=7.5, color="#7b8490")
 
 
-def save(figure, path: pathlib.Path, rows: Sequence[dict]) -> None:
+def save(figure, path: pathlib.Path, rows: Sequence[dict], absent: Mapping | None = None) -> None:
     """The date of drawing stays out of the file: the same rows give the same picture."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=140, metadata={DIGEST: digest_of(rows), "Software": None})
+    digests = {DIGEST: digest_of(rows), **({} if absent is None else {DIGEST_ABSENT: digest_of_absent(absent)})}
+    figure.savefig(path, dpi=140, metadata={**digests, "Software": None})
     plt.close(figure)
 
 
@@ -84,22 +100,25 @@ def source(rows: Sequence[dict]) -> str:
     return f"{rows[0]['device']} · torch {rows[0]['torch']} · {when}"
 
 
-def decimal_ticks(axis, tight: bool = False) -> None:
-    """1, 10, 100 on a logarithmic axis, with 2 and 5 between where there is room; no powers of ten."""
+def decimal_ticks(axis) -> None:
+    """Plain numbers on a logarithmic axis, the more of each decade the fewer decades there are; after its limits are set."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if tight else (1.0, 2.0, 5.0), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
+    low, high = axis.get_view_interval()
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def modes_of(rows: Sequence[dict]) -> str:
     names = {"both": "forward + backward", "forward": "forward"}
-    return " / ".join(dict.fromkeys(names.get(row["mode"], row["mode"]) for row in rows))
+    return " / ".join(dict.fromkeys(names[row["mode"]] for row in rows))
 
 
 def times(ratio: float) -> str:
-    return f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×"
+    """Two decimals below 2, where a few percent matter."""
+    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
 # One stem's cases -------------------------------------------------------------------------------------------------
@@ -115,10 +134,8 @@ def speedups(rows: Sequence[dict], stem: str, path: pathlib.Path) -> bool:
     if not chosen:
         return False
     cases = list(dict.fromkeys(row["case"] for row in chosen))
-    providers = list(dict.fromkeys(row["provider"] for row in chosen))
     by_eager = {row["case"] for row in rows if row["provider"] == "fastkd" and row["by_eager"] == "True"}
-    height = 1.3 + 0.2 * len(chosen) + 0.16 * len(cases)
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.2 * len(chosen) + 0.16 * len(cases)), layout="constrained")
     axes.set_xscale("log")
     position, ticks = 0.0, []
     for case in cases:
@@ -127,110 +144,54 @@ def speedups(rows: Sequence[dict], stem: str, path: pathlib.Path) -> bool:
             ratio_bar(axes, position + i, row)
         ticks.append((position + (len(group) - 1) / 2, label_of(case) + (" †" if case in by_eager else "")))
         position += len(group) + 0.8
-    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2.5)
-    ratios = [value(row, "times_ours_median") for row in chosen]
-    axes.set_xlim(0.55 * min(1.0, *ratios) if min(ratios) < 1 else 0.92, 1.9 * max(1.5, *ratios))
+    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=3)
+    ends = [1.0, *(end for row in chosen for end in interval_of(row))]
+    spread = max(2.0, max(ends)) / min(ends)  # beyond the whiskers: room for their numbers
+    axes.set_xlim(min(ends) / spread ** (0.12 if min(ends) < 1 else 0.04), max(2.0, max(ends)) * spread**0.12)
     decimal_ticks(axes.xaxis)
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], color=INK)
     axes.set_ylim(position - 0.9, -0.9)
-    note = "time over fastkd's, the green line (whisker: 95 % interval)"
+    note = f"rival's time over fastkd's (green line), {modes_of(chosen)}; whisker: 95 % interval"
     axes.set_xlabel(note + ("\n† fastkd is served by plain PyTorch here" if by_eager & set(cases) else ""))
-    title(figure, f"{stem}, {modes_of(chosen)}", rows)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour(provider)) for provider in providers]
-    axes.legend(handles, providers, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(providers), borderaxespad=0.2)
+    title(figure, f"{stem}: how many times faster", rows)
+    legend_above(axes, sorted(dict.fromkeys(row["provider"] for row in chosen), key=rank))
     axes.grid(False, axis="y")
     axes.tick_params(length=0, which="both")
     save(figure, path, rows)
     return True
 
 
-def ratio_bar(axes, position: float, row: dict) -> None:
+def legend_above(axes, rivals: Sequence[str], most: int = 7) -> None:
+    """From the figure's left edge, `most` to a line; an empty title of as many lines keeps the room."""
+    import matplotlib.pyplot as plt
+    from matplotlib.transforms import blended_transform_factory
+
+    handles = [plt.Line2D([], [], color=COLOURS["fastkd"], linewidth=3)]
+    handles += [plt.Rectangle((0, 0), 1, 1, color=colour(name)) for name in rivals]
+    where = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
+    legend = axes.legend(handles, ["fastkd", *rivals], loc="lower left", bbox_to_anchor=(0.005, 1), handlelength=1.4,
+                         bbox_transform=where, ncols=most, columnspacing=1.6, borderaxespad=0.3)  # fmt: skip
+    legend.set_in_layout(False)
+    axes.set_title(" " + "\n " * (len(rivals) // most), fontsize=13)
+
+
+def rank(provider: str) -> int:
+    name = provider.split(":")[0]
+    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
+
+
+def interval_of(row: dict) -> tuple[float, float, float]:
+    """Low end, median, high end of a rival's time over ours."""
     ratio = value(row, "times_ours_median")
-    low, high = (value(row, name) or ratio for name in ("times_ours_low", "times_ours_high"))
+    return value(row, "times_ours_low") or ratio, ratio, value(row, "times_ours_high") or ratio
+
+
+def ratio_bar(axes, position: float, row: dict) -> None:
+    low, ratio, high = interval_of(row)
     axes.barh(position, ratio - 1, left=1, height=0.84, color=colour(row["provider"]))
     axes.plot([low, high], [position, position], color=INK, linewidth=1.1, solid_capstyle="butt")
     beyond, side = (max(high, 1.0) * 1.04, "left") if ratio >= 1 else (min(low, 1.0) / 1.04, "right")
-    axes.text(beyond, position, times(ratio), va="center", ha=side, fontsize=8)
-
-
-# Curves -----------------------------------------------------------------------------------------------------------
-
-
-def sweep_groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
-    """(axis, kind, dtype) -> its points, where there are at least two sizes."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in headline(rows):
-        if row["sweep"]:
-            groups.setdefault((row["sweep"].split("=")[0], row["kind"], row["dtype"]), []).append(row)
-    return {key: points for key, points in groups.items() if len({row["sweep"] for row in points}) > 1}
-
-
-def sweep(rows: Sequence[dict], stem: str, path: pathlib.Path, out_of_memory=()) -> bool:
-    """Log-log time and memory against each swept size, the floor dashed. `out_of_memory`: (case, provider) that ran out,
-    marked at the top. False where no sweep has two points."""
-    import matplotlib.pyplot as plt
-
-    groups = sweep_groups(rows)
-    if not groups:
-        return False
-    size = (10.5, 0.8 + 3.5 * len(groups))
-    figure, grid = plt.subplots(len(groups), 2, figsize=size, layout="constrained", squeeze=False)
-    for panels, ((axis, kind, dtype), points) in zip(grid, groups.items(), strict=True):
-        lost = {name for case, name in out_of_memory if any(case == row["case"] for row in points)}
-        curves(panels, axis, points, lost)
-        first = min(points, key=size_of)["case"].rsplit("-", 2)[1].replace("x", "×")
-        panels[0].set_title(f"{kind} {DTYPES.get(dtype, dtype)} (first point {first}): {modes_of(points)}, ms")
-        panels[1].set_title("peak extra memory, MiB")
-    title(figure, f"{stem}: how it grows", rows)
-    save(figure, path, rows)
-    return True
-
-
-def size_of(row: dict) -> int:
-    return int(row["sweep"].split("=")[1])
-
-
-def curves(panels, axis: str, points: Sequence[dict], lost: set[str]) -> None:
-    time_axes, memory_axes = panels
-    sizes = sorted({size_of(row) for row in points})
-    for provider in sorted(dict.fromkeys(row["provider"] for row in points), key=lambda p: p.startswith("fastkd")):
-        mine = sorted((row for row in points if row["provider"] == provider), key=size_of)
-        ours, xs = provider.startswith("fastkd"), [size_of(row) for row in mine]
-        style = {"color": colour(provider), "marker": "o", "markersize": 5 if ours else 3.5, "zorder": 3 if ours else 2}
-        style |= {"linewidth": 2.6 if ours else 1.5, "label": provider}
-        time_axes.plot(xs, [value(row, "median_ms") for row in mine], **style)
-        low, high = ([value(row, name) for row in mine] for name in ("p20_ms", "p80_ms"))
-        time_axes.fill_between(xs, low, high, color=colour(provider), alpha=0.15, linewidth=0)
-        held = [(x, value(row, "peak_extra_mib")) for x, row in zip(xs, mine, strict=True)]
-        held = [(x, mib) for x, mib in held if mib]
-        memory_axes.plot([x for x, _ in held], [mib for _, mib in held], **style)
-        if provider in lost and xs[-1] < sizes[-1]:
-            for axes, at in ((time_axes, value(mine[-1], "median_ms")), (memory_axes, held[-1][1] if held else None)):
-                if at:
-                    axes.annotate("out of memory", (xs[-1], at), (4, 6), textcoords="offset points", fontsize=7.5,
-                                  color=colour(provider))  # fmt: skip
-                    axes.plot([xs[-1]], [at], "x", color=colour(provider), markersize=9, markeredgewidth=2)
-    floors = {size_of(row): value(row, "floor_ms") for row in points}
-    time_axes.plot(sizes, [floors[size] for size in sizes], "--", color=INK, linewidth=1.1, label="floor")
-    for axes in panels:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(sizes, [short(size) for size in sizes])
-        axes.minorticks_off()
-        bottom, top = axes.get_ylim()
-        decimal_ticks(axes.yaxis, tight=top / bottom > 200)
-        axes.set_xlabel(axis)
-        axes.tick_params(length=0, which="both")
-    handles, labels = time_axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: (labels[i] == "floor", not labels[i].startswith("fastkd")))
-    time_axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left")
-
-
-def short(size: int) -> str:
-    """131072 as 128k, where it divides."""
-    if size >= 1 << 20 and size % (1 << 20) == 0:
-        return f"{size >> 20}M"
-    return f"{size >> 10}k" if size >= 1024 and size % 1024 == 0 else f"{size}"
+    axes.text(beyond, position, times(ratio), va="center", ha=side, fontsize=8.5)
 
 
 def ready() -> str:
@@ -243,8 +204,10 @@ def ready() -> str:
     return ""
 
 
-def draw(rows, stem: str, folder: pathlib.Path, out_of_memory=()) -> tuple[list[pathlib.Path], str]:
-    """The plots of one stem, and a reason where there are none."""
+def draw(rows, stem: str, folder: pathlib.Path, *_) -> tuple[list[pathlib.Path], str]:
+    """The plots of one stem, and a reason where there are none. Why a curve ends is in the JSON beside the CSV."""
+    from fastkd.bench import curves
+
     reason = ready()
     if reason or not rows:
         return [], reason or f"no plots: {stem} has no rows"
@@ -253,5 +216,6 @@ def draw(rows, stem: str, folder: pathlib.Path, out_of_memory=()) -> tuple[list[
     folder.mkdir(parents=True, exist_ok=True)
     bars, lines = folder / f"{stem}_speedup.png", folder / f"{stem}_sweep.png"
     with plt.rc_context(STYLE):
-        drawn = [(bars, speedups(rows, stem, bars)), (lines, sweep(rows, stem, lines, out_of_memory))]
+        absent = archive.absent_of(folder / f"{stem}.json")
+        drawn = [(bars, speedups(rows, stem, bars)), (lines, curves.sweep(rows, stem, lines, absent))]
     return [path for path, done in drawn if done], ""

@@ -35,10 +35,12 @@ class Roofs:
     """Remembers the best rate it has seen; always warm-cache numbers, the harder yardstick.
 
     A machine has slow minutes. `again` measures anew, so that a roof from one of them does not stand over a fast case.
+    The random numbers are its own: the device's generator may be left unusable by a rival whose graph capture failed.
     """
 
     def __init__(self, device: torch.device, timer):
         self.device, self.timer = device, timer
+        self.generator = torch.Generator(device)
         self.copies: dict[int, float] = {}
         self.gemm_rates: dict[torch.dtype, float] = {}
 
@@ -55,15 +57,18 @@ class Roofs:
             self.measure_gemm(dtype)
         return self.gemm_rates[dtype]
 
+    def random(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, device=self.device, generator=self.generator)
+
     def measure_copy(self, size: int) -> None:
-        source = torch.randn(size // 8, device=self.device)
+        source = self.random(size // 8)
         target = torch.empty_like(source)
         rate = size / best(self.timer, lambda: target.copy_(source))
         self.copies[size] = max(rate, self.copies.get(size, 0.0))
 
     def measure_gemm(self, dtype: torch.dtype) -> None:
         side = 8192 if self.device.type == "cuda" else 2048
-        a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+        a, b = (self.random(side, side).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         rate = 2.0 * side**3 / best(self.timer, lambda: torch.mm(a, b, out=out), 5)
         self.gemm_rates[dtype] = max(rate, self.gemm_rates.get(dtype, 0.0))
@@ -79,8 +84,8 @@ class Roofs:
     def gemm_seconds(self, gemm: Gemm, dtype: torch.dtype, samples: int = 7) -> float:
         """One bare product of the shape, into a preallocated output; the median, as for the providers."""
         lead = () if gemm.batch == 1 else (gemm.batch,)
-        a = torch.randn(*lead, gemm.rows, gemm.inner, device=self.device).to(dtype)
-        b = torch.randn(*lead, gemm.inner, gemm.columns, device=self.device).to(dtype)
+        a = self.random(*lead, gemm.rows, gemm.inner).to(dtype)
+        b = self.random(*lead, gemm.inner, gemm.columns).to(dtype)
         out = torch.empty(*lead, gemm.rows, gemm.columns, device=self.device, dtype=dtype)
         task = Task("gemm", lambda _: torch.matmul(a, b, out=out))
         self.timer.sample(task, 1)

@@ -3,6 +3,7 @@
 Everything is looked up once, at import. A call asks `choose`, a plain sequence of comparisons that Dynamo can read.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -148,10 +149,25 @@ def _op(name: str) -> Callable:
 
 def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
     """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
+    host = _where_its_tensors_are(host)
     op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=mutates)
 
     def call(*args):
         return op(*args) if torch.compiler.is_compiling() else host(*args)
+
+    return call
+
+
+def _where_its_tensors_are(host: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the one that the tensors are on."""
+
+    @functools.wraps(host)
+    def call(*args):
+        lists = (x if isinstance(x, list | tuple) else (x,) for x in args)
+        with torch.cuda.device_of(
+            next(x for each in lists for x in each if isinstance(x, Tensor))
+        ):  # on a CPU: nothing
+            return host(*args)
 
     return call
 

@@ -40,7 +40,8 @@ TINY = tl.constexpr(1e-37)  # below it a probability counts as 0, so that no rat
 @triton.jit
 def add_moments(b_s, b_t, refs, sums, inv_T, KIND: tl.constexpr):
     """Adds e^s, e^t, e^s - e^t, e^t c, e^s - e^t - e^t c and e^t t, of s and t less their references, over T."""
-    (ref_s, ref_t), (sum_s, sum_t, excess, first, bregman, energy) = refs, sums
+    ref_s, ref_t = refs
+    sum_s, sum_t, excess, first, bregman, energy = sums
     c = ((b_s - b_t) - (ref_s - ref_t)) * inv_T
     e_s = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E))
     e_t = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E))
@@ -102,7 +103,8 @@ def moments(row, refs, inv_T, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: t
 @triton.jit
 def pair(b_s, b_t, refs, per_sums, kappa, inv_T):
     """p, q, their difference n = q - p, d = log(q / p), e = expm1(d), and whether |d| < 1/2, where e means something."""
-    (ref_s, ref_t), (per_sum_s, per_sum_t) = refs, per_sums
+    ref_s, ref_t = refs
+    per_sum_s, per_sum_t = per_sums
     p = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E)) * per_sum_t
     q = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E)) * per_sum_s
     d = ((b_s - b_t) - (ref_s - ref_t)) * inv_T - kappa

@@ -171,7 +171,10 @@ class Chunks:
             if makes_gradient:
                 w = self.hard * (weights if mask is None else weights.masked_fill(~mask, 0))[:, None]
                 grad += w * (s - stats[:, 6:7]).exp_()
-                grad.scatter_add_(-1, labels[:, None], -w)
+                rows = torch.arange(len(labels), device=labels.device)
+                grad.index_put_(
+                    (rows, labels), -w[:, 0], accumulate=True
+                )  # scatter_add_ waits where it is deterministic
         if not makes_gradient:
             return None
         _, _, scale, cap = self.student

@@ -64,7 +64,8 @@ def gap_and_excess(a, b, c):
 @triton.jit
 def move(refs, sums, top_s, top_t):
     """The sums as they are relative to new maxima."""
-    (max_s, max_t), (mass, X, A) = refs, sums
+    max_s, max_t = refs
+    mass, X, A = sums
     alpha, beta = tl.exp(max_t - top_t), tl.exp(max_s - top_s)
     gap, excess = gap_and_excess(alpha, beta, (top_t - max_t) - (top_s - max_s))
     return alpha * mass, beta * X + gap * mass, alpha * A + gap * X + excess * mass

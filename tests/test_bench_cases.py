@@ -86,6 +86,25 @@ def test_declared_work_agrees_with_arithmetic_by_hand():
     assert nce.bytes.forward == pytest.approx(2 * 67e6, rel=1e-2)
 
 
+def test_the_floor_of_attention_is_the_cheaper_way():
+    """Two student layers, three teachers, so four flows; by hand, one head."""
+    short = cases.attention_work(
+        2, 3, 4, 8
+    )  # scores: 2·4·4·8 = 256 FLOPs a layer, and the same for each of 2 gradients
+    assert (short.forward, short.both) == (5 * 256, 5 * 256 + 2 * 2 * 256)
+    far = cases.attention_work(2, 3, 1024, 8)  # X^T Y: 2·1024·8·8 = 131072 FLOPs, half of that where Y is X
+    own, cross = 2 * 65536, 2 * 131072  # of queries and of keys
+    assert far.forward == 5 * own + 6 * cross
+    pulls = 2 * (2 + 4) * 131072  # q (k^T k), r (l^T k) of four flows, and the keys' side
+    assert far.both == far.forward + pulls
+    assert far.backward == 2 * own + 4 * cross + pulls  # of what the flows touch
+    many = cases.attention_work(20, 20, 64, 8)  # 400 pairs: scores forward, products backward
+    assert many.forward == 40 * 2 * 64 * 64 * 8
+    assert many.both == many.forward + min(2 * 20 * 2 * 64 * 64 * 8, (20 * 1 + 39 * 2 + 2 * 59) * 2 * 64 * 64)
+    case = cases.attention_case(3, 6, 1, 12, 2048, 64, torch.float32)
+    assert case.flops.both == 12 * cases.attention_work(3, 6, 2048, 64).both < case.gemms[0].flops / 3
+
+
 def test_sparse_flow_is_a_vertex_with_uniform_marginals():
     flow = cases.sparse_flow(6, 12)
     assert (flow > 0).sum() <= 17

@@ -1,11 +1,13 @@
 """On a GPU, every stem in every kernel: no waiting for the device, captured and replayed bitwise, twice the same."""
 
+import functools
+
 import pytest
 import torch
 from fastkd.bench import case as case_module
 from fastkd.bench import check, small
 
-from on_gpu import never_waits, replays
+from on_gpu import never_waits, replays, step_of
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -39,4 +41,4 @@ def test_never_waits_for_the_device(case, provider):
 @pytest.mark.parametrize(("case", "provider"), kernels())
 def test_in_a_cuda_graph_and_twice_the_same(case, provider):
     inputs = case_module.build(case, GPU)
-    replays(lambda: run(provider, inputs))
+    replays(step_of(functools.partial(run, provider), inputs))

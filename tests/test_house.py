@@ -41,6 +41,41 @@ def test_no_host_synchronisation_in_a_hot_path(path):
     assert not found, "\n".join(found)
 
 
+def nested_targets(function: ast.FunctionDef):
+    """Assignments with a tuple within the tuple on their left."""
+    for node in ast.walk(function):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.For) else []
+        for target in targets:
+            if isinstance(target, ast.Tuple | ast.List) and any(
+                isinstance(x, ast.Tuple | ast.List) for x in target.elts
+            ):
+                yield node
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_unpack_one_tuple_at_a_time(path):
+    """The frontend of triton 3.6 refuses `(a, b), c = x, y`, at the first launch; 3.9 takes it."""
+    compiled = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+    ]
+    found = [f"{path.name}:{node.lineno}: write two statements" for each in compiled for node in nested_targets(each)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", HOT_PATHS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_sum_into_a_tensor_waits_where_algorithms_are_deterministic(path):
+    """There, torch copies strides from the host for scatter_add, which waits for the device; for index_put_ it does not."""
+    found = [
+        f"{path.name}:{node.lineno}: .{node.func.attr}(): index_put_(…, accumulate=True) does the same"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith(("scatter_add", "scatter_reduce"))
+    ]  # fmt: skip
+    assert not found, "\n".join(found)
+
+
 # Arrows point down only: cli → train → losses → functional → functions → ops → {kernels, csrc, reference}.
 FORBIDDEN = {
     "fastkd/reference/*.py": ["fastkd.(?!reference)"],

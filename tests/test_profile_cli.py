@@ -9,7 +9,6 @@ import torch
 import tiny  # noqa: F401  first: it tells transformers to stay offline
 
 pytest.importorskip("transformers")
-pytest.importorskip("datasets")
 
 from fastkd.bench import machine
 

@@ -203,6 +203,32 @@ def test_extreme_scores(backend):
 
 
 @on_every_kernel
+@pytest.mark.parametrize(("student", "teacher"), [(0.05, 3.0), (3.0, 0.05)])
+@pytest.mark.parametrize("case", ["self", "pair"])
+def test_a_flat_side_against_a_sharp_one(case, student, teacher, backend):
+    """Hundreds of keys: the sums of the two softmaxes lie so far apart that their difference would lose digits."""
+    for length in [200] if backends.INTERPRETED else [300, WHOLE + 77]:
+        tensors = states(12, 1, 1 if backends.INTERPRETED else 17, length, 16, 16)
+        tensors = [student * x for x in tensors[:2]] + [teacher * x for x in tensors[2:]]
+        assert max(errors(case, tensors, backend)) <= 2e-6
+
+
+@INTERPRETED
+@on_every_kernel
+@pytest.mark.parametrize("tokens", ["alike", "one towers", "one is nothing"])
+def test_own_scores_that_say_nothing_of_the_largest(tokens, backend):
+    """A token's score with itself is no guide where another token is much larger: scores then go another way."""
+    tensors = states(13, 1, 2, WHOLE + 77, 8, 8)
+    for x in tensors:
+        x[..., WHOLE // 2, :] *= {"alike": 1.0, "one towers": 300.0, "one is nothing": 0.0}[tokens]
+    value, (grad, _) = run("self", tensors, backend)
+    oracle, (true_grad, _) = run("self", [x.double() for x in tensors], "reference")
+    reference, (reference_grad, _) = run("self", tensors, "reference")
+    assert relative_error(value, oracle) <= 1.5 * relative_error(reference, oracle) + 1e-6
+    assert relative_error(grad, true_grad) <= 1.5 * relative_error(reference_grad, true_grad) + 1e-5
+
+
+@on_every_kernel
 @pytest.mark.parametrize("case", ["self", "causal pair"])
 def test_strided_and_mixed(case, backend):
     """Heads as they come out of [B, L, H·d], and a half-precision teacher beside a float32 student."""

@@ -14,11 +14,13 @@
 // Up to kWhole keys the scores of one (sequence, head) fit in a thread's scratch, and the gradient for upstream 1 is
 // made in the forward, from the exponentials that are there anyway; the backward scales it where the upstream gradient
 // is the same for all queries of a head (any mean or sum), and else starts again with it. Longer ones keep four numbers
-// per query, and the backward makes the scores again. Masked tokens are left out of both queries and keys before
+// per query, and the backward makes the scores again: of x with itself tile by tile above the diagonal
+// (relation_mirror.h), else a strip of queries at a time. Masked tokens are left out of both queries and keys before
 // anything else, so they cost nothing. Every sum is in an order that depends on shapes and the mask only.
-#include "cpu/relation_blocks.h"
+#include "cpu/relation_mirror.h"
 
 #include <numeric>
+#include <optional>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -101,9 +103,17 @@ void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>
   const int64_t count = int64_t(pairs.size());
   if (call.length > kWhole) {
     const bool share = count < kFewHeads;
+    const bool gradient = out.dx != nullptr;
+    const int64_t slices = share ? kSlices : 1;
     const auto some = [&](int64_t begin, int64_t end) {
-      RelationLong work(call, out.dx != nullptr, share ? kSlices : 1);
-      for (int64_t i = begin; i < end; ++i) work.run(pairs[i], out);
+      std::optional<RelationMirror> mirror;
+      std::optional<RelationLong> strips;
+      if (RelationMirror::possible(call)) mirror.emplace(call, gradient, slices);
+      for (int64_t i = begin; i < end; ++i) {
+        if (mirror && mirror->run(pairs[i], out)) continue;
+        if (!strips) strips.emplace(call, gradient, slices);
+        strips->run(pairs[i], out);
+      }
     };
     return share ? some(0, count) : parallel_for(0, count, 1, some);
   }

@@ -90,10 +90,14 @@ inline void store_some(float* p, vfloat x, int count) {
 }
 
 inline float sum_lanes(vfloat x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float lanes[kLanes], sum = 0;
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;
+#endif
 }
 inline vdouble wide(vfloat x) { return __builtin_convertvector(x, vdouble); }
 inline double sum_lanes(vdouble x) {
@@ -166,6 +170,15 @@ inline Logarithm logarithm(vfloat y) {
   log1p = u > 0.f ? log1p : (u == 0.f ? splat(-kInfinity) : u * 0.f / 0.f);  // log 0, and NaN stays NaN
   log1p = u == kInfinity ? u : log1p;
   return {log1p, small ? y * s - tail : y - log1p};
+}
+
+// log u for a normal u > 0; NaN stays NaN.
+inline vfloat natural_logarithm(vfloat u) {
+  const vint exponent = (bits(u) - 0x3f3504f3) >> 23;  // as above
+  const vfloat z = from_bits(bits(u) - (exponent << 23)) - 1.f;
+  const vfloat s = z / (2.f + z), s2 = s * s;
+  const vfloat tail = s * s2 * (2.f / 3 + s2 * (2.f / 5 + s2 * (2.f / 7 + s2 * (2.f / 9))));
+  return __builtin_convertvector(exponent, vfloat) * 0.693147180559945309f + (2.f * s + tail) + (u - u);
 }
 
 // Half-precision rows become float rows once, in a scratch that stays in the cache.

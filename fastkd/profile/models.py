@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import AutoConfig
 
 from fastkd.train import student as students
@@ -135,7 +134,22 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
     return teacher, students.from_layers(teacher, layers)
 
 
-def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int = 0) -> Dataset:
+class Rows:
+    """Columns of one length, as the trainer reads a datasets.Dataset: a machine with a GPU may lack that package."""
+
+    def __init__(self, columns: dict[str, list]):
+        self.columns, self.column_names = columns, list(columns)
+
+    def __len__(self) -> int:
+        return len(self.columns[self.column_names[0]])
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: column[key] for name, column in self.columns.items()}
+
+
+def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int = 0) -> Rows:
     """Random ids, no padding: every step has batch × length tokens."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or length
@@ -154,4 +168,4 @@ def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int 
             torch.zeros(ids.shape, dtype=torch.bool) if task == "causal_lm" else torch.arange(length)[None] % 7 != 3
         )
         columns["labels"] = ids.masked_fill(hidden, -100).tolist()
-    return Dataset.from_dict(columns)
+    return Rows(columns)

@@ -9,8 +9,8 @@ from fastkd.bench import plots, report
 from .results import KEY, ORDER, STEP, group
 
 COLOURS = {
-    "data": "#c9b458", "teacher forward": "#9fb3c8", "student forward": "#627d98", "loss": "#e8743b",
-    "loss backward": "#f2b38c", "student backward": "#334e68", "optimizer": "#bcccdc", "trainer": "#8a8f98",
+    "data": "#c9a66b", "teacher forward": "#9fb3c8", "student forward": "#627d98", "loss": "#e8743b",
+    "loss backward": "#f2b38c", "student backward": "#334e68", "optimizer": "#bcccdc", "trainer": "#8d7f99",
 }  # fmt: skip
 
 
@@ -68,13 +68,14 @@ def panel(axes, heading: str, groups: dict[tuple, dict[str, list[dict]]]) -> Non
             whole = wholes[key][way]
             bar(axes, position, parts, float(whole["median_ms"]), longest)
             ticks.append((position, f"{labels[key]} · {way}" if i == 0 else way))
-            text = f"{report.number(float(whole['median_ms']))} ms, loss {float(whole['loss_share']):.0%}"
-            text += "" if i == 0 else f"  ({float(whole['times_ours']):.2f}×)"
+            text = f"{report.number(float(whole['median_ms']))} ms"
+            text += "" if i == 0 else f" ({float(whole['times_ours']):.2f}×)"
+            text += f", loss {float(whole['loss_share']):.1%}"
             axes.text(float(whole["median_ms"]), position, "  " + text, va="center", fontsize=8)
             position += 1
         position += 0.9
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], color=plots.INK)
-    axes.set(ylim=(position - 1.2, -0.7), xlim=(0, 1.3 * longest))
+    axes.set(ylim=(position - 1.2, -0.7), xlim=(0, 1.32 * longest))
     axes.set_title(heading)
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
@@ -94,8 +95,6 @@ def bar(axes, position: float, parts: Sequence[dict], whole: float, longest: flo
     for name, size in sizes.items():
         width = size * scale
         axes.barh(position, width, left=left, height=0.84, color=COLOURS[name], edgecolor="white", linewidth=0.5)
-        if name in ("loss", "loss backward") and width > 0.04 * longest:
-            axes.text(left + width / 2, position, f"{width / whole:.0%}", ha="center", va="center", fontsize=7.5)
         left += width
 
 
