@@ -133,17 +133,32 @@ def profile_section(folder: pathlib.Path, where: str) -> Iterator[str]:
     if not steps:
         return
     ways = list(dict.fromkeys(row["way"] for row in steps))
+    from fastkd.profile.results import KEY
+
+    setups: dict[tuple, dict[str, dict]] = {}
+    for row in steps:
+        setups.setdefault(tuple(row.get(name) for name in KEY), {})[row["way"]] = row
+    ways = list(dict.fromkeys(row["way"] for row in steps))
     yield from ("", "A whole training step (`fastkd profile`), milliseconds; in brackets the loss's share of it:", "")
     yield "| model | method | " + " | ".join(ways) + " | tokens/s |"
     yield "|---|---|" + "---|" * (len(ways) + 1)
-    for model, method in dict.fromkeys((row["model"], row["method"]) for row in steps):
-        mine = {row["way"]: row for row in steps if (row["model"], row["method"]) == (model, method)}
+    for mine in setups.values():
+        first = next(iter(mine.values()))
         cells = [f"{report.number(float(mine[w]['median_ms']))} ({float(mine[w]['loss_share']):.0%})" if w in mine else "–"
                  for w in ways]  # fmt: skip
         speed = f"{float(mine[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in mine else "–"
-        yield f"| {model} | `{method}` | {' | '.join(cells)} | {speed} |"
+        yield f"| {profiled_model(first)} | `{first['method']}` | {' | '.join(cells)} | {speed} |"
     if (folder / "profile.png").exists():
         yield from ("", f"![Where the time of a step goes]({where}/profile.png)")
+
+
+def profiled_model(row: dict) -> str:
+    """bert-base 8×128 fp32 compiled and, unless it is classification, the task: what tells a setup from another."""
+    sizes = (
+        f" {row['batch']}×{row['length']} {plots.DTYPES.get(row['dtype'], row['dtype'])}" if row.get("batch") else ""
+    )
+    task = "" if row["task"] == "classification" else f" {row['task']}"
+    return row["model"] + sizes + task + (" compiled" if row.get("compiled") == "True" else "")
 
 
 LEGEND = textwrap.fill(
