@@ -101,8 +101,9 @@ def partial_kernel(
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of one block of queries: STUDENTS students from `first` on, with so many teachers from `first_t` on."""
-    pair = tl.program_id(1).to(tl.int64)
-    b, h, start = pair // H, pair % H, tl.program_id(0) * BLOCK
+    blocks = tl.cdiv(Q, BLOCK)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h, start = pair // H, pair % H, tl.program_id(0) % blocks * BLOCK
     o_q, o_m = start + tl.arange(0, BLOCK), tl.arange(0, TEACHERS)
     m_q = o_q < Q
     sums = ()
@@ -133,7 +134,7 @@ def partial_kernel(
                 own = tl.sum(difference * difference, 1)[:, None]
                 added = added + (sums[i] + tl.where(o_m[None, :] == j, own, 0.0),)  # noqa: RUF005
             sums = added
-    to = partial_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * N * M
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * N * M
     for i in tl.static_range(STUDENTS):
         tl.store(to + (first + i) * M + first_t + o_m, tl.sum(sums[i], 0), mask=o_m < teachers)
 
@@ -146,8 +147,9 @@ def gradient_kernel(
     """One block of one student's queries, and columns of their gradient; OF_KEYS: of its keys."""
     X: tl.constexpr = 4 if OF_KEYS else 0
     Y: tl.constexpr = 0 if OF_KEYS else 4
-    pair, i_student, i_part = tl.program_id(1).to(tl.int64), tl.program_id(2) % N, tl.program_id(2) // N
-    b, h, start = pair // H, pair % H, tl.program_id(0) * BLOCK
+    blocks = tl.cdiv(OWN, BLOCK)
+    pair, i_student, i_part = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1) % N, tl.program_id(1) // N
+    b, h, start = pair // H, pair % H, tl.program_id(0) % blocks * BLOCK
     row, scale = table_ptr + i_student * COLUMNS, scale_ptr + i_student
     D = tl.load(row + 8).to(tl.int32)
     o_own, o_d = start + tl.arange(0, BLOCK), i_part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -235,11 +237,11 @@ def attention_cost_fwd(
     layers = Layers(sq, sk, tq, tk, scales, mask)
     n, m = layers.n, layers.m
     costs = torch.empty((n, m), dtype=torch.float32, device=sq[0].device)
-    grid = layers.blocks(layers.Q), layers.B * layers.H
-    partial = torch.empty((grid[0] * grid[1], n, m), dtype=torch.float32, device=sq[0].device)
+    programs = layers.blocks(layers.Q) * layers.B * layers.H
+    partial = torch.empty((programs, n, m), dtype=torch.float32, device=sq[0].device)
     for i in range(0, n, STUDENTS):
         for j in range(0, m, TEACHERS):
-            partial_kernel[grid](
+            partial_kernel[(programs,)](
                 layers.table, layers.scales, layers.like, layers.mask, partial, n, m, layers.H, layers.Q, layers.K, i, j,
                 min(TEACHERS, m - j), min(STUDENTS, n - i), TEACHERS, causal, layers.aligned, **layers.launch,
             )  # fmt: skip
@@ -258,7 +260,7 @@ def attention_cost_bwd(
     parts = triton.cdiv(layers.width, layers.launch["BLOCK_D"])
     for of_keys, (own, other) in enumerate(((layers.Q, layers.K), (layers.K, layers.Q))):
         if grads[of_keys][0].numel():
-            gradient_kernel[(layers.blocks(own), layers.B * layers.H, layers.n * parts)](
+            gradient_kernel[(layers.blocks(own) * layers.B * layers.H, layers.n * parts)](
                 layers.table, layers.scales, layers.like, layers.mask, grad, 2.0 / layers.elements, layers.n, layers.m,
                 layers.H, own, other, of_keys, causal, layers.aligned, **layers.launch,
             )  # fmt: skip

@@ -180,7 +180,8 @@ def gathered_kernel(
     NCE: tl.constexpr, DIRECTION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query against one split of the rows that its index names. A row that does not exist is a loss of NaN."""
-    i_split, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    i_split, i_b = program % splits, program // splits
     o_d = tl.arange(0, WIDTH)
     b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr)  # in two parts, so that float32 does not round them
@@ -359,7 +360,7 @@ def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, 
     launch = gathered_geometry(D, bank.dtype == torch.uint8)
     blocks = triton.cdiv(count, launch["BLOCK"])
     parts = Partials(query, blocks, B, with_direction)
-    gathered_kernel[(parts.splits, B)](
+    gathered_kernel[(parts.splits * B,)](
         query, bank, row_scale, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
         B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, parts.splits,
         NCE=shift is not None, DIRECTION=with_direction, **launch,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, per chip
+OF_OLDER_ONES = 512  # bytes of stack on top of a kernel's limit
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "bool": "*i1"}
 
 
@@ -77,8 +78,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def assert_fits(compiled: Compiled, chip: int, spill_limit: int):
+    """Limits are those of the Triton that CI has. An older one keeps more on the stack (3.6 on sm_90: 504 bytes where 3.9
+    has 224), which costs time only; with it, whether kernels compile and fit is what can be learnt."""
+    limit = spill_limit + (OF_OLDER_ONES if triton_version() < (3, 9) else 0)
     assert compiled.shared <= SHARED_MEMORY[chip], f"{compiled.shared} bytes of shared memory on sm_{chip}"
-    assert compiled.stack <= spill_limit, f"{compiled.stack} bytes of stack, declared limit {spill_limit}"
+    assert compiled.stack <= limit, f"{compiled.stack} bytes of stack, declared limit {limit}"
+
+
+def triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def assert_no_tensor_cores(compiled: Compiled):

@@ -1,11 +1,13 @@
 """What runs on a GPU only, with fakes in the place of one: what a rival's failed capture leaves behind, whose device is current."""
 
 import contextlib
+import csv
 import dataclasses
 import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,7 +159,7 @@ import sys
 for name in ("datasets", "ot", "liger_kernel", "cut_cross_entropy", "ruff", "expecttest"):
     sys.modules[name] = None  # importing it is an error
 from fastkd.cli import main
-sizes = "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=32,vocab_size=50"
+sizes = "num_hidden_layers=4,hidden_size=96,num_attention_heads=4,intermediate_size=32,vocab_size=50"
 options = ["--method", "all", "--batch", "4", "--length", "8", "--steps", "6", "--no-trace", "--device", "cpu"]
 for model in ("bert-base:", "llama-1b:num_key_value_heads=1,"):
     assert main(["profile", "--from-config", model + sizes, *options, "--out", sys.argv[1]]) == 0, model
@@ -169,7 +171,8 @@ def test_a_profile_needs_no_more_packages_than_a_machine_with_a_gpu_has(tmp_path
     pytest.importorskip("transformers")
     done = subprocess.run([sys.executable, "-c", PROFILE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "left out" not in done.stdout and list(tmp_path.rglob("profile.csv"))
+    (table,) = tmp_path.rglob("profile.csv")
+    assert {"kd", "bert_emd", "codir", "glmd"} <= {row["method"] for row in csv.DictReader(table.open())}
 
 
 @pytest.mark.parametrize("arguments", ["x", "[x]", "(x, x), None", "None, [], (2.0,), [x, x], 2.0"])
@@ -216,3 +219,41 @@ def test_a_step_that_moves_a_bank_is_the_same_twice():
     assert torch.equal(inputs["bank_s"], moved)
     once_more, _ = check.loss_and_gradients(lambda x: case.ours(x, "reference"), inputs)
     assert not torch.equal(loss, once_more)  # without putting it back
+
+
+class Launches:
+    """In the place of a kernel: the grids it is launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+MANY = 65536 + 3  # one more than a grid may have programs along y and z
+
+
+@pytest.mark.parametrize(("stem", "name"), [("relation", "forward_kernel"), ("relation", "backward_kernel"),
+                                            ("attention_cost", "partial_kernel"), ("attention_cost", "gradient_kernel"),
+                                            ("contrast", "gathered_kernel")])  # fmt: skip
+def test_so_many_heads_and_examples_fit_into_a_grid(stem, name, monkeypatch):
+    pytest.importorskip("triton")
+    module, launches = importlib.import_module(f"fastkd.kernels.{stem}"), Launches()
+    for other in vars(module):
+        if other.endswith("_kernel"):
+            monkeypatch.setattr(module, other, launches if other == name else Launches())
+    x, grad = torch.empty(MANY, 1, 5, 16, device="meta"), torch.empty(1, 1, device="meta")
+    if stem == "relation":
+        rows, stats, *nothing = module.relation_fwd(x, None, x, None, None, False, 1.0, 1.0, False)
+        module.relation_bwd(rows, x, None, x, None, None, stats, *nothing, False, 1.0, 1.0)
+    elif stem == "attention_cost":
+        module.attention_cost_fwd([x], [x], [x], [x], [1.0, 1.0], None, False)
+        module.attention_cost_bwd(grad, [x], [x], [x], [x], [1.0, 1.0], None, False)
+    else:
+        query, index = torch.empty(MANY, 16, device="meta"), torch.zeros(MANY, 2, dtype=torch.int64, device="meta")
+        monkeypatch.setattr(module, "Partials", lambda query, *_: SimpleNamespace(
+            splits=2, largest=query, mass=query, sums=query))  # fmt: skip
+        module.nce_fwd(query, torch.empty(9, 16, device="meta"), index, grad, 0.1, False)
+    assert launches.grids and all(grid[0] >= MANY and max(grid[1:], default=1) <= 65535 for grid in launches.grids)
