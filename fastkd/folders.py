@@ -1,6 +1,7 @@
 """Folders that somebody else may own: a result appears there whole or not at all, and never in another file's place."""
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,14 @@ def check_vacant(folder: Path, argument: str) -> None:
         raise ValueError(
             f"{argument}: {folder} holds {named}, and nothing is written over; choose a new folder or an empty one"
         )
+
+
+def vacant(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that is new or empty, for whoever named none."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return path
 
 
 @contextlib.contextmanager

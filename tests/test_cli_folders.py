@@ -37,6 +37,13 @@ def test_a_report_is_whole_and_replaces_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_second_report_lies_beside_the_first(tmp_path):
+    (tmp_path / "report-3").mkdir()
+    for name in ("report", "report-2", "report-3", "report-4"):
+        assert folders.vacant(tmp_path / "report") == tmp_path / name
+        report.write(tmp_path / name, **WHOLE)
+
+
 def test_a_report_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

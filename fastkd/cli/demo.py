@@ -19,7 +19,7 @@ METHOD = "bert_emd:beta=0.01,projection=identity + kd:alpha=0.9,temperature=2"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("fastkd demo", description=__doc__)
-    parser.add_argument("--output", default="report", help="new or empty folder of the report (default: report)")
+    parser.add_argument("--output", help="new or empty folder of the report (default: report, else report-2, …)")
     parser.add_argument("--method", default=METHOD, help="what the distilled student learns by")
     parser.add_argument("--teacher-steps", type=int, default=264)
     parser.add_argument("--student-steps", type=int, default=264)
@@ -87,6 +87,7 @@ def check(options) -> None:
         refused = methods.refusal(name, "bert", "classification")
         if refused:
             raise ValueError(f"method: {refused}")
+    options.output = options.output or str(folders.vacant(Path("report")))
     folders.check_vacant(Path(options.output), "--output")
 
 
