@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from fastkd.bench.wrong import one_of
 
 REGISTRY: dict[str, Callable] = {}
 ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a CPU would take minutes for
@@ -141,8 +142,7 @@ def stem(name: str, registry: dict[str, Callable] = REGISTRY) -> Callable:
 def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=False) -> Iterator[Case]:
     """The cases whose stem is named, whose kind is `kind`, whose name contains `name`; `scale` asks for the curves only."""
     for registered in stems or REGISTRY:
-        if registered not in REGISTRY:
-            raise ValueError(f"stem {registered!r} has no cases; there are {', '.join(REGISTRY)}")
+        one_of("stem", registered, REGISTRY)
         tables = [REGISTRY, CLAIMS, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
         found = [case for table in tables if registered in table for case in table[registered]()]
         for case in sorted(found, key=lambda case: not case.goal) if gpu else found:  # there, time may run out

@@ -81,6 +81,13 @@ def changes(a: Sequence[dict], b: Sequence[dict]) -> tuple[list[Change], list[tu
     return [change for change in found.values() if change], list(dict.fromkeys(alone))
 
 
+def lost_lines(alone: Sequence[tuple], before: dict, after: dict) -> list[str]:
+    def why(key: tuple) -> str:
+        return "no common rival" if key in before and key in after else f"{'before' if key in before else 'after'} only"
+
+    return [f"  – {' '.join(key)}: {why(key)}" for key in alone]
+
+
 def lines_of(found: Sequence[Change], tolerance: float) -> list[tuple[str, ...]]:
     lines = []
     for change in sorted(found, key=lambda c: c.ratio):
@@ -108,10 +115,12 @@ def compare(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.05) -> int:
     found, alone = changes(*rows)
     if not found:
         print("nothing to compare: no case and mode was measured in both, against the same rival")
+        print(*lost_lines(alone, *map(by_group, rows)), sep="\n")
         return 2
     report.show_table(HEADINGS, lines_of(found, tolerance), "rival's time over fastkd's, after over before", left=2)
     if alone:
-        print(f"{len(alone)} more were measured in one of the two only (or without fastkd or a common rival)")
+        print(f"{len(alone)} more were measured in one of the two only (or without fastkd or a common rival):")
+        print(*lost_lines(alone, *map(by_group, rows)), sep="\n")
     slower = [c for c in found if c.verdict(tolerance) == "slower"]
     grown = [c for c in found if c.grew(tolerance)]
     for change in slower:

@@ -58,12 +58,39 @@ def version_of(package: str) -> str:
         return ""
 
 
-def git(*arguments: str) -> str:
+def device_of(text: str, kinds: tuple[str, ...] = (), here: bool = True):
+    """The device of that name, one of `kinds` where they are given; `here`: it must be usable, not only a name."""
+    import torch
+
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        device = torch.device(text)
+        if here:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each build of torch has its own way
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {text!r} cannot be used here: {why}; name cpu, cuda or cuda:N") from error
+    if kinds and device.type not in kinds:
+        raise ValueError(f"device: expected {' or '.join(kinds)}, got {text!r}")
+    return device
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; empty where it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def is_checkout() -> bool:
+    """Whether we are a repository of our own. Installed inside somebody's project, git would answer for theirs."""
+    top = output_of("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    return bool(top) and pathlib.Path(top).resolve() == ROOT.resolve()
+
+
+def git(*arguments: str) -> str:
+    return output_of("git", "-C", str(ROOT), *arguments) if is_checkout() else ""
 
 
 def facts(device) -> dict:
@@ -75,7 +102,7 @@ def facts(device) -> dict:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "driver": driver() if device.type == "cuda" else "",
+        "driver": driver(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "triton": version_of("triton"),
@@ -86,18 +113,18 @@ def facts(device) -> dict:
     }
 
 
-def query_gpu(fields: str) -> str:
-    try:
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+def query_gpu(device, fields: str) -> str:
+    """One line of nvidia-smi about this device. It is named by its UUID: CUDA_VISIBLE_DEVICES gives torch other numbers."""
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    index = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    return output_of("nvidia-smi", "-i", index, f"--query-gpu={fields}", "--format=csv,noheader,nounits")
 
 
-def driver() -> str:
-    """Driver and clocks as they are; no setting is touched."""
-    return query_gpu("driver_version,clocks.sm,clocks.mem")
+def driver(device) -> str:
+    """Driver and clocks of a GPU as they are now, so ask when it has just worked; no setting is touched."""
+    return query_gpu(device, "driver_version,clocks.sm,clocks.mem") if device.type == "cuda" else ""
 
 
 def available_bytes(device) -> int | None:
@@ -206,9 +233,11 @@ def busy_reason(foreign: float | None, when: str, limit: float = FOREIGN_CORES) 
     return ""
 
 
-def gpu_busy_reason(limit: int = 10) -> str:
-    """A GPU that computes before we start is somebody else's."""
-    answer = query_gpu("utilization.gpu")
+def gpu_busy_reason(device=None, limit: int = 10) -> str:
+    """A GPU (the current one, unless it is named) that computes before we start is somebody else's."""
+    import torch
+
+    answer = query_gpu(device or torch.device("cuda"), "utilization.gpu")
     if answer.isdigit() and int(answer) > limit:
         return f"the GPU was {answer} % busy before the run"
     return ""

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from fastkd.bench import archive, device_plots, machine, plots, report, targets
+from fastkd.bench import archive, device_plots, machine, plots, report, shapes, targets
 
 BEGIN, END = "<!-- figures: begin (written by `make readme` from bench/results) -->", "<!-- figures: end -->"
 RIVALS = ("eager", "compile", "authors")
@@ -61,21 +61,30 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 
 def slower_than_eager(rows: Sequence[dict], limit: float = 0.95) -> list[str]:
-    """Cases and modes where eager takes less than `limit` of our time; all launches, curves too."""
+    """Cases and modes where eager takes less than `limit` of our time; all launches and cache states, curves too."""
+
+    def how(row: dict) -> str:
+        cold = row["cache"].startswith("cold") and not row["cuda"]  # a GPU is always measured cold
+        return f"{row['mode']}{'' if row['launch'] == 'plain' else ' graph'}{' cold' if cold else ''}"
+
     return [
-        f"{row['stem']} {plots.label_of(row['case'])} {row['mode']}{'' if row['launch'] == 'plain' else ' graph'} "
-        f"({plots.value(row, 'times_ours_median'):.2f}×)"
-        for row in rows
-        if row["provider"] == "eager" and row["times_ours_median"] and plots.value(row, "times_ours_median") < limit
+        f"{row['stem']} {plots.label_of(row['case'])} {how(row)} ({plots.value(row, 'times_ours_median'):.2f}×)"
+        for row in targets.beside_eager(rows)
+        if plots.value(row, "times_ours_median") < limit
     ]
+
+
+def stems_of(folder: pathlib.Path) -> list[str]:
+    """Stems with rows or reasons; a profile, a log or what somebody else put here is none."""
+    return sorted({*shapes.KINDS, *(path.stem for path in report.results_in(folder))})
 
 
 def absent(folder: pathlib.Path) -> list[str]:
     """Rivals that have no row on this device, with the reason, once."""
     found = [
-        (path.stem, name, reason)
-        for path in sorted(folder.glob("*.json"))
-        for reasons in archive.absent_of(path).values()
+        (stem, name, reason)
+        for stem in stems_of(folder)
+        for reasons in archive.absent_of(folder / f"{stem}.json").values()
         for name, reason in reasons.items()
         if not name.startswith("fastkd")
     ]
@@ -99,11 +108,9 @@ def section(folder: pathlib.Path, root: pathlib.Path) -> Iterator[str]:
         yield from ("", f"![How many times faster, case by case]({where}/overview.png)")
     yield from ("", *table(rows))
     slow = slower_than_eager(rows)
-    compared = sum(row["provider"] == "eager" for row in rows)
-    yield from (
-        "",
-        f"Slower than 0.95× eager: {len(slow)} of {compared} rows" + (f": {'; '.join(slow)}." if slow else "."),
-    )
+    yield from ("", f"Slower than 0.95× eager: {len(slow)} of {targets.coverage(rows)}.")
+    if slow:
+        yield f"Those are {'; '.join(slow)}."
     lines = targets.table(rows, folder)
     if lines:
         yield from folded("Targets", lines)
@@ -126,17 +133,32 @@ def profile_section(folder: pathlib.Path, where: str) -> Iterator[str]:
     if not steps:
         return
     ways = list(dict.fromkeys(row["way"] for row in steps))
+    from fastkd.profile.results import KEY
+
+    setups: dict[tuple, dict[str, dict]] = {}
+    for row in steps:
+        setups.setdefault(tuple(row.get(name) for name in KEY), {})[row["way"]] = row
+    ways = list(dict.fromkeys(row["way"] for row in steps))
     yield from ("", "A whole training step (`fastkd profile`), milliseconds; in brackets the loss's share of it:", "")
     yield "| model | method | " + " | ".join(ways) + " | tokens/s |"
     yield "|---|---|" + "---|" * (len(ways) + 1)
-    for model, method in dict.fromkeys((row["model"], row["method"]) for row in steps):
-        mine = {row["way"]: row for row in steps if (row["model"], row["method"]) == (model, method)}
+    for mine in setups.values():
+        first = next(iter(mine.values()))
         cells = [f"{report.number(float(mine[w]['median_ms']))} ({float(mine[w]['loss_share']):.0%})" if w in mine else "–"
                  for w in ways]  # fmt: skip
         speed = f"{float(mine[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in mine else "–"
-        yield f"| {model} | `{method}` | {' | '.join(cells)} | {speed} |"
+        yield f"| {profiled_model(first)} | `{first['method']}` | {' | '.join(cells)} | {speed} |"
     if (folder / "profile.png").exists():
         yield from ("", f"![Where the time of a step goes]({where}/profile.png)")
+
+
+def profiled_model(row: dict) -> str:
+    """bert-base 8×128 fp32 compiled and, unless it is classification, the task: what tells a setup from another."""
+    sizes = (
+        f" {row['batch']}×{row['length']} {plots.DTYPES.get(row['dtype'], row['dtype'])}" if row.get("batch") else ""
+    )
+    task = "" if row["task"] == "classification" else f" {row['task']}"
+    return row["model"] + sizes + task + (" compiled" if row.get("compiled") == "True" else "")
 
 
 LEGEND = textwrap.fill(
@@ -172,12 +194,46 @@ def replaced(readme: str, figures: str) -> str:
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     """All pictures of one device."""
     drawn = []
-    for path in sorted(folder.glob("*.csv")):
-        if path.stem != report.PROFILE:
-            drawn += plots.draw(
-                report.read_rows(path), path.stem, folder, archive.out_of_memory(path.with_suffix(".json"))
-            )[0]
-    return drawn + device_plots.draw(report.rows_of(folder), folder)[0]
+    for path in report.results_in(folder):
+        drawn += plots.draw(report.read_rows(path), path.stem, folder)[0]
+    drawn += device_plots.draw(report.rows_of(folder), folder)[0]
+    if (folder / f"{report.PROFILE}.csv").exists():
+        from fastkd.profile import plots as profile_plots
+
+        drawn += profile_plots.draw(folder)[0]
+    return drawn
+
+
+def rewrite(folder: pathlib.Path) -> list[pathlib.Path]:
+    """JSON and pictures of one device, from its CSV. What we would not draw is somebody else's and stays."""
+    for stem in (path.stem for path in report.results_in(folder)):
+        if json_is_stale(folder, stem):
+            archive.write(folder, stem, {})
+    pictures = [folder / name for name in archive.pictures(stems_of(folder))]
+    for path in (*pictures, folder / f"{report.PROFILE}.png"):
+        archive.check_picture(path)
+    for path in pictures:
+        path.unlink(missing_ok=True)
+    return draw(folder)
+
+
+def json_is_stale(folder: pathlib.Path, stem: str) -> bool:
+    csv, json = folder / f"{stem}.csv", folder / f"{stem}.json"
+    return not json.exists() or archive.contents(json)["rows"] != archive.checked(csv, report.read_rows(csv))
+
+
+def drawn_from_others(folder: pathlib.Path) -> Iterator[str]:
+    """Pictures of ours that show other rows than the CSV has, or curves that end for other reasons than the JSON gives."""
+    names = [*archive.pictures(stems_of(folder)), f"{report.PROFILE}.png"]
+    for path in (folder / name for name in names if (folder / name).exists()):
+        stem, _, kind = path.stem.rpartition("_")
+        csv = folder / f"{stem or kind}.csv"
+        rows = report.rows_of(folder) if kind in ("overview", "roofline") else report.read_rows(csv)
+        digests, picture = [plots.digest_of(rows)], path.read_bytes()
+        if plots.DIGEST_ABSENT.encode() in picture:  # a picture from before the reasons were noted has none
+            digests.append(plots.digest_of_absent(archive.absent_of(csv.with_suffix(".json"))))
+        if not all(digest.encode() in picture for digest in digests):
+            yield path.name
 
 
 def stale(root: pathlib.Path) -> list[str]:
@@ -185,20 +241,12 @@ def stale(root: pathlib.Path) -> list[str]:
     readme = (root / "README.md").read_text()
     found = [] if replaced(readme, text(root)) == readme else ["README.md: its figures are not those of bench/results"]
     for folder in devices(root / "bench" / "results"):
-        for path in sorted(folder.glob("*.png")):
-            stem = path.stem.rsplit("_", 1)[0]
-            if path.stem == report.PROFILE:
-                rows = report.read_rows(folder / "profile.csv")
-            else:
-                rows = (
-                    report.rows_of(folder)
-                    if path.stem in ("overview", "roofline")
-                    else report.read_rows(folder / f"{stem}.csv")
-                )
-            if plots.digest_of(rows).encode() not in path.read_bytes():
-                found.append(f"{path.relative_to(root)}: drawn from other rows")
+        where = folder.relative_to(root)
+        for stem in (path.stem for path in report.results_in(folder)):
+            found += [f"{where}/{stem}.json: its rows are not those of the CSV"] if json_is_stale(folder, stem) else []
+        found += [f"{where}/{name}: drawn from other rows" for name in drawn_from_others(folder)]
         if device_plots.leading(report.rows_of(folder)) and not (folder / "overview.png").exists():
-            found.append(f"{folder.relative_to(root)}/overview.png: missing")
+            found.append(f"{where}/overview.png: missing")
     return found
 
 
@@ -206,18 +254,23 @@ def main(argv: Sequence[str] | None = None, root: pathlib.Path = machine.ROOT) -
     parser = argparse.ArgumentParser("make readme", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 and a list where something is stale")
     arguments = parser.parse_args(argv)
-    if not arguments.check:
+    try:
+        return run(root, arguments.check)
+    except ValueError as error:
+        print(f"make readme: {error}", file=sys.stderr)
+        return 2
+
+
+def run(root: pathlib.Path, only_check: bool) -> int:
+    if not only_check:
         reason = plots.ready()
         if reason:
             print(reason, file=sys.stderr)
             return 2
         for folder in devices(root / "bench" / "results"):
-            for path in folder.glob("*.png"):
-                if path.stem != report.PROFILE:
-                    path.unlink()
-            print(*(path.relative_to(root) for path in draw(folder)), sep="\n")
+            print(*(path.relative_to(root) for path in rewrite(folder)), sep="\n")
         readme = root / "README.md"
-        readme.write_text(replaced(readme.read_text(), text(root)))
+        report.store(readme, replaced(readme.read_text(), text(root)))
     wrong = stale(root)
     print("\n".join((*wrong, "run `make readme`")) if wrong else "README.md and its pictures say what the CSV says")
     return 1 if wrong else 0

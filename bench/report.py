@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import io
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -68,6 +70,7 @@ class Row:
 
 TYPES = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(Row)}
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+KEY = ("stem", "case", "mode", "launch", "cache", "provider")
 PROFILE = "profile"  # profile.csv beside the stems' files is `fastkd profile`'s
 
 
@@ -91,20 +94,45 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="") as handle:
-        return list(csv.DictReader(handle))
+        try:
+            return list(csv.DictReader(handle))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a CSV file ({error})") from error
+
+
+def results_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The stems' CSV files of a device; a profile, or what somebody else put beside them, is none."""
+    return [path for path in sorted(folder.glob("*.csv")) if set(KEY) <= set(header_of(path))]
+
+
+def header_of(path: pathlib.Path) -> list[str]:
+    with path.open(newline="", errors="replace") as handle:
+        return next(csv.reader([handle.readline().replace("\0", "")]), [])
 
 
 def rows_of(folder: pathlib.Path) -> list[dict]:
     """Every row of a device, stem after stem."""
-    return [row for path in sorted(folder.glob("*.csv")) if path.stem != PROFILE for row in read_rows(path)]
+    return [row for path in results_in(folder) for row in read_rows(path)]
 
 
 def merge(old: Iterable[dict], new: Sequence[dict]) -> list[dict]:
     """New rows replace the old ones of the same case and mode, whole groups at a time: a ratio lives in one run."""
-    measured = {(row["case"], row["mode"], row["launch"], row["cache"]) for row in new}
-    kept = [row for row in old if (row["case"], row["mode"], row["launch"], row["cache"]) not in measured]
+    measured = {tuple(row[name] for name in KEY[1:-1]) for row in new}
+    kept = [row for row in old if tuple(row[name] for name in KEY[1:-1]) not in measured]
     order = {row["case"]: i for i, row in reversed(list(enumerate([*kept, *new])))}
     return sorted([*kept, *new], key=lambda row: order[row["case"]])
+
+
+def store(path: pathlib.Path, text: str) -> None:
+    """All of it or nothing: who is stopped meanwhile still has the old file."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, newline="")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_csv(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
@@ -113,12 +141,11 @@ def write_csv(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     for stem in dict.fromkeys(row.stem for row in rows):
         path = folder / f"{stem}.csv"
         new = [{name: as_text(getattr(row, name)) for name in COLUMNS} for row in rows if row.stem == stem]
-        merged = merge(read_rows(path), new)
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(merged)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merge(read_rows(path), new))
+        store(path, text.getvalue())
         written.append(path)
     return written
 

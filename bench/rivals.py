@@ -316,6 +316,11 @@ AUTHORS = {
 }  # transport's is in packages.py, since it calls POT
 
 
+def names() -> list[str]:
+    """Every rival that some stem has."""
+    return list(dict.fromkeys(["eager", "compile", "authors", *(name for more in MORE.values() for name, *_ in more)]))
+
+
 def bind(function: Callable) -> Callable:
     return lambda inputs: function(dict(inputs), inputs.options)
 

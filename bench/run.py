@@ -11,16 +11,16 @@ fastkd bench gram --against main       the same cases at another commit, built i
 import argparse
 import dataclasses
 import gc
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from fastkd.bench import against, archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
 from fastkd.bench import case as case_module
-from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
-from fastkd.bench import claims as _claims  # noqa: F401
-from fastkd.bench import more_cases as _far_ends  # noqa: F401
+from fastkd.bench.arguments import check as check_arguments
+from fastkd.bench.arguments import parser, words
 from fastkd.bench.case import Case, Inputs
 from fastkd.bench.intervals import ratio_interval
 from fastkd.bench.rivals import Absent, Provider
@@ -141,6 +141,12 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     return columns, absent
 
 
+def wanted(provider: Provider | Absent, settings: Settings) -> bool:
+    """What is absent anyway keeps its own reason."""
+    asked = not settings.rivals or provider.name in settings.rivals
+    return asked or provider.name.startswith("fastkd") or isinstance(provider, Absent)
+
+
 def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, providers: Sequence | None = None) -> Outcome:
     """Check first; a case whose check fails has no speed."""
     outcome = Outcome()
@@ -151,11 +157,9 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
     inputs = case_module.build(case, settings.device, settings.seed)
     if providers is None:
         everyone = [*rivals.ours(case, inputs, settings.backends), *rivals.rivals(case, settings.device)]
-        wanted = [
-            p for p in everyone if not settings.rivals or p.name.startswith("fastkd") or p.name in settings.rivals
-        ]
-        outcome.absent = [p for p in wanted if isinstance(p, Absent)]
-        providers = [p for p in wanted if isinstance(p, Provider)]
+        everyone = [p if wanted(p, settings) else Absent(p.name, archive.NOT_ASKED) for p in everyone]
+        outcome.absent = [p for p in everyone if isinstance(p, Absent)]
+        providers = [p for p in everyone if isinstance(p, Provider)]
     passed, failed, outcome.refused = checked(case, providers, inputs, settings.memory)
     outcome.absent += failed
     if outcome.refused:
@@ -171,6 +175,7 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
             measured += columns
             outcome.absent += absent
     outcome.foreign = meter.stop()
+    facts = {**facts, "driver": machine.driver(settings.device)}  # the clocks of a GPU that has just worked
     errors_by_name = {provider.name: errors for provider, errors in passed.items()}
     for columns in measured:
         errors = errors_by_name[columns["provider"]]
@@ -201,45 +206,11 @@ def show(case: Case, outcome: Outcome) -> None:
 
 def publish(case: Case, outcome: Outcome, folder: pathlib.Path) -> str:
     """Writes the rows as CSV and JSON, or says why not: an empty string means written."""
-    reason = machine.busy_reason(outcome.foreign, "while this case was measured")
-    if not reason and outcome.rows:
+    reason = machine.busy_reason(outcome.foreign, "while this case was measured") if outcome.rows else ""
+    if not reason:  # a case that was left out has no rows, but a reason
         report.write_csv(outcome.rows, folder)
         archive.write(folder, case.stem, {case.name: {absent.name: absent.reason for absent in outcome.absent}})
     return reason
-
-
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser("fastkd bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = result.add_argument
-    add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
-    add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
-    add("--scale", action="store_true", help="only the curves, to their far ends: 16k tokens, 256k words, 1M negatives")
-    add("--kind", default="", help="only this kind, such as forward_kl")
-    add("--case", default="", help="only cases whose name contains this, such as 512x30522")
-    add("--dtype", default="", help="float32, bfloat16, float64")
-    add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
-    add("--rivals", default="", help="only these, by comma: eager,compile,authors,…")
-    add("--backends", default="", help="'reference' also times our reference where a kernel serves")
-    add("--quick", action="store_true", help="the small cases, few rounds; printed, never published")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=0, help="CPU threads; torch's default without it")
-    add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
-    add("--rounds", type=int, default=0, help="interleaved rounds (30, quick 10)")
-    add("--budget", type=float, default=0.0, help="seconds for the rounds of one mode (20, quick 3)")
-    add(
-        "--memory",
-        type=float,
-        default=0.0,
-        help="CPU: GiB a call may add; more is out of memory (--scale: half of what is free)",
-    )
-    add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
-    add("--no-publish", action="store_true", help="print only")
-    add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
-    add("--list", action="store_true", help="name the cases and stop")
-    add("--compare", nargs=2, type=pathlib.Path, metavar=("BEFORE", "AFTER"), help="two .json, .csv or result folders")
-    add("--against", default="", metavar="REF", help="measure the same at another commit too, then compare")
-    add("--tolerance", type=float, default=0.05, help="of a comparison: a smaller loss is none (0.05)")
-    return result
 
 
 def half_of_memory() -> float:
@@ -254,39 +225,53 @@ def default_folder() -> pathlib.Path:
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    """At least one, or a ValueError."""
+    filters = {name: getattr(arguments, name) for name in ("stems", "shape", "kind", "case", "dtype", "quick", "scale")}
     if arguments.shape:
         texts, device = arguments.shape.split(","), torch.device(arguments.device)
-        return shapes.select(texts, arguments.dtype, device, arguments.stems, arguments.kind, arguments.case)
-    wanted = (arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick)
-    return list(case_module.select(*wanted, gpu=arguments.device.startswith("cuda"), scale=arguments.scale))
+        found = shapes.select(texts, arguments.dtype, device, arguments.stems, arguments.kind, arguments.case)
+    else:
+        wanted = (arguments.stems, arguments.kind, arguments.case, arguments.dtype, arguments.quick)
+        cuda = arguments.device.startswith("cuda")
+        found = list(case_module.select(*wanted, gpu=cuda, scale=arguments.scale))
+    if not found:
+        asked = ", ".join(f"{name}={value!r}" for name, value in filters.items() if value)
+        raise ValueError(f"no case matches all of {asked}; leave one out, or see --list")
+    return found
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    device, quick = torch.device(arguments.device), arguments.quick
+    memory = half_of_memory() if arguments.scale and device.type == "cpu" else 0.0
+    return Settings(
+        device, modes=(arguments.mode,) if arguments.mode else (),
+        rounds=arguments.rounds or (10 if quick else 30), cold=arguments.cold, memory=arguments.memory or memory,
+        budget=(3.0 if quick else 20.0) if arguments.budget is None else arguments.budget,
+        rivals=words(arguments.rivals), backends=words(arguments.backends),
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0: measured, and published unless told not to; 1: a check failed; 2: the machine was busy."""
     chosen = chosen_cases(arguments)
-    if arguments.list or not chosen:
-        print("\n".join(f"{case.stem} {case.name}" for case in chosen) or "no case matches")
-        return 0 if chosen else 1
+    if arguments.list:
+        print("\n".join(f"{case.stem} {case.name}" for case in chosen))
+        return 0
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    facts = machine.facts(device)
+    settings = settings_of(arguments)
+    facts = machine.facts(settings.device)
+    publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
+    folder = (arguments.out or default_folder()) / facts["device"]
+    if publishing:
+        archive.probe(folder, list(dict.fromkeys(case.stem for case in chosen)))
     busy = machine.busy_reason(machine.load_before(), "before the run")
-    busy = busy or (machine.gpu_busy_reason() if device.type == "cuda" else "")
+    busy = busy or (machine.gpu_busy_reason(settings.device) if settings.device.type == "cuda" else "")
     if busy:
         print(f"{busy}. " + ("Measuring anyway (--force); nothing is published." if arguments.force else
               "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
         if not arguments.force:
             return 2
-    settings = Settings(
-        device, modes=(arguments.mode,) if arguments.mode else (),
-        rounds=arguments.rounds or (10 if arguments.quick else 30),
-        budget=arguments.budget or (3.0 if arguments.quick else 20.0), cold=arguments.cold,
-        memory=arguments.memory or (half_of_memory() if arguments.scale and device.type == "cpu" else 0.0),
-        rivals=tuple(filter(None, arguments.rivals.split(","))), backends=tuple(arguments.backends.split(",")),
-    )  # fmt: skip
-    publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
-    folder = (arguments.out or default_folder()) / facts["device"]
     return run_cases(chosen, settings, facts, folder, publishing)
 
 
@@ -306,16 +291,11 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
         absent += [(case.stem, rival.name, rival.reason) for rival in outcome.absent]
-        if publishing and outcome.rows:
+        if publishing and not outcome.refused:
             reason = publish(case, outcome, folder)
             busy += [f"{case.name}: {reason}"] if reason else []
             stems += [] if reason else [case.stem]
-    for stem in dict.fromkeys(stems):
-        lost = archive.out_of_memory(folder / f"{stem}.json")
-        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder, lost)
-        print(f"published {folder / stem}.csv", *(path.name for path in paths), reason)
-    if stems:
-        print(*(path.name for path in device_plots.draw(report.rows_of(folder), folder)[0]))
+    draw(dict.fromkeys(stems), folder)
     if absent:
         print("\nnot measured here:", *archive.summary(absent), sep="\n  – ")
     for text in busy:
@@ -325,18 +305,31 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
     return 1 if failed else 2 if busy else 0
 
 
+def draw(stems: Iterable[str], folder: pathlib.Path) -> None:
+    """The pictures of these stems, and those of the device."""
+    for stem in stems:
+        paths, reason = plots.draw(report.read_rows(folder / f"{stem}.csv"), stem, folder)
+        print(f"published {folder / stem}.json and .csv", *(path.name for path in paths), reason)
+    if stems:
+        print(*(path.name for path in device_plots.draw(report.rows_of(folder), folder)[0]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser(__doc__).parse_args(argv)
         if arguments.compare:
             return compare.compare(*arguments.compare, arguments.tolerance)
+        check_arguments(arguments)
+        if not arguments.list:
+            chosen_cases(arguments)  # mistakes are named before the process starts again
         if arguments.against:
             return against.against(arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance)
-        if chosen_cases(arguments) and not arguments.list:  # mistakes are named before the process starts again
+        if not arguments.list:
             machine.passive_threads(sys.orig_argv[1:])
         return run(arguments)
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("against: "):
+    except (ValueError, RuntimeError, OSError) as error:
+        known = not isinstance(error, RuntimeError) or str(error).startswith("against: ")
+        if not known or os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
         print(f"fastkd bench: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,6 @@ A model stands for a teacher of that shape and a student of half its layers and 
 """
 
 import dataclasses
-import difflib
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from fastkd.bench import cases
 from fastkd.bench.case import Case
+from fastkd.bench.wrong import one_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -35,6 +35,14 @@ class Shape:
     length: int = 128
     student_layers: int = 0  # 0: half the teacher's
     student_width: int = 0
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            least = 0 if name.startswith("student") else 1
+            if type(size) is not int or size < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide the width, got {self.heads} heads of a width of {self.width}")
 
     @property
     def student(self) -> tuple[int, int]:
@@ -97,15 +105,16 @@ KINDS = {
 
 def case_from(stem: str, entry: dict, where: str, dtype: torch.dtype) -> Case:
     """One case of a YAML file, every mistake named."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: {stem}: expected a case such as {{kind: {KINDS[stem][0]}, …}}, got {entry!r}")
     entry = dict(entry)
     kind = entry.pop("kind", KINDS[stem][0])
-    if kind not in KINDS[stem]:
-        raise ValueError(f"{where}: {stem} has no kind {kind!r}; it has {', '.join(KINDS[stem])}")
+    one_of(f"{where}: kind of {stem}", kind, KINDS[stem])
     named = entry.pop("dtype", None)
-    if named is not None and named not in DTYPES:
-        raise ValueError(f"{where}: {stem} has dtype {named!r}; it must be one of {', '.join(DTYPES)}")
+    if named is not None:
+        one_of(f"{where}: dtype of {stem}", named, DTYPES)
     axes, build = BUILDERS.get((stem, kind)) or BUILDERS[stem, None]
-    if set(entry) != set(axes) or not all(isinstance(size, int) and size > 0 for size in entry.values()):
+    if set(entry) != set(axes) or not all(type(size) is int and size > 0 for size in entry.values()):
         raise ValueError(f"{where}: {stem} {kind} takes the sizes {', '.join(axes)}, positive integers; got {entry}")
     return build(kind, [entry[axis] for axis in axes], DTYPES.get(named, dtype))
 
@@ -119,48 +128,59 @@ def read_yaml(path: pathlib.Path) -> dict:
         raise ValueError(f"{path}: no such file; name a shape ({', '.join(SHAPES)}) or a YAML file that exists")
     try:
         found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(found, dict) or not found or set(found) - {"models", "cases"}:
         raise ValueError(f"{path}: expected `models:`, `cases:` or both at the top, got {found!r:.80}")
-    return found
+    for part, under in (("models", "name: {layers: 12, …}"), ("cases", "stem: [{kind: …}, …]")):
+        if not isinstance(found.setdefault(part, {}) or {}, dict):
+            raise ValueError(f"{path}: {part}: expected lines of {under}, got {found[part]!r:.80}")
+    return {part: entries or {} for part, entries in found.items()}
 
 
 def from_yaml(path: pathlib.Path, dtype: torch.dtype) -> Iterator[Case]:
     found = read_yaml(path)
-    fields = {field.name for field in dataclasses.fields(Shape)}
-    for name, entry in (found.get("models") or {}).items():
-        try:
-            shape = Shape(**entry)
-        except TypeError as error:
-            raise ValueError(f"{path}: model {name!r}: {error}; it takes {', '.join(sorted(fields))}") from error
-        yield from cases_of(name, shape, dtype)
-    for stem, entries in (found.get("cases") or {}).items():
-        if stem not in KINDS or not isinstance(entries, list):
-            raise ValueError(f"{path}: cases: expected a list under one of {', '.join(KINDS)}; got {stem!r}")
+    for name, entry in found["models"].items():
+        yield from cases_of(name, shape_of(f"{path}: model {name!r}", entry), dtype)
+    for stem, entries in found["cases"].items():
+        one_of(f"{path}: cases", stem, KINDS)
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: cases: expected a list under {stem}, got {entries!r}")
         for entry in entries:
             yield case_from(stem, entry, str(path), dtype)
+
+
+def shape_of(where: str, entry: object) -> Shape:
+    fields = [field.name for field in dataclasses.fields(Shape)]
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected {{layers: 12, …}}, got {entry!r}")
+    for name in entry:
+        one_of(where, name, fields)
+    try:
+        return Shape(**entry)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: {str(error).removeprefix('Shape.__init__() ')}; it takes {', '.join(fields)}"
+        ) from error
 
 
 def named(text: str) -> tuple[str, Shape]:
     """ "bert-large" or "bert-large@16x512" (batch × length)."""
     name, _, size = text.partition("@")
-    if name not in SHAPES:
-        close = difflib.get_close_matches(name, SHAPES, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"shape: there is no {name!r}; {hint}there are {', '.join(SHAPES)}, or a .yaml file")
+    one_of("shape", name, SHAPES, ", or a .yaml file")
     if not size:
         return name, SHAPES[name]
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if not match:
         raise ValueError(f"shape: expected {name}@BATCHxLENGTH, such as {name}@16x512, got {text!r}")
-    return text, dataclasses.replace(SHAPES[name], batch=int(match[1]), length=int(match[2]))
+    changes = {"batch": int(match[1]), "length": int(match[2])}
+    return text, shape_of(f"shape: {text}", {**dataclasses.asdict(SHAPES[name]), **changes})
 
 
 def select(texts: Iterable[str], dtype: str, device: torch.device, stems=(), kind="", name="") -> list[Case]:
     """The cases of the shapes that were asked for; bfloat16 on a GPU and float32 on a CPU, where no dtype is named."""
-    if dtype and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype:
+        one_of("dtype", dtype, DTYPES)
     wanted = DTYPES[dtype] if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
     found: list[Case] = []
     for text in texts:

@@ -12,13 +12,22 @@ from collections.abc import Callable, Sequence
 from fastkd.bench import plots, report
 
 
+def one_cache(rows: Sequence[dict]) -> list[dict]:
+    """One cache state of each case, the one that is measured by default where there are both: a figure never mixes them."""
+    states: dict[tuple, list[str]] = {}
+    for row in rows:
+        states.setdefault((row["stem"], row["case"]), []).append(row["cache"])
+    chosen = {case: min(there, key=lambda cache: cache.startswith("cold")) for case, there in states.items()}
+    return [row for row in rows if row["cache"] == chosen[row["stem"], row["case"]]]
+
+
 class Rows:
     """Look-ups in the rows of a device; None where there is no such row."""
 
     def __init__(self, rows: Sequence[dict]):
         self.rows = rows
         keys = ("stem", "case", "mode", "launch", "provider")
-        self.by_key = {tuple(row[key] for key in keys): row for row in rows}
+        self.by_key = {tuple(row[key] for key in keys): row for row in one_cache(rows)}
 
     def get(self, name: str, column: str, provider: str = "fastkd", mode: str = "both", launch: str = "plain"):
         """`name` is "stem case"."""
@@ -35,8 +44,32 @@ class Rows:
         return quotient(self.get(name, "peak_extra_mib"), self.get(name, "peak_extra_mib", "eager"))
 
     def worst(self):
-        ratios = [plots.value(r, "times_ours_median") for r in self.rows if r["provider"] == "eager"]
-        return min((x for x in ratios if x), default=None)
+        return min((plots.value(row, "times_ours_median") for row in beside_eager(self.rows)), default=None)
+
+
+def beside_eager(rows: Sequence[dict]) -> list[dict]:
+    """Eager's rows, every mode, launch, cache state and size."""
+    return [row for row in rows if row["provider"] == "eager" and plots.value(row, "times_ours_median")]
+
+
+def listed(gpu: bool) -> set[tuple[str, str]]:
+    """(stem, case) of everything that `fastkd bench`, with and without --scale, would measure on such a device."""
+    from fastkd.bench import case, cases, claims, more_cases  # noqa: F401  importing these registers the cases
+
+    return {(found.stem, found.name) for scale in (False, True) for found in case.select(gpu=gpu, scale=scale)}
+
+
+def coverage(rows: Sequence[dict]) -> str:
+    """What a sentence about all rows speaks of, and what it cannot speak of."""
+    modes: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        modes.setdefault((row["stem"], row["case"]), set()).add(row["mode"])
+    everything = listed(any(row["cuda"] for row in rows))
+    single = sum(len(there) == 1 for there in modes.values())
+    return (
+        f"{len(beside_eager(rows))} rows measured ({single} of {len(modes)} cases in one mode only); "
+        f"{len(everything - set(modes))} of {len(everything)} listed cases have none"
+    )
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
@@ -94,7 +127,7 @@ CPU = (
            lambda r: quotient(r.get(QUEUE32, "median_ms", "eager"), r.get(QUEUE16, "median_ms")), 10.0),
     Target("C5", "CoDIR's gather over the authors' way", lambda r: r.over(GATHER, "authors"), 10.0),
     Target("C5", "… share of its floor", lambda r: r.get(GATHER, "floor_share"), 0.65, unit="%"),
-    Target("C6", "the worst row over eager, every mode and size", Rows.worst, 0.95),
+    Target("C6", "the worst over eager", Rows.worst, 0.95),
 )  # fmt: skip
 
 HEADS = "linear_divergence forward_kl-8192x128256x4096x4096-bfloat16"
@@ -161,7 +194,7 @@ GPU = (
     Target("G13", "in-batch contrast 32768² over Inf-CL's way", lambda r: r.over(IN_BATCH, "inf-cl-style"), 3.0, 5.0),
     Target("G13", "… over cut-cross-entropy", lambda r: r.over(IN_BATCH, "cut-cross-entropy"), 1.0, 1.3),
     Target("G14", "CoDIR's gather over the authors' way", lambda r: r.over(GATHER, "authors"), 8.0, 15.0),
-    Target("G15", "the worst row over eager, every mode and size", Rows.worst, 0.95),
+    Target("G15", "the worst over eager", Rows.worst, 0.95),
 )  # fmt: skip
 
 
@@ -184,7 +217,8 @@ def line(target: Target, rows: Rows, why: dict[str, str]) -> str:
         found = shown(target, value)
         verdict = "met" if target.met(value) else f"missed: {why.get(target.id, 'no reason given yet')}"
         verdict = "met, stretch too" if target.stretch and target.met(value, target.stretch) else verdict
-    return f"| {target.id} | {target.claim} | {found} | {asked} | {more} | {verdict} |"
+    claim = target.claim + (f", of {coverage(rows.rows)}" if target.measured is Rows.worst else "")
+    return f"| {target.id} | {claim} | {found} | {asked} | {more} | {verdict} |"
 
 
 def table(rows: Sequence[dict], folder: pathlib.Path) -> list[str]:

@@ -12,10 +12,13 @@ e = m_t - m_s; with alpha = e^-m_t and beta = e^-m_s, alpha expm1(e) = beta - al
 
     A <- alpha A + (beta - alpha) X + (beta - alpha - alpha e) l,   X <- beta X + (beta - alpha) l,   l <- alpha l.
 
-Forward: a program owns a block of queries, walks over the keys, and leaves max t, l, max s and X. Backward: a program
-owns a block of rows of x (or y) and walks over the others; both scores are made again, W is used and forgotten. Of a
-relation of x with itself one tile yields both W and Wᵀ, since scores are symmetric: one product instead of two. Nothing
-is added to by two programs, so the order of every sum is fixed.
+Where |E| >= 1/2 the two sums are counted apart, S = sum e^(s - max s), since X has lost the digits of the smaller one:
+KL = kappa - sum a c / l with kappa = log(S / l), and sum a c moves to alpha (sum a c + e l).
+
+Forward: a program owns a block of queries, walks over the keys, and leaves max t, l, max s and X (or -l, and S for X).
+Backward: a program owns a block of rows of x (or y) and walks over the others; both scores are made again, W is used
+and forgotten. Of a relation of x with itself one tile yields both W and Wᵀ, since scores are symmetric: one product
+instead of two. Nothing is added to by two programs, so the order of every sum is fixed.
 """
 
 import torch
@@ -28,7 +31,7 @@ from .series import logarithms, phi
 NEVER = tl.constexpr(-1e30)  # a masked score: finite, so that the difference of two is a number
 WIDEST = 128  # of a head; fastkd/ops/relation.py has wider ones done by the reference
 SPILL_LIMIT = {
-    "forward_kernel": 136,
+    "forward_kernel": 152,
     "backward_kernel": 24,
 }  # bytes of stack per thread; the causal forms, most on sm_80
 
@@ -65,10 +68,12 @@ def gap_and_excess(a, b, c):
 def move(refs, sums, top_s, top_t):
     """The sums as they are relative to new maxima."""
     max_s, max_t = refs
-    mass, X, A = sums
+    mass, student, X, A, cross = sums
     alpha, beta = tl.exp(max_t - top_t), tl.exp(max_s - top_s)
-    gap, excess = gap_and_excess(alpha, beta, (top_t - max_t) - (top_s - max_s))
-    return alpha * mass, beta * X + gap * mass, alpha * A + gap * X + excess * mass
+    c = (top_t - max_t) - (top_s - max_s)
+    gap, excess = gap_and_excess(alpha, beta, c)
+    moved = beta * X + gap * mass, alpha * A + gap * X + excess * mass, alpha * (cross + c * mass)
+    return alpha * mass, beta * student, moved[0], moved[1], moved[2]
 
 
 @triton.jit
@@ -84,7 +89,8 @@ def forward_kernel(
     b_xs = load_rows(x_s, strides[0], b, h, o_i, m_i, D_s, BLOCK_S)  # [BLOCK, D]
     b_xt = load_rows(x_t, strides[2], b, h, o_i, m_i, D_t, BLOCK_T)
     max_s, max_t = tl.full([BLOCK], NEVER, tl.float32), tl.full([BLOCK], NEVER, tl.float32)
-    mass, X, A = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    none = tl.zeros([BLOCK], tl.float32)
+    mass, student, X, A, cross = none, none, none, none, none
     stop = tl.minimum(start + BLOCK, L) if CAUSAL else L
     for j in range(0, stop, BLOCK):
         o_j = j + tl.arange(0, BLOCK)
@@ -94,34 +100,41 @@ def forward_kernel(
         b_s = scores(b_xs, load_rows(y_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S), scale_s)
         b_t, b_s = tl.where(seen, b_t, NEVER), tl.where(seen, b_s, NEVER)  # [queries, keys]
         top_t, top_s = tl.maximum(max_t, tl.max(b_t, 1)), tl.maximum(max_s, tl.max(b_s, 1))
-        mass, X, A = move((max_s, max_t), (mass, X, A), top_s, top_t)
+        mass, student, X, A, cross = move((max_s, max_t), (mass, student, X, A, cross), top_s, top_t)
         max_s, max_t = top_s, top_t
         a, c = tl.exp(b_t - max_t[:, None]), (b_s - b_t) - (max_s - max_t)[:, None]
-        gap, excess = gap_and_excess(a, tl.exp(b_s - max_s[:, None]), c)
+        e_s = tl.exp(b_s - max_s[:, None])
+        gap, excess = gap_and_excess(a, e_s, c)
         mass += tl.sum(a, 1)
+        student += tl.sum(e_s, 1)
         X += tl.sum(gap, 1)
         A += tl.sum(excess, 1)
-    E = X / mass
-    _, excess = logarithms(E, 1.0 + E)
+        cross += tl.sum(a * c, 1)
+    near = tl.abs(X) < 0.5 * mass  # else the difference of the sums has lost digits, and is not used
+    kappa, excess = logarithms(X / mass, student / mass)
+    value = tl.where(near, A / mass - excess, kappa - cross / mass)
     at = pair * L + o_i
-    tl.store(rows_ptr + at, tl.where(m_i, A / mass - excess, 0.0), mask=o_i < L)
+    tl.store(rows_ptr + at, tl.where(m_i, value, 0.0), mask=o_i < L)
     at = pair * 4 * L + o_i
     tl.store(stats_ptr + at, max_t, mask=o_i < L)
-    tl.store(stats_ptr + at + L, mass, mask=o_i < L)
+    tl.store(stats_ptr + at + L, tl.where(near, mass, -mass), mask=o_i < L)
     tl.store(stats_ptr + at + 2 * L, max_s, mask=o_i < L)
-    tl.store(stats_ptr + at + 3 * L, X, mask=o_i < L)
+    tl.store(stats_ptr + at + 3 * L, tl.where(near, X, student), mask=o_i < L)
 
 
 @triton.jit
 def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
-    """Upstream, max t, max s, 1 / l of both sides, and kappa."""
+    """Upstream, max t, max s, 1 / l of both sides, and kappa. A negative sum_t: the fourth is the student's sum itself."""
     at = pair * 4 * L + o_l
     max_t = tl.load(stats_ptr + at, mask=m_l, other=0.0)
     sum_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
     max_s = tl.load(stats_ptr + at + 2 * L, mask=m_l, other=0.0)
     X = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
-    kappa, _ = logarithms(X / sum_t, 1.0 + X / sum_t)
-    return tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0), max_t, max_s, 1.0 / sum_t, 1.0 / (sum_t + X), kappa
+    near = sum_t > 0
+    sum_t = tl.abs(sum_t)
+    sum_s = tl.where(near, sum_t + X, X)
+    kappa, _ = logarithms(tl.where(near, X, X - sum_t) / sum_t, sum_s / sum_t)
+    return tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0), max_t, max_s, 1.0 / sum_t, 1.0 / sum_s, kappa
 
 
 @triton.jit

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from fastkd.bench import plots, readme, report, targets
+from fastkd.bench import archive, plots, readme, report, targets
+from fastkd.bench import case as case_module
 
 from bench_rows import rows_of, written
+from fastkd.profile import results
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +79,103 @@ def test_rows_slower_than_eager_are_named(checkout):
     written(folder, rows_of(eager=0.5, case="jsd-5x31-float32"))
     found = readme.slower_than_eager(report.rows_of(folder))
     assert found == ["divergence jsd 5×31 fp32 both (0.50×)"]
-    assert "Slower than 0.95× eager: 1 of 4 rows: divergence jsd 5×31 fp32 both (0.50×)." in readme.text(checkout)
+    total = len(targets.listed(gpu=False))
+    assert (
+        "\nSlower than 0.95× eager: 1 of 4 rows measured (4 of 4 cases in one mode only); "
+        f"{total} of {total} listed cases have none.\nThose are divergence jsd 5×31 fp32 both (0.50×).\n"
+    ) in readme.text(checkout)
+
+
+def test_a_target_about_all_rows_says_of_how_many(tmp_path):
+    """Listed: every case of a CPU, its claims and the curves' far ends; not those of a GPU."""
+    known = next(case for case in case_module.select(["gram"]) if case.goal)
+    fields = {"stem": "gram", "case": known.name}
+    written(tmp_path, rows_of(**fields), rows_of(mode="forward", **fields), rows_of(case="unknown-3x5-float32"))
+    everything, on_gpu = targets.listed(gpu=False), targets.listed(gpu=True)
+    assert {("gram", "fcd_anisotropic-16x128x768x768-bfloat16")} < everything < on_gpu
+    assert {("relation", "self-1x12x16384x64x1-float32")} < everything  # --scale
+    (line,) = [line for line in targets.table(report.rows_of(tmp_path), tmp_path) if line.startswith("| C6 |")]
+    n = len(everything)
+    assert f"of 3 rows measured (1 of 2 cases in one mode only); {n - 1} of {n} listed cases have none" in line
+
+
+# One cache state, and nothing of anybody else's -------------------------------------------------------------------
+
+COLD = {"cache": "cold (flushed)", "case": "forward_kl-5x31-float32"}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_cold_and_warm_are_never_mixed(order, checkout):
+    folder = checkout / "bench/results/box"
+    pairs = [rows_of(eager=3.3, **COLD), rows_of(case=COLD["case"])][::order]
+    written(folder, *pairs)
+    assert "| **10×** [9.9, 10.1] |" in readme.text(checkout) and "**3.3×**" not in readme.text(checkout)
+    case = targets.LINEAR16.split(" ")[1]
+    pairs = [rows_of(stem="linear_divergence", eager=eager, **{**COLD, "case": case, "cache": cache})
+             for eager, cache in ((1.5, COLD["cache"]), (3.5, "as the previous provider left it"))][::order]  # fmt: skip
+    found = targets.Rows([archive.typed(vars(row)) for pair in pairs for row in pair])
+    assert found.over(targets.LINEAR16, "eager") == 3.5 and found.worst() == 1.5
+
+
+def test_a_case_that_was_measured_cold_only_is_shown_so(checkout):
+    folder = checkout / "bench/results/box"
+    written(folder, rows_of(eager=0.5, **{**COLD, "case": "jsd-5x31-float32"}))
+    assert "| **0.50×** [0.495, 0.505] |" in readme.text(checkout)
+    assert readme.slower_than_eager(report.rows_of(folder)) == ["divergence jsd 5×31 fp32 both cold (0.50×)"]
+
+
+def test_what_somebody_else_put_there_stays(checkout, capsys):
+    pytest.importorskip("matplotlib")
+    folder = checkout / "bench/results/box"
+    for name in ("flame.png", "notes.csv", "notes.json"):
+        (folder / name).write_bytes(b"mine\xff")
+    assert readme.main([], checkout) == 0 == readme.main(["--check"], checkout)
+    assert all((folder / name).read_bytes() == b"mine\xff" for name in ("flame.png", "notes.csv", "notes.json"))
+    (folder / "overview.png").write_bytes(b"mine")
+    assert readme.main([], checkout) == 2 and (folder / "overview.png").read_bytes() == b"mine"
+    assert "overview.png: not a result of `fastkd bench` (a picture" in capsys.readouterr().err
+
+
+def test_a_json_that_differs_from_its_csv_is_noticed_and_rewritten(checkout, capsys):
+    pytest.importorskip("matplotlib")
+    readme.main([], checkout)
+    path = checkout / "bench/results/box/divergence.json"
+    before = path.read_text()
+    path.write_text(before.replace('"median_ms": 1.0', '"median_ms": 0.5'))
+    assert readme.main(["--check"], checkout) == 1
+    assert "divergence.json: its rows are not those of the CSV" in capsys.readouterr().out
+    assert readme.main([], checkout) == 0 and path.read_text() == before
+    path.write_text(before[:99])
+    assert readme.main([], checkout) == 2 and len(path.read_text()) == 99
+    assert "divergence.json: not a result of `fastkd bench` (not JSON" in capsys.readouterr().err
+
+
+def test_a_picture_knows_what_ran_out_of_memory(checkout, capsys):
+    pytest.importorskip("matplotlib")
+    readme.main([], checkout)
+    folder = checkout / "bench/results/box"
+    archive.write(folder, "divergence", {"forward_kl-4x64-float32": {"eager": "out of memory at 11 GiB"}})
+    readme.main(["--check"], checkout)
+    assert "divergence_sweep.png: drawn from other rows" in capsys.readouterr().out
+    assert readme.main([], checkout) == 0
+
+
+def test_a_stale_picture_of_a_profile_is_drawn_again(checkout):
+    pytest.importorskip("matplotlib")
+    folder = checkout / "bench/results/box"
+    fields = dict.fromkeys(results.COLUMNS, "1") | {
+        "model": "tiny",
+        "method": "kd",
+        "way": "fastkd",
+        "compiled": "False",
+    }
+    fields |= {"date": "2026-01-01T00:00:00Z", "device": "box", "loss_share": "0.25"}
+    for median in ("10", "20"):
+        rows = [{**fields, "phase": phase, "median_ms": median} for phase in ("student forward", "step")]
+        lines = [",".join(results.COLUMNS), *(",".join(row[name] for name in results.COLUMNS) for row in rows)]
+        (folder / "profile.csv").write_text("\n".join(lines) + "\n")
+        assert readme.main(["--check"], checkout) == 1
+        assert readme.main([], checkout) == 0 and (folder / "profile.png").exists()
 
 
 def test_targets_read_rows_and_nothing_else(tmp_path):
@@ -94,9 +192,6 @@ def test_targets_read_rows_and_nothing_else(tmp_path):
 
 
 def test_cases_of_the_cpu_targets_exist():
-    from fastkd.bench import case as case_module
-    from fastkd.bench import cases as _  # noqa: F401
-
     there = {f"{case.stem} {case.name}" for case in case_module.select()}
     names = [targets.LINEAR16, targets.LINEAR32, targets.FCD16, targets.FCD32, targets.LAYERS, targets.QUEUE32,
              targets.QUEUE16, targets.GATHER, targets.BATCH]  # fmt: skip

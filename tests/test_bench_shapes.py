@@ -70,6 +70,7 @@ def test_every_registered_kind_can_be_asked_for():
         ("bert-bas", "there is no 'bert-bas'; did you mean bert-base?"),
         ("gpt2@big", "expected gpt2@BATCHxLENGTH, such as gpt2@16x512"),
         ("none.yaml", "none.yaml: no such file; name a shape"),
+        ("bert-base@0x5", "shape: bert-base@0x5: batch must be a whole number of at least 1, got 0"),
     ],
 )
 def test_a_wrong_name_is_answered(text, said, capsys):
@@ -82,12 +83,27 @@ def test_a_wrong_name_is_answered(text, said, capsys):
     [
         ("a: [", "not valid YAML"),
         ("stems: {}", "expected `models:`, `cases:` or both"),
-        ("models: {x: {depth: 3}}", "model 'x': .*depth.*; it takes batch, heads"),
-        ("cases: {grams: [{B: 1}]}", "expected a list under one of divergence, .*; got 'grams'"),
-        ("cases: {gram: [{kind: row}]}", "gram has no kind 'row'; it has fcd"),
+        ("models: {x: {depth: 3}}", "model 'x': there is no 'depth'; .*there are layers, width"),
+        ("models: [a]", "models: expected lines of name: .*, got \\['a'\\]"),
+        ("models: {x: 3}", "model 'x': expected {layers: 12, …}, got 3"),
+        (
+            "models: {x: {layers: '12', width: 8, heads: 2, vocabulary: 9}}",
+            "model 'x': layers must be a whole .*got '12'",
+        ),
+        (
+            "models: {x: {layers: 2, width: 8, heads: 0, vocabulary: 9}}",
+            "heads must be a whole number of at least 1, got 0",
+        ),
+        ("models: {x: {layers: 2, width: 8, heads: 3, vocabulary: 9}}", "heads must divide the width, got 3 heads"),
+        ("cases: [a]", "cases: expected lines of stem: .*, got \\['a'\\]"),
+        ("cases: {gram: 5}", "expected a list under gram, got 5"),
+        ("cases: {gram: [5]}", "gram: expected a case such as {kind: fcd, …}, got 5"),
+        ("cases: {gram: [{dtype: [x]}]}", "dtype of gram: there is no \\['x'\\]; there are float32"),
+        ("cases: {grams: [{B: 1}]}", "cases: there is no 'grams'; did you mean gram"),
+        ("cases: {gram: [{kind: row}]}", "kind of gram: there is no 'row'; there are fcd"),
         ("cases: {gram: [{B: 1, N: 2}]}", "gram fcd takes the sizes B, N, Ds, Dt"),
         ("cases: {transport: [{P: 1, N: 2, M: -3}]}", "positive integers"),
-        ("cases: {divergence: [{N: 1, V: 2, dtype: half}]}", "dtype 'half'; it must be one of float32"),
+        ("cases: {divergence: [{N: 1, V: 2, dtype: half}]}", "there is no 'half'; there are float32"),
     ],
 )
 def test_a_wrong_yaml_file_is_answered(text, said, tmp_path):

@@ -1,8 +1,7 @@
 """`fastkd profile`: every part of a step is where it belongs, the parts add up, and the authors' way computes our number."""
 
-import csv
-import json
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from cases import randn
 
 pytest.importorskip("transformers")
 
-from fastkd.cli import profile as command
-from fastkd.profile import authors, models, plots, results, session, timeline, ways
+from fastkd.profile import authors, models, results, session, timeline, ways
 from fastkd.profile.timeline import Step, Timeline
 from fastkd.train.methods import METHODS
 
@@ -33,7 +31,7 @@ def steps_of(method: str, family: str = "bert", plan=None, **changes) -> list[St
     data = models.tokens(teacher.config, task, 4, 12)
     plan = plan or session.Plan(warm=0, timed=1, memory=1, trace=0)
     options = {"batch": 4, "device": CPU, **changes}
-    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)
+    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)[0]
 
 
 # The timeline -----------------------------------------------------------------------------------------------------
@@ -84,6 +82,43 @@ def test_phases_outside_a_step_are_ignored():
         pass
     line.end()
     assert line.steps == []
+
+
+class FakeRange:
+    """Ranges of a trace, as they open and close."""
+
+    said: ClassVar[list[str]] = []
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.said.append(f"({self.name}")
+
+    def __exit__(self, *_):
+        self.said.append(f"{self.name})")
+
+
+def test_ranges_follow_a_switch(monkeypatch):
+    """In torch.profiler and in Nsight: what the switch begins is a range of its own, and each closes in its turn."""
+    nvtx: list[str] = []
+    monkeypatch.setattr(FakeRange, "said", [])
+    monkeypatch.setattr(torch.profiler, "record_function", FakeRange)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", nvtx.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: nvtx.append("pop"))
+    line = Timeline(CPU)
+    line.nvtx = True
+    for mode in ("time", "trace"):
+        line.begin_step("fastkd", mode)
+        with line.phase("loss backward"), line.phase("inner"):
+            line.switch("loss backward", "too early")
+        with line.phase("loss backward"):
+            line.switch("loss backward", "student backward")
+            line.switch("loss backward", "student backward")
+    line.end()
+    assert FakeRange.said == ["(loss backward", "(inner", "inner)", "loss backward)",
+                              "(loss backward", "loss backward)", "(student backward", "student backward)"]  # fmt: skip
+    assert nvtx == ["loss backward", "inner", "pop", "pop", "loss backward", "pop", "student backward", "pop"]
 
 
 # A training run ---------------------------------------------------------------------------------------------------
@@ -200,6 +235,19 @@ def test_a_delay_shows_where_it_is(where, phase, monkeypatch):
     assert len(slow) == 1 and slow[0].startswith(phase), found
 
 
+def test_a_traced_backward_has_one_thread(monkeypatch):
+    """Ranges are counted by thread, and on a GPU autograd has one of its own."""
+    found, backward = [], torch.Tensor.backward
+
+    def watched(*args, **kwargs):
+        found.append(torch._C._is_multithreading_enabled())
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    steps_of("kd", plan=session.Plan(ways=("fastkd",), warm=0, timed=1, memory=0, trace=1))
+    assert found == [True, False]
+
+
 def test_ours_are_put_back_and_two_stage_methods_distil():
     before = {name: getattr(fastkd.functional, name) for name in ways.HOT}
     with ways.Switchboard(Timeline(CPU)).installed():
@@ -275,95 +323,7 @@ def test_everything_the_authors_wrote_is_tried_above():
     assert {name for name, _, _ in SAME} == set(authors.WRITTEN)
 
 
-# The command ------------------------------------------------------------------------------------------------------
-
-FACTS = {"device": "box", "threads": 2, "torch": "2", "cuda": "", "commit": "abc", "dirty": False, "date": "2026-01-01"}
-SETUP = {"model": "tiny", "method": "kd", "task": "classification", "batch": 4, "length": 12, "dtype": "float32",
-         "compiled": False, "foreign_cores": 0.0}  # fmt: skip
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # otherwise the process starts itself again
-
-    def call(*argv):
-        code = command.main([*argv, "--out", str(tmp_path)])
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err, next(iter(tmp_path.iterdir()), None)
-
-    return call
-
-
-def test_the_command_writes_table_csv_json_picture_and_trace(cli):
-    pytest.importorskip("matplotlib")
-    asked = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--method", "kd,fcd")
-    code, out, _, folder = cli(*asked)
-    assert code == 0
-    for said in ("loss: gram_correlation_loss", "tokens/s", "the parts add up to", "all methods"):
-        assert said in out
-    rows = list(csv.DictReader((folder / "profile.csv").open()))
-    steps = [row for row in rows if row["phase"] == "step"]
-    assert [(row["method"], row["way"]) for row in steps] == [(m, w) for m in ("kd", "fcd") for w in ways.WAYS]
-    for row in steps:
-        assert float(row["share"]) == pytest.approx(1.0, abs=0.05) and 0 < float(row["loss_share"]) < 1
-        assert float(row["tokens_per_second"]) == pytest.approx(48e3 / float(row["median_ms"]), rel=1e-3)
-        assert float(row["peak_mib"]) > 10
-    assert json.loads((folder / "profile.json").read_text())["rows"] == rows
-    assert plots.plots.digest_of(rows).encode() in (folder / "profile.png").read_bytes()
-    (trace, *_), names = sorted((folder / "traces").iterdir()), set()
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        names.add(event.get("name"))
-    assert {"teacher forward", "student forward", "loss backward", "optimizer"} <= names
-    code, _, _, _ = cli(*asked[:-1], "kd", "--ways", "fastkd", "--no-trace")  # again: replaced, the rest kept
-    again = [row for row in csv.DictReader((folder / "profile.csv").open()) if row["phase"] == "step"]
-    assert code == 0 and [(row["method"], row["way"]) for row in again] == [
-        *(("fcd", w) for w in ways.WAYS),
-        ("kd", "fastkd"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (("--from-config", "bert-bas"), "there is no 'bert-bas'; did you mean bert-base?"),
-        (("--from-config", "bert-base:layers=3"), "BertConfig has no 'layers'"),
-        (("--from-config", "bert-base:x"), "expected option=value after bert-base:"),
-        (("--from-config", "bert-base", "--length", "600"), "bert has 512 positions, so 600 tokens do not fit"),
-        (("--from-config", "bert-base", "--steps", "3"), "six at least"),
-        (("--from-config", "bert-base", "--ways", "liger"), "expected some of fastkd, reference, authors"),
-        (("--from-config", "bert-base", "--method", "jsd"), "jsd"),
-        (("--from-config", "bert-base", "--task", "cloze"), "expected classification, masked_lm or causal_lm"),
-        (("--from-config", "bert-base", "--batch", "0"), "expected at least 1×2"),
-        (("--teacher", "no/such-folder"), "--from-config needs none"),
-    ],
-)
-def test_mistakes_are_named(argv, said, cli, monkeypatch):
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "vocab_size": 50,
-    }
-    monkeypatch.setitem(models.CONFIGS, "bert-base", ("bert", small))
-    code, _, err, _ = cli(*argv)
-    assert code == 2 and said in err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(cli):
-    code, _, err, _ = cli("--from-config", "bert-base", "--device", "cuda")
-    assert code == 2 and "torch finds no CUDA device here" in err
-
-
-@pytest.mark.long
-def test_with_torch_compile(cli):
-    asked = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--compile", "--no-trace")
-    code, out, _, folder = cli(*asked)
-    assert code == 0 and "compiled" in out
-    rows = list(csv.DictReader((folder / "profile.csv").open()))
-    assert {row["compiled"] for row in rows} == {"True"}
-    assert {"student backward", "loss backward"} <= {row["phase"] for row in rows}
+# Models -----------------------------------------------------------------------------------------------------------
 
 
 def test_configs_by_name_are_what_they_say():

@@ -50,7 +50,7 @@ def parts(quick, everything="test"):
 @not_interpreted
 @parts(
     "triton and (near_convergence or equal_to or extreme or strided)",
-    "triton and (every_case or padding or strided or near_convergence or equal_to or extreme)",
+    "triton and (every_case or padding or strided or near_convergence or equal_to or extreme or flat)",
 )
 def test_relation_in_the_interpreter(part):
     interpreted("tests/test_relation_kernels.py", "-k", part)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastkd import VocabMap
+from fastkd import VocabMap, vocab_report
 from fastkd.cli import main
 from fastkd.vocab_report import count_corpus, coverage, report
 from test_vocab_tokenizer import RARE, TEXTS, trained
@@ -107,3 +107,35 @@ def test_mistakes(teacher, tmp_path, change, named, capsys):
     assert main(["vocab", *arguments, *change]) == 1
     assert named in capsys.readouterr().err
     assert main(["vocab", *arguments[1:2], str(tmp_path / "c.csv"), *arguments[2:]]) == 1
+
+
+@pytest.mark.parametrize("source", ["--model", "--tokenizer", "--teacher"])
+def test_the_teacher_is_never_written_over(source, teacher, tmp_path, monkeypatch, capsys):
+    """Under any name: as it was given, by another path, through a link."""
+    (tmp_path / "link").symlink_to(teacher)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in teacher.iterdir()}
+    named = [*corpus(tmp_path), source, str(teacher)] + (["--model", str(teacher)] if source == "--teacher" else [])
+    for output in (str(teacher), "teacher", "link"):
+        assert main(["vocab", *named, "--output", output]) == 1
+        said = capsys.readouterr().err
+        assert f"--output: {output} holds " in said and "choose a new folder" in said
+    assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
+
+
+def test_what_is_in_the_folder_stays(teacher, tmp_path, capsys):
+    out = tmp_path / "small"
+    out.mkdir()
+    call = ["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(out)]
+    assert main(call) == 0  # an empty one is fine
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"coverage.json", "tokenizer.json"} <= written.keys()
+    assert main([*call, "--size", "0.7"]) == 1 and "holds" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+
+
+def test_a_vocabulary_that_fails_leaves_nothing(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocab_report, "write_report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "small")])
+    assert list((tmp_path / "small").iterdir()) == []

@@ -19,7 +19,7 @@ METHOD = "bert_emd:beta=0.01,projection=identity + kd:alpha=0.9,temperature=2"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("fastkd demo", description=__doc__)
-    parser.add_argument("--output", default="report", help="folder of the report (default: report)")
+    parser.add_argument("--output", help="new or empty folder of the report (default: report, else report-2, …)")
     parser.add_argument("--method", default=METHOD, help="what the distilled student learns by")
     parser.add_argument("--teacher-steps", type=int, default=264)
     parser.add_argument("--student-steps", type=int, default=264)
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         page, seconds = demo(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"fastkd demo: {error}", file=sys.stderr)
         return 1
     print(f"\n{_clock(seconds)}. The report: {page}")
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
 def demo(options) -> tuple[Path, float]:
     from fastkd.train import report
 
+    check(options)
     start = time.perf_counter()
     _quiet(options.threads)
     tokenizer, sets = _texts()
@@ -71,6 +72,23 @@ def demo(options) -> tuple[Path, float]:
         size = f"{row['parameters'] / 1e6:5.1f} M   {row['latency']:6.2f} ms per snippet"
         print(f"{row['name']:18} accuracy {row['metric']:.1%} ± {error:.1f}   {size}")
     return page.resolve(), seconds
+
+
+def check(options) -> None:
+    """Mistakes, before minutes are spent on them."""
+    from fastkd import folders
+    from fastkd.train import methods
+
+    for name in ("teacher_steps", "student_steps", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    for name, _ in methods.parse(options.method):
+        methods.find(name)
+        refused = methods.refusal(name, "bert", "classification")
+        if refused:
+            raise ValueError(f"method: {refused}")
+    options.output = options.output or str(folders.vacant(Path("report")))
+    folders.check_vacant(Path(options.output), "--output")
 
 
 def _clock(seconds: float) -> str:

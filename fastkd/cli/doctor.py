@@ -3,11 +3,13 @@
 import argparse
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
 import fastkd
 from fastkd import backends
+from fastkd.bench import machine
 
 PACKAGES = ("triton", "numpy", "transformers", "datasets", "accelerate", "safetensors", "liger-kernel", "POT")
 
@@ -71,6 +73,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     options = parser.parse_args(argv)
+    try:
+        machine.device_of(options.device)
+    except ValueError as error:
+        print(f"fastkd doctor: {error}", file=sys.stderr)
+        return 2
     print("\n".join(report(options.device, getattr(torch, options.dtype))))
     print("\n" + self_test())
     return 0

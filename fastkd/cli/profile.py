@@ -9,6 +9,7 @@ fastkd profile --from-config bert-base:num_hidden_layers=4,hidden_size=256 --met
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,22 +36,29 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="", help="float32 or bfloat16 (autocast); bfloat16 on a GPU")
     add("--threads", type=int, default=0, help="CPU threads; torch's default without it")
     add("--out", type=Path, default=Path("fastkd-profile"), help="<out>/<device>/profile.csv, .json, .png and traces/")
+    add("--force", action="store_true", help="measure on a busy machine: prints and traces, publishes no number")
     add("--no-trace", action="store_true", help="no Chrome trace (they are some megabytes each)")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """0: measured, and published unless told not to; 2: a mistake, or the machine was busy."""
     from fastkd.bench import machine
 
     arguments = parser().parse_args(argv)
-    machine.passive_threads(sys.orig_argv[1:])
     try:
+        check(arguments)
+        machine.passive_threads(sys.orig_argv[1:])
         return run(arguments)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
-        print(f"fastkd profile: {error}", file=sys.stderr)
+        print(f"fastkd profile: {first_line(error)}", file=sys.stderr)
         return 2
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check(arguments) -> None:
@@ -68,10 +76,13 @@ def check(arguments) -> None:
         raise ValueError(f"steps: six at least, since fewer have no 95 % interval, got {arguments.steps}")
     if arguments.batch < 1 or arguments.length < 2:
         raise ValueError(f"batch, length: expected at least 1×2, got {arguments.batch}×{arguments.length}")
+    if arguments.threads < 0:
+        raise ValueError(f"threads: expected at least 1, or 0 for torch's default, got {arguments.threads}")
     if arguments.dtype not in ("", "float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, got {arguments.dtype!r}")
     if arguments.device not in ("", "cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {arguments.device!r}")
+        hint = "; CUDA_VISIBLE_DEVICES says which GPU" if arguments.device.startswith("cuda:") else ""
+        raise ValueError(f"device: expected cpu or cuda, got {arguments.device!r}{hint}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch finds no CUDA device here; use --device cpu")
 
@@ -81,74 +92,110 @@ def run(arguments) -> int:
     from transformers.utils import logging
 
     from fastkd.bench import machine
-    from fastkd.profile import models, plots, results
+    from fastkd.profile import models, plots, publish, results
 
-    check(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = {name: value for name, value in machine.facts(device).items() if name in results.COLUMNS}
-    folder = arguments.out / facts["device"]
-    name = arguments.teacher or arguments.from_config
-    family = models.config_for(name, bool(arguments.from_config)).model_type
-    failed, rows, everything = [], [], []
-    for method in methods_of(arguments, family):
+    family = models.config_for(name_of(arguments), bool(arguments.from_config)).model_type
+    setups = [setup_of(arguments, method, family, device) for method in methods_of(arguments, family)]
+    folder = arguments.out / machine.device_name(device)
+    publish.check(folder, [publish.trace_of(folder, setup) for setup in setups if not arguments.no_trace])
+    if busy(device, arguments.force):
+        return 2
+    everything, left_out, refused = [], [], []
+    for setup in setups:
         try:
-            rows = profile(arguments, method, name, device, facts, folder)
+            rows = profile(arguments, setup, device, folder)
         except (ValueError, RuntimeError) as error:
-            if arguments.method != "all":
+            if len(setups) == 1:
                 raise
-            failed.append(f"{method}: {str(error).splitlines()[0]}")
+            left_out.append(f"{setup['method']}: {first_line(error)}")
             continue
         results.print_table(rows)
-        results.write(rows, folder)
         everything += rows
+        reason = machine.busy_reason(rows[0].foreign_cores, "while this was profiled")
+        if not reason and not arguments.force:
+            publish.write(rows, folder)
+        refused += [f"{setup['method']}: {reason}"] if reason else []
     if len({row.method for row in everything}) > 1:
         results.print_summary(everything)
-    drawn, reason = plots.draw(folder)
-    print(f"\n{folder / 'profile.csv'}, profile.json", *(path.name for path in drawn), reason)
-    for text in failed:
-        print(f"left out: {text}")
-    return 0 if rows else 1
+    if len(refused) < len(setups) - len(left_out) and not arguments.force:
+        drawn, reason = plots.draw(folder)
+        print(f"\n{folder / 'profile.csv'}, profile.json", *(path.name for path in drawn), reason)
+    if everything and not arguments.no_trace:
+        print(f"traces for Perfetto: {folder / 'traces'}")
+    for text in (*(f"left out: {text}" for text in left_out), *(f"not published: {text}" for text in refused)):
+        print(text)
+    failed = not everything or (left_out and arguments.method != "all")
+    return 2 if failed or (refused and not arguments.force) else 0
+
+
+def busy(device, force: bool) -> bool:
+    """Whether somebody else computes here, so that nothing is measured; it is said in any case."""
+    from fastkd.bench import machine
+
+    reason = machine.busy_reason(machine.load_before(), "before the run")
+    reason = reason or (machine.gpu_busy_reason() if device.type == "cuda" else "")
+    if reason:
+        print(f"{reason}. " + ("Measuring anyway (--force); no number is published." if force else
+              "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
+    return bool(reason) and not force
+
+
+def name_of(arguments) -> str:
+    return arguments.teacher or arguments.from_config
 
 
 def methods_of(arguments, family: str) -> list[str]:
+    """ "fcd,kd:alpha=0.5,weight=2,glmd" is three: after a comma stands a method, or an option of the one before."""
+    from fastkd.profile import models
+    from fastkd.train.methods import find, parse, refusal
+
+    if arguments.method == "all":
+        return models.sensible_methods(family)
+    methods = re.split(r",(?![^:+,]*=)", arguments.method)
+    for method in methods:
+        for name, _ in parse(method):
+            find(name)
+            refused = refusal(name, family, arguments.task or None)
+            if refused:
+                raise ValueError(f"method: {refused}")
+    return list(dict.fromkeys(method.strip() for method in methods))
+
+
+def setup_of(arguments, method: str, family: str, device) -> dict:
+    """The columns that tell one profile from another; a student that is not the usual half is told by the model."""
     from fastkd.profile import models
 
-    if arguments.method != "all":
-        return arguments.method.split(",") if ":" not in arguments.method else [arguments.method]
-    return models.sensible_methods(family)
+    usual = parser().get_default("student_layers")
+    layers = "" if arguments.student_layers == usual else f", student {arguments.student_layers}"
+    half = arguments.dtype == "bfloat16" or (not arguments.dtype and device.type == "cuda")
+    return {
+        "model": name_of(arguments) + layers, "method": method, "task": arguments.task or models.task_for(method, family),
+        "batch": arguments.batch, "length": arguments.length, "dtype": "bfloat16" if half else "float32",
+        "compiled": arguments.compile,
+    }  # fmt: skip
 
 
-def profile(arguments, method: str, name: str, device, facts: dict, folder: Path) -> list:
+def profile(arguments, setup: dict, device, folder: Path) -> list:
     """One method: models made afresh, so that each starts alike."""
     import torch
 
     from fastkd.bench import machine
-    from fastkd.profile import models, results, session
+    from fastkd.profile import models, publish, results, session
 
-    config = models.config_for(name, bool(arguments.from_config))
-    task = arguments.task or models.task_for(method, config.model_type)
+    name, task = name_of(arguments), setup["task"]
     teacher, student = models.pair(name, bool(arguments.from_config), arguments.student_layers, task)
     data = models.tokens(teacher.config, task, arguments.batch, arguments.length)
-    half = arguments.dtype == "bfloat16" or (not arguments.dtype and device.type == "cuda")
-    trace = None if arguments.no_trace else folder / "traces" / f"{machine.slug(f'{name} {method}')}.json"
     plan = session.Plan(tuple(arguments.ways.split(",")), timed=arguments.steps)
-    meter = machine.LoadMeter()
     torch.manual_seed(0)
-    steps = session.run(
-        teacher, student, models.first_stage(method), task, data, plan, batch=arguments.batch, device=device, half=half,
-        compiled=arguments.compile, trace=trace,
+    steps, foreign = session.run(
+        teacher, student, models.first_stage(setup["method"]), task, data, plan, batch=arguments.batch, device=device,
+        half=setup["dtype"] == "bfloat16", compiled=arguments.compile,
+        trace=None if arguments.no_trace else publish.trace_of(folder, setup),
     )  # fmt: skip
-    foreign = meter.stop()
-    busy = machine.busy_reason(foreign, "while this was profiled")
-    if busy:
-        print(f"note: {busy}; the ways took turns, so their ratios suffer less than the times")
-    setup = {
-        "model": name if arguments.from_config else Path(name).name, "method": method, "task": task,
-        "batch": arguments.batch, "length": arguments.length, "dtype": "bfloat16" if half else "float32",
-        "compiled": arguments.compile, "foreign_cores": foreign,
-    }  # fmt: skip
-    return results.rows_of(steps, facts, setup)
+    facts = {name: value for name, value in machine.facts(device).items() if name in results.COLUMNS}  # clocks at work
+    return results.rows_of(steps, facts, {**setup, "foreign_cores": foreign})

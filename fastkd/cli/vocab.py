@@ -14,7 +14,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", help="folder or name of the teacher's fast tokenizer; default: --model's")
     p.add_argument("--model", help="folder or name of a model to shrink to the kept words as well")
     p.add_argument("--teacher", help="whose embeddings say which kept word is nearest; default: --model")
-    p.add_argument("--output", required=True, type=Path, help="folder for the map, the report, tokenizer and model")
+    p.add_argument(
+        "--output", required=True, type=Path, help="a new or empty folder for the map, the report, tokenizer and model"
+    )
     p.add_argument("--size", default="0.5", help="a fraction (0.5, 1.0) or a number of words (15000)")
     p.add_argument("--multiple-of", type=int, default=128, help="the size is rounded up to it")
     p.add_argument(
@@ -50,10 +52,12 @@ def main(argv: list[str]) -> int:
 def run(options) -> int:
     from transformers import AutoTokenizer
 
+    from fastkd import folders
     from fastkd.vocab import VocabMap
     from fastkd.vocab_report import write_report
     from fastkd.vocab_tokenizer import count_parts
 
+    folders.check_vacant(options.output, "--output")
     source = options.tokenizer or options.model
     if source is None:
         raise ValueError("--tokenizer: name one, or a --model that has one")
@@ -69,12 +73,12 @@ def run(options) -> int:
         embeddings=None if method == "unk" else embeddings, method=method,
         unk_id=tokenizer.unk_token_id if method == "unk" else None,
     )  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
-    vocab.save(options.output)
-    vocab.shrink_tokenizer(tokenizer, dropped=options.dropped).save_pretrained(options.output)
-    if model is not None:
-        vocab.shrink(model, inplace=True).save_pretrained(options.output)
-    found = write_report(options.output, vocab, counts)
+    with folders.filling(options.output, "--output") as scratch:
+        vocab.save(scratch)
+        vocab.shrink_tokenizer(tokenizer, dropped=options.dropped).save_pretrained(scratch)
+        if model is not None:
+            vocab.shrink(model, inplace=True).save_pretrained(scratch)
+        found = write_report(scratch, vocab, counts)
     sizes = ", ".join(f"{mark} {size}" for mark, size in found["sizes_for"].items())
     print(f"{found['words']} of {found['of']} words cover {found['covered']:.2%} of {found['tokens_counted']} tokens")
     print(f"words for a share of the corpus: {sizes}")

@@ -50,13 +50,31 @@ def config_of(text: str):
         kind, options = CONFIGS[name]
         config = AutoConfig.for_model(kind, **options)
     for change in filter(None, changes.split(",")):
-        key, equals, value = change.partition("=")
-        if not equals or not hasattr(config, key.strip()):
-            known = f"{type(config).__name__} has no {key.strip()!r}"
-            raise ValueError(f"from-config: expected option=value after {name}:, got {change!r}" if not equals else
-                             f"from-config: {known}")  # fmt: skip
-        setattr(config, key.strip(), json.loads(value))
+        key, equals, value = (part.strip() for part in change.partition("="))
+        if not equals:
+            raise ValueError(f"from-config: expected option=value after {name}:, got {change!r}")
+        if key.startswith("_") or not hasattr(config, key) or callable(getattr(config, key)):
+            close = difflib.get_close_matches(key, config.to_dict(), 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"from-config: {type(config).__name__} has no {key!r}{hint}")
+        setattr(config, key, value_of(key, value, getattr(config, key)))
     return config
+
+
+def value_of(key: str, text: str, before):
+    """JSON, or a bare word where the option is a word; an option keeps its kind."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float)),
+             str: ("a word", str)}  # fmt: skip
+    wanted, allowed = kinds.get(type(before), ("", object))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and type(before) in (int, float)):
+        raise ValueError(f"from-config: {key} is {wanted} such as {json.dumps(before)}, got {text!r}")
+    if type(before) is int and before > 0 and value < 1 and not key.endswith("_id"):
+        raise ValueError(f"from-config: {key} is at least 1, got {text}")
+    return value
 
 
 def config_for(name: str, from_config: bool):
@@ -103,7 +121,12 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
         config = config_of(name)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
-        teacher = auto.from_config(config, attn_implementation="sdpa")
+        try:
+            teacher = auto.from_config(config, attn_implementation="sdpa")
+        except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
+            raise ValueError(
+                f"from-config: no model can be built of {name}: {type(error).__name__}: {error}"
+            ) from error
     else:
         teacher = auto.from_pretrained(name, attn_implementation="sdpa")
         if getattr(teacher.config, "pad_token_id", None) is None:

@@ -1,17 +1,13 @@
-"""What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as CSV, JSON and tables."""
+"""What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as rows and tables."""
 
-import csv
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastkd.bench import report
 from fastkd.bench.intervals import median_interval, ratio_interval
 
-from .session import LOSS_BACKWARD, STUDENT_BACKWARD
-from .timeline import OUTSIDE, Step
+from .timeline import LOSS_BACKWARD, OUTSIDE, STUDENT_BACKWARD, Step
 
 STEP = "step"
 ORDER = ("data", "teacher forward", "student forward", "loss", LOSS_BACKWARD, STUDENT_BACKWARD, "optimizer", OUTSIDE)
@@ -46,6 +42,7 @@ class Row:
     foreign_cores: float | None
     device: str
     threads: int
+    driver: str
     torch: str
     cuda: str
     commit: str
@@ -116,22 +113,6 @@ def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> list[Row]:
     return rows
 
 
-def write(rows: Sequence[Row], folder: Path) -> Path:
-    """profile.csv and profile.json; the same model and method measured before is replaced, the rest is kept."""
-    path = folder / f"{report.PROFILE}.csv"
-    new = [{name: report.as_text(getattr(row, name)) for name in COLUMNS} for row in rows]
-    measured = {tuple(row[name] for name in KEY) for row in new}
-    kept = [row for row in report.read_rows(path) if tuple(row[name] for name in KEY) not in measured]
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *new])
-    typed = [dict(row) for row in report.read_rows(path)]
-    path.with_suffix(".json").write_text(json.dumps({"format": 1, "rows": typed}, indent=1) + "\n")
-    return path
-
-
 def print_table(rows: Sequence[Row]) -> None:
     """One line per phase, a pair of columns per way."""
     ways = list(dict.fromkeys(row.way for row in rows))
@@ -152,9 +133,16 @@ def print_table(rows: Sequence[Row]) -> None:
         print(f"  {way}: {report.number(step.median_ms)} ms [{report.interval(step.low_ms, step.high_ms)}], "
               f"{step.tokens_per_second:,.0f} tokens/s, {step.examples_per_second:,.1f} examples/s, "
               f"the loss is {step.loss_share:.0%} of the step{beside}")  # fmt: skip
-    gap = abs(1 - by_phase[STEP][ways[0]].share)
-    print(f"  the parts add up to {by_phase[STEP][ways[0]].share:.1%} of the wall time"
-          + (", WHICH IS TOO FAR OFF to believe the shares" if gap > ALLOWED_GAP else ""))  # fmt: skip
+    print(f"  {sums({way: by_phase[STEP][way].share for way in ways})}")
+
+
+def sums(shares: dict[str, float]) -> str:
+    """What the parts add up to, and in which ways that is not what the clock says."""
+    far = ", ".join(way for way, share in shares.items() if abs(1 - share) > ALLOWED_GAP)
+    found = ", ".join(f"{way} {share:.1%}" for way, share in shares.items())
+    return f"the parts add up to the wall time: {found}" + (
+        f"; {far}: TOO FAR OFF to believe the shares" if far else ""
+    )
 
 
 def print_summary(rows: Sequence[Row]) -> None:

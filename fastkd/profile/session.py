@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import set_multithreading_enabled
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from fastkd import folders
+from fastkd.bench import machine
 from fastkd.train.trainer import DistillTrainer
 
-from .timeline import Step, Timeline
+from .publish import TRACED
+from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
 from .ways import WAYS, Switchboard
-
-LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Turns(TrainerCallback):
     def __init__(self, trainer: ProfiledTrainer, plan: Plan, board: Switchboard, profiler):
         self.trainer, self.board, self.profiler = trainer, board, profiler
         self.left = plan.steps()
+        self.meter, self.foreign = None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         timeline, trainer = self.trainer.timeline, self.trainer
@@ -114,6 +117,7 @@ class Turns(TrainerCallback):
     def _next(self) -> None:
         timeline = self.trainer.timeline
         timeline.end()
+        self._watch_others()
         if not self.left:
             return
         way, mode = self.left.pop(0)
@@ -122,11 +126,21 @@ class Turns(TrainerCallback):
             self.profiler.start()
         timeline.begin_step(way, mode)
 
+    def _watch_others(self) -> None:
+        """Others' load, during the timed steps alone: before them compilers run, and those are ours."""
+        timing = bool(self.left) and self.left[0][1] == "time"
+        if timing and self.meter is None:
+            self.meter = machine.LoadMeter()
+        elif not timing and self.meter is not None and self.foreign is None:
+            self.foreign = self.meter.stop()
+
 
 def timed(timeline: Timeline, function, phase: str):
+    """`function` as a phase; where autograd has threads of its own, a traced backward does without them."""
+
     @functools.wraps(function)
     def call(*args, **kwargs):
-        with timeline.phase(phase):
+        with timeline.phase(phase), set_multithreading_enabled(not timeline.tracing):
             return function(*args, **kwargs)
 
     return call
@@ -144,18 +158,20 @@ class Tracer:
 
     def start(self) -> None:
         self.profiler.start()
+        self.profiler.add_metadata(TRACED, self.path.stem)
         self.running = True
 
     def stop(self) -> None:
         if self.running:
             self.profiler.stop()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.profiler.export_chrome_trace(str(self.path))
+            with folders.replacing(self.path) as scratch:
+                self.profiler.export_chrome_trace(str(scratch))
 
 
 def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: int, device: torch.device,
-        half: bool = False, compiled: bool = False, trace: Path | None = None) -> list[Step]:  # fmt: skip
-    """The steps of one method, all ways; random order, AdamW, clipping, as by default."""
+        half: bool = False, compiled: bool = False, trace: Path | None = None) -> tuple[list[Step], float | None]:  # fmt: skip
+    """The steps of one method, all ways, and others' load meanwhile; random order, AdamW, clipping, as by default."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         args = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=len(plan.steps()), save_strategy="no",
@@ -170,9 +186,10 @@ def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: in
         trainer.timeline = Timeline(args.device)
         tracer = Tracer(trace, args.device) if trace is not None and plan.trace else None
         board = stack.enter_context(Switchboard(trainer.timeline).installed())
-        trainer.add_callback(Turns(trainer, plan, board, tracer))
+        turns = Turns(trainer, plan, board, tracer)
+        trainer.add_callback(turns)
         trainer.train()
         trainer.timeline.end()
         if tracer is not None:
             tracer.stop()
-        return trainer.timeline.steps
+        return trainer.timeline.steps, turns.foreign

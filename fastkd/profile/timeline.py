@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
 OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule, bookkeeping
 MODES = ("warm", "time", "memory", "trace")
 
@@ -135,32 +136,34 @@ class Timeline:
     def phase(self, name: str):
         self.stack.append(name)
         self._cut(name)
+        self.ranges.append(self._show(name))
         try:
-            with self._shown(name):
-                yield
+            yield
         finally:
+            self.ranges.pop().close()
             self.stack.pop()
             self._cut(self.now)
 
     def switch(self, before: str, after: str) -> None:
         """In the middle of phase `before` begins `after`, until that phase ends: the loss's backward becomes the model's.
-        Called from autograd's thread on a GPU; a second call changes nothing."""
+        Called from autograd's thread on a GPU, unless the step is traced; a second call changes nothing."""
         if self.step is not None and self.now == before:
             self.stack[-1] = after
             self._cut(after)
+            self.ranges[-1].close()
+            self.ranges[-1] = self._show(after)
 
-    @contextlib.contextmanager
-    def _shown(self, name: str):
-        """The phase as a range in torch.profiler's trace and in Nsight."""
-        tracing = self.step is not None and self.step.mode == "trace" and threading.get_ident() == self.thread
-        if not tracing:
-            yield
-            return
-        if self.nvtx:
-            torch.cuda.nvtx.range_push(name)
-        try:
-            with torch.profiler.record_function(name):
-                yield
-        finally:
+    @property
+    def tracing(self) -> bool:
+        return self.step is not None and self.step.mode == "trace"
+
+    def _show(self, name: str) -> contextlib.ExitStack:
+        """Until it is closed: the phase as a range in torch.profiler's trace and in Nsight. Both count ranges by thread, so
+        a traced backward stays in ours."""
+        shown = contextlib.ExitStack()
+        if self.tracing and threading.get_ident() == self.thread:
             if self.nvtx:
-                torch.cuda.nvtx.range_pop()
+                torch.cuda.nvtx.range_push(name)
+                shown.callback(torch.cuda.nvtx.range_pop)
+            shown.enter_context(torch.profiler.record_function(name))
+        return shown

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastkd import folders
+
 from . import plots
 from .states import forget_attention
 from .trainer import arguments_of
@@ -78,10 +80,22 @@ def write(
     lead: str = "",
     where: str = "validation",
 ) -> Path:
-    """The page's path. histories: name -> Trainer's log_history; the last one's terms are drawn."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metric = rows[0]["metric_name"] if rows else "accuracy"
+    """The page's path; `folder` is new or empty, and the report is there whole or not at all. histories: name -> Trainer's
+    log_history; the last one's terms are drawn."""
+    with folders.filling(Path(folder), "report") as scratch:
+        pictures = draw(scratch, rows, histories, maps, where)
+        record = {
+            "title": title, "models": rows, "histories": histories, "transport": maps, "config": config,
+            "versions": versions(),
+        }  # fmt: skip
+        (scratch / "report.json").write_text(json.dumps(record, indent=1, default=str))
+        (scratch / "index.html").write_text(_page(title, lead, rows, pictures, config))
+    return Path(folder) / "index.html"
+
+
+def draw(folder: Path, rows: list[dict], histories: dict, maps: list[dict], where: str) -> list[tuple[str, Path, str]]:
+    """(heading, picture, note) of everything that there is something to draw of."""
+    metric = metric_of(rows)
     last = list(histories.values())[-1]
     pictures = []
     if rows:
@@ -99,18 +113,11 @@ def write(
     pictures.append(
         ("Which teacher layer teaches which student layer", plots.transport(maps, folder / "transport.png"), note)
     )
-    record = {
-        "title": title,
-        "models": rows,
-        "histories": histories,
-        "transport": maps,
-        "config": config,
-        "versions": versions(),
-    }
-    (folder / "report.json").write_text(json.dumps(record, indent=1, default=str))
-    page = folder / "index.html"
-    page.write_text(_page(title, lead, rows, metric, [p for p in pictures if p[1] is not None], config))
-    return page
+    return [picture for picture in pictures if picture[1] is not None]
+
+
+def metric_of(rows: list[dict]) -> str:
+    return rows[0]["metric_name"] if rows else "accuracy"
 
 
 def versions() -> dict[str, str]:
@@ -122,7 +129,8 @@ def versions() -> dict[str, str]:
     return {"fastkd": fastkd.__version__, **found, "threads": str(torch.get_num_threads())}
 
 
-def _page(title: str, lead: str, rows: list[dict], metric: str, pictures: list, config: dict) -> str:
+def _page(title: str, lead: str, rows: list[dict], pictures: list, config: dict) -> str:
+    metric = metric_of(rows)
     sections = "".join(
         f"<section><h2>{html.escape(head)}</h2><img alt='{html.escape(head)}' src='{_inline(path)}'>"
         + (f"<p class=note>{html.escape(note)}</p>" if note else "") + "</section>"

@@ -1,0 +1,60 @@
+"""Folders that somebody else may own: a result appears there whole or not at all, and never in another file's place."""
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def probe(folder: Path, argument: str) -> None:
+    """The folder is made where there is none; ValueError where nothing can be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{argument}: {folder} is no folder to write to ({error.strerror}); choose another") from error
+
+
+def check_vacant(folder: Path, argument: str) -> None:
+    """ValueError unless the folder is new or empty: what it holds may be a teacher, or the result of another day."""
+    probe(folder, argument)
+    there = sorted(path.name for path in folder.iterdir())
+    if there:
+        named = ", ".join(there[:3]) + (", …" if len(there) > 3 else "")
+        raise ValueError(
+            f"{argument}: {folder} holds {named}, and nothing is written over; choose a new folder or an empty one"
+        )
+
+
+def vacant(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that is new or empty, for whoever named none."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return path
+
+
+@contextlib.contextmanager
+def filling(folder: Path, argument: str) -> Iterator[Path]:
+    """A scratch folder, whose files move into the vacant `folder` when all of them are written; if not, none does."""
+    check_vacant(folder, argument)
+    with tempfile.TemporaryDirectory(prefix=".fastkd-", dir=folder) as scratch:
+        yield Path(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            if (folder / path.name).exists():  # somebody wrote there meanwhile
+                raise ValueError(f"{argument}: {folder} has got a {path.name} meanwhile, and nothing is written over")
+            path.rename(folder / path.name)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch path beside `path` (which is ours to replace): readers see all of the old file or all of the new one."""
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

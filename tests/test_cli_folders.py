@@ -1,0 +1,105 @@
+"""What a command writes never takes the place of anything: a teacher, another day's result, a stranger's file."""
+
+import json
+import os
+
+import pytest
+
+import tiny  # noqa: F401  first: it tells transformers to stay offline
+from fastkd import folders
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("datasets")
+
+from fastkd.cli import demo, main
+from fastkd.train import report
+
+ROWS = [
+    {"name": name, "metric_name": "accuracy", "metric": quality, "parameters": n, "bytes": 4 * n, "latency": 1.0, "all": {}}
+    for name, quality, n in (("teacher", 0.9, 200), ("student", 0.8, 100))
+]  # fmt: skip
+HISTORY = {"student": [{"step": i, "loss": 1.0 / i} for i in (1, 2)]}
+WHOLE = {"title": "t", "rows": ROWS, "histories": HISTORY, "maps": [], "config": {}}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_report_is_whole_and_replaces_nothing(tmp_path):
+    page = report.write(tmp_path / "report", **WHOLE)
+    before = contents(tmp_path)
+    assert page.name in before and {"report.json", "comparison.png"} <= before.keys()
+    assert json.loads(before["report.json"])["title"] == "t" and b"data:image/png" in before["index.html"]
+    with pytest.raises(ValueError, match=r"report: .* holds comparison.png, .* nothing is written over"):
+        report.write(tmp_path / "report", **{**WHOLE, "title": "another"})
+    assert contents(tmp_path) == before
+
+
+def test_a_second_report_lies_beside_the_first(tmp_path):
+    (tmp_path / "report-3").mkdir()
+    for name in ("report", "report-2", "report-3", "report-4"):
+        assert folders.vacant(tmp_path / "report") == tmp_path / name
+        report.write(tmp_path / name, **WHOLE)
+
+
+def test_a_report_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(tmp_path / "report", **WHOLE)
+    assert contents(tmp_path) == {} and report.draw(tmp_path, ROWS, HISTORY, [], "test")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--output", "mine"], "--output: mine holds index.html, and nothing is written over; choose a new folder"),
+        (["--output", "mine/index.html"], "--output: mine/index.html is no folder to write to (File exists)"),
+        (["--method", "kdd"], "there is no 'kdd'"),
+        (["--method", "glmd"], "glmd makes no sense for the task classification"),
+        (["--student-steps", "0"], "--student-steps: expected at least 1, got 0"),
+    ],
+)
+def test_the_demo_refuses_before_it_trains(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_texts", lambda: pytest.fail("it began to work"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.html").write_text("my page")
+    assert main(["demo", *argv]) == 1
+    assert said in capsys.readouterr().err
+    assert contents(tmp_path / "mine") == {"index.html": b"my page"}
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path):
+    def fill():
+        with folders.filling(tmp_path / "new", "--output") as scratch:
+            (scratch / "b").write_text("ours")
+            (tmp_path / "new" / "b").write_text("theirs")
+
+    with pytest.raises(ValueError, match="has got a b meanwhile"):
+        fill()
+    assert contents(tmp_path) == {"b": b"theirs"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+
+    def write(text, fails=0):
+        with folders.replacing(path) as scratch:
+            scratch.write_text(text[:2] if fails else text)
+            assert path.read_text() == "old" and 1 / (1 - fails)
+
+    with pytest.raises(ZeroDivisionError):
+        write("new", fails=1)
+    assert contents(tmp_path) == {"x.csv": b"old"}
+    write("new")
+    assert contents(tmp_path) == {"x.csv": b"new"}
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match=r"out: .* is no folder to write to"):
+        folders.probe(tmp_path / "locked" / "x", "out")
