@@ -170,3 +170,6 @@ def divergence_scale() -> Iterator[Case]:
 def linear_scale() -> Iterator[Case]:
     for vocabulary in (32768, 65536, 131072, 262144):
         yield cases.linear_case("forward_kl", 256, vocabulary, 256, 512, FP32, sweep="V", **BOTH)
+    for rows in (512, 2048, 8192):
+        more = {"sweep": "R", "oracle": linear_in_pieces, **BOTH}
+        yield cases.linear_case("forward_kl", rows, 131072, 256, 512, FP32, **more)

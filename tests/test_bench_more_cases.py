@@ -9,15 +9,20 @@ from fastkd.bench import case as case_module
 from fastkd.bench.rivals import Absent, Provider
 
 CPU = torch.device("cpu")
-SMALL = {"B": 2, "N": 11, "Ds": 4, "Dt": 6, "H": 2, "L": 11, "d": 4, "R": 2}
+WIDTHS = {"Ds": 4, "Dt": 6}
+SMALL = {
+    "gram": {"B": 2, "N": 11, **WIDTHS},
+    "relation": {"B": 2, "H": 2, "L": 11, "d": 4, "R": 2},
+    "linear_divergence": {"R": 11, "V": 9, **WIDTHS},
+}
 
 
 def test_oracles_in_pieces_are_the_reference(monkeypatch):
     monkeypatch.setattr(more_cases, "PIECE", 4)  # 11 rows: two whole pieces and a short one
     found = [case for case in case_module.select(scale=True) if case.oracle]
-    assert {case.stem for case in found} == {"gram", "relation"}
+    assert {case.stem for case in found} == SMALL.keys()
     for case in {case.stem: case for case in found}.values():
-        small = dataclasses.replace(case, shape={axis: SMALL[axis] for axis in case.shape})
+        small = dataclasses.replace(case, shape=SMALL[case.stem])
         inputs = case_module.build(small, CPU)
         pieces = check.make_oracle(small, inputs)
         whole = check.make_oracle(dataclasses.replace(small, oracle=None), inputs)
