@@ -32,6 +32,8 @@ def ending(points: Sequence[dict], provider: str, absent: Absent) -> str:
         return ""
     if reason.startswith(OOM):
         return reason.removesuffix(" beyond its inputs")
+    if reason.startswith("one call takes"):
+        return reason.partition(" (")[0]
     known = ("failed its check", "would take minutes")
     return next((text for text in known if text in reason), NOT_MEASURED)
 

@@ -27,6 +27,7 @@ from fastkd.bench.rivals import Absent, Provider
 from fastkd.bench.roofs import Roofs
 
 SERVED_BY_EAGER = ("reference", "eager")
+PATIENCE = 30.0  # seconds that a rival's call may take; eight of a slower one would say no more
 
 
 @dataclasses.dataclass
@@ -110,8 +111,10 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     if not tasks:
         return [], absent
     plain, _ = tasks_of(list(passed), mode, inputs, "plain")
-    for task in plain:  # warm-up: compilation and allocator
-        timer.sample(task, 1)
+    first = {task.provider: timer.sample(task, 1) for task in plain}  # warm-up: compilation and allocator
+    slow = [name for name in first if first[name] > PATIENCE and not name.startswith("fastkd")]
+    absent += [Absent(name, f"one call takes {first[name]:.0f} s ({mode})") for name in slow]
+    tasks, plain = ([task for task in some if task.provider not in slow] for some in (tasks, plain))
     memory = {task.provider: measure.peak_memory(task, settings.device) for task in plain}
     counted = [task for task in plain if task.provider in ("fastkd", "eager") and launch == "plain"]
     launches = {task.provider: measure.count_launches(task, settings.device) for task in counted}

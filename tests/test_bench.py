@@ -188,6 +188,14 @@ def test_a_rival_that_does_another_job_is_named_not_shown(fake_measure):
     assert [absent.name for absent in outcome.absent] == ["other"] and "check" in outcome.absent[0].reason
 
 
+def test_a_rival_that_takes_too_long_is_named_with_its_seconds(fake_measure):
+    fake_measure.seconds["other"] = fake_measure.seconds["fastkd"] = run.PATIENCE + 10.5
+    outcome = outcome_of([provider("fastkd"), provider("eager"), provider("other")], fake_measure)
+    assert {row.provider for row in outcome.rows} == {"fastkd", "eager"}
+    assert ("other", "one call takes 40 s (both)") in [(absent.name, absent.reason) for absent in outcome.absent]
+    assert fake_measure.order.count("other") == 3  # once in each mode
+
+
 def test_a_rival_that_crashes_is_named_with_its_error(fake_measure):
     def crash(x):
         raise ValueError("out of luck\nand more")
