@@ -3,9 +3,10 @@
 import csv
 import dataclasses
 import io
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
+
+from fastkd import folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,8 @@ def store(path: pathlib.Path, text: str) -> None:
     """All of it or nothing: who is stopped meanwhile still has the old file."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, newline="")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with folders.replacing(path) as scratch:
+        scratch.write_text(text, newline="")
 
 
 def write_csv(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:

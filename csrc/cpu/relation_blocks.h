@@ -198,6 +198,24 @@ struct RelationWhole {
   }
 };
 
+// f(slice, its number), shared by the threads where there are several.
+template <class Slice, class F>
+void each_slice(std::vector<Slice>& slices, const F& f) {
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) f(slices[k], k);
+  };
+  slices.size() > 1 ? parallel_for(0, int64_t(slices.size()), 1, some) : some(0, 1);
+}
+
+// Adds what of(slice) points to over all slices, in their order; the first one's holds the sum.
+template <class Slice, class F>
+float* summed(std::vector<Slice>& slices, int64_t count, const F& of) {
+  float* sum = of(slices[0]);
+  for (size_t k = 1; k < slices.size(); ++k)
+    for (int64_t i = 0; i < count; ++i) sum[i] += of(slices[k])[i];
+  return sum;
+}
+
 // Longer ones: all keys of a block of queries at a time. Threads share the blocks where there are `slices`.
 struct RelationLong {
   struct Slice {
@@ -249,14 +267,11 @@ struct RelationLong {
     call.s.take(pair / call.heads, pair % call.heads, kept);
     call.t.take(pair / call.heads, pair % call.heads, kept);
     if (gradient) turn(n);
-    const auto some = [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        if (gradient) std::memset(slices[k].dx, 0, padded * row * sizeof(float));
-        if (gradient && !call.s.self) std::memset(slices[k].dy, 0, padded * row * sizeof(float));
-        for (int64_t i = k * block; i < n; i += count * block) strip(slices[k], pair, kept, i, out);
-      }
-    };
-    count > 1 ? parallel_for(0, count, 1, some) : some(0, 1);
+    each_slice(slices, [&](Slice& slice, int64_t k) {
+      if (gradient) std::memset(slice.dx, 0, padded * row * sizeof(float));
+      if (gradient && !call.s.self) std::memset(slice.dy, 0, padded * row * sizeof(float));
+      for (int64_t i = k * block; i < n; i += count * block) strip(slice, pair, kept, i, out);
+    });
     if (!gradient) return;
     finish(&Slice::dx, pair, kept, out.dx, out.item);
     if (!call.s.self) finish(&Slice::dy, pair, kept, out.dy, out.item);
@@ -300,11 +315,9 @@ struct RelationLong {
     gemm.tile(slice.packed, piece_x(first), {keys, width, queries}, {slice.dy + j * row, row, call.s.scale, true});
   }
 
-  void finish(float* Slice::* part, int64_t pair, const Kept& kept, char* to, int64_t item) const {
+  void finish(float* Slice::* part, int64_t pair, const Kept& kept, char* to, int64_t item) {
     const int64_t n = kept.count();
-    float* sum = slices[0].*part;
-    for (size_t k = 1; k < slices.size(); ++k)
-      for (int64_t i = 0; i < n * row; ++i) sum[i] += (slices[k].*part)[i];
+    const float* sum = summed(slices, n * row, [&](Slice& slice) { return slice.*part; });
     write_rows(call, sum, row, kept, pair, 0, n, to, item);
   }
 };

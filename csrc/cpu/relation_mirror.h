@@ -93,16 +93,14 @@ struct RelationMirror {
 
   void forward(int64_t pair, const Kept& kept, const RelationOut& out) {
     const int64_t n = kept.count();
-    share([&](Slice& slice, int64_t begin, int64_t step) {
+    each_slice(slices, [&](Slice& slice, int64_t k) {
       std::memset(slice.sums.t, 0, 5 * padded * sizeof(float));
-      each_tile(slice, n, begin, step, [&](const RelationTile& tile, int64_t i, int64_t j) {
+      each_tile(slice, n, k, [&](const RelationTile& tile, int64_t i, int64_t j) {
         call.table.down(tile, from(i), of(slice.sums, i));
         if (j > i) call.table.across(tile, from(j), of(slice.sums, j));
       });
     });
-    float* sum = slices[0].sums.t;
-    for (size_t k = 1; k < slices.size(); ++k)
-      for (int64_t i = 0; i < 5 * padded; ++i) sum[i] += slices[k].sums.t[i];
+    summed(slices, 5 * padded, [](Slice& slice) { return slice.sums.t; });
     call.table.finish(slices[0].sums, padded, stats.of, stats.values);
     stats.write(out, pair, call.length, kept, 0, n);
   }
@@ -113,9 +111,9 @@ struct RelationMirror {
     stats.read_upstream(out, pair, call.length, kept, 0, n);
     call.table.prepare(stats.of, stats.g, (n + kRelationLanes - 1) / kRelationLanes * kRelationLanes, pull);
     for (int64_t i = 0; i < n; i += block) call.s.turn(call.s.queries, i, std::min(i + block, n), piece(i));
-    share([&](Slice& slice, int64_t begin, int64_t step) {
+    each_slice(slices, [&](Slice& slice, int64_t k) {
       std::memset(slice.dx, 0, padded * row * sizeof(float));
-      each_tile(slice, n, begin, step, [&](const RelationTile& tile, int64_t i, int64_t j) {
+      each_tile(slice, n, k, [&](const RelationTile& tile, int64_t i, int64_t j) {
         call.table.both(tile, of(pull, i), of(pull, j));
         const int64_t queries = std::min(block, n - i), width = call.s.width;
         const Gemm& gemm = call.s.gemm;
@@ -126,26 +124,15 @@ struct RelationMirror {
         gemm.tile(slice.packed, piece(i), {tile.keys, width, queries}, {slice.dx + j * row, row, call.s.scale, true});
       });
     });
-    float* sum = slices[0].dx;
-    for (size_t k = 1; k < slices.size(); ++k)
-      for (int64_t i = 0; i < n * row; ++i) sum[i] += slices[k].dx[i];
+    const float* sum = summed(slices, n * row, [](Slice& slice) { return slice.dx; });
     write_rows(call, sum, row, kept, pair, 0, n, out.dx, out.item);
   }
 
-  // f(slice, the first block of queries that is its own, how many blocks on the next one lies)
+  // f(tile, first query, first key): scores of both sides from the diagonal on, of every slices.size()th block from k
+  // on.
   template <class F>
-  void share(const F& f) {
-    const int64_t count = int64_t(slices.size());
-    const auto some = [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) f(slices[k], k, count);
-    };
-    count > 1 ? parallel_for(0, count, 1, some) : some(0, 1);
-  }
-
-  // f(tile, first query, first key): its scores of both sides, from the diagonal on.
-  template <class F>
-  void each_tile(Slice& slice, int64_t n, int64_t begin, int64_t step, const F& f) const {
-    for (int64_t i = begin * block; i < n; i += step * block)
+  void each_tile(Slice& slice, int64_t n, int64_t k, const F& f) const {
+    for (int64_t i = k * block; i < n; i += int64_t(slices.size()) * block)
       for (int64_t j = i; j < n; j += block) {
         const int64_t last = std::min(i + block, n), end = std::min(j + block, n);
         call.s.scores(j, end, i, last, slice.s, block);
