@@ -84,11 +84,16 @@ def pictures(stems: Iterable[str]) -> list[str]:
     return ["overview.png", "roofline.png", *(f"{stem}_{kind}.png" for stem in stems for kind in ("speedup", "sweep"))]
 
 
-def check_picture(path: pathlib.Path) -> None:
-    """Raises where drawing would overwrite a picture that somebody else put there."""
+def is_picture(path: pathlib.Path) -> bool:
+    """Whether it was drawn from rows."""
     from fastkd.bench import plots  # which reads our reasons
 
-    if path.exists() and plots.DIGEST.encode() not in path.read_bytes():
+    return plots.DIGEST.encode() in path.read_bytes()
+
+
+def check_picture(path: pathlib.Path) -> None:
+    """Raises where drawing would overwrite a picture that somebody else put there."""
+    if path.exists() and not is_picture(path):
         raise foreign(path, "a picture that was not drawn from rows")
 
 

@@ -204,7 +204,7 @@ def ready() -> str:
     return ""
 
 
-def draw(rows, stem: str, folder: pathlib.Path, *_) -> tuple[list[pathlib.Path], str]:
+def draw(rows, stem: str, folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
     """The plots of one stem, and a reason where there are none. Why a curve ends is in the JSON beside the CSV."""
     from fastkd.bench import curves
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fastkd.bench import readme, report
+from fastkd.bench import archive, readme, report
 
 import tiny  # noqa: F401  first: it tells transformers to stay offline
 
@@ -60,7 +60,7 @@ def test_every_setup_has_bars_of_its_own(tmp_path, monkeypatch):
     for changes in SETUPS:
         publish.write(rows(**changes), tmp_path)
     (path,), reason = plots.draw(tmp_path)
-    assert seen == [len(PHASES)] * 2 * len(SETUPS) and not reason and publish.is_picture(path)
+    assert seen == [len(PHASES)] * 2 * len(SETUPS) and not reason and archive.is_picture(path)
     keys = [tuple(row[name] for name in results.KEY) for row in report.read_rows(tmp_path / "profile.csv")]
     panels = {plots.panel_of(key): {k for k in keys if plots.panel_of(k) == plots.panel_of(key)} for key in keys}
     for there in panels.values():

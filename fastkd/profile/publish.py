@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastkd import folders
-from fastkd.bench import machine, plots, report
+from fastkd.bench import archive, machine, plots, report
 
 from .results import COLUMNS, KEY, Row
 
@@ -27,7 +27,7 @@ def check(folder: Path, traces: Iterable[Path]) -> None:
     """ValueError where nothing can be written, or where somebody else's file is in the way."""
     folders.probe(folder, "out")
     ours = {folder / f"{report.PROFILE}.csv": is_table, folder / f"{report.PROFILE}.json": is_record,
-            folder / f"{report.PROFILE}.png": is_picture, **dict.fromkeys(traces, is_trace)}  # fmt: skip
+            folder / f"{report.PROFILE}.png": archive.is_picture, **dict.fromkeys(traces, is_trace)}  # fmt: skip
     for path in ours:
         if path.parent != folder:
             folders.probe(path.parent, "out")
@@ -51,10 +51,6 @@ def is_table(path: Path) -> bool:
 
 def is_record(path: Path) -> bool:
     return path.read_bytes().startswith(RECORD.encode())  # a beginning is enough: its rows are those of the table
-
-
-def is_picture(path: Path) -> bool:
-    return plots.DIGEST.encode() in path.read_bytes()
 
 
 def is_trace(path: Path) -> bool:

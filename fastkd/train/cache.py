@@ -5,7 +5,6 @@ and never overwritten. Only logits are kept, so only methods that read nothing e
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastkd import folders
 
 from . import states
 
@@ -43,9 +44,8 @@ def logits(
         return _read(path, wanted, shape).to(device)
     rows = _compute(shape, teacher, data, collator, accepts, batch_size, device, words)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # a half-written file never bears the name
-    save_file({"logits": rows}, unfinished, metadata=wanted)
-    os.replace(unfinished, path)
+    with folders.replacing(path) as scratch:
+        save_file({"logits": rows}, scratch, metadata=wanted)
     return rows.to(device)
 
 
