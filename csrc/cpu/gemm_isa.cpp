@@ -94,9 +94,10 @@ void packed_kernel(const char* a, const float* b, int64_t units, const Corner& a
   write<vectors>(sum, at);
 }
 
-// A where it lies. Rows beyond the last one are read from the last one, and not stored.
+// A where it lies. Rows beyond the last one are read from the last one, and not stored. `ahead` bytes behind them are
+// the rows that are read next: eight streams at once are more than the hardware foresees.
 template <class Multiply, int vectors>
-void direct_kernel(const char* a, int64_t row_bytes, const float* b, int64_t k, const Corner& at) {
+void direct_kernel(const char* a, int64_t row_bytes, int64_t ahead, const float* b, int64_t k, const Corner& at) {
   Floats sum[MR][vectors] = {};
   const char* row[MR];
   for (int i = 0; i < MR; ++i) row[i] = a + (i < at.rows ? i : at.rows - 1) * row_bytes;
@@ -105,6 +106,10 @@ void direct_kernel(const char* a, int64_t row_bytes, const float* b, int64_t k, 
     Floats right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = load(b + v * W);
+    if (ahead && p % 16 == 0) {  // a line of each
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(row[i] + ahead + p * 4);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Floats left = Multiply::broadcast(row[i] + p * 4);
@@ -126,16 +131,17 @@ void direct_kernel(const char* a, int64_t row_bytes, const float* b, int64_t k, 
 }
 
 template <class Multiply, bool direct>
-FASTKD_INLINE void register_tile(const char* a, int64_t row_bytes, const float* b, int64_t k, const Corner& at) {
+FASTKD_INLINE void register_tile(const char* a, int64_t row_bytes, int64_t ahead, const float* b, int64_t k,
+                                 const Corner& at) {
   const int64_t units = (k + Multiply::per_unit - 1) / Multiply::per_unit;
-#define FASTKD_GEMM_KERNEL(vectors)                                      \
-  if constexpr (vectors <= NV) {                                         \
-    if (at.columns > (vectors - 1) * W) {                                \
-      if constexpr (direct)                                              \
-        return direct_kernel<Multiply, vectors>(a, row_bytes, b, k, at); \
-      else                                                               \
-        return packed_kernel<Multiply, vectors>(a, b, units, at);        \
-    }                                                                    \
+#define FASTKD_GEMM_KERNEL(vectors)                                             \
+  if constexpr (vectors <= NV) {                                                \
+    if (at.columns > (vectors - 1) * W) {                                       \
+      if constexpr (direct)                                                     \
+        return direct_kernel<Multiply, vectors>(a, row_bytes, ahead, b, k, at); \
+      else                                                                      \
+        return packed_kernel<Multiply, vectors>(a, b, units, at);               \
+    }                                                                           \
   }
   FASTKD_GEMM_KERNEL(3)
   FASTKD_GEMM_KERNEL(2)
@@ -155,10 +161,10 @@ void blocked(const char* a, int64_t row_bytes, const float* b, const GemmShape& 
         const char* left = direct ? a + i * row_bytes + u * 4 : a + (i * units + u * MR) * 4;
         const int64_t rows = s.m - i < MR ? s.m - i : MR;
         for (int64_t j = jc; j < end; j += NR) {
-          const int64_t columns = end - j < NR ? end - j : NR;
+          const int64_t columns = end - j < NR ? end - j : NR, ahead = j + NR < end ? 0 : MR * row_bytes;
           const Corner at = {
               out.data + i * out.row_stride + j, out.row_stride, rows, columns, out.alpha, out.accumulate || p > 0};
-          register_tile<Multiply, direct>(left, row_bytes, b + j * units + u * NR, k, at);
+          register_tile<Multiply, direct>(left, row_bytes, ahead, b + j * units + u * NR, k, at);
         }
       }
     }

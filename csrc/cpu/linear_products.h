@@ -169,7 +169,7 @@ struct HiddenPull {
           [&](int64_t begin, int64_t end, char*) { turn_strip(v + begin, end - begin, begin, v_end - v); });
   }
 
-  // source(row, rows, word, words) says where so much of the gradient lies.
+  // source(row, rows, word, words) says where so much of the gradient lies; what lies as an operand does is not packed.
   template <class F>
   void multiply(int64_t rows, int64_t v, int64_t v_end, const F& source, float* hidden, bool accumulate) const {
     const Gemm& gemm = *side.gemm;
@@ -177,8 +177,14 @@ struct HiddenPull {
     share(rows, kRows, gemm.bytes_a(kRows + gemm.rows_a, kDepth), [&](int64_t begin, int64_t end, char* a) {
       for (int64_t w = 0; w < v_end - v; w += kDepth) {
         const int64_t depth = std::min(kDepth, v_end - v - w);
-        gemm.pack_a(source(begin, end - begin, v + w, depth), a);
-        gemm.tile(a, piece(w), {end - begin, width, depth}, {hidden + begin * width, width, 1, accumulate || w > 0});
+        const GemmSource from = source(begin, end - begin, v + w, depth);
+        const GemmOut out = {hidden + begin * width, width, 1, accumulate || w > 0};
+        if (from.element == gemm.operand && from.k_stride == 1) {
+          gemm.tile_direct(from.data, from.row_stride, piece(w), {end - begin, width, depth}, out);
+        } else {
+          gemm.pack_a(from, a);
+          gemm.tile(a, piece(w), {end - begin, width, depth}, out);
+        }
       }
     });
   }

@@ -16,7 +16,8 @@ FASTKD_DECLARE(LinearTurnTable, linear_turn);
 namespace fastkd {
 namespace {
 
-constexpr int64_t kTogether = 64, kFewTogether = 32;     // rows whose logits exist at once
+constexpr int64_t kLogitBytes = 16 << 20;                // for the logits that exist at once, within
+constexpr int64_t kTogether = 64, kMostTogether = 128;   // rows of them
 constexpr int64_t kTile = kDepth;                        // words of a tile of the gradient
 constexpr int64_t kSpareBytes = 16 << 20;                // for the spare rows, within
 constexpr int64_t kFewestSpare = 128, kMostSpare = 256;  // rows
@@ -95,13 +96,16 @@ struct Kept {
 // Logits of both sides for a few rows, in memory of the caller's; the teacher's give way to the gradient.
 struct Logits {
   const Call& call;
+  const int64_t stride, together;  // together: rows
   SideLogits student;
   std::optional<SideLogits> teacher;
-  const int64_t stride;
 
   explicit Logits(const Call& call)
-      : call(call), student(call, call.student, call.fit(kTogether)), stride(Call::stride_of(call.words)) {
-    if (!call.sparse) teacher.emplace(call, call.teacher, call.fit(kTogether));
+      : call(call),
+        stride(Call::stride_of(call.words)),
+        together(std::clamp(kLogitBytes / bytes(kTogether) * kTogether, kTogether, kMostTogether)),
+        student(call, call.student, call.fit(together)) {
+    if (!call.sparse) teacher.emplace(call, call.teacher, call.fit(together));
   }
   int64_t bytes(int64_t rows) const { return 2 * rows * stride * int64_t(sizeof(float)); }
 
@@ -151,7 +155,7 @@ struct Speed {
   Tensor values, hidden, head, bias;
   const Logits logits;
   Kept gradient = {};
-  Scratch memory;  // the spare rows, then room for the logits of `few`; or first of kTogether, of other rows
+  Scratch memory;  // the spare rows, then room for the logits of `few`; or first of `logits.together`, of other rows
   int64_t few;     // rows whose logits exist beside the spare rows
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks
@@ -165,7 +169,7 @@ struct Speed {
         narrow(element_of(call.student.head) == kBFloat16),
         count(call.kept.size()),
         logits(call),
-        few(to_head && narrow ? kFewTogether : kTogether) {
+        few(to_head && narrow ? logits.together / 2 : logits.together) {
     const Tensor& like = call.student.hidden;
     const ScalarType type = narrow ? ScalarType::BFloat16 : ScalarType::Float;
     values = zeros(like, call.rows, 1);
@@ -176,7 +180,7 @@ struct Speed {
                  : zeros(like, to_head ? call.words : 0, call.width, type);
     if (multiplies()) place();
     const int64_t beside = spare_bytes ? spare_bytes + logits.bytes(call.fit(few)) : 0;
-    memory = Scratch(like, std::max(beside, logits.bytes(call.fit(kTogether))));
+    memory = Scratch(like, std::max(beside, logits.bytes(call.fit(logits.together))));
     gradient.beside = memory.get();
   }
   bool multiplies() const { return count && (to_hidden || to_head); }
@@ -199,7 +203,7 @@ struct Speed {
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = multiplies() ? std::min(count, begin + gradient.slot + gradient.spare) : count;
       const int64_t there = multiplies() ? std::min(end - begin, gradient.slot) : end - begin;
-      in_steps(there, kTogether, [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, memory.get()); });
+      in_steps(there, logits.together, [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, memory.get()); });
       in_steps(end - begin - there, few, [&](int64_t i, int64_t i_end) {
         differentiate(begin, there + i, there + i_end, memory.get() + spare_bytes);
       });
