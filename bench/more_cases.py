@@ -18,19 +18,19 @@ EVERY_MODE = ("forward", "backward", "both", "loss_only")
 # The GPU targets --------------------------------------------------------------------------------------------------
 
 
-def by_rows(function: Callable, left: torch.Tensor, right: torch.Tensor, options: dict) -> torch.Tensor:
+def by_rows(function: Callable, left: torch.Tensor, right: torch.Tensor, options: dict, piece: int) -> torch.Tensor:
     """The mean of `function` in the reference, pieces of rows at a time: whole, its float64 graph would take 17 times the
     logits, which is more than any card has."""
     options = {**options, "reduction": "sum", "backend": "reference"}
     pieces = [
         checkpoint(function, *sides, use_reentrant=False, preserve_rng_state=False, **options)
-        for sides in zip(left.split(PIECE), right.split(PIECE), strict=True)
+        for sides in zip(left.split(piece), right.split(piece), strict=True)
     ]
     return sum(pieces) / len(left)
 
 
 def divergence_in_pieces(inputs: Inputs) -> torch.Tensor:
-    return by_rows(functional().divergence, inputs["student"], inputs["teacher"], inputs.options)
+    return by_rows(functional().divergence, inputs["student"], inputs["teacher"], inputs.options, PIECE)
 
 
 def linear_in_pieces(inputs: Inputs) -> torch.Tensor:
@@ -38,7 +38,7 @@ def linear_in_pieces(inputs: Inputs) -> torch.Tensor:
         heads = inputs["student_head"], inputs["teacher_head"]
         return functional().linear_divergence(student, heads[0], teacher, heads[1], **options)
 
-    return by_rows(rows, inputs["student_hidden"], inputs["teacher_hidden"], inputs.options)
+    return by_rows(rows, inputs["student_hidden"], inputs["teacher_hidden"], inputs.options, PIECE)
 
 
 @stem("linear_divergence", ON_GPU)
@@ -152,12 +152,24 @@ def transport_scale() -> Iterator[Case]:
         yield cases.transport_case(problems, 12, 24, sweep="P")
 
 
+def nce_in_pieces(inputs: Inputs) -> torch.Tensor:
+    """A few examples at a time: each gathers its negatives."""
+
+    def side(anchor, bank):
+        def rows(query, index, **options):
+            return functional().nce_loss(query, inputs[bank], index, **options)
+
+        return by_rows(rows, inputs[anchor], inputs["index"], inputs.options, 4)
+
+    return side("query_t", "bank_s") + side("query_s", "bank_t")
+
+
 @stem("contrast", SCALE)
 def contrast_scale() -> Iterator[Case]:
     for batch in (8, 32, 128, 512):
         yield cases.queue_case(batch, 16384, 128, BF16, sweep="B", **BOTH)
     for k in (1024, 8192, 65536):
-        yield cases.gather_case(32, k, 128, 262144, sweep="K", **BOTH)
+        yield cases.gather_case(32, k, 128, 262144, sweep="K", oracle=nce_in_pieces, **BOTH)
 
 
 @stem("divergence", SCALE)

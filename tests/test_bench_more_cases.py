@@ -14,6 +14,7 @@ SMALL = {
     "gram": {"B": 2, "N": 11, **WIDTHS},
     "relation": {"B": 2, "H": 2, "L": 11, "d": 4, "R": 2},
     "linear_divergence": {"R": 11, "V": 9, **WIDTHS},
+    "contrast": {"B": 11, "K": 5, "D": 4, "n": 9},
 }
 
 

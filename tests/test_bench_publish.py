@@ -48,6 +48,8 @@ def test_what_is_published_on_a_quiet_machine(flags, publishing, monkeypatch):
 def test_a_case_that_does_not_fit_is_left_out_by_name(fake_measure, monkeypatch):
     assert machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 12 * 2**30) == ""
     assert "needs about 12 GiB" in machine.too_large(toy_case(bytes=Work(2**30, 0, 0)), 11 * 2**30)
+    in_pieces = toy_case(bytes=Work(2**30, 0, 0), oracle=lambda inputs: inputs["student"].sum())
+    assert machine.too_large(in_pieces, 6 * 2**30) == "" and "about 6 GiB" in machine.too_large(in_pieces, 5 * 2**30)
     monkeypatch.setattr(machine, "available_bytes", lambda device: 1)
     outcome = outcome_of([provider("fastkd")], fake_measure)
     assert outcome.rows == [] and outcome.refused == "" and "left out" in outcome.absent[0].reason

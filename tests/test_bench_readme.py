@@ -86,6 +86,16 @@ def test_rows_slower_than_eager_are_named(checkout):
     ) in readme.text(checkout)
 
 
+def test_reasons_of_one_case_name_it_and_the_others_come_once(checkout):
+    folder = checkout / "bench/results/box"
+    of_one, of_all = "failed its check: a gradient is off by 2.0e-02, allowed 1.0e-02", "liger_kernel is not installed"
+    absent = {f"jsd-{n}x31-float32": {"eager": of_one, "liger": of_all} for n in (5, 7)}
+    written(folder, rows_of(), absent=absent)
+    found = readme.absent(folder)
+    assert [line for line in found if "liger" in line] == [f"liger (divergence): {of_all}"]
+    assert f"eager (divergence jsd 5×31 fp32, divergence jsd 7×31 fp32): {of_one}" in found
+
+
 def test_a_target_about_all_rows_says_of_how_many(tmp_path):
     """Listed: every case of a CPU, its claims and the curves' far ends; not those of a GPU."""
     known = next(case for case in case_module.select(["gram"]) if case.goal)
