@@ -8,6 +8,7 @@ from fastkd.bench.case import Case, Gemm
 from fastkd.bench.measure import Task
 
 LEAST_COPY, MOST_COPY = 1 << 20, 1 << 30
+BATCH_BYTES = 4 << 30  # of a batched product, factors and all, that are there at once
 
 
 def copy_size(moved: float) -> int:
@@ -82,14 +83,17 @@ class Roofs:
         return floor(flops, moved, self.copy_rate(moved), self.gemm_rate(case.dtype))
 
     def gemm_seconds(self, gemm: Gemm, dtype: torch.dtype, samples: int = 7) -> float:
-        """One bare product of the shape, into a preallocated output; the median, as for the providers."""
-        lead = () if gemm.batch == 1 else (gemm.batch,)
+        """One bare product of the shape, into a preallocated output; the median, as for the providers. Of a batch that is
+        larger than some gigabytes a part is measured, as many times as it takes."""
+        numbers = gemm.rows * gemm.inner + gemm.inner * gemm.columns + gemm.rows * gemm.columns
+        batch = max(1, min(gemm.batch, BATCH_BYTES // (numbers * dtype.itemsize)))
+        lead = () if batch == 1 else (batch,)
         a = self.random(*lead, gemm.rows, gemm.inner).to(dtype)
         b = self.random(*lead, gemm.inner, gemm.columns).to(dtype)
         out = torch.empty(*lead, gemm.rows, gemm.columns, device=self.device, dtype=dtype)
         task = Task("gemm", lambda _: torch.matmul(a, b, out=out))
         self.timer.sample(task, 1)
-        return statistics.median(self.timer.sample(task, 1) for _ in range(samples))
+        return statistics.median(self.timer.sample(task, 1) for _ in range(samples)) * gemm.batch / batch
 
     def gemms_of(self, case: Case) -> dict[str, float]:
         """mode -> seconds of all bare products that the mode needs; each measured once."""

@@ -109,6 +109,22 @@ def test_roofs_do_not_need_the_default_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_product_that_does_not_fit_is_measured_in_parts(monkeypatch):
+    """Twelve heads of 16k tokens: 13 GB of scores, and no memory for those who are measured next to them."""
+    monkeypatch.setattr(roofs, "BATCH_BYTES", 4 * (3 * 4 + 4 * 5 + 3 * 5) * 2)  # two of them
+    seen = []
+
+    class Timer:
+        def sample(self, task, calls):
+            seen.append(task.run(0).shape)
+            return 1e-3
+
+    measured = roofs.Roofs(CPU, Timer())
+    assert measured.gemm_seconds(roofs.Gemm(3, 4, 5, 7), torch.float32) == pytest.approx(3.5e-3)
+    assert measured.gemm_seconds(roofs.Gemm(3, 4, 5, 2), torch.float32) == pytest.approx(1e-3)
+    assert {*seen} == {(2, 3, 5)}
+
+
 def test_checkpointed_chunks_can_be_captured(monkeypatch):
     """The state of random numbers, on a GPU, cannot be read meanwhile."""
     case = cases.linear_case("forward_kl", 300, 11, 4, 5, torch.float32)
