@@ -9,6 +9,7 @@ from fastkd.bench import report
 
 FORMAT = 1
 OOM = "out of memory"
+OF_A_CASE = ("failed its check", OOM, "one call takes")  # so begin the reasons that one case gave, not a rival's nature
 NOT_ASKED = "not asked for"
 NEEDED = (*report.KEY, "times_ours_median", "device", "commit")  # without these, a row is none of ours
 

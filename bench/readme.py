@@ -81,9 +81,8 @@ def stems_of(folder: pathlib.Path) -> list[str]:
 
 def absent(folder: pathlib.Path) -> list[str]:
     """Rivals that have no row on this device, with the reason, once; what became of one case is said with its name."""
-    of_a_case = ("failed its check", archive.OOM, "one call takes")
     found = [
-        (f"{stem} {plots.label_of(case)}" if reason.startswith(of_a_case) else stem, name, reason)
+        (f"{stem} {plots.label_of(case)}" if reason.startswith(archive.OF_A_CASE) else stem, name, reason)
         for stem in stems_of(folder)
         for case, reasons in archive.absent_of(folder / f"{stem}.json").items()
         for name, reason in reasons.items()

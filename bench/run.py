@@ -203,7 +203,7 @@ def show(case: Case, outcome: Outcome) -> None:
         if any(row.by_eager for row in outcome.rows):
             print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
-        if absent.name == case.name or "graph" in absent.name or absent.reason.startswith(("failed", archive.OOM)):
+        if absent.name == case.name or "graph" in absent.name or absent.reason.startswith(archive.OF_A_CASE):
             print(f"  – {absent.name}: {absent.reason}")  # what is missing everywhere is named once, at the end
 
 

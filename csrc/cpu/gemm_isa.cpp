@@ -94,8 +94,8 @@ void packed_kernel(const char* a, const float* b, int64_t units, const Corner& a
   write<vectors>(sum, at);
 }
 
-// A where it lies. Rows beyond the last one are read from the last one, and not stored. `ahead` bytes behind them are
-// the rows that are read next: eight streams at once are more than the hardware foresees.
+// A where it lies. Rows beyond the last one are read from the last one, and not stored. `ahead`: how far behind these
+// rows those lie that are read next, to be fetched meanwhile (behind the last ones too: nothing faults); 0: not yet.
 template <class Multiply, int vectors>
 void direct_kernel(const char* a, int64_t row_bytes, int64_t ahead, const float* b, int64_t k, const Corner& at) {
   Floats sum[MR][vectors] = {};
