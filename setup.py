@@ -137,9 +137,8 @@ class Build(build_ext):
 
     def _compile(self, source: Path, obj: Path, command: list[str]):
         obj.parent.mkdir(parents=True, exist_ok=True)
-        headers = [*CSRC.rglob("*.h"), ROOT / "setup.py"]
-        if not is_newer(obj, [ROOT / source, *headers]):
-            run([*command, str(source), "-o", str(obj)])
+        if not is_newer(obj, [ROOT / "setup.py", *dependencies(obj)]):
+            run([*command, "-MMD", str(source), "-o", str(obj)])
 
     def _linker(self, ext):
         # nvcc knows where its static runtime lies; static, so that it cannot clash with the one that torch brings.
@@ -163,8 +162,20 @@ def build_info() -> list[str]:
     return [f'-DFASTKD_TORCH_VERSION="{namespace["__version__"]}"', f'-DFASTKD_INSTRUCTION_SETS="{" ".join(ISA_SETS)}"']
 
 
+def dependencies(obj: Path) -> list[Path]:
+    """The source and the headers of ours that `obj` was compiled from, as the compiler listed them beside it (-MMD)."""
+    listing = obj.with_suffix(".d")
+    if not listing.exists():
+        return [listing]  # does not exist either: compile
+    return [ROOT / path for path in listing.read_text().partition(": ")[2].replace("\\\n", " ").split()]
+
+
 def is_newer(target: Path, inputs) -> bool:
-    return target.exists() and all(target.stat().st_mtime >= Path(p).stat().st_mtime for p in inputs)
+    """False as well where the target or an input does not exist."""
+    paths = [Path(p) for p in inputs]
+    return all(p.exists() for p in (target, *paths)) and all(
+        target.stat().st_mtime >= p.stat().st_mtime for p in paths
+    )
 
 
 def run(command: list[str]):
