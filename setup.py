@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODE = os.environ.get("FASTKD_BUILD", "auto")
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+NO_COMPILER = "no C++ compiler was found (g++, c++, clang++, or $CXX)"
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and newer
@@ -65,11 +66,8 @@ def extensions() -> list[Extension]:
     if MODE == "none":
         return []
     optional = MODE == "auto"
-    if CXX is None:
-        if not optional:
-            raise SystemExit(f"FASTKD_BUILD={MODE}: no C++ compiler found (g++, c++, clang++, or $CXX)")
-        print("fastkd: no C++ compiler found; installing without the C++ kernels", file=sys.stderr)
-        return []
+    if CXX is None and not optional:
+        raise SystemExit(f"FASTKD_BUILD={MODE}: {NO_COMPILER}")
     found = [
         Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional),
         # The NumPy entry has its own copy of the transport solver: this module does not link torch.
@@ -99,15 +97,31 @@ class Build(build_ext):
             return os.path.join(*name.split(".")[:-1], f"{module}.so")
         return super().get_ext_filename(name)
 
+    def run(self):
+        self.failures: dict[str, str] = {}  # library -> why it could not be built
+        super().run()
+        in_place = self.inplace or self.editable_mode
+        folder = ROOT / "fastkd" if in_place else Path(self.build_lib) / "fastkd"
+        for ext in self.extensions:
+            note = folder / f"{ext.name.split('.')[-1]}.not_built"
+            note.unlink(missing_ok=True)
+            if ext.name in self.failures:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(self.failures[ext.name])  # pip hides what a build prints; backends.py repeats it
+
     def build_extension(self, ext):
         try:
             self._build(ext)
         except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
             if not ext.optional:
                 raise
+            why = "the compiler failed" if isinstance(error, subprocess.CalledProcessError) else str(error)
+            self.failures[ext.name] = f"{why}, when fastkd was installed"
             print(f"fastkd: {ext.name} could not be built, installing without it: {error}", file=sys.stderr)
 
     def _build(self, ext):
+        if CXX is None:
+            raise RuntimeError(NO_COMPILER)
         objects = [unit for source in ext.sources for unit in self._units(ext, Path(source))]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(self._compile, *zip(*objects, strict=True)))
@@ -173,9 +187,7 @@ def dependencies(obj: Path) -> list[Path]:
 def is_newer(target: Path, inputs) -> bool:
     """False as well where the target or an input does not exist."""
     paths = [Path(p) for p in inputs]
-    return all(p.exists() for p in (target, *paths)) and all(
-        target.stat().st_mtime >= p.stat().st_mtime for p in paths
-    )
+    return all(p.exists() for p in (target, *paths)) and all(target.stat().st_mtime >= p.stat().st_mtime for p in paths)
 
 
 def run(command: list[str]):

@@ -6,6 +6,7 @@ Everything is looked up once, at import. A call asks `choose`, a plain sequence 
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def _load(library: str, key: str) -> str | None:
         return None  # a second copy in one process would register twice and crash
     path = _HERE / f"{library}.so"
     if not path.exists():
-        return "it is not built (no compiler at install time, or FASTKD_BUILD=none); reinstall with FASTKD_BUILD=cpu"
+        return f"it is not built ({_why_not_built(library)}); reinstall with FASTKD_BUILD=cpu"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -53,13 +54,17 @@ def _load(library: str, key: str) -> str | None:
     return None
 
 
+def _why_not_built(library: str) -> str:
+    """What setup.py wrote down when a build failed, or that none was tried."""
+    note = _HERE / f"{library}.not_built"
+    return note.read_text() if note.exists() else "FASTKD_BUILD=none, or not installed"
+
+
 def _cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
-        return (
-            "it is not built (no nvcc at install time, or FASTKD_BUILD is not cuda); reinstall with FASTKD_BUILD=cuda"
-        )
+        return "it is not built (no nvcc, or a build without it); reinstall with FASTKD_BUILD=cuda"
     return _load("_cuda", "CUDA")
 
 
@@ -78,6 +83,14 @@ UNAVAILABLE = {
     "triton": _triton_reason(),
     "reference": None,
 }
+
+if (_HERE / "_cpu.not_built").exists() and not (_HERE / "_cpu.so").exists():
+    warnings.warn(
+        f"fastkd runs without its C++ kernels, so losses on a CPU are plain PyTorch: {_why_not_built('_cpu')}. "
+        "Reinstall with FASTKD_BUILD=cpu to see the error, or with FASTKD_BUILD=none to silence this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def reason(stem: str, backend: str, x: Tensor) -> str | None:

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 import tiny  # noqa: F401  first: it tells transformers to stay offline
 from fastkd import folders
@@ -35,6 +36,32 @@ def test_a_report_is_whole_and_replaces_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"report: .* holds comparison.png, .* nothing is written over"):
         report.write(tmp_path / "report", **{**WHOLE, "title": "another"})
     assert contents(tmp_path) == before
+
+
+def test_a_report_keeps_the_models(tmp_path):
+    class Saved:
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / "x").write_text("kept")
+
+    report.write(tmp_path / "report", **WHOLE, models={"teacher": Saved(), "student": Saved()}, tokenizer=Saved())
+    assert (tmp_path / "report/teacher/x").exists() and (tmp_path / "report/student/x").exists()
+
+
+def test_no_gain_is_shown_that_lies_within_its_noise(tmp_path):
+    alone = torch.tensor([1, 0, 1, 0] * 100) == 1
+    better, same = alone.clone(), alone.clone()
+    better[1:121:2] = True  # 60 of 400 rows are mended, and none is spoilt
+    same[[1, 3, 0]] = ~same[[1, 3, 0]]  # 2 are mended, 1 is spoilt
+    gain = report.paired_gain(alone, better)
+    assert gain == pytest.approx((15.0, 196 * (0.15 * 0.85 * 400 / 399) ** 0.5 / 20))
+    assert "+15.0 points" in report.verdict(gain, 400) and "a gain beyond the noise" in report.verdict(gain, 400)
+    within = report.paired_gain(alone, same)
+    assert "within the noise" in report.verdict(within, 400)
+    for shown, class_ in ((gain, "card warm"), (within, "card ")):
+        rows = [*ROWS, {**ROWS[1], "gain": shown}]
+        page = report.write(tmp_path / class_.strip().replace(" ", "-"), **{**WHOLE, "rows": rows}).read_text()
+        assert f"<div class='{class_}'><b>{shown[0]:+.1f} ± {shown[1]:.1f}</b>" in page
 
 
 def test_a_second_report_lies_beside_the_first(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastkd
 import tiny
 
 pytest.importorskip("transformers")
@@ -18,6 +19,7 @@ from test_methods import METHODS, pair, task_of
 LOOKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
 # Checks of values that the user gave, which fastkd.checks.looks_are_free allows on the CPU only.
 FREE = {("checks.py", "values"), ("checks.py", "solved")}
+PACKAGE = Path(fastkd.__file__).parent  # not a part of a path: the checkout itself may be called fastkd
 OPTIONS = {"codir": "codir:nce_k=3,feat_dim=8", "minilmv2": "minilmv2:relation_heads=4"}
 
 
@@ -28,7 +30,7 @@ class Looks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name().partition(".")[0] in LOOKS:
-            ours = [frame for frame in traceback.extract_stack() if "fastkd/" in frame.filename]
+            ours = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
             at = ours[-1] if ours else None
             if at is None or (Path(at.filename).name, at.name) not in FREE:
                 self.seen[f"{func.name()} at {at and f'{at.filename}:{at.lineno}'}"] += 1

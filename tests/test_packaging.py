@@ -61,8 +61,11 @@ def wheel(source, out, build, **env):
 def test_uninstalled_without_a_build(tmp_path):
     """A bare clone, nothing compiled: the reference runs, and the reason for it is one sentence."""
     tree = checkout(tmp_path)
-    said = python(CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])", tmp_path, PYTHONPATH=str(tree))
-    assert "it is not built" in said
+    code = "import warnings; warnings.simplefilter('error'); " + CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])"
+    said = python(code, tmp_path, PYTHONPATH=str(tree))
+    assert said.splitlines() == [
+        "it is not built (FASTKD_BUILD=none, or not installed); reinstall with FASTKD_BUILD=cpu"
+    ]
     assert str(tree) in python(WHERE, tmp_path, PYTHONPATH=str(tree))
 
 
@@ -85,16 +88,21 @@ def test_wheel_without_a_build_is_pure_python(tmp_path):
     assert not [name for name in zipfile.ZipFile(found).namelist() if name.endswith(".so")]
 
 
-def test_a_failing_compiler_under_auto_does_not_fail_the_install(tmp_path):
+@pytest.mark.parametrize("compiler", ["fails", "is missing"])
+def test_an_install_without_a_working_compiler_says_so_at_import(tmp_path, compiler):
+    """Under auto the install succeeds; pip hides what the build printed, so the first import repeats it."""
     fake = tmp_path / "bad-c++"
     fake.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
     fake.chmod(0o755)
-    found, _ = wheel(checkout(tmp_path), tmp_path / "out", "auto", CXX=str(fake))
-    site = tmp_path / "site"
-    zipfile.ZipFile(found).extractall(site)
-    assert "it is not built" in python(
-        CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])", tmp_path, PYTHONPATH=str(site)
-    )
+    env = {"CXX": str(fake)} if compiler == "fails" else {"CXX": "", "PATH": str(tmp_path / "empty")}
+    found, _ = wheel(checkout(tmp_path), tmp_path / "out", "auto", **env)
+    zipfile.ZipFile(found).extractall(tmp_path / "site")
+    why = "the compiler failed" if compiler == "fails" else "no C++ compiler was found"
+    warned = "import warnings; w = warnings.catch_warnings(record=True); seen = w.__enter__(); import fastkd; "
+    said = python(warned + "print(*[x.message for x in seen])", tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert said.startswith(f"fastkd runs without its C++ kernels, so losses on a CPU are plain PyTorch: {why}")
+    code = CALL + "print(fastkd.backends.UNAVAILABLE['cpu'])"
+    assert f"it is not built ({why}" in python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
 def test_build_cpu_with_a_failing_compiler_is_an_error(tmp_path):

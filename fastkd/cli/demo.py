@@ -48,14 +48,16 @@ def demo(options) -> tuple[Path, float]:
     try:
         models, histories, maps, trainer = _train(options, work, tokenizer, sets)
         rows = report.measure(models, trainer, sets["test"])
+        alone, distilled = (_correct(models[name], trainer, sets["test"]) for name in list(models)[1:])
     finally:
         shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - start
-    error = 100 * (rows[-1]["metric"] * (1 - rows[-1]["metric"]) / len(sets["test"])) ** 0.5
+    rows[-1]["gain"] = report.paired_gain(alone, distilled)
+    verdict = report.verdict(rows[-1]["gain"], len(sets["test"]))
     lead = (
         "MiniLM-L6-H384 fine-tuned on movie-review snippets, and a student of three of its pretrained layers, trained "
         f"twice from the same start: on the labels alone, and distilled. {_clock(seconds)} on {options.threads} threads. "
-        f"Accuracy is on {len(sets['test']):,} test snippets, with a standard error of {error:.1f} points."
+        f"{verdict}"
     )
     config = {**vars(options), "max_length": LENGTH, "student_layers": LAYERS, "seconds": round(seconds)}
     page = report.write(
@@ -67,11 +69,23 @@ def demo(options) -> tuple[Path, float]:
         maps=maps,
         config=config,
         where="test",
+        models={"teacher": models["teacher"], "student": models["student distilled"]},
+        tokenizer=tokenizer,
     )
     for row in rows:
         size = f"{row['parameters'] / 1e6:5.1f} M   {row['latency']:6.2f} ms per snippet"
-        print(f"{row['name']:18} accuracy {row['metric']:.1%} ± {error:.1f}   {size}")
+        print(f"{row['name']:18} accuracy {row['metric']:.1%}   {size}")
+    print(f"{verdict}\nThe models: {page.parent.resolve()}/teacher and {page.parent.resolve()}/student")
     return page.resolve(), seconds
+
+
+def _correct(model, trainer, rows):
+    """Which of `rows` the model classifies correctly, [N]."""
+    import torch
+
+    batches = map(trainer._prepare_inputs, trainer.get_eval_dataloader(rows))
+    with torch.no_grad():
+        return torch.cat([model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches])
 
 
 def check(options) -> None:

@@ -50,7 +50,7 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict
     sample = trainer.data_collator(
         [{c: row[c] for c in columns} for row in data.select(range(min(batch_size, len(data))))]
     )
-    rows = []
+    rows, latencies = [], {}  # one latency per architecture: two models of one differ by noise only
     for name, model in models.items():
         forget_attention(model)
         network = model.to(trainer.args.device)
@@ -61,10 +61,13 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict
             measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
         metric = next(m for m in METRICS if m in measured)
         parameters = sum(p.numel() for p in network.parameters())
+        architecture = (type(network), parameters)
+        if architecture not in latencies:
+            latencies[architecture] = latency(network, inputs)
         bytes_ = sum(p.numel() * p.element_size() for p in network.parameters())
         rows.append({
             "name": name, "metric_name": metric, "metric": measured[metric], "parameters": parameters, "bytes": bytes_,
-            "latency": latency(network, inputs), "all": {k: v for k, v in measured.items() if isinstance(v, float)},
+            "latency": latencies[architecture], "all": {k: v for k, v in measured.items() if isinstance(v, float)},
         })  # fmt: skip
     return rows
 
@@ -79,10 +82,15 @@ def write(
     config: dict,
     lead: str = "",
     where: str = "validation",
+    models: dict | None = None,
+    tokenizer=None,
 ) -> Path:
     """The page's path; `folder` is new or empty, and the report is there whole or not at all. histories: name -> Trainer's
-    log_history; the last one's terms are drawn."""
+    log_history; the last one's terms are drawn. models: name -> model, saved beside the page with the tokenizer."""
     with folders.filling(Path(folder), "report") as scratch:
+        for name, model in (models or {}).items():
+            model.save_pretrained(scratch / name)
+            tokenizer.save_pretrained(scratch / name)
         pictures = draw(scratch, rows, histories, maps, where)
         record = {
             "title": title, "models": rows, "histories": histories, "transport": maps, "config": config,
@@ -114,6 +122,22 @@ def draw(folder: Path, rows: list[dict], histories: dict, maps: list[dict], wher
         ("Which teacher layer teaches which student layer", plots.transport(maps, folder / "transport.png"), note)
     )
     return [picture for picture in pictures if picture[1] is not None]
+
+
+def paired_gain(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """Points of accuracy that `after` is above `before`, and half of the 95 % interval; both say which of the same rows are
+    classified correctly."""
+    change = 100 * (after.double() - before.double())  # [N]
+    return float(change.mean()), float(1.96 * change.std() / len(change) ** 0.5)
+
+
+def verdict(gain: tuple[float, float], rows: int) -> str:
+    """What a gain means, in one sentence."""
+    points, half = gain
+    text = f"Distilled against alone: {points:+.1f} points ± {half:.1f} (95 %, paired over {rows:,} test rows)"
+    if abs(points) <= half:
+        return f"{text}: within the noise of this test set, so no difference is shown."
+    return f"{text}: {'a gain' if points > 0 else 'a loss'} beyond the noise of this test set, for one seed."
 
 
 def metric_of(rows: list[dict]) -> str:
@@ -161,10 +185,13 @@ def _cards(rows: list[dict], metric: str) -> str:
         ),
         ("", f"{teacher['latency'] / student['latency']:.2f}× faster", f"{student['latency']:.2f} ms per example"),
     ]
-    if len(rows) > 2:
-        gain = student["metric"] - rows[1]["metric"]
-        text = f"{100 * gain:+.1f} points" if metric == "accuracy" else f"{gain:+.3f}"
-        cards.append(("warm", text, f"against {rows[1]['name']}"))
+    if "gain" in student:
+        points, half = student["gain"]
+        clear = abs(points) > half
+        note = "" if clear else ": within noise"
+        cards.append(
+            ("warm" if clear else "", f"{points:+.1f} ± {half:.1f}", f"points against {rows[1]['name']}{note}")
+        )
     return (
         "<div class=cards>"
         + "".join(f"<div class='card {k}'><b>{b}</b><span>{s}</span></div>" for k, b, s in cards)
