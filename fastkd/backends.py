@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 STEMS = ("gram", "relation", "layer_cost", "transport", "contrast", "divergence", "linear_divergence")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -127,6 +128,40 @@ def choose(stem: str, backend: str, x: Tensor) -> str:
     if why_not is not None:
         raise RuntimeError(f"{stem}: backend='{backend}' cannot run here: {why_not}")
     return backend
+
+
+class Function(torch.autograd.Function):
+    """The base of every Function that calls a kernel: a derivative that kernels do not have is an error, never 0."""
+
+    function = ""  # the public function, as its errors name it
+
+    def __init_subclass__(cls):
+        backward = cls.backward
+
+        @functools.wraps(backward)
+        def first_order(ctx, *grads):
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(
+                    f"{cls.function}: the C++ and Triton kernels have no second derivative, so that create_graph=True "
+                    "cannot pass through them; pass backend='reference'"
+                )
+            return backward(ctx, *grads)
+
+        cls.backward = staticmethod(first_order)
+
+    @classmethod
+    def apply(cls, *args):
+        # torch.compile does not come here: it traces forward and backward, and has errors of its own.
+        if torch._C._are_functorch_transforms_active() or (forward_ad._current_level >= 0 and _any_tangent(args)):
+            raise RuntimeError(
+                f"{cls.function}: the C++ and Triton kernels take no forward-mode derivative and no torch.func transform "
+                "(vmap, grad, jvp); pass backend='reference', or take gradients with .backward() or torch.autograd.grad"
+            )
+        return super().apply(*args)
+
+
+def _any_tangent(args) -> bool:
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
 
 
 class Kernels(NamedTuple):

@@ -137,7 +137,7 @@ def one_of(name: str, x, options: Sequence[str]) -> None:
 
 def looks_are_free(x: Tensor) -> bool:
     """Whether looking at the values of `x` costs no synchronisation (or was asked for)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return x.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
 

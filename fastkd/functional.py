@@ -4,6 +4,8 @@ fastkd/functions/<stem>.py; here is the whole surface, and the one place to impo
 Everywhere: a mask has 1 where something counts; student and teacher dtypes may differ; losses come back in float32
 (float64 for float64 inputs), gradients in the student's dtype; no gradient flows to the teacher.
 reduction="mean" is over what counts. backend="auto" takes the fastest implementation that runs here; see `fastkd doctor`.
+Kernels have a first derivative, in backward mode. backend="reference" has the others: create_graph=True, forward mode, and
+the transforms of torch.func.
 """
 
 from fastkd.functions.contrast import (

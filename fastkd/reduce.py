@@ -79,16 +79,29 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, ctx.rows, ctx.rank = group, x.shape[0], dist.get_rank(group)
+        ctx.group, ctx.rows = group, x.shape[0]
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows], None
+        return _OwnRows.apply(grad, ctx.rows, ctx.group), None
+
+
+class _OwnRows(torch.autograd.Function):
+    """This rank's rows of the sum over all ranks: the gradient of _GatherRows, which is the gradient of this."""
+
+    @staticmethod
+    def forward(ctx, x, rows, group):
+        ctx.group, rank = group, dist.get_rank(group)
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x[rank * rows : (rank + 1) * rows]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _GatherRows.apply(grad, ctx.group), None, None
 
 
 def gather_rows(x: Tensor | None, process_group) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What a step of CoDIR's loss does around its scores: the projection to the sphere, and both anchors at once."""
+"""What a step does around its scores: the projection to the sphere, both anchors at once, and new rows in the bank."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from cases import MUTANTS, TOLERANCES, randn, relative_error
 from fastkd import backends, functional
+from fastkd.losses.bank import MemoryBank, NegativeQueue
 from fastkd.ops import contrast
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
@@ -192,3 +193,38 @@ def test_mistakes_in_the_pair_are_named():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def _unit(seed):
+    return F.normalize(randn(3, 4, seed=seed), dim=-1).to(FLOAT)
+
+
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, FLOAT, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("cpu", marks=compiled_only)])
+def test_new_rows_before_the_backward_change_no_gradient(backend, dtype, ids):
+    """Each way to use a bank or a queue; ids in either integer dtype."""
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
+    wide = torch.float64 if dtype == torch.float64 else FLOAT
+    query, key, own = _unit(0).to(wide).requires_grad_(), _unit(1).to(wide), torch.arange(3, dtype=ids)
+    queue = NegativeQueue(12, 4, dtype=dtype, backend=backend, learnable=True)
+    bank = MemoryBank(9, 4, dtype=dtype, backend=backend)
+    index, of_bank = (own[:, None] * 4 + torch.arange(5, dtype=ids)) % 9, {"scale": bank.scale, "backend": backend}
+    queue.push(key.flip(0), own)
+    losses = [
+        lambda: queue(query, key),
+        lambda: queue(query, key, own),
+        lambda: functional.info_nce_loss(query, key, bank.rows, **of_bank),
+        lambda: functional.info_nce_loss(query, bank(own), bank.rows, index, **of_bank),
+        lambda: functional.nce_loss(query, bank.rows, index, n_data=9, temperature=0.5, z=9.0, **of_bank),
+    ]
+    for step, loss in enumerate(losses):
+        (expected,) = torch.autograd.grad(loss(), query)
+        value, rows = loss(), (queue.rows.clone(), bank.rows.clone())
+        new = _unit(10 + step)
+        queue.push(new, own)
+        bank.update(own.flip(0), new)
+        assert not torch.equal(queue.rows, rows[0]) and not torch.equal(bank.rows, rows[1])
+        (found,) = torch.autograd.grad(value, query)
+        assert torch.equal(found, expected) and found.norm() > 0

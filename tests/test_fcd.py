@@ -170,6 +170,33 @@ result = value.detach(), leaf.grad
     assert relative_error(torch.cat([r[1] for r in results]) / 2, grad / upstream) < 1e-12
 
 
+PENALTY = """
+import torch
+from test_fcd import penalised
+from cases import randn
+from fastkd.losses.fcd import FCDLoss
+own = slice(3 * rank, 3 * rank + 3)
+student, teacher = randn(6, 5, 4, seed=1)[own].clone(), randn(6, 5, 3, seed=2)[own]
+result = penalised(lambda s: FCDLoss(process_group=group, backend="reference")(s, teacher), student, ranks=1)
+"""
+
+
+def penalised(loss, student, ranks):
+    """The gradient of a loss that has its own gradient in it: on every rank, the sum of what all ranks lose."""
+    leaf = student.requires_grad_()
+    value = ranks * loss(leaf)
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+    return torch.autograd.grad(value + grad.square().sum(), leaf)[0]
+
+
+def test_a_gradient_penalty_over_two_ranks():
+    """Each rank's token term is its own, and all have the sequence term of the global batch: their sum is twice the loss."""
+    results = on_two_ranks(PENALTY)
+    teacher = randn(6, 5, 3, seed=2)
+    expected = penalised(lambda s: fcd()(s, teacher), randn(6, 5, 4, seed=1), ranks=2)
+    assert relative_error(torch.cat(results), expected) < 1e-11
+
+
 def test_mistakes():
     x = randn(4, 5, 6)
     with pytest.raises(ValueError, match="grouping"):

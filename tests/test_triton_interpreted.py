@@ -104,3 +104,9 @@ def test_contrast_banks_in_the_interpreter():
 @parts("triton and (near or half or mean or does_not_matter)", "triton")
 def test_attention_cost_in_the_interpreter(part):
     interpreted("tests/test_attention_cost.py", "-k", part)
+
+
+@not_interpreted
+@parts("triton and (refused or inference)", "triton")
+def test_autograd_in_the_interpreter(part):
+    interpreted("tests/test_autograd.py", "-k", part)

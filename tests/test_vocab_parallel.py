@@ -95,6 +95,32 @@ def test_two_processes_equal_one(dtype, limits):
                 assert relative_error(found, right) <= max(limits[1], 2 * relative_error(other, right)), where
 
 
+PENALTY = """
+from test_vocab_parallel import inputs, penalised, shard
+leaves, sides, more = inputs({"temperature": 2.0, "masked": True}, False, torch.float64)
+result = penalised(leaves[0], shard(leaves[1:], rank), sides[0], shard(sides[1:], rank), process_group=group, **more)
+"""
+
+
+def penalised(hidden, student, teacher_hidden, teacher, **more):
+    """Gradients of a loss that has the gradient of the divergence in it."""
+    own = [x.requires_grad_() for x in (hidden, *student)]
+    loss = fastkd.linear_divergence(
+        own[0], own[1], teacher_hidden, teacher[0], student_bias=own[2], teacher_bias=teacher[1], **more
+    ).square()
+    (grad,) = torch.autograd.grad(loss, own[0], create_graph=True)
+    return torch.autograd.grad(loss + 100 * grad.square().sum(), own)
+
+
+def test_a_gradient_penalty_on_two_processes_equals_one():
+    ranks = on_two_ranks(PENALTY)
+    leaves, sides, more = inputs({"temperature": 2.0, "masked": True}, False, torch.float64)
+    true = penalised(leaves[0], leaves[1:], sides[0], sides[1:], backend="reference", **more)
+    for rank in (0, 1):
+        for found, right in zip(ranks[rank], [true[0], *shard(true[1:], rank)], strict=True):
+            assert relative_error(found, right) < 1e-11, rank
+
+
 def test_what_cannot_be_sharded_says_so():
     hidden, head = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match="vocab: ids are of the whole vocabulary"):

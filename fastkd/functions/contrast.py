@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import contrast
 
 
+@takes_inference_tensors
 def info_nce_loss(
     query: Tensor,
     positive: Tensor,
@@ -55,6 +57,7 @@ def info_nce_loss(
     return reduce.reduce(rows, None, reduction)
 
 
+@takes_inference_tensors
 def nce_loss(
     query: Tensor,
     bank: Tensor,
@@ -91,6 +94,7 @@ def nce_loss(
     return reduce.reduce(rows, None, reduction)
 
 
+@takes_inference_tensors
 def nce_pair_loss(
     queries: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
@@ -189,6 +193,7 @@ def sample_negatives(
     return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, window, backend)
 
 
+@takes_inference_tensors
 def unit_linear(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     """x [B, S] by weight [D, S] and bias [D] onto the unit sphere, [B, D] in float32; a zero vector stays zero."""
     checks.tensor("x", x, "[B, S]")

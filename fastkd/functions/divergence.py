@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import divergence as divergence_op
 from fastkd.ops.divergence import TopK
 
 
+@takes_inference_tensors
 def divergence(
     student_logits: Tensor,
     teacher: Tensor | TopK,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import gram
 
 
+@takes_inference_tensors
 def gram_correlation_loss(
     student: Tensor | list[Tensor],
     teacher: Tensor | list[Tensor],

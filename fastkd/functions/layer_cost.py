@@ -3,9 +3,11 @@
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import layer_cost
 
 
+@takes_inference_tensors
 def layer_costs(
     students: list[Tensor],
     teachers: list[Tensor],
@@ -35,6 +37,7 @@ def layer_costs(
     return layer_cost.layer_cost(students, teachers, reduce.as_bool(mask), clamp, backend)
 
 
+@takes_inference_tensors
 def attention_costs(
     students: list,
     teachers: list,

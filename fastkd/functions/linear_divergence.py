@@ -5,11 +5,13 @@ from torch import Tensor
 
 from fastkd import checks, reduce
 from fastkd.functions import vocabulary
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import kept_mass, vocab_parallel
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops.divergence import TopK
 
 
+@takes_inference_tensors
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Tensor,

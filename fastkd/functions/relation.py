@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, reduce
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import relation
 
 
+@takes_inference_tensors
 def relation_kl_loss(
     student: list,
     teacher: list,

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from fastkd import checks
+from fastkd.functions.inference_mode import takes_inference_tensors
 from fastkd.ops import transport as transport_op
 from fastkd.ops.transport import CostAttention, TransportPlan
 
 
+@takes_inference_tensors
 def transport(
     cost: Tensor,
     a: Tensor | None = None,
@@ -42,6 +44,7 @@ def transport(
     return plan
 
 
+@takes_inference_tensors
 def transport_with_cost_attention(
     cost: Tensor, a: Tensor, b: Tensor, attention: CostAttention | None = None, *, backend: str = "auto"
 ) -> tuple[TransportPlan, Tensor, Tensor]:

@@ -62,9 +62,11 @@ backends.fake("nce_partition", lambda query, bank, index, z, *_: torch.empty_lik
 backends.fake("sample_negatives", lambda index, count, *_: index.new_empty((index.shape[0], count)))
 
 
-class InfoNCE(torch.autograd.Function):
+class InfoNCE(backends.Function):
     """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p);
     of a trained bank, w e^(n_k - lse) query / T for its row k."""
+
+    function = "info_nce_loss"
 
     @staticmethod
     def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids, scale):
@@ -80,7 +82,6 @@ class InfoNCE(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         query, inverse, direction, weight, *of_bank = ctx.saved_tensors
         to_query = to_positive = to_inverse = to_bank = None
@@ -99,8 +100,10 @@ class InfoNCE(torch.autograd.Function):
         return None, to_query, to_positive, to_inverse, to_bank, None, None, None, None
 
 
-class NCE(torch.autograd.Function):
+class NCE(backends.Function):
     """The forward's direction is the gradient itself."""
+
+    function = "nce_loss"
 
     @staticmethod
     def forward(ctx, backend, query, bank, index, shift, temperature, scale):
@@ -111,14 +114,15 @@ class NCE(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (direction,) = ctx.saved_tensors
         return None, (direction * grad[:, None]).to(ctx.dtype), *[None] * 5
 
 
-class NCEPair(torch.autograd.Function):
+class NCEPair(backends.Function):
     """Both anchors of CoDIR at once. z comes back as it is from now on; it and the banks have no gradient."""
+
+    function = "nce_pair_loss"
 
     @staticmethod
     def forward(ctx, query_a, query_b, *rest):
@@ -129,14 +133,15 @@ class NCEPair(torch.autograd.Function):
         return rows, z_a, z_b
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         (to_a, to_b), column = ctx.saved_tensors, grad[:, None]
         return (to_a * column).to(ctx.dtypes[0]), (to_b * column).to(ctx.dtypes[1]), *[None] * 8
 
 
-class UnitLinear(torch.autograd.Function):
+class UnitLinear(backends.Function):
     """normalise(x W^T + bias): the forward leaves the lengths, the backward goes through them first."""
+
+    function = "unit_linear"
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -145,7 +150,6 @@ class UnitLinear(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         wanted = ctx.needs_input_grad
         to_x, *to_map = torch.ops.fastkd.unit_linear_bwd(grad, *ctx.saved_tensors, wanted[0])
@@ -182,6 +186,8 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
         why_not = "it compares whole-number ids"
     backend = _choose(backend, query, why_not)
     if backend == "reference":
+        if bank is not positive and index is None:  # a bank that is not trained may change before the backward
+            bank, scale = (x if x is None or x.requires_grad else x.clone() for x in (bank, scale))
         with backends.full_precision(query):
             return reference.info_nce(query, positive, bank, index, inverse_temperature, exclude, scale)
     if not isinstance(inverse_temperature, Tensor):
@@ -254,6 +260,7 @@ def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Ten
 
 def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
     """Ids of other labels, or of neighbours, [B, count]: the same on every backend."""
+    labels, order, bounds = (None if x is None else x.long() for x in (labels, order, bounds))
     arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
     chosen = backends.choose("contrast", backend, index[:0].float())
     if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
@@ -270,10 +277,10 @@ def update_bank(bank, index, rows, momentum, scale, backend) -> None:
         why_not = "the rows of the bank are not contiguous"
     if scale is not None and scale.numel() > 1 and scale.stride(0) != 1:
         why_not = "the scale is not contiguous"
-    chosen = _choose(backend, bank if scale is None else scale, why_not)
+    chosen, index = _choose(backend, bank if scale is None else scale, why_not), index.long()
     if chosen != "reference":
         with torch.no_grad():
-            return UPDATE[chosen].fwd(bank, index.long(), rows.detach(), momentum, *_given(scale))
+            return UPDATE[chosen].fwd(bank, index, rows.detach(), momentum, *_given(scale))
     with backends.full_precision(bank):
         bank_reference.update_bank(bank, index, rows, momentum, scale)
 

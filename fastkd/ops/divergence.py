@@ -54,8 +54,10 @@ backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empt
 backends.fake("divergence_topk_bwd", _grad_fake)
 
 
-class Divergence(torch.autograd.Function):
+class Divergence(backends.Function):
     """Saves a few numbers per row; the backward reads the logits again and writes the gradient once."""
+
+    function = "divergence"
 
     @staticmethod
     def forward(ctx, backend, teacher_form, student, mask, kind, temperature, mix, *teacher):
@@ -65,17 +67,18 @@ class Divergence(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         student, mask, stats, *teacher = ctx.saved_tensors
         bwd = KERNELS[ctx.teacher_form][ctx.backend].bwd
         return None, None, bwd(grad, student, *teacher, mask, stats, *ctx.options), *[None] * (4 + len(teacher))
 
 
-class DivergenceAtOnce(torch.autograd.Function):
+class DivergenceAtOnce(backends.Function):
     """On the CPU, in float32: the gradient comes out of the pass that finds the value, for the upstream that is likely. The
     first backward hands it over (settled, should another upstream come); a further one makes its own. Until then the graph holds
     it beside the logits; where nobody can ask for it, Divergence makes the value alone."""
+
+    function = "divergence"
 
     @staticmethod
     def forward(ctx, student, teacher, mask, options, likely):
@@ -85,7 +88,6 @@ class DivergenceAtOnce(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         student, teacher, mask = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None  # a reference kept here would make autograd copy it

@@ -82,26 +82,29 @@ def _kept(ctx):
     return rest[: ctx.count], rest[ctx.count : 2 * ctx.count], mask, rest[2 * ctx.count :]
 
 
-class Gram(torch.autograd.Function):
-    """Every student here wants its gradient. Returns the values of all terms, then whether they count."""
+class Gram(backends.Function):
+    """Every student here wants its gradient, or none does. Returns the values of all terms, then whether they count."""
+
+    function = "gram_correlation_loss"
 
     @staticmethod
-    def forward(ctx, backend, options, mask, count, *layers):
-        values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, True)
+    def forward(ctx, backend, options, with_gradient, mask, count, *layers):
+        values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, with_gradient)
         _keep(ctx, mask, count, layers, valid, saved)
         ctx.backend, ctx.options = backend, options
         return *values, *valid
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         found = KERNELS[ctx.backend].bwd(grads[: len(grads) // 2], *_kept(ctx), *ctx.options)
-        return None, None, None, None, *found, *[None] * ctx.count
+        return None, None, None, None, None, *found, *[None] * ctx.count
 
 
-class GramAtOnce(torch.autograd.Function):
+class GramAtOnce(backends.Function):
     """On the CPU: the gradients of all levels in one, out of the pass that finds the values, for the upstream that is
     likely. The first backward hands them over (settled, should another upstream come); a further one makes its own."""
+
+    function = "gram_correlation_loss"
 
     @staticmethod
     def forward(ctx, options, likely, mask, count, *layers):
@@ -112,7 +115,6 @@ class GramAtOnce(torch.autograd.Function):
         return *values, *valid
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         *layers, valid = _kept(ctx)
         question = (*layers, *ctx.options)
@@ -142,14 +144,11 @@ def gram(
         if not pairs:
             continue
         layers = [_kernel_dtype(x[i]) for x in (students, teachers) for i in pairs]
-        if with_gradient:
-            if likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
-                out = GramAtOnce.apply(options, likely, mask, len(pairs), *layers)
-            else:
-                out = Gram.apply(backend, options, mask, len(pairs), *layers)
-            values, valid = out[: len(out) // 2], out[len(out) // 2 :]
+        if with_gradient and likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
+            out = GramAtOnce.apply(options, likely, mask, len(pairs), *layers)
         else:
-            values, valid, _ = KERNELS[backend].fwd(layers[: len(pairs)], layers[len(pairs) :], mask, *options, False)
+            out = Gram.apply(backend, options, with_gradient, mask, len(pairs), *layers)
+        values, valid = out[: len(out) // 2], out[len(out) // 2 :]
         terms = [(i, level) for i in pairs for level in levels]
         found.update(zip(terms, zip(values, valid, strict=True), strict=True))
     terms = [found[i, level] for i in range(len(students)) for level in levels]

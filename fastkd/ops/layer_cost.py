@@ -23,8 +23,10 @@ backends.fake("layer_cost_fwd", _costs_fake)
 backends.fake("layer_cost_bwd", _grads_fake)
 
 
-class LayerCost(torch.autograd.Function):
+class LayerCost(backends.Function):
     """Saves the layers themselves; the backward reads those whose weight is not zero and writes each gradient once."""
+
+    function = "layer_costs or attention_costs"
 
     @staticmethod
     def forward(ctx, backend, count, mask, clamp, *layers):
@@ -33,7 +35,6 @@ class LayerCost(torch.autograd.Function):
         return KERNELS[backend].fwd(layers[:count], layers[count:], mask, clamp)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
         wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[4 + i]]
@@ -67,8 +68,10 @@ backends.fake("attention_cost_fwd", lambda sq, sk, tq, *_: sq[0].new_empty((len(
 backends.fake("attention_cost_bwd", lambda grad, sq, sk, *_: _grads_fake(grad, [*sq, *sk], None, None, None))
 
 
-class AttentionCost(torch.autograd.Function):
+class AttentionCost(backends.Function):
     """Saves queries and keys; no matrix of scores exists, forwards or backwards."""
+
+    function = "attention_costs"
 
     @staticmethod
     def forward(ctx, backend, counts, scales, mask, causal, *layers):
@@ -77,7 +80,6 @@ class AttentionCost(torch.autograd.Function):
         return ATTENTION[backend].fwd(*_four(counts, layers), scales, mask, causal)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
         n, (sq, sk, tq, tk) = ctx.counts[0], _four(ctx.counts, layers)

@@ -63,9 +63,11 @@ backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_lik
 backends.fake("linear_divergence_settle", lambda *_: None)
 
 
-class Speed(torch.autograd.Function):
+class Speed(backends.Function):
     """sum weights * rows, its gradients made in the forward, while the logits are there. The first backward hands them
     over, so that there never are two; a further one makes its own. A compiled graph cannot do that (hands_over False)."""
+
+    function = "linear_divergence"
 
     @staticmethod
     def forward(ctx, backend, numbers, wanted, hands_over, weights, *inputs):
@@ -77,7 +79,6 @@ class Speed(torch.autograd.Function):
         return (rows[:, 0] * weights).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, *saved = ctx.saved_tensors
         gradients, ctx.gradients = (ctx.gradients, None) if ctx.hands_over else (saved, None)
@@ -101,8 +102,10 @@ def _times(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place
     return SPEED[backend].bwd(x, factor, x.new_empty(0, dtype=dtype))
 
 
-class Low(torch.autograd.Function):
+class Low(backends.Function):
     """Rows; keeps eight numbers of each, and makes the logits again in the backward."""
+
+    function = "linear_divergence"
 
     @staticmethod
     def forward(ctx, backend, numbers, wanted, *inputs):
@@ -112,7 +115,6 @@ class Low(torch.autograd.Function):
         return rows[:, 0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         stats, *inputs = ctx.saved_tensors
         hidden, head, bias = LOW[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
@@ -135,6 +137,7 @@ def linear_divergence(
     """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0; with row_weights [N], what
     memory="speed" can do better: sum row_weights * rows."""
     backend = backends.choose("linear_divergence", backend, student[0])
+    labels = None if labels is None else labels.long()
     if backend == "reference":
         sides = (*student, None, None, None) if isinstance(teacher, TopK) else (*student, *teacher)
         with backends.full_precision(student[0]):
@@ -154,7 +157,7 @@ def linear_divergence(
     else:
         others = (*map(kernel_dtype, teacher[:2]), _bias(teacher[2]), None, None, None)
     wanted = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student)
-    inputs = (hidden, kernel_dtype(head), _bias(bias), *others, mask, None if labels is None else labels.long())
+    inputs = (hidden, kernel_dtype(head), _bias(bias), *others, mask, labels)
     # Without a gradient, what is streamed is as fast, unless the kind asks for a second look.
     streams = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
     if row_weights is not None and memory == "speed" and (any(wanted) or not streams):

@@ -36,8 +36,10 @@ backends.fake("relation_fwd", _rows_fake)
 backends.fake("relation_bwd", _grads_fake)
 
 
-class Relation(torch.autograd.Function):
+class Relation(backends.Function):
     """Saves the states, and what the kernel leaves for its backward."""
+
+    function = "relation_kl_loss"
 
     @staticmethod
     def forward(ctx, backend, xs, ys, xt, yt, mask, in_forward, *options):
@@ -47,7 +49,6 @@ class Relation(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         xs, ys, *_ = ctx.saved_tensors
         dx, dy = KERNELS[ctx.backend].bwd(grad, *ctx.saved_tensors, *ctx.options)

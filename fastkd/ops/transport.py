@@ -55,17 +55,19 @@ class CostAttention(NamedTuple):
     double_softmax: bool = False
 
 
-class Transport(torch.autograd.Function):
+class Transport(backends.Function):
     """value = <flow, cost>. Its gradient is the flow (to the cost) and the duals (to the marginals), by the envelope
     theorem; u and v are only defined up to u + c, v - c, so each is centred."""
 
+    function = "transport or transport_with_cost_attention"
+
     @staticmethod
-    def forward(ctx, cost, a, b, start_flow, start_v, backend, attention=None):
+    def forward(ctx, cost, a, b, start_flow, start_v, attention=None):
         moved = ()
         if attention is None:
-            flow, u, v, status = _solve(cost, a, b, start_flow, start_v, backend)
+            flow, u, v, status = _solve(cost, a, b, start_flow, start_v)
         else:
-            flow, u, v, status, *moved = _solve_and_move(cost, a, b, attention, backend)
+            flow, u, v, status, *moved = _solve_and_move(cost, a, b, attention)
         value = (flow * cost.to(flow.dtype)).sum((-2, -1))
         ctx.save_for_backward(flow, u, v)
         ctx.dtypes = cost.dtype, a.dtype, b.dtype
@@ -74,26 +76,25 @@ class Transport(torch.autograd.Function):
         return *out, status, *moved
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         flow, u, v = ctx.saved_tensors
         grad = grad.to(flow.dtype)
         to_cost = grad[..., None, None] * flow
         to_a, to_b = (grad[..., None] * (x - x.mean(-1, keepdim=True)) for x in (u, v))
         cost_dtype, a_dtype, b_dtype = ctx.dtypes
-        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None, None, None, None
+        return to_cost.to(cost_dtype), to_a.to(a_dtype), to_b.to(b_dtype), None, None, None
 
 
 def _result_dtype(cost: Tensor) -> torch.dtype:
     return torch.float64 if cost.dtype == torch.float64 else torch.float32
 
 
-def _solve(cost, a, b, start_flow, start_v, backend):
+def _solve(cost, a, b, start_flow=None, start_v=None, by_reference=False):
     """flow, u, v in float64 and status, with the leading shape of cost."""
     *lead, n, m = cost.shape
     dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
     problems = cost.reshape(-1, n, m).to(dtype), a.reshape(-1, n).to(dtype), b.reshape(-1, m).to(dtype)
-    if backend == "reference":
+    if by_reference:
         flow, u, v = reference.transport(*problems)
         status = torch.where(flow.isfinite().all((-2, -1)), 0, 1).to(torch.int32)  # [P]
     else:
@@ -104,25 +105,37 @@ def _solve(cost, a, b, start_flow, start_v, backend):
     return flow.reshape(cost.shape), u.reshape(*lead, n), v.reshape(*lead, m), status.reshape(lead)
 
 
-def _solve_and_move(cost, a, b, attention: CostAttention, backend):
+def _solve_and_move(cost, a, b, attention: CostAttention):
     """Likewise for cost [P, N, M], and the new weights [P, N] and [P, M]: in one launch."""
-    if backend == "reference":
-        flow, u, v, status = _solve(cost, a, b, None, None, backend)
-        return flow, u, v, status, *attention_reference.cost_attention(flow, cost, a, b, *attention)
     dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
     return torch.ops.fastkd.cost_attention(cost.to(dtype), a.to(dtype), b.to(dtype), *attention)
 
 
+def _by_reference(cost, a, b, attention=None):
+    """What `Transport` returns, in PyTorch's own operations: they can be differentiated twice, and in forward mode."""
+    if any(map(torch._C._functorch.is_batchedtensor, (cost, a, b))):
+        raise RuntimeError("transport: the solver cannot run inside vmap; it takes a batch by itself, cost [..., N, M]")
+    flow, u, v, status = _solve(cost, a, b, by_reference=True)
+    out = tuple(x.to(_result_dtype(cost)) for x in (reference.value(flow, u, v, cost, a, b), flow, u, v))
+    if attention is None:
+        return *out, status
+    return *out, status, *attention_reference.cost_attention(flow, cost.detach(), a.detach(), b.detach(), *attention)
+
+
 def transport(cost, a, b, warm_start, backend) -> TransportPlan:
     """Solve every problem of the batch exactly, in float64. A warm start gives the arcs and prices to begin with."""
-    backend = _chosen(cost, backend)
+    if _chosen(cost, backend) == "reference":
+        return TransportPlan(*_by_reference(cost, a, b))
     start = (None, None) if warm_start is None else (warm_start.flow, warm_start.v)
-    return TransportPlan(*Transport.apply(cost, a, b, *start, backend))
+    return TransportPlan(*Transport.apply(cost, a, b, *start))
 
 
 def transport_and_weights(cost, a, b, attention: CostAttention, backend) -> tuple[TransportPlan, Tensor, Tensor]:
     """cost [P, N, M] of P kinds: their plans, and what the weights a [P, N] and b [P, M] become by cost attention."""
-    *plan, new_a, new_b = Transport.apply(cost, a, b, None, None, _chosen(cost, backend), attention)
+    if _chosen(cost, backend) == "reference":
+        *plan, new_a, new_b = _by_reference(cost, a, b, attention)
+    else:
+        *plan, new_a, new_b = Transport.apply(cost, a, b, None, None, attention)
     return TransportPlan(*plan), new_a, new_b
 
 

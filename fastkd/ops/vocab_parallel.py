@@ -28,7 +28,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduced(grad, ctx.group, dist.ReduceOp.SUM) if ctx.differs else grad, None, None
+        return _shared(grad, ctx.group) if ctx.differs else _Copy.apply(grad, ctx.group), None, None
 
 
 class _Copy(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduced(grad, ctx.group, dist.ReduceOp.SUM), None
+        return _whole(grad, ctx.group), None
 
 
 def _reduced(x: Tensor, group, how) -> Tensor:
@@ -93,7 +93,7 @@ def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
         t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
     rows = options.factor * _compared(s, t, options, group)
     if options.hard:
-        place = labels - first
+        place = labels.long() - first
         here = (place >= 0) & (place < s.shape[1])
         right = _softmax(s, group)[1].gather(1, place.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
         rows = rows - options.hard * torch.where(here, right, 0.0)

@@ -56,21 +56,17 @@ def _mix(r, w):
 
 def _kl(a, b, e):
     """sum a (log a - log b), with sum (b - a) = 0 added; e = log b - log a."""
-    near = a * _Bregman.apply(e.clamp(max=1))
+    near = a * _bregman(e.clamp(max=1))
     return torch.where(e > 1, b - a - a * e.clamp(1, 1e30), near).sum(-1)
 
 
-class _Bregman(torch.autograd.Function):
-    """expm1(e) - e >= 0, by its series where it would cancel; the derivative, expm1(e), never cancels."""
-
-    @staticmethod
-    def forward(ctx, e):
-        ctx.save_for_backward(e)
-        small, series = e.clamp(-0.5, 0.5), 1.0
-        for k in range(14, 2, -1):
-            series = 1 + small / k * series
-        return torch.where(e.abs() < 0.5, small.square() / 2 * series, e.expm1() - e)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].expm1()
+def _bregman(e):
+    """b(e) = expm1(e) - e >= 0, by its series where that would cancel. To differentiate (any number of times, in either
+    mode): b(x + h) = b(x) + expm1(x) h + e^x b(h) at h = 0, since the derivative, expm1, never cancels."""
+    small = e.clamp(-0.5, 0.5)
+    x, series = small.detach(), 1.0
+    for k in range(14, 2, -1):
+        series = 1 + x / k * series
+    h = small - x  # 0
+    near = x.square() / 2 * series + x.expm1() * h + x.exp() * (h.expm1() - h)
+    return torch.where(e.abs() < 0.5, near, e.expm1() - e)

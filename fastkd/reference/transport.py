@@ -19,6 +19,22 @@ def transport(cost, a, b):
     return tuple(like.new_tensor(x, dtype=torch.float64).reshape(like.shape) for x, like in pairs)
 
 
+def value(flow, u, v, cost, a, b):
+    """<flow, cost> [..., N, M]. Its first derivatives are the flow and the duals, each less its mean; the second is that of
+    the basis, in which flow_ij = y_i + z_j on the arcs that carry mass, (y, z) linear in the masses."""
+    N, cost, a, b = cost.shape[-2], *(x.to(flow.dtype) for x in (cost, a, b))
+    change = [x - x.detach() for x in (a, b)]  # 0
+    change = torch.cat([x - x.mean(-1, keepdim=True) for x in change], -1)  # [..., N + M]
+    arcs = (flow > 0).to(flow.dtype)
+    rows = torch.cat([arcs.sum(-1).diag_embed(), arcs], -1)
+    columns = torch.cat([arcs.mT, arcs.sum(-2).diag_embed()], -1)
+    inverse = torch.linalg.pinv(torch.cat([rows, columns], -2), hermitian=True)  # [..., N + M, N + M]
+    y = (inverse @ change[..., None]).squeeze(-1)
+    moved = arcs * (y[..., :N, None] + y[..., None, N:])
+    first = (flow * cost).sum((-2, -1)) + (torch.cat([u, v], -1) * change).sum(-1)
+    return first + (moved * (cost - cost.detach())).sum((-2, -1))
+
+
 def _solve(cost, a, b):
     N, M = len(a), len(b)
     if not math.isfinite(sum(map(sum, cost))) or not min(a + b) >= 0 or not abs(sum(a) - sum(b)) <= 1e-5 * sum(a):
