@@ -63,6 +63,13 @@ def gap_and_excess(a, b, c):
 
 
 @triton.jit
+def shifted(b_s, b_t, max_s, max_t):
+    """c. b_s - b_t is exact where the sides are close; where they are not, it is rounded at the size of the larger score."""
+    apart = max_s - max_t
+    return tl.where(tl.abs(apart) < 1, (b_s - b_t) - apart, (b_s - max_s) - (b_t - max_t))
+
+
+@triton.jit
 def move(refs, sums, top_s, top_t):
     """The sums as they are relative to new maxima."""
     max_s, max_t = refs
@@ -99,8 +106,8 @@ def forward_kernel(
         top_t, top_s = tl.maximum(max_t, tl.max(b_t, 1)), tl.maximum(max_s, tl.max(b_s, 1))
         mass, student, X, A, cross = move((max_s, max_t), (mass, student, X, A, cross), top_s, top_t)
         max_s, max_t = top_s, top_t
-        a, c = tl.exp(b_t - max_t[:, None]), (b_s - b_t) - (max_s - max_t)[:, None]
-        e_s = tl.exp(b_s - max_s[:, None])
+        a, e_s = tl.exp(b_t - max_t[:, None]), tl.exp(b_s - max_s[:, None])
+        c = shifted(b_s, b_t, max_s[:, None], max_t[:, None])
         gap, excess = gap_and_excess(a, e_s, c)
         mass += tl.sum(a, 1)
         student += tl.sum(e_s, 1)
@@ -135,7 +142,7 @@ def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
 def weights(b_s, b_t, of, seen):
     """g (q - p); `of` as load_stats gives it, of the queries."""
     g, max_t, max_s, per_t, per_s, kappa = of
-    p, c = tl.exp(b_t - max_t) * per_t, (b_s - b_t) - (max_s - max_t) - kappa
+    p, c = tl.exp(b_t - max_t) * per_t, shifted(b_s, b_t, max_s, max_t) - kappa
     gap, _ = gap_and_excess(p, tl.exp(b_s - max_s) * per_s, c)
     return tl.where(seen, g * gap, 0.0)
 
