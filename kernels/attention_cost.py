@@ -186,10 +186,10 @@ def gradient_kernel(
 
 def geometry(widest: int, half: bool, aligned: bool) -> dict:
     """Blocks and warps. Products of float32 are made without tensor cores, and unaligned rows take a register per address:
-    smaller tiles."""
+    smaller tiles. No FP fusion: score - score must not become fma(product, scale, -score), which is not 0 for equal ones."""
     columns = min(max(16, triton.next_power_of_2(widest)), 64)
     launch = {"BLOCK": 64, "num_warps": 8} if half and aligned else {"BLOCK": 32, "num_warps": 4}
-    return {"BLOCK_D": columns, "num_stages": 2 if half else 1} | launch
+    return {"BLOCK_D": columns, "num_stages": 2 if half else 1, "enable_fp_fusion": False} | launch
 
 
 class Layers:

@@ -15,10 +15,10 @@ e = m_t - m_s; with alpha = e^-m_t and beta = e^-m_s, alpha expm1(e) = beta - al
 Where |E| >= 1/2 the two sums are counted apart, S = sum e^(s - max s), since X has lost the digits of the smaller one:
 KL = kappa - sum a c / l with kappa = log(S / l), and sum a c moves to alpha (sum a c + e l).
 
-Forward: a program owns a block of queries, walks over the keys, and leaves max t, l, max s and X (or -l, and S for X).
+Forward: a program owns a block of queries, walks over the keys, and leaves max t, 1 / l, max s and kappa.
 Backward: a program owns a block of rows of x (or y) and walks over the others; both scores are made again, W is used
-and forgotten. Of a relation of x with itself one tile yields both W and Wᵀ, since scores are symmetric: one product
-instead of two. Nothing is added to by two programs, so the order of every sum is fixed.
+and forgotten. Of a relation of x with itself one tile yields W and Wᵀ, for one product with x. Nothing is
+added to by two programs, so the order of every sum is fixed.
 """
 
 import torch
@@ -59,7 +59,14 @@ def gap_and_excess(a, b, c):
     near = tl.abs(c) < 0.5
     slack = phi(tl.where(near, c, 0.0))
     gap = tl.where(near, a * (c + slack), b - a)
-    return gap, tl.where(near, a * slack, gap - a * c)
+    return gap, tl.where(near, a * slack, tl.fma(-a, c, gap))
+
+
+@triton.jit
+def shifted(b_s, b_t, max_s, max_t):
+    """c. b_s - b_t is exact where the sides are close; where they are not, it is rounded at the size of the larger score."""
+    apart = max_s - max_t
+    return tl.where(tl.abs(apart) < 1, (b_s - b_t) - apart, (b_s - max_s) - (b_t - max_t))
 
 
 @triton.jit
@@ -99,8 +106,8 @@ def forward_kernel(
         top_t, top_s = tl.maximum(max_t, tl.max(b_t, 1)), tl.maximum(max_s, tl.max(b_s, 1))
         mass, student, X, A, cross = move((max_s, max_t), (mass, student, X, A, cross), top_s, top_t)
         max_s, max_t = top_s, top_t
-        a, c = tl.exp(b_t - max_t[:, None]), (b_s - b_t) - (max_s - max_t)[:, None]
-        e_s = tl.exp(b_s - max_s[:, None])
+        a, e_s = tl.exp(b_t - max_t[:, None]), tl.exp(b_s - max_s[:, None])
+        c = shifted(b_s, b_t, max_s[:, None], max_t[:, None])
         gap, excess = gap_and_excess(a, e_s, c)
         mass += tl.sum(a, 1)
         student += tl.sum(e_s, 1)
@@ -114,31 +121,28 @@ def forward_kernel(
     tl.store(rows_ptr + at, tl.where(m_i, value, 0.0), mask=o_i < L)
     at = pair * 4 * L + o_i
     tl.store(stats_ptr + at, max_t, mask=o_i < L)
-    tl.store(stats_ptr + at + L, tl.where(near, mass, -mass), mask=o_i < L)
+    tl.store(stats_ptr + at + L, 1.0 / mass, mask=o_i < L)
     tl.store(stats_ptr + at + 2 * L, max_s, mask=o_i < L)
-    tl.store(stats_ptr + at + 3 * L, tl.where(near, X, student), mask=o_i < L)
+    tl.store(stats_ptr + at + 3 * L, kappa, mask=o_i < L)
 
 
 @triton.jit
 def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
-    """Upstream, max t, max s, 1 / l of both sides, and kappa. A negative sum_t: the fourth is the student's sum itself."""
+    """Upstream, max t, max s, 1 / l of both sides, and kappa."""
     at = pair * 4 * L + o_l
+    g = tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0)
     max_t = tl.load(stats_ptr + at, mask=m_l, other=0.0)
-    sum_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
+    per_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
     max_s = tl.load(stats_ptr + at + 2 * L, mask=m_l, other=0.0)
-    X = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
-    near = sum_t > 0
-    sum_t = tl.abs(sum_t)
-    sum_s = tl.where(near, sum_t + X, X)
-    kappa, _ = logarithms(tl.where(near, X, X - sum_t) / sum_t, sum_s / sum_t)
-    return tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0), max_t, max_s, 1.0 / sum_t, 1.0 / sum_s, kappa
+    kappa = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
+    return g, max_t, max_s, per_t, per_t * tl.exp(-kappa), kappa
 
 
 @triton.jit
 def weights(b_s, b_t, of, seen):
     """g (q - p); `of` as load_stats gives it, of the queries."""
     g, max_t, max_s, per_t, per_s, kappa = of
-    p, c = tl.exp(b_t - max_t) * per_t, (b_s - b_t) - (max_s - max_t) - kappa
+    p, c = tl.exp(b_t - max_t) * per_t, shifted(b_s, b_t, max_s, max_t) - kappa
     gap, _ = gap_and_excess(p, tl.exp(b_s - max_s) * per_s, c)
     return tl.where(seen, g * gap, 0.0)
 
@@ -169,6 +173,9 @@ def backward_kernel(
     if ROWS:
         of_own = load_stats(g_ptr, stats_ptr, pair, o_i, m_i, L)
     pulled = tl.zeros([BLOCK, BLOCK_S], tl.float32)
+    # The forward's statistics hold for its own scores only: bit for bit, so queries must be the first operand. Products of
+    # float32 are summed in the order of d whichever comes first.
+    COMMUTES: tl.constexpr = own_s.dtype.element_ty == tl.float32
     begin = start if CAUSAL and not ROWS else 0
     stop = tl.minimum(start + BLOCK, L) if CAUSAL and not COLUMNS else L
     for j in range(begin, stop, BLOCK):
@@ -176,15 +183,21 @@ def backward_kernel(
         m_j = counting(mask_ptr, b, o_j, L)
         b_other_s = load_rows(other_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S)
         b_other_t = load_rows(other_t, strides[3], b, h, o_j, m_j, D_t, BLOCK_T)
-        b_s, b_t = scores(b_own_s, b_other_s, scale_s), scores(b_own_t, b_other_t, scale_t)
         both = m_i[:, None] & m_j[None, :]
         W = tl.zeros([BLOCK, BLOCK], tl.float32)
+        if ROWS or COMMUTES:
+            b_s, b_t = scores(b_own_s, b_other_s, scale_s), scores(b_own_t, b_other_t, scale_t)
         if ROWS:
             seen = both & (o_j[None, :] <= o_i[:, None]) if CAUSAL else both
             W += weights(b_s, b_t, as_rows(of_own), seen)
         if COLUMNS:
+            of_other = load_stats(g_ptr, stats_ptr, pair, o_j, m_j, L)
             seen = both & (o_i[:, None] <= o_j[None, :]) if CAUSAL else both
-            W += weights(b_s, b_t, as_columns(load_stats(g_ptr, stats_ptr, pair, o_j, m_j, L)), seen)
+            if COMMUTES:
+                W += weights(b_s, b_t, as_columns(of_other), seen)
+            else:
+                b_s, b_t = scores(b_other_s, b_own_s, scale_s), scores(b_other_t, b_own_t, scale_t)
+                W += tl.trans(weights(b_s, b_t, as_rows(of_other), tl.trans(seen)))
         pulled = tl.dot(W.to(b_other_s.dtype), b_other_s, pulled, input_precision="ieee")
     o_d = tl.arange(0, BLOCK_S)
     at = (pair * L + o_i)[:, None] * D_s + o_d[None, :]
@@ -193,12 +206,15 @@ def backward_kernel(
 
 
 def geometry(d_s: int, d_t: int, half: bool, backward: bool) -> dict:
-    """Blocks and warps for heads of these widths. Unless both sides are `half`, products are in float32: smaller tiles."""
+    """Blocks and warps for heads of these widths. Unless both sides are `half`, products are in float32: smaller tiles.
+
+    No FP fusion: score - score must not become fma(product, scale, -score), which is not 0 where both scores are equal,
+    and not what the forward saw."""
     widths = [max(16, triton.next_power_of_2(d)) for d in (d_s, d_t)]
     large = half and not backward and max(widths) <= 64
     warps = 8 if large or not half else 4
     launch = {"BLOCK_S": widths[0], "BLOCK_T": widths[1], "BLOCK": 64 if large else 32}
-    return launch | {"num_warps": warps, "num_stages": 2}
+    return launch | {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": False}
 
 
 def _sides(xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None) -> list[Tensor]:

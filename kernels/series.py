@@ -7,12 +7,12 @@ import triton.language as tl
 @triton.jit
 def phi(x):
     """expm1(x) - x for |x| < 1/2, to 4e-8 of itself."""
-    y = 1 / 40320 * x + 1 / 5040
-    y = y * x + 1 / 720
-    y = y * x + 1 / 120
-    y = y * x + 1 / 24
-    y = y * x + 1 / 6
-    return x * x * (y * x + 1 / 2)
+    y = tl.fma(x, 1 / 40320, 1 / 5040)
+    y = tl.fma(y, x, 1 / 720)
+    y = tl.fma(y, x, 1 / 120)
+    y = tl.fma(y, x, 1 / 24)
+    y = tl.fma(y, x, 1 / 6)
+    return x * x * tl.fma(y, x, 1 / 2)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ class Compiled:
     registers: int  # per thread
     stack: int  # bytes per thread: what did not fit into registers
     sass: str
+    ptx: str
 
     @property
     def programs_per_multiprocessor(self) -> int:
@@ -52,7 +53,9 @@ def compile_kernel(
     options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(chip, num_warps, compiled.metadata.shared, registers, stack, compiled.asm["sass"])
+    return Compiled(
+        chip, num_warps, compiled.metadata.shared, registers, stack, compiled.asm["sass"], compiled.asm["ptx"]
+    )
 
 
 def _pointers(kind, path: tuple):

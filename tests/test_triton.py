@@ -1,5 +1,7 @@
 """Triton kernels without a GPU: their machine code for chips that are not here. Their arithmetic: test_triton_interpreted.py."""
 
+import re
+
 import pytest
 
 from fastkd import backends
@@ -144,13 +146,13 @@ def test_every_layer_cost_configuration_compiles_offline(name, chip):
                 compile_layer_cost(name, s, t, counts, masked, chip)
 
 
-def compile_relation(name, chip, s, t, widths, causal=False, masked=False, rows=True, columns=False):
+def compile_relation(name, chip, s, t, widths, causal=False, masked=False, rows=True, columns=False, **other):
     from fastkd.kernels import relation as kernels
 
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel, tensor_core_instructions
 
     half = s != "float32" and t != "float32"
-    launch = kernels.geometry(*widths, half, name == "backward_kernel")
+    launch = kernels.geometry(*widths, half, name == "backward_kernel") | other
     constants = {key: launch.pop(key) for key in ("BLOCK_S", "BLOCK_T", "BLOCK")} | {"CAUSAL": causal}
     signature = dict.fromkeys(("H", "L", "D_s", "D_t"), "i32") | dict.fromkeys(("scale_s", "scale_t"), "fp32")
     signature |= {"strides": (("i32", "i32", "i32"),) * 4, "stats_ptr": FLOATS}
@@ -178,6 +180,22 @@ def compile_relation(name, chip, s, t, widths, causal=False, masked=False, rows=
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_relation_compiles_offline(name, chip, dtype):
     compile_relation(name, chip, dtype, dtype, (64, 64), masked=True, columns=True)
+
+
+def fused_with_a_scale(compiled):
+    """The fma that take in a relation's scale: its argument that is a float."""
+    scales = re.findall(r"ld\.param\.[bf]32 \t?(%\w+), \[\w+_param_(?:1[0-9]|2[0-9])\]", compiled.ptx)
+    fused = re.findall(r"fma\.rn\.f32 \t?(.*);", compiled.ptx)
+    return [line for line in fused if set(scales) & set(re.findall(r"%\w+", line))]
+
+
+@not_interpreted
+def test_scores_are_rounded_before_they_are_subtracted():
+    """fma(product, scale, -score) would not be 0 where student and teacher are equal."""
+    options = {"rows": True, "columns": True}
+    assert not fused_with_a_scale(compile_relation("backward_kernel", 90, "bfloat16", "bfloat16", (64, 64), **options))
+    free = compile_relation("backward_kernel", 90, "bfloat16", "bfloat16", (64, 64), **options, enable_fp_fusion=True)
+    assert fused_with_a_scale(free)
 
 
 @not_interpreted

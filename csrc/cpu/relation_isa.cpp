@@ -19,19 +19,22 @@ void hide(const RelationTile& at) {
 // Of one vector of queries.
 struct Column {
   vfloat max_t, max_s;
+  vfloat apart = max_s - max_t;
+  vint alike = magnitude(apart) < 1.f;
 
   vfloat teacher(vfloat b) const { return exp(b - max_t); }  // e^t, <= 1
-  vfloat shifted(vfloat a, vfloat b) const { return (a - b) - (max_s - max_t); }
+  // a - b is exact where the sides are close; where they are not, it is rounded at the size of the larger score.
+  vfloat shifted(vfloat a, vfloat b) const { return alike ? (a - b) - apart : (a - max_s) - (b - max_t); }
   vfloat student(vfloat a) const { return a - max_s; }
 };
 
 Column maxima(const RelationTile& at, int64_t lane) {
-  Column found = {splat(-kInfinity), splat(-kInfinity)};
+  vfloat max_t = splat(-kInfinity), max_s = max_t;
   for (int64_t key = 0; key < at.keys; ++key) {
-    found.max_t = larger(found.max_t, load(at.t + key * at.stride + lane));
-    found.max_s = larger(found.max_s, load(at.s + key * at.stride + lane));
+    max_t = larger(max_t, load(at.t + key * at.stride + lane));
+    max_s = larger(max_s, load(at.s + key * at.stride + lane));
   }
-  return found;
+  return {max_t, max_s};
 }
 
 // One key's share in the sums of its queries, and those sums.
@@ -147,7 +150,7 @@ struct Pull {
 
   vfloat operator()(vfloat a, vfloat b) const {
     const vfloat p = column.teacher(b) * p_scale, d = column.shifted(a, b) - kappa;
-    const vint near = d < 1.f;
+    const vint near = magnitude(d) < 1.f;
     const Exponential x = exponential(near ? d : column.student(a));
     return near ? p * x.expm1() : x.exp() * q_scale - p;
   }

@@ -50,8 +50,8 @@ class Relation(backends.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        xs, ys, *_ = ctx.saved_tensors
-        dx, dy = KERNELS[ctx.backend].bwd(grad, *ctx.saved_tensors, *ctx.options)
+        xs, ys, *others = ctx.saved_tensors  # once: checkpoint(use_reentrant=False) refuses a second unpacking
+        dx, dy = KERNELS[ctx.backend].bwd(grad, xs, ys, *others, *ctx.options)
         dy = None if ys is None else dy.to(ys.dtype)
         return None, dx.to(xs.dtype), dy, None, None, None, None, None, None, None
 
