@@ -239,8 +239,9 @@ def test_a_decoder_is_known_by_its_attention_not_by_its_name(name):
     for family in ("llama", "mistral"):
         models = []
         for layers, seed in ((2, 1), (4, 2)):
-            config = tiny.config("llama", layers).to_dict()
-            config = AutoConfig.for_model(family, **{**config, "model_type": family, "sliding_window": None})
+            config = tiny.config("llama", layers).to_dict() | {"sliding_window": None}
+            del config["model_type"]
+            config = AutoConfig.for_model(family, **config)
             torch.manual_seed(seed)
             models.append(tiny.AUTO["classification"].from_config(config).eval())
         student, teacher = models
