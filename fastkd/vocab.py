@@ -17,6 +17,7 @@ _STEM, _SUFFIXES = "vocab_map", (".safetensors", ".json")
 _CONFIG_IDS = (
     "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id",
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "image_token_id", "video_token_id",
+    "pad_index", "bos_index", "eos_index", "unk_index", "mask_index",
 )  # fmt: skip
 
 
@@ -80,11 +81,13 @@ class VocabMap(nn.Module):
         *,
         multiple_of: int = 128,
         always_keep=(),
+        in_place=(),
         embeddings: Tensor | None = None,
         method: str | None = None,
         unk_id: int | None = None,
     ) -> "VocabMap":
-        """Keep the ids in `always_keep`, then the most frequent; both sorted by count, ties by id.
+        """Keep the ids in `always_keep`, then the most frequent; both sorted by count, ties by id. The ids in `in_place`
+        are always kept too, and keep their numbers, as some models want of the padding id.
 
         counts [V]: how often each id came in the corpus. size: a fraction of V, or a number of ids; rounded up to
         `multiple_of` (the GEMM's tile), at most V. A dropped id becomes the kept id that is nearest in the teacher's
@@ -100,8 +103,8 @@ class VocabMap(nn.Module):
             raise ValueError(f"size: a fraction must lie in (0, 1], got {size!r}; an int is a number of ids")
         wanted = int(size * total) if isinstance(size, float) else size
         wanted = min(max(-(-wanted // multiple_of) * multiple_of, 1), total)
-        first = torch.as_tensor([*always_keep, *([] if unk_id is None else [unk_id])], dtype=torch.int64)
-        checks.indices_in_range("always_keep (and unk_id)", first, total, "original vocabulary")
+        first = torch.as_tensor([*always_keep, *in_place, *([] if unk_id is None else [unk_id])], dtype=torch.int64)
+        checks.indices_in_range("always_keep (in_place and unk_id)", first, total, "original vocabulary")
         if method is None:
             method = "decoder" if embeddings is not None else "unk" if unk_id is not None else None
         else:
@@ -112,6 +115,10 @@ class VocabMap(nn.Module):
             raise ValueError(f"always_keep: holds {int(always.sum())} ids, more than the size asked for, {wanted}")
         order = counts.argsort(descending=True, stable=True)  # [V]
         kept_ids = torch.cat([order[always[order]], order[~always[order]]])[:wanted]
+        if max(in_place, default=0) >= wanted:
+            raise ValueError(f"in_place: id {max(in_place)} cannot keep its number among {wanted} kept ids")
+        others = iter([i for i in kept_ids.tolist() if i not in set(in_place)])
+        kept_ids = torch.tensor([i if i in set(in_place) else next(others) for i in range(wanted)])
         return cls(kept_ids, total, _stand_ins(kept_ids, total, method, embeddings, unk_id))
 
     def encode(self, ids):
@@ -233,30 +240,43 @@ class VocabMap(nn.Module):
     def shrink(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """A Hugging Face model over the kept words: input and output embeddings (tied or not), bias, configuration.
 
-        It speaks the new ids: feed it `encode(input_ids)`, and labels likewise. The given model stays as it is, unless
-        inplace. The special ids of its configuration must be among the kept ones.
+        It speaks the new ids: feed it `encode(input_ids)`, and labels likewise. It is what `from_pretrained` makes of its
+        saved self. The given model stays as it is, unless inplace. The special ids of its configuration must be kept.
         """
-        words = model.get_input_embeddings().weight.shape[0]
+        embeddings = model.get_input_embeddings()
+        words, padding = embeddings.weight.shape[0], getattr(embeddings, "padding_idx", None)
         if words < self.original_size:
             raise ValueError(f"model: has {words} words, but this VocabMap was made for {self.original_size}")
-        configurations = _configurations(model)
-        special = {
-            name: getattr(c, name) for c in configurations for name in _CONFIG_IDS if getattr(c, name, None) is not None
+        special = {"padding_idx": padding} | {
+            name: getattr(c, name) for c in _configurations(model) for name in _CONFIG_IDS if hasattr(c, name)
         }
-        self._check_special(special)
-        model = model if inplace else copy.deepcopy(model)
-        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
-        rows = [x[..., self.kept_ids.to(x.device)].clone() for x in _vocabulary_last(model)]  # [D, K], [K] or [1, K]
-        model.resize_token_embeddings(len(self), mean_resizing=False)
-        for x, kept in zip(_vocabulary_last(model), rows, strict=True):
-            x.copy_(kept)
-        if padding is not None:
-            _move_padding(model, padding, self.encode(padding))
-        for configuration in _configurations(model):
-            for name in _CONFIG_IDS:
-                old = getattr(configuration, name, None)
-                if old is not None:
-                    setattr(configuration, name, self._encode_known(old))
+        self._check_special({name: ids for name, ids in special.items() if ids is not None})
+        moved = set() if padding is None else _counting_from(model, padding)
+        shift = 0 if padding is None else self.encode(padding) - padding
+        config, generation = (self._encoded(c) for c in (model.config, getattr(model, "generation_config", None)))
+        config.get_text_config().vocab_size = len(self)
+        if moved:
+            config.max_position_embeddings += shift
+        axes = _vocabulary_axes(model, words)
+        state = {}
+        for name, x in model.state_dict().items():
+            for axis in axes[name]:
+                x = x.index_select(axis, self.kept_ids.to(x.device))
+            if name in moved and shift:
+                old, x = x, x.new_zeros(x.shape[0] + shift, x.shape[1])
+                x[padding + shift :] = old[padding:]
+            state[name] = x if inplace or axes[name] else x.clone()
+        small = _made_of(model, config, state)
+        if generation is not None:
+            small.generation_config = generation
+        if getattr(small.get_input_embeddings(), "padding_idx", None) != (None if padding is None else padding + shift):
+            raise ValueError(
+                f"model: a {type(model).__name__} knows its padding id {padding} by number, and this VocabMap makes it "
+                f"{padding + shift}; let it keep its place: VocabMap.from_counts(..., in_place=[{padding}])"
+            )
+        if not inplace:
+            return small
+        model.__dict__.update(small.__dict__)
         return model
 
     def shrink_tokenizer(self, tokenizer, *, dropped: str = "spelled"):
@@ -272,6 +292,15 @@ class VocabMap(nn.Module):
         if not self._complete:
             raise ValueError("expand: some words are dropped and have no stand-in; give VocabMap a replacement")
         return x.index_select(dim, self.position_of.to(x.device))
+
+    def _encoded(self, configuration):
+        """A copy with the new ids; two names of one id (pad_index, pad_token_id) are both read before either is set."""
+        new = copy.deepcopy(configuration)
+        for known in [] if new is None else {id(c): c for c in (new, _text(new))}.values():
+            old = {name: getattr(known, name) for name in _CONFIG_IDS if getattr(known, name, None) is not None}
+            for name, ids in old.items():
+                setattr(known, name, self._encode_known(ids))
+        return new
 
     def _encode_known(self, ids):
         """An id or a list of ids of a configuration; what lies outside the vocabulary meant nothing before either."""
@@ -293,37 +322,52 @@ class VocabMap(nn.Module):
 
 def _configurations(model) -> list:
     """The model's configurations that hold special ids: its own, that of its text part, that of generation."""
-    own = model.config
-    text = own.get_text_config() if hasattr(own, "get_text_config") else own
     generation = getattr(model, "generation_config", None)
-    unique = {id(c): c for c in (own, text, generation) if c is not None}
+    unique = {id(c): c for c in (model.config, _text(model.config), generation) if c is not None}
     return list(unique.values())
 
 
-def _move_padding(model, old: int, new: int) -> None:
-    """Embeddings know the padding id. RoBERTa's kin also count positions from it: their positions' table moves too."""
-    model.get_input_embeddings().padding_idx = new
-    for module in model.modules():
-        positions = getattr(module, "position_embeddings", None)
-        if not isinstance(positions, nn.Embedding) or positions.padding_idx != old or new == old:
-            continue
-        table = positions.weight
-        moved = table.new_zeros(table.shape[0] + new - old, table.shape[1])
-        moved[new:] = table[old:]
-        positions.weight = nn.Parameter(moved, requires_grad=table.requires_grad)
-        positions.num_embeddings, positions.padding_idx, module.padding_idx = len(moved), new, new
-        model.config.max_position_embeddings = len(moved)
+def _text(configuration):
+    return configuration.get_text_config() if hasattr(configuration, "get_text_config") else configuration
 
 
-def _vocabulary_last(model) -> list[Tensor]:
-    """What of a model has the vocabulary as an axis, as views with that axis last; a tied tensor may come twice."""
-    head = model.get_output_embeddings()
-    tensors = [model.get_input_embeddings().weight.t()]
-    if head is not None:
-        tensors += [head.weight.t()] + ([head.bias] if getattr(head, "bias", None) is not None else [])
-    if getattr(model, "final_logits_bias", None) is not None:
-        tensors.append(model.final_logits_bias)
-    return tensors
+def _counting_from(model, padding: int) -> set[str]:
+    """RoBERTa and its kin count positions from the padding id: the names of their tables of positions."""
+    tables = {name: x for name, x in model.named_modules() if name.endswith("position_embeddings")}
+    return {f"{name}.weight" for name, x in tables.items() if getattr(x, "padding_idx", None) == padding}
+
+
+def _vocabulary_axes(model, words: int) -> dict[str, list[int]]:
+    """Which axes of the model's tensors follow the vocabulary: those that one more word makes longer."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = words + 1
+    with torch.device("meta"):
+        longer = {name: x.shape for name, x in type(model)(config).state_dict().items()}
+    return {
+        name: [axis for axis, n in enumerate(longer.get(name, x.shape)) if axis < x.dim() and n == x.shape[axis] + 1]
+        for name, x in model.state_dict().items()
+    }
+
+
+def _made_of(model, config, state: dict[str, Tensor]):
+    """A model of this configuration and these tensors, in the mode and with the trainable parameters of `model`."""
+    from transformers.initialization import no_init_weights
+
+    kind, before = type(model), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(model.dtype)
+        with no_init_weights(), model.device:
+            small = kind(config)
+        small.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: a {kind.__name__} of fewer words is not made of the same tensors: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    small.tie_weights()
+    trained = {name: x.requires_grad for name, x in model.named_parameters(remove_duplicate=False)}
+    for name, x in small.named_parameters():
+        x.requires_grad_(trained[name])
+    return small.train(model.training)
 
 
 def _stand_ins(kept_ids: Tensor, total: int, method: str | None, embeddings: Tensor | None, unk_id: int | None):

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkd.vocab_tokenizer import may_be_lost
+
 MARKS = (0.80, 0.90, 0.95, 0.99)
 _BATCH = 1000  # texts that a process takes at a time
 _worker = None
@@ -78,8 +80,8 @@ def coverage(counts: Tensor) -> Tensor:
     return ordered.cumsum(0) / ordered.sum().clamp_min(1)
 
 
-def report(vocab, counts: Tensor) -> dict:
-    """What the map covers, and how many words the marked shares would take."""
+def report(vocab, counts: Tensor, tokenizer) -> dict:
+    """What the map covers, how many words the marked shares would take, and what may not be spelled with the kept words."""
     total, share = counts.sum().clamp_min(1), coverage(counts)
     sizes = {f"{mark:.0%}": int((share < mark - 1e-12).sum()) + 1 for mark in MARKS}
     return {
@@ -88,13 +90,14 @@ def report(vocab, counts: Tensor) -> dict:
         "tokens_counted": int(counts.sum()),
         "covered": float(counts[vocab.kept_ids].sum() / total),
         "never_seen": int((counts == 0).sum()),
+        "may_be_lost": may_be_lost(vocab, counts, tokenizer),
         "sizes_for": sizes,
     }
 
 
-def write_report(folder: Path, vocab, counts: Tensor) -> dict:
+def write_report(folder: Path, vocab, counts: Tensor, tokenizer) -> dict:
     """coverage.json, and coverage.png where matplotlib is installed."""
-    found = report(vocab, counts)
+    found = report(vocab, counts, tokenizer)
     (folder / "coverage.json").write_text(json.dumps(found, indent=2) + "\n")
     try:
         import matplotlib

@@ -4,15 +4,17 @@
 gets exactly VocabMap.encode of its old ids, any other text some other kept ids, never one that is dropped.
 "stand_in": any text gets VocabMap.encode of its old ids, the dropped words' stand-ins among them, as in GLMD.
 
-"spelled" is the default: a tokenizer.json is all there is to it, so it loads anywhere; nothing of the text is lost, it
-decodes to what it was; and a teacher that reads by the student's tokenizer (`fastkd distill`) reads the same text. A
-tokenizer.json has no place for stand-ins: it holds one word per id, and the model that cuts a text numbers it too. They
-come as a second file and a class beside it, which transformers runs after trust_remote_code=True only; without, where
-a model's configuration says what to load instead, the same folder is the tokenizer that spells.
+"spelled" is the default: a tokenizer.json is all there is to it, so it loads anywhere; where each character's own piece
+is kept, as by counts from `count_parts`, nothing of the text is lost, it decodes to what it was; and a teacher that reads
+by the student's tokenizer (`fastkd distill`) reads the same text. A tokenizer.json has no place for stand-ins: it holds one
+word per id, and the model that cuts a text numbers it too. They come as a second file and a class beside it, which
+transformers runs after trust_remote_code=True only; without, where a model's configuration says what to load instead, the
+same folder is the tokenizer that spells.
 """
 
 import copy
 import json
+import re
 
 from torch import Tensor
 
@@ -24,6 +26,7 @@ _KEPT_OPTIONS = ("model_max_length", "padding_side", "truncation_side", "chat_te
 
 
 DROPPED = ("spelled", "stand_in")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def shrink_tokenizer(vocab, tokenizer, dropped: str = "spelled"):
@@ -76,18 +79,56 @@ def _new_ids(vocab, backend) -> list[int]:
 
 
 def count_parts(counts: Tensor, tokenizer) -> Tensor:
-    """counts [V], where each word of a BPE tokenizer also counts for the two that it is merged of: whatever number of
-    words is then kept, none of them is out of reach. Other tokenizers' counts as they are."""
+    """counts [V] by which `VocabMap.from_counts` keeps what the others are spelled with.
+
+    Each character of the counted pieces comes before all of them, as the piece of its own that it has in its place ("x" at
+    the start of a word, "##x" within); with as many ids kept as there are such pieces, all that was counted can be spelled.
+    English has about 100 of them; a corpus of all scripts may have thousands. Each word of a BPE tokenizer also counts for
+    the two that it is merged of: whatever number of ids is kept, none of them is out of reach.
+    """
     words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if words["type"] != "BPE":
-        return counts
-    counts, ids = counts.clone(), words["vocab"]
-    for left, right in reversed([_pair(merge) for merge in words["merges"]]):
-        whole = ids.get(left + right)
-        for part in (ids[left], ids[right]):
-            if whole is not None and part != whole:
-                counts[part] += counts[whole]  # never rarer then; ties go by id, and parts were there first
+    total, letters = counts.sum() + 1, sorted(set().union(*_letters(counts, tokenizer).values()) - {None})
+    counts = counts.clone()
+    if words["type"] == "BPE":
+        ids = words["vocab"]
+        for left, right in reversed([_pair(merge) for merge in words["merges"]]):
+            whole = ids.get(left + right)
+            for part in (ids[left], ids[right]):
+                if whole is not None and part != whole:
+                    counts[part] += counts[whole]  # never rarer then; ties go by id, and parts were there first
+    counts[letters] += counts.max() + total
     return counts
+
+
+def may_be_lost(vocab, counts: Tensor, tokenizer) -> int:
+    """How many of the counted tokens have a character for which no piece of its own is kept: at most so many become the
+    unknown word where they are spelled. With 0, nothing of the counted text is lost."""
+    kept = {None: False, **dict(enumerate(vocab.kept.tolist()))}
+    lost = [i for i, letters in _letters(counts, tokenizer).items() if not all(kept[letter] for letter in letters)]
+    return int(counts[lost].sum())
+
+
+def _letters(counts: Tensor, tokenizer) -> dict[int, set]:
+    """Of each piece that was counted: the ids of the pieces of one character that spell it, None for one that there is not."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    before, behind = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    names, whole = tokenizer.get_vocab(), {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if model["type"] == "WordLevel":
+        return {}
+    found = {}
+    for name, i in names.items():
+        if i >= len(counts) or counts[i] == 0 or i in whole:
+            continue
+        if model.get("byte_fallback") and _BYTE.fullmatch(name):
+            found[i] = {i}
+            continue
+        within, last = bool(before) and name.startswith(before), bool(behind) and name.endswith(behind)
+        text = name[len(before) if within else 0 : len(name) - len(behind) if last else None]
+        forms = [(before if within or at else "") + letter for at, letter in enumerate(text)]
+        if last and forms:
+            forms[-1] += behind
+        found[i] = {names.get(form) for form in forms}
+    return found
 
 
 def _pair(merge) -> tuple[str, str]:

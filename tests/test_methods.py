@@ -224,12 +224,38 @@ def test_wrong_methods_get_one_sentence(text, message):
         ("pkd", Side("bert", 2, 8, 4, 4), r"both widths must agree, got 8 \(student\) and 16 \(teacher\)"),
         ("minilm", Side("bert", 2, 16, 2, 2), "the student has 2 heads and the teacher 4; choose minilmv2"),
         ("bert_emd", Side("bert", 2, 16, 2, 2), "bert_emd:heads=mean"),
-        ("kd", Side("gpt2", 2, 16, 4, 4), r"teacher \(bert\) and student \(gpt2\) must both be encoders"),
+        ("kd", Side("gpt2", 2, 16, 4, 4, causal=True), r"teacher \(bert\) and student \(gpt2\) must both be encoders"),
     ],
 )
 def test_unfitting_students_get_one_sentence(name, student, message):
     with pytest.raises(ValueError, match=message):
         build(name, Setup(student, Side("bert", 4, 16, 4, 4), "classification", 8))
+
+
+@pytest.mark.parametrize("name", ["minilm", "minilmv2:relation_heads=4", "tinybert", "bert_emd"])
+def test_a_decoder_is_known_by_its_attention_not_by_its_name(name):
+    """Mistral without a window is Llama: the same weights have the same losses."""
+    found = []
+    for family in ("llama", "mistral"):
+        models = []
+        for layers, seed in ((2, 1), (4, 2)):
+            config = tiny.config("llama", layers).to_dict() | {"sliding_window": None}
+            del config["model_type"]
+            config = AutoConfig.for_model(family, **config)
+            torch.manual_seed(seed)
+            models.append(tiny.AUTO["classification"].from_config(config).eval())
+        student, teacher = models
+        torch.manual_seed(0)
+        method = build(name, Setup(Side.of(student), Side.of(teacher), "classification", 4))
+        for model in models:
+            record_attention(model)
+        inputs = tiny.padded()
+        with torch.no_grad():
+            taught = read(teacher, inputs, hidden=True, layers=range(4))
+        states = read(student, inputs, hidden=True, layers=range(2))
+        batch = Batch("classification", states, taught, inputs["attention_mask"], torch.zeros(4, dtype=torch.long))
+        found.append({key: term.value.item() for key, term in method(batch).items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and min(found[0].values()) > 0
 
 
 def test_a_third_party_adds_a_method(monkeypatch):

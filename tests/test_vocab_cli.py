@@ -51,7 +51,7 @@ def test_from_a_corpus_to_a_student(teacher, tmp_path, workers, capsys):
         torch.testing.assert_close(small(input_ids=ids).logits, wanted)
     found = json.loads((out / "coverage.json").read_text())
     counts = count_corpus(TEXTS, old)
-    assert found == report(vocab, counts) and found["tokens_counted"] == int(counts.sum())
+    assert found == report(vocab, counts, old) and found["tokens_counted"] == int(counts.sum())
     assert (out / "coverage.png").stat().st_size > 1000
 
 
@@ -96,7 +96,7 @@ def test_counts_are_what_the_tokenizer_says():
 def test_coverage_and_the_marked_sizes():
     counts = torch.tensor([1, 0, 80, 10, 5, 4])
     assert torch.allclose(coverage(counts), torch.tensor([0.8, 0.9, 0.95, 0.99, 1, 1], dtype=torch.float64))
-    found = report(VocabMap([2, 3], 6), counts)
+    found = report(VocabMap([2, 3], 6), counts, trained("WordPiece"))
     assert found["sizes_for"] == {"80%": 1, "90%": 2, "95%": 3, "99%": 4}
     assert found["covered"] == pytest.approx(0.9) and found["never_seen"] == 1
 

@@ -1,19 +1,24 @@
 """A shrunk tokenizer: the new ids of VocabMap.encode where all words are kept, kept pieces or stand-ins elsewhere, through
 save and load."""
 
+import gzip
+import itertools
 import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastkd
 from cases import randn
 from fastkd import VocabMap
 from fastkd.vocab import METHODS
-from fastkd.vocab_tokenizer import count_parts
+from fastkd.vocab_report import count_corpus
+from fastkd.vocab_tokenizer import count_parts, may_be_lost
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -25,27 +30,33 @@ TEXTS = [
 RARE = "zebra quizzes vex"
 
 
-def trained(kind):
-    """A tokenizer of this kind over TEXTS and RARE, and its special words."""
+def reviews():
+    """Some of the shipped movie reviews."""
+    with gzip.open(Path(fastkd.__file__).parent / "data" / "movie_reviews.tsv.gz", "rt", encoding="utf-8") as lines:
+        return [line.rstrip("\n").split("\t")[-1] for line in itertools.islice(lines, 1, 1500)]
+
+
+def trained(kind, texts=(*TEXTS, RARE), words=None):
+    """A tokenizer of this kind over these texts, and its special words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     if kind == "WordPiece":
         own, trainer = (
             models.WordPiece(unk_token="[UNK]"),
-            trainers.WordPieceTrainer(vocab_size=400, special_tokens=special),
+            trainers.WordPieceTrainer(vocab_size=words or 400, special_tokens=special),
         )
         backend = tokenizers.Tokenizer(own)
         backend.pre_tokenizer, backend.decoder = pre.BertPreTokenizer(), tokenizers.decoders.WordPiece()
     elif kind == "BPE":
         backend = tokenizers.Tokenizer(models.BPE())
         alphabet = pre.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(vocab_size=words or 700, special_tokens=special, initial_alphabet=alphabet)
         backend.pre_tokenizer, backend.decoder = pre.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     else:
         backend = tokenizers.Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="[UNK]")
+        trainer = trainers.UnigramTrainer(vocab_size=words or 120, special_tokens=special, unk_token="[UNK]")
         backend.pre_tokenizer, backend.decoder = pre.Metaspace(), tokenizers.decoders.Metaspace()
-    backend.train_from_iterator([*TEXTS, RARE], trainer)
+    backend.train_from_iterator(list(texts), trainer)
     ends = [(word, backend.token_to_id(word)) for word in ("[CLS]", "[SEP]")]
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -97,6 +108,32 @@ def test_dropped_words_are_spelled_with_kept_ones(kind):
     old, new = (x(RARE, add_special_tokens=False)["input_ids"] for x in (tokenizer, small))
     assert not all(vocab.kept[old]) and max(new) < len(vocab)
     assert small.decode(new) == tokenizer.decode(old)
+
+
+@every_kind
+@pytest.mark.parametrize("size", [0.5, 0.25, 0.1])
+def test_nothing_of_the_counted_text_is_lost(kind, size):
+    """Each character has a piece of its own among the kept ones, and the reviews come back as they were."""
+    texts = reviews()
+    tokenizer = trained(kind, texts, 3000)
+    counts = count_corpus(texts, tokenizer)
+    special = tokenizer.all_special_ids
+    vocab = VocabMap.from_counts(count_parts(counts, tokenizer), size, multiple_of=1, always_keep=special)
+    small = vocab.shrink_tokenizer(tokenizer)
+    assert may_be_lost(vocab, counts, tokenizer) == 0
+    old, new = (x(texts, add_special_tokens=False)["input_ids"] for x in (tokenizer, small))
+    assert not any(small.unk_token_id in ids for ids in new)
+    assert small.batch_decode(new) == tokenizer.batch_decode(old)
+
+
+def test_what_is_lost_is_counted():
+    texts = reviews()
+    tokenizer = trained("WordPiece", texts, 3000)
+    counts = count_corpus(texts, tokenizer)
+    vocab = VocabMap.from_counts(counts, 0.1, multiple_of=1, always_keep=tokenizer.all_special_ids)
+    ids = vocab.shrink_tokenizer(tokenizer)(texts, add_special_tokens=False)["input_ids"]
+    lost = sum(row.count(vocab.encode(tokenizer.unk_token_id)) for row in ids)
+    assert 0 < lost <= may_be_lost(vocab, counts, tokenizer) < counts.sum()
 
 
 # Loads what stands in folders, without fastkd, saves it, loads that, and says what all of them make of some texts.

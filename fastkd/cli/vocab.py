@@ -67,9 +67,11 @@ def run(options) -> int:
     teacher = load(options.teacher) if options.teacher else model
     embeddings = None if teacher is None else teacher.get_input_embeddings().weight.detach()[: len(tokenizer)]
     method = options.method or ("decoder" if embeddings is not None else "unk")
+    padding = tokenizer.pad_token_id
     vocab = VocabMap.from_counts(
         count_parts(counts, tokenizer), size_of(options.size), multiple_of=options.multiple_of,
         always_keep=always_kept(options.keep, tokenizer),
+        in_place=[padding] if padding == 1 else [],  # RoBERTa and MPNet count positions from it, MPNet by number
         embeddings=None if method == "unk" else embeddings, method=method,
         unk_id=tokenizer.unk_token_id if method == "unk" else None,
     )  # fmt: skip
@@ -78,9 +80,13 @@ def run(options) -> int:
         vocab.shrink_tokenizer(tokenizer, dropped=options.dropped).save_pretrained(scratch)
         if model is not None:
             vocab.shrink(model, inplace=True).save_pretrained(scratch)
-        found = write_report(scratch, vocab, counts)
+        found = write_report(scratch, vocab, counts, tokenizer)
     sizes = ", ".join(f"{mark} {size}" for mark, size in found["sizes_for"].items())
     print(f"{found['words']} of {found['of']} words cover {found['covered']:.2%} of {found['tokens_counted']} tokens")
+    if found["may_be_lost"] and options.dropped == "spelled":
+        print(
+            f"at most {found['may_be_lost']} of these tokens have characters that no kept word spells: a larger --size has"
+        )
     print(f"words for a share of the corpus: {sizes}")
     print(f"written to {options.output}: {', '.join(sorted(x.name for x in options.output.iterdir()))}")
     return 0

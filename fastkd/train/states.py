@@ -8,6 +8,7 @@ Gradient checkpointing: only the first forward records; what backward recomputes
 kind (transformers' default) keeps the recorded tensors in the graph; the reentrant kind would not, and is refused.
 """
 
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -19,13 +20,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "fastkd"
-QKV = tuple[Tensor, Tensor, Tensor]
+# What a call may be given that makes the scores something else than scale·q·kᵀ under a mask.
+_OTHER_SCORES = {
+    "softcap": "caps them by a tanh", "position_bias": "adds a bias by position", "s_aux": "adds attention sinks",
+    "sinks": "adds attention sinks", "indices": "selects keys by a score of its own",
+    "block_indices": "selects keys by a score of its own",
+}  # fmt: skip
 _recorder: ContextVar["_Recorder | None"] = ContextVar("fastkd_recorder", default=None)
 
 
+class QKV(NamedTuple):
+    """One attention layer: q, k, v [B, H, S, d], after any rotary embedding; its scores are q·kᵀ·scale under the mask."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+    def normalized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) with the query rescaled so that the model's scores are q·kᵀ/√d, as the losses compute them."""
+        factor = self.scale * math.sqrt(self.q.shape[-1])
+        return self.q if math.isclose(factor, 1.0) else self.q * factor, self.k, self.v
+
+
 class States(NamedTuple):
-    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: (q, k, v) of every layer asked for (0-based), [B, H, S, d]
-    each, after any rotary embedding; keys and values may have fewer, grouped heads. None where it was not asked for."""
+    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: every layer asked for (0-based); keys and values may have
+    fewer, grouped heads. None where it was not asked for."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...] | None = None
@@ -38,16 +58,44 @@ class _Recorder:
     def __init__(self, layers: Sequence[int]):
         self.layers, self.calls, self.kept = set(layers), 0, {}
 
-    def see(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def see(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, options: dict) -> None:
         if self.calls in self.layers:
-            self.kept[self.calls] = (query, key, value)
+            scale = options.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+            own = getattr(module, "scaling", None)
+            if isinstance(own, float) and own and own != scale:  # the query was scaled before the call
+                query, scale = query * (scale / own), own
+            self.kept[self.calls] = QKV(query, key, value, scale)
         self.calls += 1
+
+
+class _Trial(_Recorder):
+    """Refuses scores that are not scale·q·kᵀ under a mask, in a forward of a few tokens before training."""
+
+    def __init__(self, kind: str):
+        super().__init__(())
+        self.kind = kind
+
+    def see(self, module, query, key, value, mask, options):
+        super().see(module, query, key, value, mask, options)
+        why_not = next((reason for name, reason in _OTHER_SCORES.items() if options.get(name) is not None), None)
+        if mask is not None and mask.is_floating_point() and bool(((mask != 0) & (mask > -1e4)).any()):
+            why_not = "adds a bias to them"
+        if isinstance(options.get("scaling"), Tensor):
+            why_not = "learns their scale"
+        if query.shape[2] != key.shape[2]:
+            why_not = "attends to other tokens too"
+        if why_not is not None:
+            raise ValueError(
+                f"{self.kind}: its attention scores are not scale·q·kᵀ under a mask (it {why_not}), so they cannot be "
+                "compared; choose a method that uses hidden states or logits only"
+            )
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.see(query, key, value)
+        recorder.see(module, query, key, value, attention_mask, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -61,7 +109,10 @@ def depth(model: nn.Module) -> int:
 
 
 def record_attention(model: nn.Module) -> None:
-    """Let `model` use the recording attention from now on. Its results are SDPA's, bit for bit."""
+    """Let `model` use the recording attention from now on. Its results are SDPA's, bit for bit.
+
+    Raises where the model's scores cannot be computed from queries and keys, and leaves the model as it was.
+    """
     kind = type(model).__name__
     now = model.config._attn_implementation
     if now not in (None, "sdpa", "eager", ATTENTION):
@@ -69,11 +120,39 @@ def record_attention(model: nn.Module) -> None:
             f"{kind}: this method reads queries and keys, which is done beside SDPA, but the model was loaded with "
             f"attn_implementation={now!r}; load it with attn_implementation='sdpa'"
         )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{kind}: an encoder-decoder has three kinds of attention, and this method compares one; choose a method that "
+            "uses hidden states or logits only"
+        )
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
         raise ValueError(
             f"{kind}: its attention does not go through transformers' attention interface, so queries and keys cannot be "
             "read; choose a method that uses hidden states or logits only"
+        )
+    try:
+        _try(model, kind)
+    except Exception:
+        model.set_attn_implementation(now)
+        raise
+
+
+@torch.no_grad()
+def _try(model: nn.Module, kind: str) -> None:
+    trial, modes = _Trial(kind), [(module, module.training) for module in model.modules()]
+    before = _recorder.set(trial)
+    model.eval()
+    try:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        _recorder.reset(before)
+        for module, training in modes:
+            module.training = training
+    if trial.calls != depth(model):
+        raise ValueError(
+            f"{kind}: {trial.calls} attention layers can be read of its {depth(model)} layers; choose a method that uses "
+            "hidden states or logits only"
         )
 
 
@@ -116,7 +195,7 @@ def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> d
             f"{recorder.calls - 1})"
         )
     found = recorder.kept
-    lost = torch.is_grad_enabled() and not any(x.requires_grad for layer in found.values() for x in layer)
+    lost = torch.is_grad_enabled() and not any(x.requires_grad for layer in found.values() for x in layer[:3])
     if lost and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise RuntimeError(
             f"{_name(model)}: queries and keys were recorded without a gradient, as reentrant gradient checkpointing does; "

@@ -26,17 +26,15 @@ class Side:
     width: int
     heads: int
     key_heads: int
-
-    @property
-    def causal(self) -> bool:
-        return self.family in DECODERS
+    causal: bool = False
 
     @classmethod
     def of(cls, model) -> "Side":
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        return cls(config.model_type, config.num_hidden_layers, config.hidden_size, heads, groups)
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())  # its attention says so
+        return cls(config.model_type, config.num_hidden_layers, config.hidden_size, heads, groups, causal)
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,14 @@ class Method(nn.Module):
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""
         return self.stage(progress) != "task"
 
-    def qkv(self, batch: Batch, side: str) -> list[QKV]:
-        recorded = getattr(batch, side).qkv
-        return [recorded[layer] for layer in self.attention(side)]
+    def recorded(self, batch: Batch, side: str) -> list[QKV]:
+        """The layers that `attention` names, as the model has them."""
+        layers = getattr(batch, side).qkv
+        return [layers[layer] for layer in self.attention(side)]
+
+    def qkv(self, batch: Batch, side: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The same with the queries rescaled, so that q·kᵀ/√d are the model's own scores."""
+        return [layer.normalized() for layer in self.recorded(batch, side)]
 
 
 def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
