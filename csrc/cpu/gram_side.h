@@ -104,7 +104,7 @@ struct Side {
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
   char* row(int64_t i) const { return rows + i * row_bytes(); }
-  bool zero(int64_t i) const { return std::binary_search(zeros.begin(), zeros.end(), i); }
+  bool zero(int64_t i) const { return !zeros.empty() && std::binary_search(zeros.begin(), zeros.end(), i); }
   bool live(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
   // What a pass over the rows of a group finds.
@@ -181,16 +181,19 @@ struct Side {
     const char* first = given(group, kept[0]);
     equal = true;
     for (int64_t i = 1; equal && i < n; ++i) equal = !std::memcmp(given(group, kept[i]), first, width * item);
-    if (equal) table.copy(first, element, false, width, centre);
     square = 0;
     for (int64_t k = 0; k < padded; ++k) {
       double sum = 0;
       for (int64_t c = 0; c * chunk < n; ++c) sum += sums[c * padded + k];
-      const double of_all = equal ? double(centre[k]) * scale[0] : sum / others;
-      centre[k] = float(of_all);
-      square += of_all * of_all;
+      centre[k] = float(sum / others);
+      square += sum / others * (sum / others);
     }
     equal = equal && std::isfinite(square);
+    if (equal) {
+      table.copy(first, element, false, width, centre);
+      square = 0;
+      for (int64_t k = 0; k < width; ++k) square += double(centre[k] *= scale[0]) * centre[k];
+    }
     if (by_line && !normalize && short_rows(n, others)) {
       std::memset(centre, 0, padded * sizeof(float));
       square = 0;
