@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gram_rows import aligned, conclude, load_scales, pick, tile, without_mean
+from .gram_rows import aligned, conclude, load_scales, not_zero, pick, tile, without_mean
 
 SPILL_LIMIT = {"lines_kernel": 16, "official_kernel": 0}  # bytes of stack per thread
 
@@ -72,12 +72,14 @@ def lines_kernel(
     for start in range(0, R, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
         Q, _, _, m_i, m_j, _, _, _, _ = tile(
-            t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D
+            t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, True, BLOCK, BLOCK_D
         )
         more = tl.sum(m_j.to(tl.int32), 0)
         both, entries = m_i[:, None] & m_j[None, :], tl.maximum(more, 1)
         Q, here_q = without_mean(Q - shift_q, both, entries, True)
-        P, _, _, _, _, _, _, _, _ = tile(s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D)
+        P, _, _, _, _, _, _, _, _ = tile(
+            s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, True, BLOCK, BLOCK_D
+        )
         P, here_p = without_mean(P - shift_p, both, entries, True)
         share = more.to(tl.float64) / tl.maximum(n + more, 1)
         to_p, to_q = here_p - mean_p, here_q - mean_q
@@ -87,7 +89,11 @@ def lines_kernel(
         mean_p += to_p * share
         mean_q += to_q * share
         n += more
-    _, _, counts = load_scales(kept, 0, G, R, group, o_i)
+    scale_s, low_s, counts = load_scales(kept, 0, G, R, group, o_i)
+    scale_t, low_t, _ = load_scales(kept, 1, G, R, group, o_i)
+    live_s, live_t = not_zero(scale_s, low_s), not_zero(scale_t, low_t)
+    pp, qq = tl.where(live_s, pp, 0.0), tl.where(live_t, qq, 0.0)  # of a row of zeros they are rounding
+    pq = tl.where(live_s & live_t, pq, 0.0)
     there, lines = o_i < R, group * R + o_i
     mean_p += shift_p
     mean_q += shift_q

@@ -2,7 +2,7 @@
 all rows before the first tile, lengths and means, and a tile itself. kernels/gram.py has the maths.
 
 Saved of a term of longer groups, in one tensor of float32: per group [mean P, mean Q, of P, of Q]; of every row 1 / |x| in
-two parts, for both sides; the mean rows of both.
+two parts, for both sides, whose sum is 0 for a row of zeros; the mean rows of both.
 """
 
 import os
@@ -70,16 +70,20 @@ def load_rows(x_ptr, row_stride, o_r, m_r, o_d, D):
 
 
 @triton.jit
-def inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """1 / |x| in float64, for rows that need all their digits."""
-    if NORMALIZE:
+def inverse_norms(
+    x_ptr, row_stride, o_r, m_r, D, NORMALIZE: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """1 / |x| in float64, for rows that need all their digits; and (ZEROS) which rows are not all zeros."""
+    if NORMALIZE or ZEROS:
         squares = tl.zeros([BLOCK], tl.float64)
         for k in range(0, D, BLOCK_D):
             b_x = load_rows(x_ptr, row_stride, o_r, m_r, k + tl.arange(0, BLOCK_D), D).to(tl.float64)
             squares += tl.sum(b_x * b_x, 1)
-        return scale_of(squares, m_r)
+        inverse = scale_of(squares, m_r) if NORMALIZE else m_r.to(tl.float64)
+        return inverse, m_r & (squares != 0)
     else:
-        return m_r.to(tl.float64)
+        return m_r.to(tl.float64), m_r
 
 
 @triton.jit
@@ -129,7 +133,7 @@ def conclude(pp, qq, pq, n, eps):
     den = ab + eps
     none = (a == 0) | (n == 1)  # of a single row, P and Q are rounding
     of_p = tl.where(none, 0.0, 2.0 * pq * b / (tl.where(none, 1.0, a) * den * den))
-    return (ab - pq + eps) / den, of_p, tl.where(n == 1, 0.0, -2.0 / den)
+    return (ab - pq + eps) / den, of_p, tl.where((b == 0) | (n == 1), 0.0, -2.0 / den)
 
 
 @triton.jit
@@ -186,18 +190,16 @@ def rows_of_side(
     """Scales of some rows, and the sum of what they are with them."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     if HALF:
-        if NORMALIZE:
-            squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            for k in range(0, D, BLOCK_D):
-                b_x = load_rows(x_ptr, row_stride, o_r, m_r, k + tl.arange(0, BLOCK_D), D).to(tl.float32)
-                squares += b_x * b_x
-            inverse = scale_of(tl.sum(squares.to(tl.float64), 1), m_r)
-        else:
-            inverse = m_r.to(tl.float64)
+        squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for k in range(0, D, BLOCK_D):
+            b_x = load_rows(x_ptr, row_stride, o_r, m_r, k + tl.arange(0, BLOCK_D), D).to(tl.float32)
+            squares += b_x * b_x
+        total = tl.sum(squares.to(tl.float64), 1)
+        inverse, live = scale_of(total, m_r) if NORMALIZE else m_r.to(tl.float64), m_r & (total != 0)
     else:
-        inverse = inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE, ROWS, BLOCK_D)
+        inverse, live = inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE, True, ROWS, BLOCK_D)
     scale = inverse.to(tl.float32)
-    low = (inverse - scale.to(tl.float64)).to(tl.float32)
+    low = tl.where(m_r & ~live, -scale, (inverse - scale.to(tl.float64)).to(tl.float32))
     at = scales_of(saved, side, G, R, group) + o_r
     tl.store(at, scale, mask=o_r < R)
     tl.store(at + G * R, low, mask=o_r < R)
@@ -231,7 +233,8 @@ def rows_kernel(
 @triton.jit
 def means_kernel(
     saved, levels_ptr, sums_s, sums_t, mask_ptr, G, R, D_s, D_t, m_group, m_row, blocks,
-    HALF_S: tl.constexpr, HALF_T: tl.constexpr, ENOUGH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF_S: tl.constexpr, HALF_T: tl.constexpr, ENOUGH: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One side of one group: its mean row c, and |c|², which is the mean of the Gram; where rows are centred it is no part
     of a tile: 0, and |c|² goes to levels_ptr."""
@@ -240,8 +243,13 @@ def means_kernel(
     pair, group = unit // G, unit % G
     if mask_ptr is not None:
         mask_ptr += group * m_group
-    n = tl.maximum(counting(mask_ptr, m_row, R, ENOUGH), 1)
+    n = counting(mask_ptr, m_row, R, ENOUGH)
     kept = pick(saved, pair)
+    if LINES:  # rows of zeros have no part in c
+        for start in range(0, R, 256):
+            scale, low, _ = load_scales(kept, of_t, G, R, group, start + tl.arange(0, 256))
+            n -= tl.sum(((scale != 0) & (scale + low == 0)).to(tl.int32), 0)
+    n = tl.maximum(n, 1)
     D = tl.where(of_t == 1, D_t, D_s)
     sums_ptr = tl.where(of_t == 1, sums_t, sums_s) + unit * blocks * D
     half = tl.where(of_t == 1, HALF_T, HALF_S)
@@ -272,11 +280,18 @@ def load_scales(saved, side, G, R, group, o_r):
 
 
 @triton.jit
+def not_zero(scale, low):
+    """Which rows count and are not all zeros."""
+    return scale + low != 0
+
+
+@triton.jit
 def tile(
-    x_ptr, row_stride, saved, side, G, R, group, o_i, o_j, D, D_s, D_t, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, row_stride, saved, side, G, R, group, o_i, o_j, D, D_s, D_t, LINES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of one side, at rows o_i and columns o_j: <u_i, u_j>, less |c|² where rows are float32; the scales of both; and, where
-    rows are float32, <c, v_i>, <c, v_j>, <u_i, v_i> and <u_j, v_j>."""
+    rows are float32, <c, v_i>, <c, v_j>, <u_i, v_i> and <u_j, v_j>. LINES: v of a row of zeros is 0, and c has no part of it."""
     scale_i, low_i, m_i = load_scales(saved, side, G, R, group, o_i)
     scale_j, low_j, m_j = load_scales(saved, side, G, R, group, o_j)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -291,12 +306,17 @@ def tile(
     else:
         onto_i, onto_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
         own_i, own_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        square = tl.zeros([BLOCK_D], tl.float32)
+        live_i, live_j = m_i, m_j
+        if LINES:
+            live_i, live_j = not_zero(scale_i, low_i), not_zero(scale_j, low_j)
         c_ptr = centre_of(saved, side, G, R, group, D_s, D_t)
         for k in range(0, D, BLOCK_D):
             o_d = k + tl.arange(0, BLOCK_D)
             centre = tl.load(c_ptr + o_d, mask=o_d < D, other=0.0)
-            v_i = centred(load_rows(x_ptr, row_stride, o_i, m_i, o_d, D), scale_i, low_i, centre, m_i)
-            v_j = centred(load_rows(x_ptr, row_stride, o_j, m_j, o_d, D), scale_j, low_j, centre, m_j)
+            v_i = centred(load_rows(x_ptr, row_stride, o_i, m_i, o_d, D), scale_i, low_i, centre, live_i)
+            v_j = centred(load_rows(x_ptr, row_stride, o_j, m_j, o_d, D), scale_j, low_j, centre, live_j)
+            square += centre * centre
             onto_i += v_i * centre[None, :]
             onto_j += v_j * centre[None, :]
             own_i += v_i * (v_i + centre[None, :])
@@ -304,6 +324,8 @@ def tile(
             acc = product(v_i, tl.trans(v_j), acc)
         o_ci, o_cj = tl.sum(onto_i, 1), tl.sum(onto_j, 1)
         base = acc + (o_ci[:, None] + o_cj[None, :])
+        if LINES:
+            base = tl.where(live_i[:, None] & live_j[None, :], base, -tl.sum(square, 0))
         return base, scale_i, scale_j, m_i, m_j, o_ci, o_cj, tl.sum(own_i, 1), tl.sum(own_j, 1)
 
 

@@ -26,6 +26,7 @@ from .gram_rows import (
     load_rows,
     load_scales,
     means_kernel,
+    not_zero,
     pick,
     product,
     rows_kernel,
@@ -65,10 +66,12 @@ def moments_kernel(
     o_i, o_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     kept = pick(saved, pair)
     s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
-    Q, _, _, m_i, m_j, _, _, _, _ = tile(t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D)
+    Q, _, _, m_i, m_j, _, _, _, _ = tile(
+        t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, False, BLOCK, BLOCK_D
+    )
     both = m_i[:, None] & m_j[None, :]
     Q = tl.where(both, Q - tl.load(kept + group * 4 + 1), 0.0)
-    P, _, _, _, _, _, _, _, _ = tile(s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D)
+    P, _, _, _, _, _, _, _, _ = tile(s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, False, BLOCK, BLOCK_D)
     P = tl.where(both, P - tl.load(kept + group * 4), 0.0)
     twice = tl.where(i == j, 1.0, 2.0)
     partial_ptr += program * 5
@@ -120,6 +123,7 @@ def conclude_kernel(
 def keep_weights(
     W,
     base,
+    live_j,
     scale_i,
     scale_j,
     onto_i,
@@ -132,9 +136,13 @@ def keep_weights(
     R,
     stride,
     slot,
+    LINES: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """A tile of W as the product will read it, and per row what it adds to <u, gradient> and to W's sum, or its gain."""
+    """A tile of W as the product will read it, and per row what it adds to <u, gradient> and to W's sum, or its gain.
+    What a row of zeros weighs, up to 1 / eps and 1e12 for its length, would leave others' weights rounded away."""
+    if SIDE.primitive_bitwidth == 16 or LINES:
+        W = tl.where(live_j[None, :], W, 0.0)
     if SIDE.primitive_bitwidth == 16:
         weights, factor = halved(W, scale_j, SIDE)
         length = 1.0 / tl.where(scale_j == 0, 1.0, scale_j)
@@ -167,7 +175,9 @@ def weights_kernel(
     o_i, o_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     kept = pick(saved, pair)
     s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
-    Q, _, _, m_i, m_j, _, _, _, _ = tile(t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, BLOCK, BLOCK_D)
+    Q, _, _, m_i, m_j, _, _, _, _ = tile(
+        t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, LINES, BLOCK, BLOCK_D
+    )
     both = m_i[:, None] & m_j[None, :]
     up_ptr, kept_of = pick(grads, pair), kept + group * 4
     if LINES:
@@ -175,7 +185,7 @@ def weights_kernel(
     else:
         W = (tl.load(kept_of + 3) * tl.load(up_ptr + group)) * (Q - tl.load(kept_of + 1))
     base, scale_i, scale_j, _, _, onto_i, onto_j, own_i, own_j = tile(
-        s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, BLOCK, BLOCK_D
+        s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, LINES, BLOCK, BLOCK_D
     )
     if LINES:
         W += side_of_weights(base, kept, 0, up_ptr, G, R, group, o_i, o_j, D_s, D_t, OFFICIAL)
@@ -187,12 +197,49 @@ def weights_kernel(
     weights_ptr += here * height * stride
     slots_ptr += here * tiles * 2 * R
     first = first_tile * BLOCK
-    keep_weights(W, base, scale_i, scale_j, onto_i, own_i, weights_ptr, slots_ptr, o_i, o_j, first, R, stride, j, SIDE)
+    _, low_i, _ = load_scales(kept, 0, G, R, group, o_i)
+    _, low_j, _ = load_scales(kept, 0, G, R, group, o_j)
+    live_i, live_j = not_zero(scale_i, low_i), not_zero(scale_j, low_j)
+    keep_weights(
+        W,
+        base,
+        live_j,
+        scale_i,
+        scale_j,
+        onto_i,
+        own_i,
+        weights_ptr,
+        slots_ptr,
+        o_i,
+        o_j,
+        first,
+        R,
+        stride,
+        j,
+        LINES,
+        SIDE,
+    )
     if MIRROR:  # noqa: SIM102 (known when compiled; the other when run)
         if i != j:
             W, base = tl.trans(W), tl.trans(base)
             keep_weights(
-                W, base, scale_j, scale_i, onto_j, own_j, weights_ptr, slots_ptr, o_j, o_i, first, R, stride, i, SIDE
+                W,
+                base,
+                live_i,
+                scale_j,
+                scale_i,
+                onto_j,
+                own_j,
+                weights_ptr,
+                slots_ptr,
+                o_j,
+                o_i,
+                first,
+                R,
+                stride,
+                i,
+                LINES,
+                SIDE,
             )
 
 
@@ -276,7 +323,8 @@ def forward(launch, out: tuple, normalize: bool, eps: float) -> tuple:
     )  # fmt: skip
     means_kernel[(2 * units,)](
         saved, levels, *sums, *mask, *launch.mask_strides, blocks, HALF_S=launch.students[0].element_size() == 2,
-        HALF_T=launch.teachers[0].element_size() == 2, ENOUGH=launch.enough, BLOCK=16, BLOCK_D=128, num_warps=4,
+        HALF_T=launch.teachers[0].element_size() == 2, ENOUGH=launch.enough,
+        LINES=launch.by_line, BLOCK=16, BLOCK_D=128, num_warps=4,
     )  # fmt: skip
     if launch.by_line:
         gram_lines.forward(launch, saved, levels, out, shape, normalize, eps)

@@ -30,35 +30,47 @@ SPILL_LIMIT = {"whole_forward_kernel": 152, "whole_backward_kernel": 224}  # byt
 
 
 @triton.jit
-def whole_side(x_ptr, row_stride, o_r, m_r, n, D, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """<u_i, u_j>, less a number where rows are float32; and of every row the scale (two parts), <c, v> and <u, v>."""
+def whole_side(
+    x_ptr, row_stride, o_r, m_r, D, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<u_i, u_j>, less a number where rows are float32; which rows have a part in c: all or (row by row) those which are not
+    all zeros; and of every row the scale (two parts), <c, v> and <u, v>."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if HALF:
         for k in range(0, D, BLOCK_D):
             b_x = load_rows(x_ptr, row_stride, o_r, m_r, k + tl.arange(0, BLOCK_D), D)
             acc = product(b_x, tl.trans(b_x), acc)
+        o = tl.arange(0, BLOCK)
+        squares = tl.sum(tl.where(o[:, None] == o[None, :], acc, 0.0), 1)
         if NORMALIZE:
-            o = tl.arange(0, BLOCK)
-            squares = tl.sum(tl.where(o[:, None] == o[None, :], acc, 0.0), 1)
             scale = scale_of(squares.to(tl.float64), m_r).to(tl.float32)
         else:
             scale = m_r.to(tl.float32)
-        return acc * (scale[:, None] * scale[None, :]), scale, scale, scale, scale
+        return acc * (scale[:, None] * scale[None, :]), m_r & (squares != 0), scale, scale, scale, scale
     else:
-        inverse = inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE, BLOCK, BLOCK_D)
+        inverse, live = inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE, ROW, BLOCK, BLOCK_D)
+        if not ROW:
+            live = m_r
+        n = tl.maximum(tl.sum(live.to(tl.int32), 0), 1)
+        square = tl.zeros([BLOCK_D], tl.float32)
         scale = inverse.to(tl.float32)
         low = (inverse - scale.to(tl.float64)).to(tl.float32)
         onto, own = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
         for k in range(0, D, BLOCK_D):
             b_x = load_rows(x_ptr, row_stride, o_r, m_r, k + tl.arange(0, BLOCK_D), D)
             centre = tl.sum(normalised(b_x, scale, low), 0) / n
-            b_v = centred(b_x, scale, low, centre, m_r)
+            b_v = centred(b_x, scale, low, centre, live)
+            square += centre * centre
             onto += b_v * centre[None, :]
             own += b_v * (b_v + centre[None, :])
             acc = product(b_v, tl.trans(b_v), acc)
         o_c = tl.sum(onto, 1)
-        return acc + (o_c[:, None] + o_c[None, :]), scale, low, o_c, tl.sum(own, 1)
+        base = acc + (o_c[:, None] + o_c[None, :])
+        if ROW:  # <0, u> is 0
+            base = tl.where(live[:, None] & live[None, :], base, -tl.sum(square, 0))
+        return base, live, scale, low, o_c, tl.sum(own, 1)
 
 
 @triton.jit
@@ -90,12 +102,16 @@ def both_sides(
     """P and Q; of the student's rows the mean and what whole_side says; and what conclude says of both."""
     both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
     o_r = tl.arange(0, BLOCK)
-    Q, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, rows, D_t, NORMALIZE, BLOCK, BLOCK_D)
+    Q, live, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, D_t, ROW, NORMALIZE, BLOCK, BLOCK_D)
     Q, _ = without_mean(Q, both, rows, ROW)
-    P, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, rows, D_s, NORMALIZE, BLOCK, BLOCK_D)
+    if ROW:  # of a row of zeros what is left is rounding
+        Q = tl.where(live[:, None], Q, 0.0)
+    P, live, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, D_s, ROW, NORMALIZE, BLOCK, BLOCK_D)
     P, mean = without_mean(P, both, rows, ROW)
+    if ROW:
+        P = tl.where(live[:, None], P, 0.0)
     value, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
-    return P, Q, mean, scale, low, onto, own, value, of_p, of_q
+    return P, Q, mean, live, scale, low, onto, own, value, of_p, of_q
 
 
 @triton.jit
@@ -106,7 +122,7 @@ def whole_forward_kernel(
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
     pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
-    _, _, _, _, _, _, _, value, _, _ = both_sides(
+    _, _, _, _, _, _, _, _, value, _, _ = both_sides(
         s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
     )
     if ROW:
@@ -130,7 +146,7 @@ def whole_backward_kernel(
     pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
     HALF: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
-    P, Q, mean, scale, low, onto, own, _, of_p, of_q = both_sides(
+    P, Q, mean, live, scale, low, onto, own, _, of_p, of_q = both_sides(
         s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
     )
     if ROW:
@@ -140,7 +156,7 @@ def whole_backward_kernel(
     else:
         up = tl.where(n > 0, tl.load(pick(grads, pair) + group), 0.0)
         W = (of_p * up).to(tl.float32) * P + (of_q * up).to(tl.float32) * Q
-    both = m_r[:, None] & m_r[None, :]
+    both = m_r[:, None] & live[None, :]  # what rows of zeros weigh would leave others' weights rounded away
     W, base = tl.where(both, W, 0.0), tl.where(both, P + mean[:, None], 0.0)
     project = m_r & NORMALIZE & (scale < 1.0 / LEAST_NORM)
     if HALF:
@@ -161,7 +177,7 @@ def whole_backward_kernel(
             pulled = product(weights, b_x, nothing) * gain[:, None]
             grad = finish_rows(pulled, b_x, scale, project, along)
         else:
-            centre = tl.sum(normalised(b_x, scale, low), 0) / tl.maximum(n, 1)
-            b_v = centred(b_x, scale, low, centre, m_r)
+            centre = tl.sum(normalised(b_x, scale, low), 0) / tl.maximum(tl.sum(live.to(tl.int32), 0), 1)
+            b_v = centred(b_x, scale, low, centre, live)
             grad = finish_centred(product(weights, b_v, nothing), b_v, centre, scale, project, along, total)
         store_gradient(out_ptr, out_row, o_r, m_r, o_d, R, D_s, grad, ADD)

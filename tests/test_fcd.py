@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from cases import GOLDENS, det, gradients, randn, relative_error
+from fastkd import backends
 from fastkd.functional import gram_correlation_loss
 from fastkd.losses.fcd import FCDLoss
 from fastkd.ops import gram as ops
 from ranks import on_two_ranks
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+HERE = [b for b in ops.KERNELS if b == "cpu" or backends.INTERPRETED]
 
 
 def fcd(**options):
@@ -213,3 +215,26 @@ def test_mistakes():
         fcd(grouping="official")(x, x, MASK)
     with pytest.raises(ValueError, match="mask"):
         fcd(gamma=1.0)(x, x, torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("backend", ["reference", *HERE])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_padding_of_zeros_does_not_spoil_the_random_relation(backend, where):
+    """Without a mask, drawn zeros are tokens like others: what rounding leaves of their rows is not divided by eps."""
+    student, teacher = (randn(4, 9, d, seed=d) + 2 * randn(d, seed=50 + d) for d in (24, 33))
+    padding = torch.arange(9) >= torch.tensor([9, 5, 7, 9])[:, None]
+    student, teacher = (
+        x.masked_fill(padding[..., None], 0) if where in (side, "both") else x
+        for side, x in (("student", student), ("teacher", teacher))
+    )
+
+    def run(backend, dtype):
+        torch.manual_seed(3)  # the same draws
+        criterion = FCDLoss(alpha=0.3, beta=0.2, gamma=1.0, K=30, backend=backend)
+        return gradients(lambda s: criterion(s, teacher.to(dtype)), student.to(dtype))
+
+    exact, (exact_grad,) = run("reference", torch.float64)
+    (value, (grad,)), (_, (eager_grad,)) = run(backend, torch.float32), run("reference", torch.float32)
+    assert relative_error(value, exact) <= 1e-6
+    errors = [relative_error(x[~padding], exact_grad[~padding]) for x in (grad, eager_grad)]
+    assert errors[0] <= max(errors[1], 1e-6)

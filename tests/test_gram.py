@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import GOLDENS, det, gradients, randn, relative_error
-from fastkd import backends, functional
+from fastkd import backends, checks, functional
 from fastkd.ops import gram as ops
 from fastkd.reference.gram import gram
 
@@ -127,6 +127,32 @@ def test_a_mask_of_ones_changes_no_bit(backend, level, grouping, pearson):
         with_mask = gradients(lambda s, mask=mask: loss(s, inputs[1], backend, mask=mask, **options), inputs[0])
         assert torch.equal(without[0], with_mask[0])
         assert torch.equal(without[1][0], with_mask[1][0])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (3, 5), (2, 1)], ids=str)
+@on_every_backend
+def test_a_mask_of_ones_is_no_mask_in_the_official_grouping(backend, shape):
+    """Of one or two sequences too: without a mask no group is too small."""
+    student, teacher = randn(*shape, 8, seed=1), randn(*shape, 6, seed=2)
+    for level in ("token", "sequence", {"token": 1.0, "sequence": 0.5}):
+        options = {"level": level, "grouping": "official"}
+        without = gradients(lambda s, o=options: loss(s, teacher, backend, **o), student)
+        found = gradients(lambda s, o=options: loss(s, teacher, backend, mask=torch.ones(shape), **o), student)
+        assert without[0] > 0
+        assert torch.equal(without[0], found[0]) and torch.equal(without[1][0], found[1][0])
+
+
+@on_every_backend
+def test_where_a_mask_cannot_be_looked_at_one_that_hides_tokens_gives_nan(backend, monkeypatch):
+    """As on a GPU, where looking would synchronise."""
+    monkeypatch.setattr(checks, "looks_are_free", lambda x: False)
+    student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
+    options = {"level": "sequence", "grouping": "official"}
+    value, (grad,) = gradients(lambda s: loss(s, teacher, backend, mask=MASK, **options), student)
+    assert value.isnan() and grad.isnan().all()
+    without = gradients(lambda s: loss(s, teacher, backend, **options), student)
+    found = gradients(lambda s: loss(s, teacher, backend, mask=torch.ones(4, 6), **options), student)
+    assert torch.equal(without[0], found[0]) and torch.equal(without[1][0], found[1][0])
 
 
 @on_every_kind

@@ -60,6 +60,55 @@ def test_any_upstream(levels, row, masked, upstream, dtype):
         assert relative_error(x, y) <= (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+def one_differs(up, by):
+    """The first and the last as they were, one between them not."""
+    up = up.clone()
+    up.view(-1)[up.numel() // 2] *= by
+    return up
+
+
+@pytest.mark.parametrize("by", [1 + 3e-6, 1.001, 2.0])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("row", [False, True])
+def test_upstreams_that_nearly_agree(row, which, by):
+    """One value of one level has an upstream of its own, so that no factor is common: all is made again, for what came."""
+    students, teachers = layers()
+    options = (["token", "sequence"], row, True, 1e-6)
+    leaves = [s.clone().requires_grad_() for s in students]
+    values, _ = ops.gram(leaves, teachers, None, *options, "cpu", ([0.5, 2.0], True))
+    likely = [UPSTREAMS["as was likely"](k % 2, x.shape) for k, x in enumerate(values)]
+    ups = [one_differs(up, by) if k % 2 == which else up for k, up in enumerate(likely)]
+    found = torch.autograd.grad(values, leaves, ups, retain_graph=True)
+    levels = [ops.LEVELS.index(level) for level in options[0]]
+    again = torch.ops.fastkd.gram_bwd(ups, students, teachers, None, [], levels, *options[1:])
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    exact = by_the_oracle(students, teachers, None, options[0], row, ups)
+    assert all(relative_error(x, y) <= 1e-5 for x, y in zip(found, exact, strict=True))
+    if by >= 1.001:
+        other = by_the_oracle(students, teachers, None, options[0], row, likely)
+        assert all(relative_error(x, y) > 2e-5 for x, y in zip(exact, other, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1 + 3e-6, 1.001, 65536.0])
+def test_a_common_factor_is_all_that_is_left_to_do(scale):
+    """What does not count has no say in it."""
+    students, teachers = layers()
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    mask[2, 1:] = False
+    question = (students, teachers, mask, [0], False, True, 1e-6)
+    _, valid, found = torch.ops.fastkd.gram_fwd_grad(*question, [1.0], True)
+    assert valid[0].tolist() == [True, True, False, True, True]
+    made = [x.clone() for x in found]
+    ups = [torch.full((5,), 0.25) for _ in students]
+    for up in ups:
+        up[2] = 7.0
+    factor = torch.tensor(0.25 * scale) / 0.25
+    torch.ops.fastkd.gram_settle(
+        found, [torch.where(valid[0], up * scale, up) for up in ups], valid, *question, [1.0], True
+    )
+    assert all(torch.equal(x, y * factor) for x, y in zip(found, made, strict=True))
+
+
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-3])
 @pytest.mark.parametrize("row", [False, True])
 def test_a_second_backward_makes_its_own(row, scale):

@@ -106,6 +106,102 @@ def test_outlier_dimensions(backend, level, offset):
     assert relative_error(grad, true_grad) <= min(1e-5, relative_error(eager_grad, true_grad))
 
 
+def with_zeros(student, teacher, where, token):
+    student, teacher = student.clone(), teacher.clone()
+    for side, x in (("student", student), ("teacher", teacher)):
+        if where in (side, "both"):
+            x[:, token] = 0
+    return student, teacher
+
+
+def check_rows_of_zeros(student, teacher, backend, token, level="token", **options):
+    """Of the others no gradient is worse than float32 eager's; a row of zeros is uncorrelated, exactly."""
+    options = {"pearson": "row", **options}
+    value, (grad,) = run(student, teacher, backend, level, **options)
+    _, (eager_grad,) = run(student, teacher, "reference", level, **options)
+    true_value, (true_grad,) = oracle(student, teacher, level, **options)
+    assert (value - true_value).abs().max() <= 1e-6
+    assert torch.equal(value == 1, true_value == 1)
+    others = torch.arange(student.shape[1]) != token
+    errors = [relative_error(x[:, others], true_grad[:, others]) for x in (grad, eager_grad)]
+    assert errors[0] <= max(errors[1], 1e-6)
+    assert relative_error(grad[:, token], true_grad[:, token]) <= 1e-5
+
+
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+@pytest.mark.parametrize("normalize", [True, False])
+@on_every_kernel
+def test_rows_of_zeros_among_others_row_by_row(backend, normalize, where):
+    for length, level in ((7, "token"), (7, "sequence"), (70, "token")):
+        student, teacher = with_zeros(*anisotropic(13, 2, length, 20, 33, 2.0), where, 3)
+        if level == "sequence":
+            student, teacher = student.transpose(0, 1), teacher.transpose(0, 1)
+            rows_first = [x.transpose(0, 1) for x in (student, teacher)]
+            value, (grad,) = run(student, teacher, backend, level, pearson="row", normalize=normalize)
+            same, (same_grad,) = run(*rows_first, backend, "token", pearson="row", normalize=normalize)
+            assert torch.equal(value, same) and torch.equal(grad.transpose(0, 1), same_grad)
+            continue
+        check_rows_of_zeros(student, teacher, backend, 3, normalize=normalize)
+
+
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+@on_every_kernel
+def test_sequences_of_zeros_in_the_official_grouping(backend, where):
+    """Of a single position every value is of one row of its Gram."""
+    student, teacher = with_zeros(*(x.transpose(0, 1) for x in anisotropic(14, 1, 9, 20, 33, 2.0)), "none", 0)
+    for side, x in (("student", student), ("teacher", teacher)):
+        if where in (side, "both"):
+            x[4] = 0
+    options = {"grouping": "official"}
+    value, (grad,) = run(student, teacher, backend, "sequence", **options)
+    _, (eager_grad,) = run(student, teacher, "reference", "sequence", **options)
+    true_value, (true_grad,) = oracle(student, teacher, "sequence", **options)
+    assert (value - true_value).abs().max() <= 1e-6 and value[4] == 1
+    others = torch.arange(9) != 4
+    errors = [relative_error(x[others], true_grad[others]) for x in (grad, eager_grad)]
+    assert errors[0] <= max(errors[1], 1e-6)
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("length", [130, 600])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_rows_of_zeros_in_long_groups(where, length):
+    student, teacher = with_zeros(*anisotropic(15, 1, length, 20, 33, 2.0), where, 100)
+    check_rows_of_zeros(student, teacher, "cpu", 100, mask=torch.arange(length)[None] != 5)
+    lengths = torch.logspace(-3, 3, length)[None, :, None]
+    check_rows_of_zeros(student * lengths, teacher * lengths.flip(1), "cpu", 100, normalize=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pearson", ["matrix", "row"])
+@on_every_kernel
+def test_rows_of_zeros_in_half_precision(backend, pearson, dtype):
+    for length in (9, 150):
+        student, teacher = with_zeros(*anisotropic(16, 1, length, 24, 33, 0.5, dtype=dtype), "both", 3)
+        student[:, 3] = teacher[:, 5] = 0
+        value, (grad,) = run(student, teacher, backend, "token", pearson=pearson)
+        true_value, (true_grad,) = oracle(student, teacher, "token", pearson=pearson)
+        assert (value - true_value).abs().max() <= 1e-6
+        others = torch.arange(length) != 3
+        assert relative_error(grad[:, others], true_grad[:, others]) <= 1e-2
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [7, 128, 600])
+@pytest.mark.parametrize("pearson", ["matrix", "row"])
+def test_equal_rows_have_no_gradient(pearson, length, dtype):
+    """Their Gram is constant: the value is 1, and on the sphere there is nowhere to go. What rounding leaves of the Gram is
+    divided by eps, and was up to 10000 times a gradient."""
+    student, teacher = anisotropic(17, 2, length, 24, 40, 0.5, dtype=dtype)
+    _, (usual,) = oracle(student, teacher, "token", pearson=pearson)
+    equal = [x[:, :1].expand_as(x).contiguous() for x in (student, teacher)]
+    for s, t in ((equal[0], teacher), (student, equal[1]), equal):
+        value, (grad,) = run(s, t, "cpu", "token", pearson=pearson)
+        assert (value - 1).abs().max() <= 1e-6
+        assert grad.double().norm() <= 1e-6 * usual.norm()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0, 3.0])
 @on_both_levels
 @on_every_kernel

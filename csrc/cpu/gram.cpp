@@ -105,12 +105,13 @@ Call call_of(const Question& asked, int64_t level, bool with_gradient, const Ten
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   const std::vector<int64_t> shape =
       asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
-  const bool by_features = !asked.row && !official && features_are_fewer(double(length), s, t, with_gradient);
+  const bool by_line = asked.row || official;
+  const bool by_features = !by_line && features_are_fewer(double(length), s, t, with_gradient);
   values = torch::stable::new_empty(s, shape, ScalarType::Float);
   valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
   Call call = {table,
-               Side(table, s, sequence, asked.normalize, by_features, norms),
-               Side(table, t, sequence, asked.normalize, by_features, norms + 1),
+               Side(table, s, sequence, asked.normalize, by_line, by_features, norms),
+               Side(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
                GroupMask(asked.mask, sequence, length),
                groups,
                length,

@@ -68,7 +68,7 @@ struct Weights {
 inline Weights conclude(double pp, double qq, double pq, double eps, float upstream, float* value) {
   const double ab = std::sqrt(pp * qq), den = ab + eps, a = std::sqrt(pp), b = std::sqrt(qq);
   *value = float((ab - pq + eps) / den);
-  return {upstream * (a > 0 ? pq * b / (a * den * den) : a == 0 ? 0. : a), -upstream / den};
+  return {upstream * (a > 0 ? pq * b / (a * den * den) : a == 0 ? 0. : a), b == 0 ? 0. : -upstream / den};
 }
 
 inline char* out_row(const Call& call, int64_t group, int64_t i) {
@@ -111,6 +111,8 @@ inline GramLines take_lines(Arena& arena, int64_t count) {
 inline void pull_rows(const Side& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
                       int64_t block, const Scratch& scratch, double* sums) {
   const int64_t columns = j_end - j;
+  for (int64_t k : s.zeros)  // their weights, of size 1 / eps, would leave their rounding in the sums
+    for (int64_t i = 0; j <= k && k < j_end && i < rows; ++i) weights[i * stride + k - j] = 0;
   for (int64_t i = 0; i < rows; ++i) {
     const double sum = s.table.weigh(weights + i * stride, gram_padded(columns), s.raw ? s.scale + j : nullptr);
     sums[i] = j == 0 ? sum : sums[i] + sum;
@@ -130,8 +132,12 @@ inline void finish_rows(const Call& call, int64_t group, const std::vector<int64
     if (call.add && i + kAhead < end) fetch(out_row(call, group, kept[i + kAhead]), out_bytes);
     float* pull = scratch.pull + (i - begin) * s.padded;
     for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
-    const GramRow of = {rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i],
-                        float(sums[i - begin])};
+    auto sum = float(sums[i - begin]);
+    if (s.equal) {  // the weighted sum of equal rows, without what cancels on the sphere
+      for (int64_t k = 0; k < s.width; ++k) pull[k] = s.live(i) ? 0 : s.centre[k] * sum;
+      sum = 0;
+    }
+    const GramRow of = {rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i], sum};
     char* to = out_row(call, group, kept[i]);
     if (direct) {
       auto* floats = reinterpret_cast<float*>(to);

@@ -75,7 +75,7 @@ struct Features {
     if (n == 0) return;
     for (Side* side : {&call.s, &call.t}) {
       side->scale_and_sum(group, kept, true);
-      side->mean(n);
+      side->mean(group, kept);
     }
     const std::vector<float> pulls = multiply_all(group, kept);
     const Weights w = correlate(group, n);

@@ -20,8 +20,16 @@ inline void set_line(const GramLines& lines, int64_t i, Weights weights, double 
   lines.plus[i] = float(weights.of_p * shift_p + weights.of_q * shift_q);
 }
 
+// Of a row of zeros, what is left of a line without its mean is 0; the mean of equal floats may be rounded.
+inline GramMoments without_rounding(const Call& call, GramMoments of, int64_t i) {
+  if (call.s.zero(i)) of.pp = of.pq = 0;
+  if (call.t.zero(i)) of.qq = of.pq = 0;
+  return of;
+}
+
 // Row-wise: `place` is the row's among the values.
-inline void conclude_row(const Call& call, int64_t place, const GramMoments& of, const GramLines& lines, int64_t i) {
+inline void conclude_row(const Call& call, int64_t place, const GramMoments& line, const GramLines& lines, int64_t i) {
+  const GramMoments of = without_rounding(call, line, i);
   const Weights weights = conclude(of.pp, of.qq, of.pq, call.eps, call.upstream[place], call.values + place);
   set_line(lines, i, of.count == 1 ? Weights{} : weights, -of.mean_p, -of.mean_q);
 }
@@ -44,7 +52,8 @@ inline void start_group(const Call& call, int64_t group, const std::vector<int64
 // Moments of one line, or of many; means are of the entries themselves, not of what is left without a position's mean.
 using LineSums = GramMoments;
 
-inline LineSums line_sums(GramMoments of, const double levels[2]) {
+inline LineSums line_sums(const Call& call, const GramMoments& line, int64_t i, const double levels[2]) {
+  GramMoments of = without_rounding(call, line, i);
   of.mean_p += levels[0];
   of.mean_q += levels[1];
   return of;

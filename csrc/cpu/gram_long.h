@@ -114,7 +114,7 @@ struct Long {
     const int64_t n = prepare(group, kept);
     const double levels[2] = {call.s.level, call.t.level};
     const std::vector<GramMoments> of_line = every_line(n);
-    for (int64_t i = 0; i < n; ++i) found[kept[i]] = line_sums(of_line[i], levels);
+    for (int64_t i = 0; i < n; ++i) found[kept[i]] = line_sums(call, of_line[i], i, levels);
   }
   void apply(int64_t group, const OfficialGroups& groups) {
     const std::vector<int64_t> kept = call.mask.kept(group);

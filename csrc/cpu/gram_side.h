@@ -1,6 +1,7 @@
 // One side (student or teacher) of one group: its rows, centred where that is possible, packed, and strips of its Gram.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -51,17 +52,22 @@ struct Side {
   bool raw;     // bfloat16 rows are multiplied as they are, exactly; all others are centred floats
   bool copied;  // rows cannot be read where they lie: not floats, or not whole vectors
   bool normalize;
+  bool by_line;          // a correlation is of single rows of the Gram
   int64_t strip, chunk;  // rows of a strip of the Gram, and rows that are prepared together: whole panels
   Norms* norms;
 
   // Of the group at hand.
   char *rows, *packed, *turned;
-  float *scale, *offset, *centre, *sums;
+  float *scale, *offset, *centre, *sums, *squares;
+  std::vector<int64_t>
+      zeros;   // rows of zeros, which have no part in c, and whose v is 0 too; found for rows' correlations
+  bool equal;  // all rows are the same: the centred Gram is 0, without rounding that eps would make large
   // The mean of the Gram, which is taken off its entries: |c|^2; and the same less what is 1 for all groups.
   double square, level;
 
   // `as_floats`: bfloat16 rows too.
-  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, bool as_floats, Norms* norms)
+  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, bool by_line, bool as_floats,
+       Norms* norms)
       : table(table),
         gemm(fastkd::gemm(element_of(x), as_floats)),
         data(static_cast<const char*>(x.const_data_ptr())),
@@ -78,6 +84,7 @@ struct Side {
         raw(element == kBFloat16 && gemm.operand == kBFloat16),
         copied(raw || element != kFloat32 || padded != width),
         normalize(normalize),
+        by_line(by_line),
         norms(norms) {
     norms->inverse.resize(normalize ? x.size(0) * x.size(1) : 1);
     cut_by((32 + gemm.rows_b - 1) / gemm.rows_b * gemm.rows_b);
@@ -97,6 +104,7 @@ struct Side {
 
   int64_t row_bytes() const { return stride * (raw ? 2 : 4); }
   char* row(int64_t i) const { return rows + i * row_bytes(); }
+  bool zero(int64_t i) const { return !zeros.empty() && std::binary_search(zeros.begin(), zeros.end(), i); }
   bool live(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
   // What a pass over the rows of a group finds.
@@ -114,14 +122,15 @@ struct Side {
     packed = arena.take<char>(gemm.bytes_b(n + chunk, width));
     turned = arena.take<char>(block ? (most_rows + block - 1) / block * gemm.bytes_b(width, block) : 0);
     offset = arena.take<float>(n);
+    squares = arena.take<float>(n);
   }
 
   // Rows `kept` of the group: scaled, and their mean taken away.
   void prepare(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
     scale_and_sum(group, kept, threads);
-    mean(n);
-    level = normalize ? square - 1 : square;
+    mean(group, kept);
+    level = !normalize ? square : equal && live(0) ? 0 : square - 1;
     if (raw) {
       for (int64_t i = 0; i < n; ++i) offset[i] = float(-square / 2);
     } else {
@@ -155,20 +164,51 @@ struct Side {
           table.copy(x, element, raw, width, copy);
         }
         scale[i] = normalize ? inverse : 1;
+        if (by_line && !live(i))
+          squares[i] = float(table.take(copied ? copy : x, raw ? kBFloat16 : kFloat32, raw, width, nullptr));
         table.add_scaled(copied ? copy : x, raw, scale[i], padded, sum);
       }
       if (raw) pack(begin, end);
     });
   }
 
-  void mean(int64_t n) {
+  void mean(int64_t group, const std::vector<int64_t>& kept) {
+    const auto n = int64_t(kept.size());
+    zeros.clear();
+    for (int64_t i = 0; by_line && i < n; ++i)
+      if (!live(i) && squares[i] == 0) zeros.push_back(i);
+    const auto others = double(std::max<int64_t>(n - int64_t(zeros.size()), 1));
+    const char* first = given(group, kept[0]);
+    equal = true;
+    for (int64_t i = 1; equal && i < n; ++i) equal = !std::memcmp(given(group, kept[i]), first, width * item);
     square = 0;
     for (int64_t k = 0; k < padded; ++k) {
       double sum = 0;
       for (int64_t c = 0; c * chunk < n; ++c) sum += sums[c * padded + k];
-      centre[k] = float(sum / n);
-      square += sum / n * (sum / n);
+      centre[k] = float(sum / others);
+      square += sum / others * (sum / others);
     }
+    equal = equal && std::isfinite(square);
+    if (equal) {
+      table.copy(first, element, false, width, centre);
+      square = 0;
+      for (int64_t k = 0; k < width; ++k) square += double(centre[k] *= scale[0]) * centre[k];
+    }
+    if (by_line && !normalize && short_rows(n, others)) {
+      std::memset(centre, 0, padded * sizeof(float));
+      square = 0;
+    }
+  }
+
+  // Whether rows of the Gram are so small that rounding at the size of c is the larger: of length |u|, a row's is |c| /
+  // |u| with c taken away, and |c| / |v| without.
+  bool short_rows(int64_t n, double others) const {
+    double all = 0, inverse = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      all += squares[i];
+      if (squares[i] > 0) inverse += 1. / squares[i];
+    }
+    return inverse * (all - others * square) > others * others;
   }
 
   // v = u - c to `to`; returns <c, v>. Where |u| is 1 that is (1 - |c|^2 - |v|^2) / 2, up to a constant: the better way
@@ -176,6 +216,10 @@ struct Side {
   double shift_row(const char* x, int64_t i, bool there, float* to) const {
     if (copied && !there) table.copy(x, element, false, width, to);
     const auto* from = copied ? to : reinterpret_cast<const float*>(x);
+    if (equal || zero(i)) {
+      std::memset(to, 0, padded * sizeof(float));
+      return 0;
+    }
     if (!by_length()) return table.shift(from, scale[i], centre, false, padded, to);
     const double lost =
         live(i) ? 0 : 1 - double(scale[i]) * scale[i] * table.take(from, kFloat32, false, padded, nullptr);
@@ -185,6 +229,7 @@ struct Side {
 
   void shift(int64_t group, const std::vector<int64_t>& kept, bool threads) {
     const int64_t n = int64_t(kept.size());
+    const auto others = double(std::max<int64_t>(n - int64_t(zeros.size()), 1));
     std::vector<double> onto(n);
     each(threads, n, chunk, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -193,17 +238,26 @@ struct Side {
     });
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += onto[i];
-    for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / n);
-    if (by_length()) level = 2 * sum / n - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
+    for (int64_t i = 0; i < n; ++i) offset[i] = float(onto[i] - sum / others);
+    if (by_length() && !equal) level = 2 * sum / others - (1 - square);  // |c|^2 - 1 = -mean |v|^2, with all its digits
   }
 
   // Rows [i, i_end) and columns [j, j_end) of the centred Gram, zeros up to the next multiple of kGramLanes.
   void tile(int64_t i, int64_t i_end, int64_t j, int64_t j_end, const float* ones, float* out,
             int64_t out_stride) const {
+    if (equal) {
+      for (; i < i_end; ++i, out += out_stride) std::memset(out, 0, gram_padded(j_end - j) * sizeof(float));
+      return;
+    }
     gemm.tile_direct(row(i), stride, packed + gemm.bytes_b(j, width), {i_end - i, j_end - j, width},
                      {out, out_stride, 1, false});
     const float* by = raw ? scale : nullptr;
     table.place(out, out_stride, i_end - i, j_end - j, by ? by + i : ones, by ? by + j : ones, offset + i, offset + j);
+    const auto of_zeros = float(normalize ? -1 - level : -level);
+    for (int64_t k : zeros) {
+      if (i <= k && k < i_end) std::fill_n(out + (k - i) * out_stride, j_end - j, of_zeros);
+      for (int64_t r = 0; j <= k && k < j_end && r < i_end - i; ++r) out[r * out_stride + k - j] = of_zeros;
+    }
   }
 
   // The rows as the second operand of (weights x rows), in pieces of `block` rows.

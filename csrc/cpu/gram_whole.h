@@ -81,7 +81,7 @@ struct Whole {
     double levels[2];
     make(group, kept, levels);
     for (int64_t i = 0; i < n; ++i)
-      found[kept[i]] = line_sums(call.table.line(p + i * stride, q + i * stride, n), levels);
+      found[kept[i]] = line_sums(call, call.table.line(p + i * stride, q + i * stride, n), i, levels);
   }
   void apply(int64_t group, const OfficialGroups& groups) {
     const std::vector<int64_t> kept = call.mask.kept(group);

@@ -29,7 +29,8 @@ def gram_correlation_loss(
     the batch of all ranks); {"token": a, "sequence": b}: both at once, weighted and added up. pearson="row" correlates
     row by row (DIST) instead of whole matrices. grouping="official" groups the sequence level as the released code does.
     Lists are pairs of layers: "mean" and "sum" are over all of them, "none" has one row per pair. With a mask only valid
-    pairs of rows count, and a group of fewer than 2 (token) or 3 (sequence) valid rows leaves the mean.
+    pairs of rows count, and a group of fewer than 2 (token) or 3 (sequence) valid rows leaves the mean; under
+    grouping="official" a mask must be all ones, and is then the same as none.
     """
     single = isinstance(student, Tensor)
     students, teachers = _paired_states(student, teacher, mask)
@@ -42,20 +43,23 @@ def gram_correlation_loss(
     checks.positive("eps", eps)
     if reduction == "none" and len(weights) > 1:
         raise ValueError(f"reduction='none': levels have groups of their own, pass one at a time, got {list(weights)}")
-    mask = reduce.as_bool(mask)
+    mask, hides_nothing = reduce.as_bool(mask), None
     if grouping == "official" and mask is not None:
         checks.values(
             "mask", mask, mask.all, "grouping='official' has no defined meaning under a mask that hides tokens"
         )
+        # A mask of ones is no mask. Where looking would synchronise, one that hides tokens makes the loss NaN.
+        mask, hides_nothing = None, None if checks.looks_are_free(mask) else mask.all()
     options = (grouping, pearson == "row", normalize, float(eps), reduction, backend)
     if process_group is None or "sequence" not in weights:
         found = _correlations(students, teachers, mask, weights, *options)
-        return found[0] if single and reduction == "none" else found
-    # At the sequence level the sequences of all ranks, at the token level those of this one.
-    gathered = [[reduce.gather_rows(x, process_group) for x in side] for side in (students, teachers, [mask])]
-    found = _correlations(*gathered[:2], gathered[2][0], {"sequence": weights["sequence"]}, *options)
-    if "token" in weights:
-        found = found + _correlations(students, teachers, mask, {"token": weights["token"]}, *options)
+    else:  # at the sequence level the sequences of all ranks, at the token level those of this one
+        gathered = [[reduce.gather_rows(x, process_group) for x in side] for side in (students, teachers, [mask])]
+        found = _correlations(*gathered[:2], gathered[2][0], {"sequence": weights["sequence"]}, *options)
+        if "token" in weights:
+            found = found + _correlations(students, teachers, mask, {"token": weights["token"]}, *options)
+    if hides_nothing is not None:
+        found = found * torch.where(hides_nothing, 1.0, torch.nan)
     return found[0] if single and reduction == "none" else found
 
 
