@@ -5,8 +5,9 @@ reference per row and side (about the maximum) and c = ((s - t) - (ref_s - ref_t
 
     kappa = log sum_v p e^c = log1p(sum_v p expm1(c)),   d = log(q / p) = c - kappa,   q - p = p expm1(d).
 
-Of float32 logits s - t is taken with what its rounding loses: a constant between the two sides costs no digits. Where |d| < 1/2 everything is built on expm1(d) by its series; elsewhere p and q on their own lose nothing. Every kind but
-mse is a Bregman divergence of p, q and that difference, with lambda(y) = y - log1p(y) >= 0 and phi(x) = expm1(x) - x >= 0:
+Of float32 logits s - t is taken with what its rounding loses: a constant between the two sides costs no digits. Where
+|d| < 1/2 everything is built on expm1(d) by its series; elsewhere p and q on their own lose nothing. Every kind but mse is
+a Bregman divergence of p, q and that difference, with lambda(y) = y - log1p(y) >= 0 and phi(x) = expm1(x) - x >= 0:
 
     KL(p || p + n) = sum p lambda(n / p) = sum p phi(log(1 + n / p))   when sum n = 0: each term >= 0, nothing cancels.
 

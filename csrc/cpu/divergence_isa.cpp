@@ -16,6 +16,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "cpu/vec.h"
@@ -63,18 +64,30 @@ struct Row {
 
   vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }  // e^t, <= 1
   vfloat student(vfloat a) const { return (a - max_s) * inverse_temperature; }
-  // c, or d once kappa is in the offset. A constant between the two sides costs no digits.
+  bool exact;  // s - t with what its rounding loses: where the offset, of which no digit counts, is larger than c
+
+  // c, or d once kappa is in the offset.
+  template <bool kExact>
   vfloat log_ratio(vfloat a, vfloat b) const {
-    const vfloat rounded = a - b, back = rounded - a;
-    const vfloat lost = (a - (rounded - back)) - (b + back);  // NaN where a or b is infinite
+    const vfloat rounded = a - b;
+    if (!kExact) return (rounded - offset) * inverse_temperature - offset_low * inverse_temperature;
+    const vfloat back = rounded - a, lost = (a - (rounded - back)) - (b + back);  // NaN where a or b is infinite
     return ((rounded - offset) + (lost == lost ? lost - offset_low : vfloat{})) * inverse_temperature;
   }
 };
 
 inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
-  const double offset = (double(max_s) - max_t) + kappa / inverse_temperature;
+  const double between = double(max_s) - max_t, offset = between + kappa / inverse_temperature;
   const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
-  return {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low};
+  const double size = std::fabs(between) * inverse_temperature;
+  const bool exact = size > 2 || (size > 0.03 && std::fabs(kappa) < size / 8);  // a constant offset needs no kappa
+  return {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, exact};
+}
+
+// f(std::true_type) where row.exact, else f(std::false_type).
+template <class F>
+inline void by_exactness(const Row& row, F&& f) {
+  row.exact ? f(std::true_type{}) : f(std::false_type{});
 }
 
 struct Pair {
@@ -82,9 +95,10 @@ struct Pair {
 };
 
 // Where |d| < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
+template <bool kExact>
 inline Pair pair(const Row& row, vfloat a, vfloat b) {
   const vfloat p = row.teacher(b) * row.inverse_sum_t;
-  const vfloat d = row.log_ratio(a, b);
+  const vfloat d = row.log_ratio<kExact>(a, b);
   const vint near = magnitude(d) < 1.f;
   const Exponential e = exponential(near ? d : row.student(a));
   const vfloat far = e.exp() * row.inverse_sum_s;
@@ -149,18 +163,18 @@ inline vfloat term(const Pair& x, const DivergenceOptions& o) {
 
 // Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
 // `exponential_t`, for a gradient.
-template <bool kLoss, bool kEntropy, bool kKeep>
+template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
 void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
                  float* exponential_t) {
   double totals[6];
   accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[6], int64_t i, int count) {
-    const vfloat e = row.teacher(b), c = row.log_ratio(a, b);
+    const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
     const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
     sums[0] += e;
     const vfloat far = x.exp(), more = near ? e * x.expm1() : far - e;
     sums[1] += more;
-    sums[5] += near ? e + more : far;  // not sum_t + excess: those may cancel
+    sums[5] += far * (near ? e : splat(1.f));  // not sum_t + excess: those may cancel
     if constexpr (kKeep) {
       store_some(excess + i, more, count);
       store_some(exponential_t + i, e, count);
@@ -183,16 +197,17 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
     best_s = larger(a, best_s);
     best_t = larger(b, best_t);
   });
-  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0, 0};
+  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0, 0, false};
 }
 
 // t where s is max_s, of rows of which max_s is the maximum; the first such.
 float beside(const float* s, const float* t, int64_t columns, float max_s) {
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
-    int found = 0;
-    for (int64_t i = begin; i < end; ++i) found |= s[i] == max_s;
-    for (int64_t i = begin; found && i < end; ++i)
+    vint found = {};
+    sweep(s, s, begin, end, [&](vfloat a, vfloat, int64_t, int) { found |= a == max_s; });
+    if (min_lanes(__builtin_convertvector(found, vfloat)) == 0) continue;
+    for (int64_t i = begin; i < end; ++i)
       if (s[i] == max_s) return t[i];
   }
   return max_s;
@@ -237,8 +252,10 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
     move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
-    add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep>(row, s, t, columns, sums,
-                                                                                  gradient.out, gradient.scratch);
+    by_exactness(row, [&](auto exact) {
+      add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep, decltype(exact)::value>(
+          row, s, t, columns, sums, gradient.out, gradient.scratch);
+    });
   }
 }
 
@@ -261,7 +278,7 @@ inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
 // h of the student's likeliest token. Where a token has nearly all of q, h - mean would be a difference of equals.
 float centre_of(DivergenceOptions options, const DivergenceStats& stats, float top_t) {
   static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
-  const Pair top = pair(row_of(options, stats), splat(stats.max_s), splat(top_t));
+  const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
   const float h = kSlope[options.kind](top, options, 0)[0];
   if (options.kind == kSkewKL && h > 0.5f * options.mix) return options.mix;
   return std::fabs(h) < kInfinity ? h : 0;
@@ -289,12 +306,15 @@ template <int kKind>
 void refine(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
             DivergenceSums* sums) {
   const Row row = row_of(options, stats);
+  const float centre = stats.centre;
   double totals[3];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
-    const Pair x = pair(row, a, b);
-    sums[0] += term<kKind>(x, options);
-    sums[1] += x.q;
-    sums[2] += x.q * slope<kKind>(x, options, stats.centre);
+  by_exactness(row, [&](auto exact) {
+    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
+      const Pair x = pair<decltype(exact)::value>(row, a, b);
+      sums[0] += term<kKind>(x, options);
+      sums[1] += x.q;
+      sums[2] += x.q * slope<kKind>(x, options, centre);
+    });
   });
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
@@ -310,18 +330,21 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
               float upstream, float* grad) {
   const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
   const Row row = row_of(options, stats);
-  sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
-    vfloat out;
-    if constexpr (kKind == kMSE) {
-      out = a == b ? vfloat{} : (a - b) * scale;
-    } else {
-      const Pair x = pair(row, a, b);
-      if constexpr (kKind == kForwardKL || kKind == kSoftCE)
-        out = x.difference * scale;
-      else
-        out = x.q * (slope<kKind>(x, options, stats.centre) - stats.mean) * scale;
-    }
-    store_some(grad + i, out, count);
+  const float centre = stats.centre, mean = stats.mean;
+  by_exactness(row, [&](auto exact) {
+    sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
+      vfloat out;
+      if constexpr (kKind == kMSE) {
+        out = a == b ? vfloat{} : (a - b) * scale;
+      } else {
+        const Pair x = pair<decltype(exact)::value>(row, a, b);
+        if constexpr (kKind == kForwardKL || kKind == kSoftCE)
+          out = x.difference * scale;
+        else
+          out = x.q * (slope<kKind>(x, options, centre) - mean) * scale;
+      }
+      store_some(grad + i, out, count);
+    });
   });
 }
 
