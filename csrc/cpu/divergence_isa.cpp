@@ -30,7 +30,7 @@ constexpr float kSmallKappa = 0.5f;
 
 // f(a, b, i, count): vectors of s and t at i; a last short one is filled up with -inf, which is probability 0.
 template <class F>
-inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&& f) {
+[[gnu::always_inline]] inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&& f) {
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) f(load(s + i), load(t + i), i, kLanes);
   if (i < end) {
@@ -41,7 +41,8 @@ inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&
 
 // Sums of N quantities over a row: f(a, b, sums, i, count) adds to N vectors.
 template <int N, class F>
-inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N], F&& f) {
+[[gnu::always_inline]] inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N],
+                                              F&& f) {
   for (double& total : totals) total = 0;
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
@@ -86,7 +87,7 @@ inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum
 
 // f(std::true_type) where row.exact, else f(std::false_type).
 template <class F>
-inline void by_exactness(const Row& row, F&& f) {
+[[gnu::always_inline]] inline void by_exactness(const Row& row, F&& f) {
   row.exact ? f(std::true_type{}) : f(std::false_type{});
 }
 
@@ -96,7 +97,7 @@ struct Pair {
 
 // Where |d| < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
 template <bool kExact>
-inline Pair pair(const Row& row, vfloat a, vfloat b) {
+[[gnu::always_inline]] inline Pair pair(const Row& row, vfloat a, vfloat b) {
   const vfloat p = row.teacher(b) * row.inverse_sum_t;
   const vfloat d = row.log_ratio<kExact>(a, b);
   const vint near = magnitude(d) < 1.f;
@@ -133,7 +134,7 @@ inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
 // agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the teacher
 // is.
 template <int kKind>
-inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre) {
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre) {
   if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
     const vfloat m = mixture(x, o);
@@ -149,7 +150,7 @@ inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre) {
 }
 
 template <int kKind>
-inline vfloat term(const Pair& x, const DivergenceOptions& o) {
+[[gnu::always_inline]] inline vfloat term(const Pair& x, const DivergenceOptions& o) {
   if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
   if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
   if constexpr (kKind == kSkewKL || kKind == kJSD) {
