@@ -5,16 +5,18 @@ reference per row and side (about the maximum) and c = ((s - t) - (ref_s - ref_t
 
     kappa = log sum_v p e^c = log1p(sum_v p expm1(c)),   d = log(q / p) = c - kappa,   q - p = p expm1(d).
 
-Where |d| < 1/2 everything is built on expm1(d) by its series; elsewhere p and q on their own lose nothing. Every kind but
-mse is a Bregman divergence of p, q and that difference, with lambda(y) = y - log1p(y) >= 0 and phi(x) = expm1(x) - x >= 0:
+Of float32 logits s - t is taken with what its rounding loses: a constant between the two sides costs no digits. Where
+|d| < 1/2 everything is built on expm1(d) by its series; elsewhere p and q on their own lose nothing. Every kind but mse is
+a Bregman divergence of p, q and that difference, with lambda(y) = y - log1p(y) >= 0 and phi(x) = expm1(x) - x >= 0:
 
     KL(p || p + n) = sum p lambda(n / p) = sum p phi(log(1 + n / p))   when sum n = 0: each term >= 0, nothing cancels.
 
 The gradient of a row is q (h - sum q h) / T, h the kind's derivative by q up to a constant; for forward_kl and soft_ce it
 is (q - p) / T. For mse, on the logits themselves, the value is sum (s - t)^2.
 
-Saved per row, instead of probabilities: both references, both sums of exponentials, kappa, and sum q h over the q that the
-backward will see, so that its rounding cancels.
+Saved per row, instead of probabilities: both references, both sums of exponentials, kappa, a centre, and sum q (h - centre)
+over the q that the backward will see, so that its rounding cancels. The centre is 0, unless h is nearly the same wherever q
+has mass: then it is about sum q h, found by a pass of its own.
 
 The passes. One sums what both log-sum-exps and forward_kl follow from. Its references are the first block's maxima; a block
 with a word of much more mass moves them, which seldom happens, so that a word costs its arithmetic alone. Should an
@@ -37,12 +39,39 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-37)  # below it a probability counts as 0, so that no ratio overflows
 
 
+@triton.constexpr_function
+def exact_differences(s_type, t_type):
+    """Of logits in half precision, float32 holds s - t."""
+    return s_type != tl.float32 and t_type != tl.float32
+
+
 @triton.jit
-def add_moments(b_s, b_t, refs, sums, inv_T, KIND: tl.constexpr):
+def difference(a, b):
+    """a - b, and what its rounding loses: 0 where a or b is infinite."""
+    x = a - b
+    back = x - a
+    lost = (a - (x - back)) - (b + back)
+    return x, tl.where(lost == lost, lost, 0.0)
+
+
+@triton.jit
+def log_ratio(b_s, b_t, refs, inv_T, EXACT: tl.constexpr):
+    """c = ((s - t) - (ref_s - ref_t)) / T."""
+    if EXACT:
+        c = (b_s - b_t) - (refs[0] - refs[1])
+    else:
+        x, lost = difference(b_s, b_t)
+        offset, offset_lost = difference(refs[0], refs[1])
+        c = (x - offset) + (lost - offset_lost)
+    return c * inv_T
+
+
+@triton.jit
+def add_moments(b_s, b_t, refs, sums, inv_T, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Adds e^s, e^t, e^s - e^t, e^t c, e^s - e^t - e^t c and e^t t, of s and t less their references, over T."""
     ref_s, ref_t = refs
     sum_s, sum_t, excess, first, bregman, energy = sums
-    c = ((b_s - b_t) - (ref_s - ref_t)) * inv_T
+    c = log_ratio(b_s, b_t, refs, inv_T, EXACT)
     e_s = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E))
     e_t = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E))
     near = tl.abs(c) < 0.5  # not if NaN: a word masked on both sides, where both exponentials are 0
@@ -82,7 +111,9 @@ def move_references(b_s, b_t, refs, sums, inv_T):
 
 
 @triton.jit
-def moments(row, refs, inv_T, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def moments(
+    row, refs, inv_T, KIND: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     """The sums of `add_moments` over a row, and the references they ended with."""
     nothing = tl.zeros([BLOCK], tl.float32)
     sums = (nothing, nothing, nothing, nothing, nothing, nothing)
@@ -90,24 +121,24 @@ def moments(row, refs, inv_T, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: t
     for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
         b_s, b_t = load_pair(row, start, BLOCK, True)
         refs, sums = move_references(b_s, b_t, refs, sums, inv_T)
-        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND)
+        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND, EXACT)
     for start in range(edge, edge_stop, edge_step):
         b_s, b_t = load_pair(row, start, BLOCK, False)
         refs, sums = move_references(b_s, b_t, refs, sums, inv_T)
-        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND)
+        sums = add_moments(b_s, b_t, refs, sums, inv_T, KIND, EXACT)
     sum_s, sum_t, excess, first, bregman, energy = sums
     sum_t = sum_t.to(tl.float64)  # the logarithm of 1.0001 has few digits in float32
     return refs, (tl.sum(sum_s), tl.sum(sum_t), tl.sum(excess), tl.sum(first), tl.sum(bregman), tl.sum(energy))
 
 
 @triton.jit
-def pair(b_s, b_t, refs, per_sums, kappa, inv_T):
+def pair(b_s, b_t, refs, per_sums, kappa, inv_T, EXACT: tl.constexpr):
     """p, q, their difference n = q - p, d = log(q / p), e = expm1(d), and whether |d| < 1/2, where e means something."""
     ref_s, ref_t = refs
     per_sum_s, per_sum_t = per_sums
     p = tl.exp2((b_t - ref_t) * (inv_T * LOG2_E)) * per_sum_t
     q = tl.exp2((b_s - ref_s) * (inv_T * LOG2_E)) * per_sum_s
-    d = ((b_s - b_t) - (ref_s - ref_t)) * inv_T - kappa
+    d = log_ratio(b_s, b_t, refs, inv_T, EXACT) - kappa
     near = tl.abs(d) < 0.5
     e = d + phi(d)
     n = tl.where(near, p * e, q - p)
@@ -122,54 +153,65 @@ def bregman_term(a, n, y, one_and_y):
 
 
 @triton.jit
-def term_and_slope(p, q, n, d, e, near, mix, KIND: tl.constexpr):
-    """The word's share of the value, and h. m = p + mix n is the mixture of skew_kl and jsd."""
+def term_and_slope(p, q, n, d, e, near, centre, mixture, KIND: tl.constexpr):
+    """The word's share of the value, and h - centre. m = rest p + mix q is the mixture of skew_kl and jsd; of a mix near 1, 1 - mix
+    has no digits in float32."""
+    mix, rest = mixture
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         value = tl.where(near, p * phi(d), tl.where(p > 0, n - p * d, n))
         slope = n * 0.0
     elif KIND == REVERSE_KL:
         value = tl.where(near, q * phi(-d), tl.where(q > 0, q * d - n, -n))
-        slope = tl.where(q > 0, d, q * 0.0)
+        slope = tl.where(q > 0, d, q * 0.0) - centre
     elif KIND == TVD:
         value = 0.5 * tl.abs(n)
-        slope = tl.where(n > 0, 0.5, tl.where(n < 0, -0.5, n * 0.0))
+        slope = tl.where(n > 0, 0.5, tl.where(n < 0, -0.5, n * 0.0)) - centre
     else:
-        m = (1.0 - mix) * p + mix * q
+        m = rest * p + mix * q
         per_p = 1.0 / tl.where(p > TINY, p, 1.0)
         value, _ = bregman_term(p, mix * n, mix * tl.where(near, e, n * per_p), m * per_p)
         if KIND == SKEW_KL:
-            some_m = tl.where(m > TINY, m, 1.0)
-            slope = tl.where(m > TINY, mix * mix * n / some_m, m * 0.0)
+            per_m = mix / tl.where(m > TINY, m, 1.0)
+            slope = tl.where(centre == mix, -p * per_m, mix * n * per_m - centre)
+            slope = tl.where(m > TINY, slope, m * 0.0)
         else:
             per_q = 1.0 / tl.where(q > TINY, q, 1.0)
-            other, log1p = bregman_term(q, (mix - 1.0) * n, (mix - 1.0) * (n * per_q), m * per_q)
-            value = (1.0 - mix) * value + mix * other
-            slope = tl.where(q > TINY, -mix * log1p, q * 0.0)
+            other, log1p = bregman_term(q, -rest * n, -rest * (n * per_q), m * per_q)
+            value = rest * value + mix * other
+            slope = tl.where(q > TINY, -mix * log1p, q * 0.0) - centre
     return value, slope
 
 
 @triton.jit
-def add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND: tl.constexpr):
-    p, q, n, d, e, near = pair(b_s, b_t, refs, per_sums, kappa, inv_T)
-    value, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
-    return terms[0] + value, terms[1] + q, terms[2] + q * slope
+def add_terms(
+    b_s, b_t, refs, per_sums, kappa, centre, terms, inv_T, mixture, KIND: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    p, q, n, d, e, near = pair(b_s, b_t, refs, per_sums, kappa, inv_T, EXACT)
+    value, slope = term_and_slope(p, q, n, d, e, near, centre, mixture, KIND)
+    if KIND == FORWARD_KL or KIND == SOFT_CE:
+        return terms[0] + value, terms[1], terms[2], terms[3]
+    return terms[0] + value, terms[1] + q, terms[2] + q * slope, terms[3] + q * slope * slope
 
 
 @triton.jit
 def second_pass(
-    row, refs, per_sums, kappa, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+    row, refs, per_sums, kappa, centre, inv_T, mixture, KIND: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The value and the mean slope of a row, from its end to its beginning."""
+    """The value, and the means of slope - centre and of its square, from the end of a row to its beginning."""
     nothing = tl.zeros([BLOCK], tl.float32)
-    terms = (nothing, nothing, nothing)
+    terms = (nothing, nothing, nothing, nothing)
     whole, last, edge, edge_stop, edge_step = blocks_of(row, BLOCK)
     for start in range(edge, edge_stop, edge_step):
         b_s, b_t = load_pair(row, start, BLOCK, False)
-        terms = add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND)
+        terms = add_terms(b_s, b_t, refs, per_sums, kappa, centre, terms, inv_T, mixture, KIND, EXACT)
     for start in tl.range(whole, last, BLOCK, num_stages=STAGES):
         b_s, b_t = load_pair(row, whole + last - BLOCK - start, BLOCK, True)
-        terms = add_terms(b_s, b_t, refs, per_sums, kappa, terms, inv_T, mix, KIND)
-    return tl.sum(terms[0]), tl.sum(terms[2]) / tl.sum(terms[1])
+        terms = add_terms(b_s, b_t, refs, per_sums, kappa, centre, terms, inv_T, mixture, KIND, EXACT)
+    if KIND == FORWARD_KL or KIND == SOFT_CE:
+        return tl.sum(terms[0]), 0.0, 0.0
+    mass = tl.sum(terms[1])
+    return tl.sum(terms[0]), tl.sum(terms[2]) / mass, tl.sum(terms[3]) / mass
 
 
 @triton.jit
@@ -196,13 +238,14 @@ def squares(row, BLOCK: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The value of a row, and the statistics that the backward needs: references, sums, kappa, mean slope."""
+def compare(row, inv_T, mixture, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The value of a row, and the statistics that the backward needs: references, sums, kappa, centre, mean slope."""
     end = row[3]
+    EXACT: tl.constexpr = exact_differences(row[0].dtype.element_ty, row[1].dtype.element_ty)
     refs, sums = (0.0, 0.0), (0.0, tl.full([], 0, tl.float64), 0.0, 0.0, 0.0, 0.0)
     seen, stop = 0, tl.minimum(end, BLOCK)
     while seen < stop:
-        refs, sums = moments(row, maxima(row, stop, BLOCK), inv_T, KIND, BLOCK, STAGES)
+        refs, sums = moments(row, maxima(row, stop, BLOCK), inv_T, KIND, EXACT, BLOCK, STAGES)
         seen = stop
         in_range = (sums[0] > 1e-25) & (sums[0] < 1e25) & (sums[1] > 1e-25) & (sums[1] < 1e25)
         good = in_range & (sums[3] == sums[3])
@@ -211,7 +254,7 @@ def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl
         stop = tl.where(good, stop, end)
     sum_s, exact_sum_t, excess, first, bregman, energy = sums
     sum_t = exact_sum_t.to(tl.float32)
-    value, kappa, mean = -1.0, 0.0, 0.0
+    value, kappa, centre, mean = -1.0, 0.0, 0.0, 0.0
     if (sum_s == 0) & (sum_t == 0):  # no word exists on either side: the value is 0, and p = q = 0 in the backward
         value, sum_s, sum_t = 0.0, 1.0, 1.0
     else:
@@ -219,34 +262,44 @@ def compare(row, inv_T, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl
         kappa = logarithms(x, sum_s / sum_t)[0]
         if KIND == FORWARD_KL or KIND == SOFT_CE:
             value = kl_from(kappa, x, first / sum_t, bregman / sum_t)
-        if value < 0:
-            value, mean = second_pass(row, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T, mix, KIND, BLOCK, STAGES)
+        per_sums = (1.0 / sum_s, 1.0 / sum_t)
+        again = value < 0
+        while again:
+            value, mean, square = second_pass(
+                row, refs, per_sums, kappa, centre, inv_T, mixture, KIND, EXACT, BLOCK, STAGES
+            )
+            again = (centre == 0) & (square - mean * mean < 0.05 * mean * mean)  # h - mean would cancel
+            centre = tl.where(again, mean, centre)
+            if KIND == SKEW_KL:  # h - mix is then taken without subtracting: small where the teacher is
+                centre = tl.where(again & (mean > 0.5 * mixture[0]), mixture[0], centre)
         if KIND == SOFT_CE:
             value += (tl.log(exact_sum_t) - energy / exact_sum_t).to(tl.float32)
     value = tl.where(value < 0, 0.0, value)  # from the rounding of logits near float32's largest
-    return value, (refs, sum_s, sum_t, kappa, mean)
+    return value, (refs, sum_s, sum_t, kappa, mean, centre)
 
 
 @triton.jit
 def store_stats(stats_ptr, stats):
-    refs, sum_s, sum_t, kappa, mean = stats
+    refs, sum_s, sum_t, kappa, mean, centre = stats
     tl.store(stats_ptr, refs[0])
     tl.store(stats_ptr + 1, refs[1])
     tl.store(stats_ptr + 2, sum_s)
     tl.store(stats_ptr + 3, sum_t)
     tl.store(stats_ptr + 4, kappa)
     tl.store(stats_ptr + 5, mean)
+    tl.store(stats_ptr + 6, centre)
 
 
 @triton.jit
 def load_stats(stats_ptr):
     refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
-    return refs, tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
+    sums = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
+    return refs, sums[0], sums[1], tl.load(stats_ptr + 4), tl.load(stats_ptr + 5), tl.load(stats_ptr + 6)
 
 
 @triton.jit
 def forward_kernel(
-    s_ptr, t_ptr, mask_ptr, values_ptr, stats_ptr, s_stride, t_stride, V, inv_T, mix,
+    s_ptr, t_ptr, mask_ptr, values_ptr, stats_ptr, s_stride, t_stride, V, inv_T, mix, rest,
     KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
@@ -258,27 +311,27 @@ def forward_kernel(
     if KIND == MSE:
         tl.store(values_ptr + i_n, squares(row, BLOCK, STAGES))
     else:
-        value, stats = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
+        value, stats = compare(row, inv_T, (mix, rest), KIND, BLOCK, STAGES)
         tl.store(values_ptr + i_n, value)
-        store_stats(stats_ptr + 6 * i_n, stats)
+        store_stats(stats_ptr + 7 * i_n, stats)
 
 
 @triton.jit
-def gradient(b_s, b_t, g, stats, inv_T, mix, KIND: tl.constexpr):
+def gradient(b_s, b_t, g, stats, inv_T, mixture, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Of one block of the student's row, where g is the upstream gradient of the row's value."""
     if KIND == MSE:
         return tl.where(b_s == b_t, 0.0, (b_s - b_t) * (2.0 * g))
-    refs, sum_s, sum_t, kappa, mean = stats
-    p, q, n, d, e, near = pair(b_s, b_t, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T)
+    refs, sum_s, sum_t, kappa, mean, centre = stats
+    p, q, n, d, e, near = pair(b_s, b_t, refs, (1.0 / sum_s, 1.0 / sum_t), kappa, inv_T, EXACT)
     if KIND == FORWARD_KL or KIND == SOFT_CE:
         return n * (g * inv_T)
-    _, slope = term_and_slope(p, q, n, d, e, near, mix, KIND)
+    _, slope = term_and_slope(p, q, n, d, e, near, centre, mixture, KIND)
     return q * (slope - mean) * (g * inv_T)
 
 
 @triton.jit
 def backward_kernel(
-    g_ptr, s_ptr, t_ptr, mask_ptr, stats_ptr, grad_ptr, g_stride, s_stride, t_stride, V, blocks, inv_T, mix,
+    g_ptr, s_ptr, t_ptr, mask_ptr, stats_ptr, grad_ptr, g_stride, s_stride, t_stride, V, blocks, inv_T, mix, rest,
     KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row; the last come first, since the forward ended with them."""
@@ -293,14 +346,15 @@ def backward_kernel(
         tl.store(grad_ptr, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=m_v)
         return
     g = tl.load(g_ptr + i_n * g_stride).to(tl.float32)
-    stats_ptr += 6 * i_n
+    stats_ptr += 7 * i_n
+    EXACT: tl.constexpr = exact_differences(s_ptr.dtype.element_ty, t_ptr.dtype.element_ty)
     if (start >= head) & (start + BLOCK <= end):
         b_s, b_t = load_pair(row, start, BLOCK, True)
-        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, mix, KIND)
+        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, (mix, rest), KIND, EXACT)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty))
     else:
         b_s, b_t = load_pair(row, start, BLOCK, False)
-        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, mix, KIND)
+        grad = gradient(b_s, b_t, g, load_stats(stats_ptr), inv_T, (mix, rest), KIND, EXACT)
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 
@@ -336,15 +390,15 @@ def _row(x: Tensor) -> Tensor:
 def divergence_fwd(
     s: Tensor, t: Tensor, mask: Tensor | None, kind: int, temperature: float, mix: float
 ) -> tuple[Tensor, Tensor]:
-    """s, t [N, V], mask [N] -> values [N], stats [N, 6]."""
+    """s, t [N, V], mask [N] -> values [N], stats [N, 7]."""
     N, V = s.shape
     s, t = _row(s), _row(t)
-    values, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, 6)))
+    values, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, 7)))
     if N:
         options, _, _ = geometry(s, t)
         forward_kernel[(N,)](
             s, t, None if mask is None else mask.contiguous(), values, stats, s.stride(0), t.stride(0), V,
-            1 / temperature, mix, KIND=kind, **options,
+            1 / temperature, mix, 1 - mix, KIND=kind, **options,
         )  # fmt: skip
     return values, stats
 
@@ -360,6 +414,6 @@ def divergence_bwd(
         _, options, blocks = geometry(s, t)
         backward_kernel[(N * blocks,)](
             grad, s, t, None if mask is None else mask.contiguous(), stats, out, grad.stride(0), s.stride(0), t.stride(0),
-            V, blocks, 1 / temperature, mix, KIND=kind, **options,
+            V, blocks, 1 / temperature, mix, 1 - mix, KIND=kind, **options,
         )  # fmt: skip
     return out

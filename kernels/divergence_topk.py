@@ -1,12 +1,13 @@
 """The divergence of `divergence.py` against a sparse teacher: k words with log-probabilities per row, and perhaps the
 log-mass of the rest as one more word.
 
-The student's softmax is over all of its words; everything else happens on k + 1 numbers, in float64. The gradient is
-q (h - mean) / T for every word, where h is the rest's outside the k words. The rest's mass is summed without the k words,
-never as a difference, so it is known however small it is. Near p = q, h is small, being known up to a constant only.
+The student's softmax is over all of its words; everything else happens on k + 1 numbers, in float64. The gradient of a word
+is (q h - q mean) / T, and the rest's is shared out by each word's part of it: q h is bounded where h, which may hold p / q,
+is not. The rest's mass is summed without the k words, never as a difference, so it is known however small it is. Near p = q,
+h is small, being known up to a constant only.
 
-Saved per row: T logsumexp(s / T) as two floats, the second what the first lacks (as 1 / T is given, so that log q keeps its
-digits), the mean of h under q, and the rest's h.
+Saved per row, each as two floats, the second what the first lacks: T logsumexp(s / T) of all words and of the rest (as 1 / T
+is given, so that log q keeps its digits), and the mean of h under q; last, the rest's q (h - mean).
 
 A bitmap of the k words, 1/8 byte per word of the vocabulary, tells the pass which words are of the rest. The backward
 writes the whole row as if it were the rest, then the k words again.
@@ -71,7 +72,7 @@ def rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK: tl.constexpr, 
     ref = tl.max(top, 0)
     ref = tl.where(ref > float("-inf"), ref, 0.0)
     total = tl.zeros([BLOCK], tl.float64)
-    per_2 = tl.full([], k_high, tl.float64) + tl.full([], k_low, tl.float64)
+    per_2 = both_parts(k_high, k_low)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         x = load_rest(s_ptr, marks_ptr, start, V, BLOCK).to(tl.float64) - ref.to(tl.float64)
         total += tl.where(x == float("-inf"), 0.0, wide_exp2(x * per_2))
@@ -80,7 +81,19 @@ def rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK: tl.constexpr, 
 
 @triton.jit
 def one_over_temperature(k_high, k_low):
-    return (tl.full([], k_high, tl.float64) + tl.full([], k_low, tl.float64)) * LN_2
+    return both_parts(k_high, k_low) * LN_2
+
+
+@triton.jit
+def both_parts(high, low):
+    return tl.full([], high, tl.float64) + tl.full([], low, tl.float64)
+
+
+@triton.jit
+def store_parts(ptr, x, nothing):
+    high = x.to(tl.float32)
+    tl.store(ptr, high + nothing)
+    tl.store(ptr + 1, (x - high.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
@@ -95,28 +108,27 @@ def kl_word(a, log_a, log_b, SAME_MASS: tl.constexpr):
 
 @triton.jit
 def word(log_p, log_q, mix, KIND: tl.constexpr, SAME_MASS: tl.constexpr):
-    """One of the k words, or the rest: q, its share of the value, and h, up to a constant that makes it small near p = q."""
+    """One of the k words, or the rest: q, its share of the value, and q h, h up to a constant that makes it small near p = q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
-    some_q = tl.where(q > 0, q, 1.0)
     if KIND == SKEW_KL or KIND == JSD:
         m = (1.0 - mix) * p + mix * q
         log_m = tl.log(m)
         value = kl_word(p, log_p, log_m, SAME_MASS)
         if KIND == SKEW_KL:
-            slope = tl.where(m > 0, mix * (m - p) / tl.where(m > 0, m, 1.0), 0.0)
+            weighted = tl.where(m > 0, mix * mix * (q - p) * (q / tl.where(m > 0, m, 1.0)), 0.0)
         else:
             value = (1.0 - mix) * value + mix * kl_word(q, log_q, log_m, SAME_MASS)
-            slope = tl.where(q > 0, mix * (log_q - log_m), 0.0)
+            weighted = tl.where(q > 0, mix * q * (log_q - log_m), 0.0)
     elif KIND == REVERSE_KL:
         value = kl_word(q, log_q, log_p, SAME_MASS)
-        slope = tl.where(q > 0, log_q - log_p, 0.0)
+        weighted = tl.where(q > 0, q * (log_q - log_p), 0.0)
     elif KIND == TVD:
         value = tl.abs(q - p) * 0.5
-        slope = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+        weighted = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
     else:
         value = tl.where(p > 0, -p * log_q, 0.0) if KIND == SOFT_CE else kl_word(p, log_p, log_q, SAME_MASS)
-        slope = tl.where(q > 0, (q - p) / some_q, 0.0)
-    return q, value, slope
+        weighted = q - p
+    return q, value, weighted
 
 
 @triton.jit
@@ -133,7 +145,7 @@ def load_words(s_ptr, indices_ptr, log_probs_ptr, start, k, V, per_T, WORDS: tl.
 @triton.jit
 def topk_forward_kernel(
     s_ptr, indices_ptr, log_probs_ptr, tail_ptr, marks_ptr, mask_ptr, values_ptr, stats_ptr, s_stride, V, k, width,
-    k_high, k_low, mix, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
+    k_high, k_low, mix_high, mix_low, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
     i_n = tl.program_id(0).to(tl.int64)
@@ -150,7 +162,7 @@ def topk_forward_kernel(
         ref, total = rest_moments(s_ptr, marks_ptr, stop, V, k_high, k_low, BLOCK, STAGES)
         seen = stop
         stop = tl.where((total > 1e-25) & (total < 1e25), stop, V)
-    per_T = one_over_temperature(k_high, k_low)
+    per_T, mix = one_over_temperature(k_high, k_low), both_parts(mix_high, mix_low)
     log_rest = ref.to(tl.float64) * per_T + tl.log(total)
     top = log_rest  # of the log-sum-exp over all words
     mass = tl.where(log_rest == float("-inf"), 0.0, tl.exp(log_rest - log_rest))
@@ -165,21 +177,20 @@ def topk_forward_kernel(
     # A student that can say nothing but the k words has no rest: then the teacher's is not compared either.
     log_tail = log_rest if tail_ptr is None else tl.load(tail_ptr + i_n).to(tl.float64)
     log_tail = tl.where((log_rest == float("-inf")) | (tail_ptr is None), float("-inf"), log_tail)
-    q, value, rest_slope = word(log_tail, log_rest - log_sum, mix, KIND, tail_ptr is not None)
-    mean = q * rest_slope
+    q, value, of_rest = word(log_tail, log_rest - log_sum, mix, KIND, tail_ptr is not None)
+    mean = of_rest
     for start in range(0, k, WORDS):
         b_i, m_k, x, log_p = load_words(s_ptr, indices_ptr, log_probs_ptr, start, k, V, per_T, WORDS)
-        b_q, values, slopes = word(log_p, x - log_sum, mix, KIND, tail_ptr is not None)
+        _q, values, weighted = word(log_p, x - log_sum, mix, KIND, tail_ptr is not None)
         value += tl.sum(tl.where(m_k, values, 0.0))
-        mean += tl.sum(tl.where(m_k, b_q * slopes, 0.0))
+        mean += tl.sum(tl.where(m_k, weighted, 0.0))
     nothing = tl.where(wrong > 0, float("nan"), 0.0)  # an index outside the vocabulary: NaN, since to raise is to wait
     tl.store(values_ptr + i_n, value.to(tl.float32) + nothing)
-    raw = log_sum / per_T
-    stats_ptr += 4 * i_n
-    tl.store(stats_ptr, raw.to(tl.float32) + nothing)
-    tl.store(stats_ptr + 1, (raw - raw.to(tl.float32).to(tl.float64)).to(tl.float32))
-    tl.store(stats_ptr + 2, mean.to(tl.float32))
-    tl.store(stats_ptr + 3, rest_slope.to(tl.float32))
+    stats_ptr += 7 * i_n
+    store_parts(stats_ptr, log_sum / per_T, nothing)
+    store_parts(stats_ptr + 2, tl.where(log_rest == float("-inf"), log_sum, log_rest) / per_T, nothing)
+    store_parts(stats_ptr + 4, mean, nothing)
+    tl.store(stats_ptr + 6, (of_rest - q * mean).to(tl.float32))
 
 
 @triton.jit
@@ -195,32 +206,35 @@ def rest_backward_kernel(
         tl.store(grad_ptr + o_v, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=m_v)
         return
     b_s = tl.load(s_ptr + i_n * s_stride + o_v, mask=m_v, other=0.0).to(tl.float32)  # [BLOCK]
-    stats_ptr += 4 * i_n
-    high, low, mean, slope = tl.load(stats_ptr), tl.load(stats_ptr + 1), tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-    q = tl.exp2(((b_s - high) - low) * (inv_T * LOG2_E))
-    grad = q * ((slope - mean) * (tl.load(g_ptr + i_n * g_stride).to(tl.float32) * inv_T))
+    stats_ptr += 7 * i_n
+    high, low, of_rest = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 6)
+    part = tl.exp2(
+        ((b_s - high) - low) * (inv_T * LOG2_E)
+    )  # of the rest; the k words, written afterwards, may overflow
+    grad = part * (of_rest * (tl.load(g_ptr + i_n * g_stride).to(tl.float32) * inv_T))
     tl.store(grad_ptr + o_v, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 
 @triton.jit
 def words_backward_kernel(
-    g_ptr, s_ptr, indices_ptr, log_probs_ptr, mask_ptr, stats_ptr, grad_ptr, g_stride, s_stride, V, k, k_high, k_low, mix,
-    KIND: tl.constexpr, SAME_MASS: tl.constexpr, WORDS: tl.constexpr,
+    g_ptr, s_ptr, indices_ptr, log_probs_ptr, mask_ptr, stats_ptr, grad_ptr, g_stride, s_stride, V, k, k_high, k_low, mix_high,
+    mix_low, KIND: tl.constexpr, SAME_MASS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Overwrites the gradient of the k words with their own."""
     i_n = tl.program_id(0).to(tl.int64)
     if hidden(mask_ptr, i_n):
         return
-    per_T = one_over_temperature(k_high, k_low)
-    stats_ptr += 4 * i_n
-    raw = tl.load(stats_ptr).to(tl.float64) + tl.load(stats_ptr + 1).to(tl.float64)
+    per_T, mix = one_over_temperature(k_high, k_low), both_parts(mix_high, mix_low)
+    stats_ptr += 7 * i_n
+    raw = both_parts(tl.load(stats_ptr), tl.load(stats_ptr + 1))
+    mean = both_parts(tl.load(stats_ptr + 4), tl.load(stats_ptr + 5))
     s_ptr += i_n * s_stride
     indices_ptr += i_n * k
     log_probs_ptr += i_n * k
     start = tl.program_id(1) * WORDS
     b_i, m_k, x, log_p = load_words(s_ptr, indices_ptr, log_probs_ptr, start, k, V, per_T, WORDS)
-    q, _, slope = word(log_p, x - raw * per_T, mix, KIND, SAME_MASS)
-    grad = q * (slope - tl.load(stats_ptr + 2)) * (tl.load(g_ptr + i_n * g_stride) * per_T)
+    q, _, weighted = word(log_p, x - raw * per_T, mix, KIND, SAME_MASS)
+    grad = (weighted - q * mean) * (tl.load(g_ptr + i_n * g_stride) * per_T)
     tl.store(grad_ptr + i_n * V + b_i, grad.to(tl.float32).to(grad_ptr.dtype.element_ty), mask=m_k)
 
 
@@ -256,10 +270,10 @@ def divergence_topk_fwd(
     s: Tensor, indices: Tensor, log_probs: Tensor, tail: Tensor | None, mask: Tensor | None, kind: int,
     temperature: float, mix: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """s [N, V], indices and log_probs [N, k], tail and mask [N] -> values [N], stats [N, 4]. log_probs and tail float64."""
+    """s [N, V], indices and log_probs [N, k], tail and mask [N] -> values [N], stats [N, 7]. log_probs and tail float64."""
     (N, V), k = s.shape, indices.shape[1]
     s, indices, log_probs, tail, mask = _dense(s, indices, log_probs, tail, mask)
-    values, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, 4)))
+    values, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, 7)))
     if N:
         forward, _, words = geometry(V, k)
         width = triton.cdiv(V, 32)
@@ -267,7 +281,7 @@ def divergence_topk_fwd(
         mark_kernel[(N, triton.cdiv(k, words["WORDS"]))](indices, marks, k, V, width, **words)
         topk_forward_kernel[(N,)](
             s, indices, log_probs, tail, marks, mask, values, stats, s.stride(0), V, k, width,
-            *_split(LOG2_E.value / temperature), mix, KIND=kind, **forward,
+            *_split(LOG2_E.value / temperature), *_split(mix), KIND=kind, **forward,
         )  # fmt: skip
     return values, stats
 
@@ -288,6 +302,6 @@ def divergence_topk_bwd(
         )
         words_backward_kernel[(N, triton.cdiv(k, words["WORDS"]))](
             grad, s, indices, log_probs, mask, stats, out, grad.stride(0), s.stride(0), V, k,
-            *_split(LOG2_E.value / temperature), mix, KIND=kind, SAME_MASS=tail is not None, **words,
+            *_split(LOG2_E.value / temperature), *_split(mix), KIND=kind, SAME_MASS=tail is not None, **words,
         )  # fmt: skip
     return out

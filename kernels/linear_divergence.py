@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import LOG2_E, MSE, compare, gradient, load_stats, squares, store_stats
+from .divergence import LOG2_E, MSE, compare, exact_differences, gradient, load_stats, squares, store_stats
 from .divergence_topk import divergence_topk_bwd, divergence_topk_fwd
 from .rows import hidden, load_pair, maxima, row_of
 
@@ -41,10 +41,10 @@ def log_sum_exp(row, BLOCK: tl.constexpr):
 @triton.jit
 def row_kernel(
     s_ptr, t_ptr, weights_ptr, mask_ptr, labels_ptr, values_ptr, stats_ptr, grad_ptr, s_stride, t_stride, grad_stride, V,
-    inv_T, mix, factor, hard, scale, inv_cap,
+    inv_T, mix, rest, factor, hard, scale, inv_cap,
     KIND: tl.constexpr, MODE: tl.constexpr, SHAPED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. stats [N, 8]: divergence.py's six, and the log-sum-exp for the labels."""
+    """One program per row. stats [N, 8]: divergence.py's seven, and the log-sum-exp for the labels."""
     i_n = tl.program_id(0).to(tl.int64)
     grad_ptr += i_n * grad_stride // 8 * 8
     stats_ptr += 8 * i_n
@@ -60,17 +60,18 @@ def row_kernel(
     label, log_sum = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + i_n).to(tl.int32)
-    stats = ((0.0, 0.0), 1.0, 1.0, 0.0, 0.0)
+    stats = ((0.0, 0.0), 1.0, 1.0, 0.0, 0.0, 0.0)
+    EXACT: tl.constexpr = exact_differences(s_ptr.dtype.element_ty, t_ptr.dtype.element_ty)
     if MODE == GRADIENT:
         if KIND != MSE:
             stats = load_stats(stats_ptr)
         if labels_ptr is not None:
-            log_sum = tl.load(stats_ptr + 6)
+            log_sum = tl.load(stats_ptr + 7)
     else:
         if KIND == MSE:
             value = squares(row, BLOCK, STAGES)
         else:
-            value, stats = compare(row, inv_T, mix, KIND, BLOCK, STAGES)
+            value, stats = compare(row, inv_T, (mix, rest), KIND, BLOCK, STAGES)
         value *= factor
         if labels_ptr is not None:
             log_sum = log_sum_exp(row, BLOCK)
@@ -80,12 +81,12 @@ def row_kernel(
         tl.store(values_ptr + i_n, value)
         if MODE == VALUE:
             store_stats(stats_ptr, stats)
-            tl.store(stats_ptr + 6, log_sum)
+            tl.store(stats_ptr + 7, log_sum)
     if MODE != VALUE:
         g = tl.load(weights_ptr + i_n).to(tl.float32)
         for start in range(0, V, BLOCK):
             b_s, b_t = load_pair(row, start, BLOCK, False)
-            grad = gradient(b_s, b_t, g * factor, stats, inv_T, mix, KIND)
+            grad = gradient(b_s, b_t, g * factor, stats, inv_T, (mix, rest), KIND, EXACT)
             if labels_ptr is not None:
                 q = tl.exp2((b_s - log_sum) * LOG2_E)
                 grad += (g * hard) * (q - tl.where(start + o_v == label, 1.0, 0.0))
@@ -151,7 +152,7 @@ class Chunks:
         mask, labels = (None if x is None else x[part] for x in (self.mask, self.labels))
         row_kernel[(s.shape[0],)](
             s, t, weights, mask, labels, values, stats, grad, s.stride(0), t.stride(0), grad.stride(0), self.words,
-            1 / temperature, mix, self.factor, self.hard, scale, 1 / cap if cap else 0.0,
+            1 / temperature, mix, 1 - mix, self.factor, self.hard, scale, 1 / cap if cap else 0.0,
             KIND=kind, MODE=mode.value, SHAPED=scale != 1 or cap != 0, enable_fp_fusion=True,
             **(SMALL if self.words <= 1024 else LARGE),
         )  # fmt: skip
@@ -164,19 +165,19 @@ class Chunks:
         if makes_value:
             rows, of_soft = divergence_topk_fwd(s, indices, log_probs, tail, mask, *self.soft)
             values.copy_(self.factor * rows)
-            stats[:, :4] = of_soft
+            stats[:, :7] = of_soft
         if makes_gradient:
-            of_soft = stats[:, :4].contiguous()
+            of_soft = stats[:, :7].contiguous()
             grad = divergence_topk_bwd(weights * self.factor, s, indices, log_probs, tail, mask, of_soft, *self.soft)
         if self.labels is not None:
             labels = self.labels[part] if mask is None else self.labels[part].masked_fill(~mask, 0)
             if makes_value:
-                stats[:, 6] = s.logsumexp(-1)
-                right = stats[:, 6] - s.gather(-1, labels[:, None])[:, 0]
+                stats[:, 7] = s.logsumexp(-1)
+                right = stats[:, 7] - s.gather(-1, labels[:, None])[:, 0]
                 values += self.hard * (right if mask is None else right.masked_fill(~mask, 0))
             if makes_gradient:
                 w = self.hard * (weights if mask is None else weights.masked_fill(~mask, 0))[:, None]
-                grad += w * (s - stats[:, 6:7]).exp_()
+                grad += w * (s - stats[:, 7:8]).exp_()
                 rows = torch.arange(len(labels), device=labels.device)
                 grad.index_put_(
                     (rows, labels), -w[:, 0], accumulate=True

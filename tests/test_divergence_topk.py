@@ -215,3 +215,22 @@ def test_a_student_without_a_rest(kind, tail, backend):
     top = sparse(teacher, 5, 1.0, tail)
     only = torch.full((3, 40), -torch.inf).scatter(-1, top.indices, student)
     check(kind, only, top, backend, temperature=1.0)
+
+
+@pytest.mark.parametrize("backend", [*HERE, "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("below", [60.0, 89.0, 200.0, 800.0])
+def test_a_rest_that_the_student_all_but_excludes(kind, below, backend):
+    """p / q of the rest is more than float32 holds; what the gradient is made of, q - p or q p / m, is not."""
+    student, teacher = logits(3, 50, seed=18)
+    top = sparse(teacher, 5, 1.0, "tensor")
+    student.scatter_add_(-1, top.indices, torch.full((3, 5), below))
+    loss, grad = run(kind, student, top, backend, 1.0)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    check(kind, student, top, backend, temperature=1.0)
+    if kind == "forward_kl":  # the rest's q - p, by each word's part of the rest
+        outside = torch.ones(3, 50, dtype=torch.bool).scatter(-1, top.indices, False)
+        part = torch.softmax(student.double().masked_fill(~outside, -torch.inf), -1)
+        lost = part * top.tail.double().exp()[:, None]
+        upstream = (randn(3, seed=7) + 1.5)[:, None]
+        assert relative_error((grad / upstream)[outside], -lost[outside]) < 1e-5

@@ -145,16 +145,37 @@ def test_labels_caps_scales_and_weights(kind, memory, backend):
 @every_memory
 @pytest.mark.parametrize("tail", [None, True])
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_kl", "jsd", "tvd", "soft_ce"])
-def test_a_sparse_teacher_needs_no_head(kind, tail, memory, backend):
+@pytest.mark.parametrize("shaped", [False, True])
+def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, memory, backend):
     rows, words = size(backend, 270, 1301)
     student, teacher = sides(rows, words)
     log_probs, indices = F.log_softmax(2 * F.linear(*(x.double() for x in teacher)), -1).topk(9)
     sparse = TopK(indices, log_probs.float(), tail)
     mask = randn(rows, seed=3) > -0.5
     options = {"kind": kind, "temperature": 1.5, "mask": mask, "labels": indices[:, 0], "hard_weight": 0.3}
+    options |= {"logit_scale": (0.8, 1.0), "logit_softcap": (3.0, None)} if shaped else {}
     loss, *of = errors(student, (sparse, None, None), backend, memory=memory, **options)
     assert loss < 2e-6
     assert max(of) < 1e-5
+
+
+@every_backend
+@every_memory
+@every_kind
+def test_a_student_that_has_learnt_nothing(kind, memory, backend):
+    """Far from the teacher, whose logits are larger: no worse than eager on logits of as much rounding."""
+    rows, words = size(backend, 5, 8000)
+    student, teacher = sides(rows, words)
+    teacher = (3 * teacher[0], *teacher[1:])
+    found = errors(student, teacher, backend, kind=kind, memory=memory, reduction="none", alpha=1e-6, beta=0.3)
+    eager = lambda h, w, b: test_kernels.eager_divergence(  # noqa: E731
+        F.linear(h, w, b), F.linear(*teacher), kind, 1.0, beta=0.3, alpha=1e-6
+    )
+    loss, of_eager = gradients(eager, *student)
+    true_loss, wanted = gradients(call(tuple(map(double, teacher)), "reference", kind=kind, reduction="none",
+                                       alpha=1e-6, beta=0.3), *map(double, student))  # fmt: skip
+    rivals = [relative_error(x, y) for x, y in zip((loss, *of_eager), (true_loss, *wanted), strict=True)]
+    assert all(ours <= 1.25 * other + 1e-6 for ours, other in zip(found, rivals, strict=True))
 
 
 @every_backend

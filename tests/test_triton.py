@@ -23,7 +23,8 @@ def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8
     forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
     launch = {"ALIGN": align, "enable_fp_fusion": True} | (forward if name == "forward_kernel" else backward)
     constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
-    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS, "inv_T": "fp32", "mix": "fp32"}
+    signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS}
+    signature |= dict.fromkeys(("inv_T", "mix", "rest"), "fp32")
     signature |= dict.fromkeys(("V", "s_stride", "t_stride"), "i32") | ({"mask_ptr": "*i1"} if masked else {})
     if name == "forward_kernel":
         signature |= {"values_ptr": FLOATS}
@@ -45,7 +46,8 @@ def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, 
     launch = {"topk_forward_kernel": forward, "rest_backward_kernel": rest}.get(name, words)
     constants = {key: launch.pop(key) for key in ("BLOCK", "STAGES", "WORDS") if key in launch}
     types = {"s_ptr": POINTERS[s], "indices_ptr": "*i64", "marks_ptr": "*i32", "tail_ptr": "*fp64", "mask_ptr": "*i1"}
-    types |= {"grad_ptr": POINTERS[s], "inv_T": "fp32", "k_high": "fp32", "k_low": "fp32", "mix": "fp32"}
+    types |= {"grad_ptr": POINTERS[s]}
+    types |= dict.fromkeys(("inv_T", "k_high", "k_low", "mix_high", "mix_low"), "fp32")
     types |= {"log_probs_ptr": "*fp64"} | dict.fromkeys(("values_ptr", "stats_ptr", "g_ptr"), FLOATS)
     types |= dict.fromkeys(("s_stride", "g_stride", "V", "k", "width", "blocks"), "i32")
     kernel = getattr(kernels, name)

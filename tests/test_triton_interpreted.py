@@ -27,6 +27,11 @@ def interpreted(*arguments):
     assert " passed" in result.stdout
 
 
+# Of each longer file a quick part, which takes seconds, and all of it: [long].
+def parts(quick, everything="test"):
+    return pytest.mark.parametrize("part", [pytest.param(everything, marks=pytest.mark.long), quick])
+
+
 @not_interpreted
 def test_divergence_in_the_interpreter():
     interpreted("tests/test_triton_divergence.py")
@@ -38,13 +43,14 @@ def test_sparse_divergence_in_the_interpreter():
 
 
 @not_interpreted
+@parts("triton and (ends or alpha_0)", "triton and not long")
+def test_accuracy_of_divergence_in_the_interpreter(part):
+    interpreted("tests/test_divergence_accuracy.py", "-k", part)
+
+
+@not_interpreted
 def test_layer_cost_in_the_interpreter():
     interpreted("tests/test_layer_cost.py", "-k", "triton")
-
-
-# Of each longer file a quick part, which takes seconds, and all of it: [long].
-def parts(quick, everything="test"):
-    return pytest.mark.parametrize("part", [pytest.param(everything, marks=pytest.mark.long), quick])
 
 
 @not_interpreted

@@ -24,7 +24,7 @@ def compile_rows(chip, kind, mode, grad="bfloat16", vocabulary=32000, masked=Tru
     signature = dict.fromkeys(("s_ptr", "t_ptr", "weights_ptr", "values_ptr", "stats_ptr"), "*fp32")
     signature |= {"grad_ptr": POINTERS[grad], "mask_ptr": "*i1", "labels_ptr": "*i64"}
     signature |= dict.fromkeys(("s_stride", "t_stride", "grad_stride", "V"), "i32")
-    signature |= dict.fromkeys(("inv_T", "mix", "factor", "hard", "scale", "inv_cap"), "fp32")
+    signature |= dict.fromkeys(("inv_T", "mix", "rest", "factor", "hard", "scale", "inv_cap"), "fp32")
     for name, there in (("mask_ptr", masked), ("labels_ptr", labels)):
         if not there:
             constants[name] = None

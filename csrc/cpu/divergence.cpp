@@ -18,7 +18,7 @@ constexpr int64_t kStats = sizeof(DivergenceStats) / sizeof(float);
 
 DivergenceOptions options(int64_t kind, double temperature, double mix) {
   STD_TORCH_CHECK(kind >= 0 && kind < kDivergenceKinds, "kind: expected 0 to 6");
-  return {int(kind), float(1 / temperature), float(mix)};
+  return {int(kind), float(1 / temperature), float(mix), float(1 - mix)};
 }
 
 // Row i of `x` as floats, through `scratch` where x is half precision.

@@ -7,13 +7,15 @@ enum DivergenceKind : int { kForwardKL, kReverseKL, kSkewKL, kJSD, kTVD, kSoftCE
 struct DivergenceOptions {
   int kind;
   float inverse_temperature;
-  float mix;  // weight of the student in the mixture m = p + mix (q - p): 1 - alpha (skew_kl), 1 - beta (jsd)
+  float mix;   // weight of the student in the mixture m = rest p + mix q: 1 - alpha (skew_kl), 1 - beta (jsd)
+  float rest;  // 1 - mix, subtracted in double: of a mix near 1 a float keeps no digits of it
 };
 
 // What the forward leaves to the backward, per row: p = e^((t - max_t) / T) / sum_t, log(q / p) = c - kappa with
-// c = ((s - t) - shift) / T, and the gradient of the row is q (h - mean) / T with the kind's own h.
+// c = ((s - t) - (max_s - max_t)) / T, and the gradient of the row is q ((h - centre) - mean) / T with the kind's own
+// h; centre is the h of the student's likeliest token, mean that of h - centre under q.
 struct DivergenceStats {
-  float max_s, max_t, sum_s, sum_t, kappa, mean;
+  float max_s, max_t, sum_s, sum_t, kappa, centre, mean;
 };
 
 // A gradient that is wanted with the value: of upstream * value. `scratch`: scratch_size(columns) floats of the
@@ -26,11 +28,12 @@ struct DivergenceGradient {
   static int64_t scratch_size(int64_t columns) { return columns + columns / 256 + 2; }
 };
 
-// A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^t, e^t expm1(c),
-// e^t c, e^t (expm1(c) - c), -e^t t). Then of a second look at the row: the value, q and q h.
+// A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^s, e^t, e^t
+// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Then of a second look at the row: the value, q and q (h - centre).
 struct DivergenceSums {
   float max_s = -__builtin_inff(), max_t = -__builtin_inff();
-  double sum_t = 0, excess = 0, mean_c = 0, bregman = 0, entropy = 0;
+  float top_t = 0;  // the teacher's logit where the student's is max_s
+  double sum_s = 0, sum_t = 0, excess = 0, mean_c = 0, bregman = 0, entropy = 0;
   double value = 0, sum_q = 0, mean_h = 0;
 };
 

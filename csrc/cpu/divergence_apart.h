@@ -114,7 +114,7 @@ Apart apart(const float* s, const float* t, int64_t columns, float inverse_tempe
   }
   const double kl = kl_of(row);
   if (!(kl > 0)) return refused;
-  *stats = {row.max_s, row.max_t, float(row.sum_s), float(row.sum_t), float(std::log(row.sum_s / row.sum_t)), 0};
+  *stats = {row.max_s, row.max_t, float(row.sum_s), float(row.sum_t), float(std::log(row.sum_s / row.sum_t)), 0, 0};
   if constexpr (kGradient) {
     for (int64_t begin = 0, k = 0; begin < columns; begin += kPart, ++k) {
       const int64_t end = begin + kPart < columns ? begin + kPart : columns;

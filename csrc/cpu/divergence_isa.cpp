@@ -1,9 +1,11 @@
 // Row-wise divergence between q = softmax(s / T) and p = softmax(t / T): one row at a time, while it is in the cache.
 //
-// As the student nears the teacher, log q - log p loses its digits if both are formed. Here it never is: s - t is exact
-// where they are close, c = ((s - t) - (max s - max t)) / T is small, and
+// As the student nears the teacher, log q - log p loses its digits if both are formed. Here it never is: s - t is taken
+// with what its rounding loses, c = ((s - t) - (max s - max t)) / T is small, and
 //
 //     kappa = log sum_v p e^c = log1p(sum_v p expm1(c)),   d = log(q / p) = c - kappa,   q - p = p expm1(d).
+//
+// Where |d| >= 1, p and q come from exponentials of their own: p + p expm1(d) would lose the digits of a small q.
 //
 // Every kind but mse is then a Bregman divergence of p, q and their accurate difference: with lambda(y) = y - log1p(y),
 //
@@ -14,6 +16,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "cpu/vec.h"
@@ -23,10 +26,11 @@ namespace {
 constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles after so many elements
 typedef int64_t vlong __attribute__((vector_size(kLanes * 8)));
 constexpr float kTiny = 1e-37f;  // below it a probability counts as 0, so that no ratio overflows
+constexpr float kSmallKappa = 0.5f;
 
 // f(a, b, i, count): vectors of s and t at i; a last short one is filled up with -inf, which is probability 0.
 template <class F>
-inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&& f) {
+[[gnu::always_inline]] inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&& f) {
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) f(load(s + i), load(t + i), i, kLanes);
   if (i < end) {
@@ -37,7 +41,8 @@ inline void sweep(const float* s, const float* t, int64_t begin, int64_t end, F&
 
 // Sums of N quantities over a row: f(a, b, sums, i, count) adds to N vectors.
 template <int N, class F>
-inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N], F&& f) {
+[[gnu::always_inline]] inline void accumulate(const float* s, const float* t, int64_t columns, double (&totals)[N],
+                                              F&& f) {
   for (double& total : totals) total = 0;
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
@@ -55,87 +60,122 @@ namespace {
 
 // What the softmaxes of one row need; the arithmetic of one vector of it.
 struct Row {
-  float max_s, max_t, inverse_temperature, inverse_sum_s, inverse_sum_t, kappa;
+  float max_s, max_t, inverse_temperature, inverse_sum_s, inverse_sum_t;
+  float offset, offset_low;  // what is taken off s - t, as two floats: max_s - max_t, and T kappa once it is known
 
-  vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }                       // e^t, <= 1
-  vfloat shifted(vfloat a, vfloat b) const { return ((a - b) - (max_s - max_t)) * inverse_temperature; }  // c
+  vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }  // e^t, <= 1
   vfloat student(vfloat a) const { return (a - max_s) * inverse_temperature; }
+  bool exact;  // s - t with what its rounding loses: where the offset, of which no digit counts, is larger than c
+
+  // c, or d once kappa is in the offset.
+  template <bool kExact>
+  vfloat log_ratio(vfloat a, vfloat b) const {
+    const vfloat rounded = a - b;
+    if (!kExact) return (rounded - offset) * inverse_temperature - offset_low * inverse_temperature;
+    const vfloat back = rounded - a, lost = (a - (rounded - back)) - (b + back);  // NaN where a or b is infinite
+    return ((rounded - offset) + (lost == lost ? lost - offset_low : vfloat{})) * inverse_temperature;
+  }
 };
+
+inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
+  const double between = double(max_s) - max_t, offset = between + kappa / inverse_temperature;
+  const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
+  const double size = std::fabs(between) * inverse_temperature;
+  const bool exact = size > 2 || (size > 0.03 && std::fabs(kappa) < size / 8);  // a constant offset needs no kappa
+  return {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, exact};
+}
+
+// f(std::true_type) where row.exact, else f(std::false_type).
+template <class F>
+[[gnu::always_inline]] inline void by_exactness(const Row& row, F&& f) {
+  row.exact ? f(std::true_type{}) : f(std::false_type{});
+}
 
 struct Pair {
   vfloat p, q, difference, log_ratio;  // difference = q - p, log_ratio = log(q / p)
 };
 
-// Where d < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
-inline Pair pair(const Row& row, vfloat a, vfloat b) {
+// Where |d| < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
+template <bool kExact>
+[[gnu::always_inline]] inline Pair pair(const Row& row, vfloat a, vfloat b) {
   const vfloat p = row.teacher(b) * row.inverse_sum_t;
-  const vfloat d = row.shifted(a, b) - row.kappa;
-  const vint near = d < 1.f;
+  const vfloat d = row.log_ratio<kExact>(a, b);
+  const vint near = magnitude(d) < 1.f;
   const Exponential e = exponential(near ? d : row.student(a));
   const vfloat far = e.exp() * row.inverse_sum_s;
   const vfloat difference = near ? p * e.expm1() : far - p;
   return {p, near ? p + difference : far, difference, d};
 }
 
-// p lambda(n / p): the term of KL(p || p + n). Without p it is n, the limit.
-inline vfloat bregman(vfloat p, vfloat n) {
-  const vint there = p > kTiny;
-  const vfloat y = n / (there ? p : splat(1.f));
-  const vfloat term = p * logarithm(y).y_minus_log1p;
-  return there ? term : n + p * 0.f;  // p * 0: NaN stays
+// log(m / a), and a lambda(n / a) for n = m - a: the term of KL(a || m). Without a, 0 and n, the limits.
+struct ToMixture {
+  vfloat log_ratio, term;
+};
+
+inline ToMixture to_mixture(vfloat a, vfloat m, vfloat n) {
+  const vint there = a > kTiny;
+  const vfloat per_a = 1.f / (there ? a : splat(1.f));
+  const Logarithm x = logarithm(n * per_a, m * per_a);
+  const vfloat none = a * 0.f;  // NaN stays
+  return {there ? x.log1p : none, there ? a * x.y_minus_log1p : n + none};
 }
 
-// The same where log(1 + n / p) is known: 1 + n / p itself says little once p + n is much smaller than p.
+inline vfloat mixture(const Pair& x, const DivergenceOptions& o) { return o.rest * x.p + o.mix * x.q; }
+
+// p lambda(n / p), the term of KL(p || p + n), where log(1 + n / p) is known. Without p it is n, the limit.
 inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
   const vint there = p > kTiny;
   const vfloat y = n / (there ? p : splat(1.f));
   const vfloat term = magnitude(y) < 0.4f ? p * logarithm(y).y_minus_log1p : n - p * log_ratio;
-  return there ? term : n + p * 0.f;
+  return there ? term : n + p * 0.f;  // p * 0: NaN stays
 }
 
-// h of the gradient q (h - sum q h), up to a constant per row: chosen so that it is small where p and q agree.
+// h - centre, h of the gradient q (h - sum q h) up to a constant per row: chosen so that it is small where p and q
+// agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the teacher
+// is.
 template <int kKind>
-inline vfloat slope(const Pair& x, float mix) {
-  if constexpr (kKind == kReverseKL) return x.q > 0.f ? x.log_ratio : x.q * 0.f;  // q log q is 0 at 0
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre) {
+  if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
-    const vfloat n = mix * x.difference, m = x.p + n;
+    const vfloat m = mixture(x, o);
     const vint there = m > kTiny;
-    return there ? mix * n / (there ? m : splat(1.f)) : m * 0.f;
+    const vfloat per_m = o.mix / (there ? m : splat(1.f)), none = m * 0.f;
+    return centre == o.mix ? (there ? -x.p * per_m : none) : (there ? o.mix * x.difference * per_m - centre : none);
   }
-  if constexpr (kKind == kJSD) {
-    const vint there = x.q > kTiny;
-    const vfloat z = (mix - 1.f) * x.difference / (there ? x.q : splat(1.f));
-    return there ? -mix * logarithm(z).log1p : x.q * 0.f;
-  }
+  if constexpr (kKind == kJSD)
+    return -o.mix * to_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre;
   if constexpr (kKind == kTVD)
-    return x.difference > 0.f ? splat(0.5f) : (x.difference < 0.f ? splat(-0.5f) : x.difference * 0.f);
+    return (x.difference > 0.f ? splat(0.5f) : (x.difference < 0.f ? splat(-0.5f) : x.difference * 0.f)) - centre;
   return vfloat{};
 }
 
 template <int kKind>
-inline vfloat term(const Pair& x, float mix) {
+[[gnu::always_inline]] inline vfloat term(const Pair& x, const DivergenceOptions& o) {
   if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
   if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
-  if constexpr (kKind == kSkewKL) return bregman(x.p, mix * x.difference);
-  if constexpr (kKind == kJSD)
-    return (1.f - mix) * bregman(x.p, mix * x.difference) + mix * bregman(x.q, (mix - 1.f) * x.difference);
+  if constexpr (kKind == kSkewKL || kKind == kJSD) {
+    const vfloat m = mixture(x, o), of_p = to_mixture(x.p, m, o.mix * x.difference).term;
+    if (kKind == kSkewKL) return of_p;
+    return o.rest * of_p + o.mix * to_mixture(x.q, m, -o.rest * x.difference).term;
+  }
   if constexpr (kKind == kTVD) return 0.5f * magnitude(x.difference);
   return vfloat{};
 }
 
 // Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
 // `exponential_t`, for a gradient.
-template <bool kLoss, bool kEntropy, bool kKeep>
+template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
 void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
                  float* exponential_t) {
-  double totals[5];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5], int64_t i, int count) {
-    const vfloat e = row.teacher(b), c = row.shifted(a, b);
-    const vint near = c < 1.f;
+  double totals[6];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[6], int64_t i, int count) {
+    const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
+    const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
     sums[0] += e;
-    const vfloat more = near ? e * x.expm1() : x.exp() - e;
+    const vfloat far = x.exp(), more = near ? e * x.expm1() : far - e;
     sums[1] += more;
+    sums[5] += far * (near ? e : splat(1.f));  // not sum_t + excess: those may cancel
     if constexpr (kKeep) {
       store_some(excess + i, more, count);
       store_some(exponential_t + i, e, count);
@@ -144,13 +184,12 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
       const vint there = e > 0.f;
       const vfloat ec = there ? e * c : e;
       sums[2] += ec;
-      sums[3] +=
-          there ? (near ? e * (c < -500.f ? -1.f - c : x.expm1_minus_x()) : x.exp() - e - ec) : (near ? e : x.exp());
+      sums[3] += there ? (near ? e * x.expm1_minus_x() : far - e - ec) : (near ? e : far);
     }
     if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });
   sums->sum_t += totals[0], sums->excess += totals[1], sums->mean_c += totals[2];
-  sums->bregman += totals[3], sums->entropy += totals[4];
+  sums->bregman += totals[3], sums->entropy += totals[4], sums->sum_s += totals[5];
 }
 
 Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature) {
@@ -159,14 +198,27 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
     best_s = larger(a, best_s);
     best_t = larger(b, best_t);
   });
-  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0};
+  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0, 0, false};
+}
+
+// t where s is max_s, of rows of which max_s is the maximum; the first such.
+float beside(const float* s, const float* t, int64_t columns, float max_s) {
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
+    vint found = {};
+    sweep(s, s, begin, end, [&](vfloat a, vfloat, int64_t, int) { found |= a == max_s; });
+    if (min_lanes(__builtin_convertvector(found, vfloat)) == 0) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (s[i] == max_s) return t[i];
+  }
+  return max_s;
 }
 
 // The sums relative to larger maxima: every e^t is multiplied by `t` and every c grows by `delta`, so e^s by `s`.
 void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSums* sums) {
   const double up_s = (double(sums->max_s) - max_s) * inverse_temperature;
   const double up_t = (double(sums->max_t) - max_t) * inverse_temperature;
-  const bool first = sums->sum_t == 0 && sums->excess == 0;
+  const bool first = sums->sum_t == 0 && sums->sum_s == 0;
   if (!first && (up_s != 0 || up_t != 0)) {
     const double s = std::exp(up_s), t = std::exp(up_t), delta = up_s - up_t;
     const double change = std::fabs(delta) < 1 ? t * std::expm1(delta) : s - t;
@@ -175,7 +227,7 @@ void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSum
     sums->excess = s * sums->excess + change * sums->sum_t;
     sums->entropy = t * sums->entropy - (t > 0 ? t * up_t : 0) * sums->sum_t;
     sums->mean_c = t * sums->mean_c + of_t * sums->sum_t;
-    sums->sum_t *= t;
+    sums->sum_t *= t, sums->sum_s *= s;
   }
   sums->max_s = max_s, sums->max_t = max_t;
 }
@@ -193,13 +245,18 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
   } else {
     Row row = maxima(s, t, columns, options.inverse_temperature);
     if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
+    if (kKind != kForwardKL && kKind != kSoftCE && row.max_s > sums->max_s)
+      sums->top_t = beside(s, t, columns, row.max_s);
     row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
     row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
     if (row.max_s == -kInfinity) row.max_s = row.max_t;
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
     move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
-    add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep>(row, s, t, columns, sums,
-                                                                                  gradient.out, gradient.scratch);
+    row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
+    by_exactness(row, [&](auto exact) {
+      add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep, decltype(exact)::value>(
+          row, s, t, columns, sums, gradient.out, gradient.scratch);
+    });
   }
 }
 
@@ -215,34 +272,50 @@ double kl_from(const DivergenceSums& m, double kappa) {
 
 double entropy_of(const DivergenceSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
 
+inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
+  return row_of(stats.max_s, stats.max_t, options.inverse_temperature, stats.sum_s, stats.sum_t, stats.kappa);
+}
+
+// h of the student's likeliest token. Where a token has nearly all of q, h - mean would be a difference of equals.
+float centre_of(DivergenceOptions options, const DivergenceStats& stats, float top_t) {
+  static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
+  const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
+  const float h = kSlope[options.kind](top, options, 0)[0];
+  if (options.kind == kSkewKL && h > 0.5f * options.mix) return options.mix;
+  return std::fabs(h) < kInfinity ? h : 0;
+}
+
 bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
   *stats = {};
   *value = options.kind == kMSE ? float(sums.value) : 0;
   if (options.kind == kMSE || (sums.max_s == -kInfinity && sums.max_t == -kInfinity)) return false;
-  const double kappa = std::log1p(sums.excess / sums.sum_t), sum_s = sums.sum_t + sums.excess;
-  *stats = {sums.max_s, sums.max_t, float(sum_s), float(sums.sum_t), float(kappa), 0};
-  if (options.kind != kForwardKL && options.kind != kSoftCE) return true;
+  const double x = sums.excess / sums.sum_t;
+  const double kappa = std::fabs(x) < 0.5 ? std::log1p(x) : std::log(sums.sum_s / sums.sum_t);
+  *stats = {sums.max_s, sums.max_t, float(sums.sum_s), float(sums.sum_t), float(kappa), 0, 0};
+  if (options.kind != kForwardKL && options.kind != kSoftCE) {
+    stats->centre = centre_of(options, *stats, sums.top_t);
+    return true;
+  }
   const double kl = kl_from(sums, kappa);
   *value = float(kl + (options.kind == kSoftCE ? entropy_of(sums) : 0));
   return kl < 0;
 }
 
-inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
-  return {stats.max_s, stats.max_t, options.inverse_temperature, 1.f / stats.sum_s, 1.f / stats.sum_t, stats.kappa};
-}
-
-// The value with the final kappa, and the mean of h over the q that the backward will see, so that its rounding
-// cancels.
+// The value with the final kappa, and the mean of h - centre over the q that the backward will see, so that its
+// rounding cancels.
 template <int kKind>
 void refine(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
             DivergenceSums* sums) {
   const Row row = row_of(options, stats);
+  const float centre = stats.centre;
   double totals[3];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
-    const Pair x = pair(row, a, b);
-    sums[0] += term<kKind>(x, options.mix);
-    sums[1] += x.q;
-    sums[2] += x.q * slope<kKind>(x, options.mix);
+  by_exactness(row, [&](auto exact) {
+    accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[3], int64_t, int) {
+      const Pair x = pair<decltype(exact)::value>(row, a, b);
+      sums[0] += term<kKind>(x, options);
+      sums[1] += x.q;
+      sums[2] += x.q * slope<kKind>(x, options, centre);
+    });
   });
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
@@ -253,6 +326,29 @@ void settle(DivergenceOptions options, const DivergenceSums& sums, DivergenceSta
   stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
 }
 
+template <int kKind>
+void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
+              float upstream, float* grad) {
+  const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
+  const Row row = row_of(options, stats);
+  const float centre = stats.centre, mean = stats.mean;
+  by_exactness(row, [&](auto exact) {
+    sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
+      vfloat out;
+      if constexpr (kKind == kMSE) {
+        out = a == b ? vfloat{} : (a - b) * scale;
+      } else {
+        const Pair x = pair<decltype(exact)::value>(row, a, b);
+        if constexpr (kKind == kForwardKL || kKind == kSoftCE)
+          out = x.difference * scale;
+        else
+          out = x.q * (slope<kKind>(x, options, centre) - mean) * scale;
+      }
+      store_some(grad + i, out, count);
+    });
+  });
+}
+
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
 float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
@@ -261,11 +357,13 @@ float careful_forward(const float* s, const float* t, int64_t columns, Divergenc
   float value;
   gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
   const bool again = conclude(options, sums, stats, &value);
-  if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t)
-    const double scale = double(gradient.upstream) * options.inverse_temperature, sum_s = sums.sum_t + sums.excess;
+  if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t), of which neither is much larger
+    const double scale = double(gradient.upstream) * options.inverse_temperature, sum_s = sums.sum_s;
     const float of_excess = float(scale / sum_s), of_teacher = float(scale * (sums.excess / sum_s) / sums.sum_t);
     if (sums.max_s == -kInfinity && sums.max_t == -kInfinity)
       std::memset(gradient.out, 0, columns * sizeof(float));
+    else if (!(std::fabs(stats->kappa) < kSmallKappa))
+      backward<kKind>(s, t, columns, options, *stats, gradient.upstream, gradient.out);
     else
       sweep(gradient.out, gradient.scratch, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
         store_some(gradient.out + i, a * of_excess - b * of_teacher, count);
@@ -276,26 +374,6 @@ float careful_forward(const float* s, const float* t, int64_t columns, Divergenc
     settle(options, sums, stats, &value);
   }
   return value;
-}
-
-template <int kKind>
-void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
-              float upstream, float* grad) {
-  const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
-  const Row row = row_of(options, stats);
-  sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
-    vfloat out;
-    if constexpr (kKind == kMSE) {
-      out = a == b ? vfloat{} : (a - b) * scale;
-    } else {
-      const Pair x = pair(row, a, b);
-      if constexpr (kKind == kForwardKL || kKind == kSoftCE)
-        out = x.difference * scale;
-      else
-        out = x.q * (slope<kKind>(x, options.mix) - stats.mean) * scale;
-    }
-    store_some(grad + i, out, count);
-  });
 }
 
 template <int kKind>

@@ -1,6 +1,7 @@
 // One row against a sparse teacher: the student's softmax is over the whole vocabulary; everything else happens on k +
-// 1 numbers, in double. The gradient is q (h - mean) / T for every word, where h is the rest's outside the k words.
-// Near p = q, h (which is known up to a constant only) is small, and the logarithms are kept with the digits to tell.
+// 1 numbers, in double. The gradient of a word is (q h - q mean) / T, and the rest's is shared out by each word's part
+// of it. q h is bounded where h, which may hold p / q, is not. Near p = q, h (which is known up to a constant only) is
+// small, and the logarithms are kept with the digits to tell.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -13,16 +14,15 @@
 namespace fastkd {
 namespace {
 
-// T logsumexp(s / T) as a float and what it lacks, the mean of h under q, and the rest's h.
+// T logsumexp(s / T) of all words and of the rest, and the mean of h under q, each as a float and what it lacks; and
+// the rest's q (h - mean).
 struct TopKStats {
-  float log_sum, lacking, mean, rest_slope;
-
-  double raw() const { return double(log_sum) + lacking; }
+  float log_sum, lacking, rest_log_sum, rest_lacking, mean, mean_lacking, rest_grad;
 };
-// One word, or the rest: its contribution to the row and h. Without a tail p and q differ in mass, so the terms are
+// One word, or the rest: its contribution to the row and q h. Without a tail p and q differ in mass, so the terms are
 // plain; with one they are Bregman's, which are never negative.
 struct Word {
-  double value, slope;
+  double value, weighted;
 };
 
 inline double kl_term(double a, double log_a, double log_b, bool same_mass) {
@@ -36,18 +36,18 @@ inline Word word(int kind, double log_p, double log_q, double mix, bool same_mas
   const double m = p + mix * (q - p), log_m = std::log(m);
   switch (kind) {
     case kReverseKL:
-      return {kl_term(q, log_q, log_p, same_mass), q > 0 ? log_q - log_p : 0};
+      return {kl_term(q, log_q, log_p, same_mass), q > 0 ? q * (log_q - log_p) : 0};
     case kSkewKL:
-      return {kl_term(p, log_p, log_m, same_mass), m > 0 ? mix * (m - p) / m : 0};
+      return {kl_term(p, log_p, log_m, same_mass), m > 0 ? mix * mix * (q - p) * (q / m) : 0};
     case kJSD:
       return {(1 - mix) * kl_term(p, log_p, log_m, same_mass) + mix * kl_term(q, log_q, log_m, same_mass),
-              q > 0 ? mix * (log_q - log_m) : 0};
+              q > 0 ? mix * q * (log_q - log_m) : 0};
     case kTVD:
-      return {std::fabs(q - p) / 2, q > p ? 0.5 : (q < p ? -0.5 : 0)};
+      return {std::fabs(q - p) / 2, q > p ? 0.5 * q : (q < p ? -0.5 * q : 0)};
     case kSoftCE:
-      return {p > 0 ? -p * log_q : 0, q > 0 ? (q - p) / q : 0};
+      return {p > 0 ? -p * log_q : 0, q - p};
     default:
-      return {kl_term(p, log_p, log_q, same_mass), q > 0 ? (q - p) / q : 0};
+      return {kl_term(p, log_p, log_q, same_mass), q - p};
   }
 }
 
@@ -101,15 +101,18 @@ inline float topk_forward(const DivergenceTable& table, const TopKTeacher& teach
   // A student that can say nothing but the k words has no rest: then the teacher's is not compared either.
   const double log_tail = log_rest == kNothing ? kNothing : teacher.log_rest(i);
   const Word rest_word = word(kind, log_tail, log_rest_q, mix, teacher.has_tail);
-  double value = rest_word.value, mean = std::exp(log_rest_q) * rest_word.slope;
+  double value = rest_word.value, mean = rest_word.weighted;
   for (int64_t j = 0; j < teacher.k; ++j) {
     const double log_q = s[index[j]] * inverse_temperature - log_sum;
     const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
     value += x.value;
-    mean += std::exp(log_q) * x.slope;
+    mean += x.weighted;
   }
   const double raw = log_sum / inverse_temperature;
-  *stats = {float(raw), float(raw - float(raw)), float(mean), float(rest_word.slope)};
+  const double rest_raw = (log_rest == kNothing ? log_sum : log_rest) / inverse_temperature;
+  const double rest_grad = rest_word.weighted - std::exp(log_rest_q) * mean;
+  const auto lacks = [](double x) { return float(x - float(x)); };
+  *stats = {float(raw), lacks(raw), float(rest_raw), lacks(rest_raw), float(mean), lacks(mean), float(rest_grad)};
   return float(value);
 }
 
@@ -117,13 +120,14 @@ inline void topk_backward(const DivergenceTable& table, const TopKTeacher& teach
                           int64_t columns, int kind, double inverse_temperature, double mix, const TopKStats& stats,
                           float upstream, float* grad) {
   const double scale = upstream * inverse_temperature;
-  table.scaled_softmax(s, columns, float(inverse_temperature), stats.log_sum, stats.lacking,
-                       float((stats.rest_slope - stats.mean) * scale), grad);
+  const double log_sum = double(stats.log_sum) + stats.lacking, mean = double(stats.mean) + stats.mean_lacking;
+  table.scaled_softmax(s, columns, float(inverse_temperature), stats.rest_log_sum, stats.rest_lacking,
+                       float(stats.rest_grad * scale), grad);
   for (int64_t j = 0; j < teacher.k; ++j) {
     const int64_t v = teacher.index(i)[j];
-    const double log_q = (s[v] - stats.raw()) * inverse_temperature;
+    const double log_q = (s[v] - log_sum) * inverse_temperature;
     const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
-    grad[v] = float(std::exp(log_q) * (x.slope - stats.mean) * scale);
+    grad[v] = float((x.weighted - std::exp(log_q) * mean) * scale);
   }
 }
 

@@ -24,7 +24,6 @@ struct RowStats {
     TopKStats sparse;
   };
   float hard_log_sum;  // of e^s: for the hard labels
-  float unused;
 };
 static_assert(sizeof(RowStats) == kStats * sizeof(float), "stats are [N, kStats]");
 
@@ -56,7 +55,11 @@ struct Call {
        const Maybe& t_bias, const Maybe& indices, const Maybe& log_probs, const Maybe& tail, const Maybe& mask,
        const Maybe& hard_labels, int64_t kind, double temperature, double mix, double factor, double hard, double scale,
        double cap, double t_scale, double t_cap)
-      : options{{int(kind), float(1 / temperature), float(mix)}, 1 / temperature, mix, float(factor), float(hard)},
+      : options{{int(kind), float(1 / temperature), float(mix), float(1 - mix)},
+                1 / temperature,
+                mix,
+                float(factor),
+                float(hard)},
         student(hidden, head, bias, scale, cap),
         rows(hidden.size(0)),
         words(head.size(0)),

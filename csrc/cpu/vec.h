@@ -156,9 +156,9 @@ struct Logarithm {
   vfloat log1p, y_minus_log1p;
 };
 
-inline Logarithm logarithm(vfloat y) {
+// u = 1 + y, which may be known better than y.
+inline Logarithm logarithm(vfloat y, vfloat u) {
   const vint small = magnitude(y) < 0.4f;
-  const vfloat u = 1.f + y;
   const vint exponent = (bits(u) - 0x3f3504f3) >> 23;  // u = 2^exponent m, sqrt(1/2) <= m < sqrt(2)
   const vfloat m = from_bits(bits(u) - (exponent << 23));
   const vfloat z = small ? y : m - 1.f;
@@ -171,6 +171,8 @@ inline Logarithm logarithm(vfloat y) {
   log1p = u == kInfinity ? u : log1p;
   return {log1p, small ? y * s - tail : y - log1p};
 }
+
+inline Logarithm logarithm(vfloat y) { return logarithm(y, 1.f + y); }
 
 // log u for a normal u > 0; NaN stays NaN.
 inline vfloat natural_logarithm(vfloat u) {

@@ -38,7 +38,7 @@ KERNELS = {
 
 
 def _rows_fake(student, *_):
-    # The width of stats is the kernel's own business, but a fake must name it: dense 6, sparse 4 (csrc/cpu/divergence*).
+    # The width of stats is the kernel's own business, but a fake must name it: 7 (csrc/cpu/divergence*).
     return student.new_empty(student.shape[0], dtype=torch.float32)
 
 
@@ -46,11 +46,11 @@ def _grad_fake(grad, student, *_):
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-backends.fake("divergence_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 6, dtype=torch.float32)))
+backends.fake("divergence_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 7, dtype=torch.float32)))
 backends.fake("divergence_bwd", _grad_fake)
 backends.fake("divergence_fwd_grad", lambda s, *rest: (_rows_fake(s), _grad_fake(None, s)))
 backends.fake("divergence_settle", lambda *_: None)
-backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 4, dtype=torch.float32)))
+backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 7, dtype=torch.float32)))
 backends.fake("divergence_topk_bwd", _grad_fake)
 
 
@@ -100,6 +100,7 @@ class DivergenceAtOnce(backends.Function):
 def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, likely=(False, 1.0)) -> Tensor:
     """One value per row of student [N, V], without the T² factor; masked rows give 0. likely: (mean, factor), the caller
     will take the mean of the rows, or their sum, times factor; another use is as right, and a little slower."""
+    kind = without_mixture(kind, alpha)
     backend = backends.choose("divergence", backend, student)
     if backend == "reference":
         with backends.full_precision(student):
@@ -120,6 +121,11 @@ def _gradient_at_once(backend: str, student: Tensor) -> bool:
     """In half precision the gradient would be rounded twice; a compiled graph cannot hand over what a forward left."""
     wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return wanted and backend == "cpu" and student.dtype == torch.float32
+
+
+def without_mixture(kind: str, alpha: float) -> str:
+    """skew_kl with alpha 0 is forward_kl, which needs no mixture of probabilities that may both underflow."""
+    return "forward_kl" if kind == "skew_kl" and alpha == 0 else kind
 
 
 def kernel_dtype(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.checks import KINDS
-from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form
+from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form, without_mixture
 from fastkd.reference import linear_divergence as reference
 
 
@@ -136,6 +136,7 @@ def linear_divergence(
 ) -> Tensor:
     """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0; with row_weights [N], what
     memory="speed" can do better: sum row_weights * rows."""
+    options = options._replace(kind=without_mixture(options.kind, options.alpha))
     backend = backends.choose("linear_divergence", backend, student[0])
     labels = None if labels is None else labels.long()
     if backend == "reference":

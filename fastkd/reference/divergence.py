@@ -5,6 +5,8 @@ p, and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a: no digit is 
 agree. Words at -inf on both sides do not exist. The factor T^2 is the caller's.
 """
 
+import math
+
 import torch
 
 
@@ -23,7 +25,7 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     p, q = torch.softmax(t / temperature, -1), torch.softmax(s / temperature, -1)
     silent = (p == 0) & (q == 0)  # words that neither side can say
-    x = ((s - t) / temperature).masked_fill(silent, 0)
+    x = (_difference(s, t) / temperature).masked_fill(silent, 0)
     y = (x - (p * x.clamp(-1e30, 1e30)).sum(-1, keepdim=True).detach()).masked_fill(silent, 0)
     rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [N, 1] log1p of it: difference of the log-sum-exps
     near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
@@ -36,22 +38,36 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
     return (_compare(p * log_mass.exp(), q, d - log_mass, kind, beta, alpha) + lacking[:, 0]).masked_fill(blank, 0)
 
 
+def _difference(s, t):
+    """s - t less that of the maxima, so that a constant offset of one side costs no digits: what s - t loses is added."""
+    x = s - t
+    with torch.no_grad():
+        back = x - s
+        lost = ((s - (x - back)) - (t + back)).nan_to_num(0, 0, 0)  # NaN where s or t is infinite
+        offset = (s.amax(-1, keepdim=True) - t.amax(-1, keepdim=True)).nan_to_num(0, 0, 0)
+    return (x - offset) + lost
+
+
 def _compare(p, q, d, kind, beta, alpha):
     if kind == "reverse_kl":
         return _kl(q, p, -d)
-    if kind == "skew_kl":
-        return _kl(p, alpha * p + (1 - alpha) * q, _mix(d, 1 - alpha))
+    if kind == "skew_kl" and alpha > 0:
+        return _kl(p, alpha * p + (1 - alpha) * q, _mix(d, alpha, 1 - alpha))
     if kind == "jsd":
         m = beta * p + (1 - beta) * q
-        return beta * _kl(p, m, _mix(d, 1 - beta)) + (1 - beta) * _kl(q, m, _mix(-d, beta))
+        return beta * _kl(p, m, _mix(d, beta, 1 - beta)) + (1 - beta) * _kl(q, m, _mix(-d, 1 - beta, beta))
     if kind == "tvd":
         return torch.where(d > 1, q - p, p * d.clamp(max=1).expm1().abs()).sum(-1) / 2
     return _kl(p, q, d) + (torch.special.entr(p).sum(-1) if kind == "soft_ce" else 0)
 
 
-def _mix(r, w):
-    """log(1 - w + w e^r); past e^80 nothing of it is left beside what it multiplies."""
-    return torch.log1p(w * r.clamp(max=80).expm1())
+def _mix(r, rest, w):
+    """log(rest + w e^r), rest = 1 - w; past e^80 nothing of it is left beside what it multiplies."""
+    r = r.clamp(max=80)
+    x = w * r.expm1()
+    near = x.abs() < 0.5  # elsewhere 1 + x may have lost the digits of rest
+    far = torch.logaddexp(r + math.log(w), torch.full_like(r, math.log(rest)))
+    return torch.where(near, x.masked_fill(~near, 0).log1p(), far)
 
 
 def _kl(a, b, e):
