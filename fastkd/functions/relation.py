@@ -31,6 +31,7 @@ def relation_kl_loss(
         checks.count("heads", heads)
     if temperature is not None:
         checks.positive("temperature", temperature)
+    checks.flag("causal", causal)
     mask = reduce.as_bool(mask)
     found = [
         _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
@@ -61,7 +62,8 @@ def _relation_rows(where, student, teacher, heads, mask, causal, temperature, ba
         sides.append((first, first if pair[0] is pair[1] else relation.resplit(name + where, pair[1], heads)))
     (xs, ys), (xt, yt) = sides
     checks.frozen("teacher" + where, xt, yt)
-    checks.same_device(**{"student" + where: xs, "teacher" + where: xt, "mask": mask})
+    names = "student" + where, "teacher" + where
+    checks.same_device(**{names[0]: xs, names[0] + "[1]": ys, names[1]: xt, names[1] + "[1]": yt, "mask": mask})
     if xs.shape[:3] != xt.shape[:3]:
         raise ValueError(
             f"student{where} and teacher{where} must agree in batch, heads and length, got {list(xs.shape)} and "

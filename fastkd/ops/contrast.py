@@ -254,6 +254,7 @@ def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Ten
 
 def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
     """Ids of other labels, or of neighbours, [B, count]: the same on every backend."""
+    labels, order, bounds = (None if x is None else x.long() for x in (labels, order, bounds))
     arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
     chosen = backends.choose("contrast", backend, index[:0].float())
     if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
