@@ -168,8 +168,8 @@ def wrong_calls(seed: int, step: int) -> Iterator[tuple[str, str, tuple[dict, ..
     while True:
         name = rng.choice(list(VALID))
         args, said = rng.choice(VALID[name])(), []
-        for part, key in rng.sample([(part, key) for part in args for key in part], 2):
-            how, part[key] = rng.choice(list(wrong_values(part[key])))
+        for given, key in rng.sample([(part, key) for part in args for key in part], 2):
+            how, given[key] = rng.choice(list(wrong_values(given[key])))
             said.append(f"{key} {how}")
         yield name, ", ".join(said), args
 

@@ -56,6 +56,8 @@ def _relation_rows(where, student, teacher, heads, mask, causal, temperature, ba
             raise ValueError(f"{name}{where}: expected a tensor or a pair (x, y), got {checks.describe(x)}")
         for part in pair:
             checks.tensor(name + where, part, "[B, H, L, d]")
+            if part.shape[1] == 0:
+                raise ValueError(f"{name}{where}: expected at least one head, got {checks.describe(part)}")
         checks.same_shape(name + where + "[0]", pair[0], name + where + "[1]", pair[1])
         checks.mask("mask", mask, (pair[0].shape[0], pair[0].shape[2]), "[B, L]")
         first = relation.resplit(name + where, pair[0], heads)

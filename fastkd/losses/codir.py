@@ -175,10 +175,8 @@ class CoDIRLoss(nn.Module):
         if contrast_idx is not None:
             checks.integers("contrast_idx", contrast_idx, "[B, K + 1]")
             checks.same_leading("contrast_idx", contrast_idx, "idx", idx, 1)
-            if contrast_idx.shape[1] < 2:
-                raise ValueError(
-                    f"contrast_idx: expected idx and at least one negative, got {checks.describe(contrast_idx)}"
-                )
+            if contrast_idx.shape[1] == 0:
+                raise ValueError(f"contrast_idx: expected idx in column 0, got {checks.describe(contrast_idx)}")
             agree = lambda: (contrast_idx[:, 0] == idx).all()  # noqa: E731 (looked at only where a look is free)
             checks.values("contrast_idx", contrast_idx, agree, "column 0 must be idx, the negatives come after it")
             return idx, contrast_idx.long()
