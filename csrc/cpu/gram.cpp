@@ -172,6 +172,8 @@ void check_question(const Check& check, const Tensors& students, const Tensors& 
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check("students", students, kFloating, "[B, N, D]", {B, N, kAny});
   check("teachers", teachers, kFloating, "[B, N, D]", {B, N, kAny});
+  for (const auto* side : {&students, &teachers})
+    for (const Tensor& x : *side) check.that(x.size(2) > 0, "students, teachers", "D > 0", "an empty axis");
   check("mask", asked.mask, kBool, "[B, N]", {B, N});
 }
 
