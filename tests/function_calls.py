@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import torch
 
-import fastkd
+from raw_op_calls import BF16, FLOAT8, ids, layers, mask, normal, tensors, wrong_values
+
+# isort: split
+import fastkd  # after raw_op_calls, which loads the library that FASTKD_LIBRARY names
 from fastkd import TopK, functional
 from fastkd.functional import CostAttention
-from raw_op_calls import BF16, FLOAT8, ids, layers, mask, normal, tensors, wrong_values
 
 CLASSES = torch.arange(9) % 3
 LABELS = CLASSES, CLASSES.argsort(stable=True), torch.tensor([0, 3, 6, 9])
