@@ -186,9 +186,7 @@ def dependencies(obj: Path) -> list[Path]:
 def is_newer(target: Path, inputs) -> bool:
     """False as well where the target or an input does not exist."""
     paths = [Path(p) for p in inputs]
-    return all(p.exists() for p in (target, *paths)) and all(
-        target.stat().st_mtime >= p.stat().st_mtime for p in paths
-    )
+    return all(p.exists() for p in (target, *paths)) and all(target.stat().st_mtime >= p.stat().st_mtime for p in paths)
 
 
 def run(command: list[str]):
