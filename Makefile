@@ -7,6 +7,7 @@
 # make ci      make test, then whatever is marked long
 # make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
 # make lock    requirements.lock: the versions of make latest's environment, made anew
+# make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of their own
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -16,15 +17,23 @@ TORCH   = $(shell grep '^torch==' requirements.lock)
 PIP     = $(BIN)/python -m pip -q --disable-pip-version-check
 LATEST  = VENV=.venv-latest REQUIREMENTS="--upgrade --upgrade-strategy eager $(TORCH) -e .[dev,demo]"
 REQUIREMENTS ?= --no-deps -r requirements.lock
+ASAN_TESTS ?= $(wildcard tests/test_kernels.py tests/test_*_kernels.py tests/test_*contrast*.py tests/test_bank.py tests/test_gemm.py \
+    tests/test_*attention*.py tests/test_transport*.py tests/test_divergence*.py tests/test_gram*.py tests/test_raw_op_arguments.py)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench profile readme gpu latest lock lint build format clean
+.PHONY: test ci asan demo bench profile readme gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
 
 ci: test
 	$(BIN)/python -m pytest $(WORKERS) -m long
+
+# libstdc++ too: exceptions are intercepted, and Python itself does not link it.
+asan: $(VENV)/installed
+	FASTKD_SANITIZE=1 FASTKD_BUILD=cpu $(BIN)/python setup.py -q build_ext
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    FASTKD_LIBRARY=build/asan/fastkd/_cpu.so $(BIN)/python -m pytest $(ASAN_TESTS)
 
 demo: build
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo

@@ -5,6 +5,7 @@ FASTKD_BUILD = auto (default)  C++ where a compiler exists, CUDA too where nvcc 
                cpu             C++; a failed build is an error
                cuda            C++ and CUDA regardless of what is visible; a failed build is an error
 FASTKD_CUDA_ARCHS = "80;90" (default): the chips to compile for.
+FASTKD_SANITIZE = 1             the C++ ops alone, under AddressSanitizer and UndefinedBehaviorSanitizer, in build/asan (make asan)
 """
 
 import importlib.util
@@ -22,12 +23,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODE = os.environ.get("FASTKD_BUILD", "auto")
+SANITIZE = os.environ.get("FASTKD_SANITIZE") == "1"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
 NO_COMPILER = "no C++ compiler was found (g++, c++, clang++, or $CXX)"
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for torch 2.10 and newer
 COMMON = ["-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
+if SANITIZE:
+    COMMON += [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
 # Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/isa.h).
 # No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence_isa.cpp).
 # -Wno-psabi: a vector wider than a unit's registers is passed between its own inline functions only.
@@ -68,8 +73,11 @@ def extensions() -> list[Extension]:
     optional = MODE == "auto"
     if CXX is None and not optional:
         raise SystemExit(f"FASTKD_BUILD={MODE}: {NO_COMPILER}")
+    ops = Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional)
+    if SANITIZE:
+        return [ops]
     found = [
-        Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional),
+        ops,
         # The NumPy entry has its own copy of the transport solver: this module does not link torch.
         Extension("fastkd._C", sources("python.cpp", "cpu/isa.cpp", "cpu/transport_isa.cpp"), optional=optional),
     ]
@@ -90,6 +98,11 @@ def sources(*patterns: str) -> list[str]:
 
 class Build(build_ext):
     """Compiles object by object, in parallel, only what changed; knows that the two libraries are not Python modules."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if SANITIZE:  # beside the library that is used, never in its place
+            self.inplace, self.build_lib, self.build_temp = False, "build/asan", "build/asan/temp"
 
     def get_ext_filename(self, name):
         module = name.split(".")[-1]
@@ -156,7 +169,7 @@ class Build(build_ext):
 
     def _linker(self, ext):
         # nvcc knows where its static runtime lies; static, so that it cannot clash with the one that torch brings.
-        return [NVCC, "-shared", "-cudart=static"] if ext.name == "fastkd._cuda" else [CXX, "-shared"]
+        return [NVCC, "-shared", "-cudart=static"] if ext.name == "fastkd._cuda" else [CXX, "-shared", *SANITIZERS]
 
     def _libraries(self, ext):
         if ext.name == "fastkd._C":

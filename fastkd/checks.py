@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
+LARGEST = torch.finfo(torch.float32).max  # kernels take their numbers in float32
 CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECK", "0") == "1"
 
 
@@ -24,7 +25,7 @@ def describe(x) -> str:
     return f"{x!r}"
 
 
-def tensor(name: str, x, layout: str, *, floating: bool = True) -> None:
+def tensor(name: str, x, layout: str, *, floating: bool = True, eight_bits: bool = False) -> None:
     """`layout` is written as in the documentation: "[B, N, D]", or "[..., V]" for any leading shape."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
@@ -35,8 +36,23 @@ def tensor(name: str, x, layout: str, *, floating: bool = True) -> None:
         raise ValueError(f"{name}: expected shape {layout}, got {describe(x)}; reshape it first")
     if floating and not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, got {describe(x)}; cast it, for example with .float()")
+    if floating and x.dtype.itemsize == 1 and not eight_bits:
+        raise ValueError(f"{name}: 8-bit floats have no scale here, got {describe(x)}; cast it with .float()")
     if floating and x.dim() and x.shape[-1] == 0:
         raise ValueError(f"{name}: the last axis of {layout} is empty, got {describe(x)}")
+
+
+def shaped(name: str, x, shape: Sequence[int], layout: str) -> None:
+    """A floating tensor of exactly this shape."""
+    tensor(name, x, layout)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {layout} = {list(shape)}, got {describe(x)}")
+
+
+def one_number(name: str, x) -> None:
+    """A tensor that holds a single floating number, which is not looked at."""
+    if not isinstance(x, Tensor) or x.numel() != 1 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating tensor of one number, got {describe(x)}")
 
 
 def integers(name: str, x, layout: str) -> None:
@@ -92,6 +108,8 @@ def mask(name: str, x: Tensor | None, shape: Sequence[int], layout: str) -> None
         raise ValueError(f"{name}: expected a tensor {layout} where 1 counts, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {layout} = {list(shape)}, got {describe(x)}")
+    if x.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {describe(x)}")
 
 
 def layers(name: str, xs) -> None:
@@ -111,16 +129,33 @@ def same_length(name: str, xs, other_name: str, others) -> None:
         raise ValueError(f"{name} and {other_name} must pair up one to one, got {len(xs)} and {len(others)} entries")
 
 
-def positive(name: str, x) -> None:
-    if isinstance(x, Tensor):
-        values(name, x, lambda: (x > 0).all(), "must be > 0 everywhere")
-    elif not isinstance(x, Real) or not x > 0 or x == float("inf"):
+def positive(name: str, x, *, learnable: bool = False) -> None:
+    """A Python number; `learnable`: or a floating tensor of one."""
+    if learnable and isinstance(x, Tensor):
+        one_number(name, x)
+        values(name, x, lambda: (x > 0).all(), "must be > 0")
+    elif not isinstance(x, Real) or not 0 < x <= LARGEST:
         raise ValueError(f"{name}: must be a finite number > 0, got {x!r}")
 
 
 def count(name: str, x) -> None:
-    if not isinstance(x, int) or x < 1:
+    if not isinstance(x, int) or not 0 < x < 2**62:
         raise ValueError(f"{name}: expected a whole number > 0, got {x!r}")
+
+
+def number(name: str, x) -> None:
+    if not isinstance(x, Real) or not abs(x) < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {x!r}")
+
+
+def flag(name: str, x) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"{name}: expected True or False, got {describe(x)}")
+
+
+def pair(name: str, x, meaning: str) -> None:
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise ValueError(f"{name}: expected a pair {meaning}, got {describe(x)}")
 
 
 def between(name: str, x: float, low: float, high: float, hint: str = "") -> None:
@@ -175,6 +210,8 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
         tensor(name, x, "[B, H, S, S]")
         if x.shape[-1] != x.shape[-2]:
             raise ValueError(f"{name}: expected square scores [B, H, S, S], got {describe(x)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one head, got {describe(x)}")
         mask("mask", key_mask, (x.shape[0], x.shape[-1]), "[B, S]")
         return x
     if not isinstance(x, (tuple, list)) or len(x) != 2:
@@ -183,7 +220,7 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
     tensor(f"{name} q", q, "[B, H, S, d]")
     tensor(f"{name} k", k, "[B, H, S, d]")
     mask("mask", key_mask, (k.shape[0], k.shape[2]), "[B, S]")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"{name}: q's heads must be a multiple of k's and their widths equal, got q {list(q.shape)}, k {list(k.shape)}"
         )
@@ -197,6 +234,8 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
 def divergence_options(kind: str, temperature: float, beta: float, alpha: float) -> None:
     one_of("kind", kind, KINDS)
     positive("temperature", temperature)
+    number("beta", beta)
+    number("alpha", alpha)
     if kind == "jsd":
         between("beta", beta, 0.0, 1.0, "its ends are kind='forward_kl' and kind='reverse_kl'")
     if kind == "skew_kl" and not 0 <= alpha < 1:
@@ -209,8 +248,9 @@ def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
     integers("teacher.indices", indices, "[..., k]")
     tensor("teacher.log_probs", log_probs, "[..., k]")
     same_shape("teacher.log_probs", log_probs, "teacher.indices", indices)
-    same_leading("teacher.indices", indices, "student_logits", student, student.dim() - 1)
-    same_device(student_logits=student, indices=indices, log_probs=log_probs)
+    name = "student_logits" if size is None else "student_hidden"
+    same_leading("teacher.indices", indices, name, student, student.dim() - 1)
+    same_device(**{name: student, "teacher.indices": indices, "teacher.log_probs": log_probs})
     frozen("teacher.log_probs", log_probs)
     words = student.shape[-1] if size is None else size
     indices_in_range("teacher.indices", indices, words, "student's vocabulary")
@@ -220,7 +260,9 @@ def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
         raise ValueError("kind='reverse_kl' is infinite where the teacher has no mass; pass TopK(..., tail=True)")
     if isinstance(tail, Tensor):
         mask("teacher.tail", tail, student.shape[:-1], "[...]")
-        same_device(student_logits=student, tail=tail)
+        if not tail.is_floating_point():
+            raise ValueError(f"teacher.tail: expected the rest's log-mass in a floating dtype, got {describe(tail)}")
+        same_device(**{name: student, "teacher.tail": tail})
         frozen("teacher.tail", tail)
     elif tail is not None and tail is not True:
         raise ValueError(f"teacher.tail: expected None, True or the rest's log-mass [...], got {describe(tail)}")

@@ -14,6 +14,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
     """1 counts. Any dtype a tokenizer may give: bool, integers, floats."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"mask: expected a tensor where 1 counts, got {checks.describe(mask)}")
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
@@ -21,6 +23,8 @@ def counted_rows(mask: Tensor | None, labels: Tensor | None, ignore_index: int, 
     """Which rows count: those with mask 1 whose label is not `ignore_index`; None if all do."""
     checks.mask("mask", mask, shape, "[...]")
     checks.mask("labels", labels, shape, "[...]")
+    if labels is not None and not (isinstance(ignore_index, int) and abs(ignore_index) < 2**63):
+        raise ValueError(f"ignore_index: expected a whole number, got {checks.describe(ignore_index)}")
     counted = as_bool(mask)
     if labels is None:
         return counted

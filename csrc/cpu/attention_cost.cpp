@@ -118,12 +118,36 @@ void sums_by_identity(const AttentionShape& shape, const Layers& layers, double*
   }
 }
 
+// Queries [B, H, S, d] and keys [B, H, S', d] of every layer, d its own.
+void check(const Check& check, const std::vector<Tensor>& sq, const std::vector<Tensor>& sk,
+           const std::vector<Tensor>& tq, const std::vector<Tensor>& tk, const std::vector<double>& scales,
+           const std::optional<Tensor>& mask) {
+  check.length("sq", sq, kAny);
+  check.length("sk", sk, int64_t(sq.size()));
+  check.length("tq", tq, kAny);
+  check.length("tk", tk, int64_t(tq.size()));
+  check.length("scales", scales, int64_t(sq.size() + tq.size()));
+  check("sq", sq[0], kFloating, "[B, H, S, d]", {kAny, kAny, kAny, kAny}, 0);
+  check("sk", sk[0], kFloating, "[B, H, S, d]", {kAny, kAny, kAny, kAny}, 0);
+  const int64_t B = sq[0].size(0), H = sq[0].size(1), queries = sq[0].size(2), keys = sk[0].size(2);
+  const auto layers = [&](const char* q_name, const char* k_name, const std::vector<Tensor>& q,
+                          const std::vector<Tensor>& k) {
+    check(q_name, q, kFloating, "[B, H, S, d]", {B, H, queries, kAny});
+    for (size_t l = 0; l < q.size(); ++l)
+      check(k_name, k[l], dtype_of(q[l]), "[B, H, S, d]", {B, H, keys, q[l].size(3)}, int64_t(l));
+  };
+  layers("sq", "sk", sq, sk);
+  layers("tq", "tk", tq, tk);
+  check("mask", mask, kBool, "[B, S]", {B, keys});
+}
+
 AttentionShape shape_of(const std::vector<Tensor>& sq, const std::vector<Tensor>& sk, const bool* mask, bool causal) {
   return {sq[0].size(0), sq[0].size(1), sq[0].size(2), sk[0].size(2), causal, mask};
 }
 
 Tensor attention_cost_fwd(std::vector<Tensor> sq, std::vector<Tensor> sk, std::vector<Tensor> tq,
                           std::vector<Tensor> tk, std::vector<double> scales, std::optional<Tensor> mask, bool causal) {
+  check(Check("attention_cost_fwd"), sq, sk, tq, tk, scales, mask);
   const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
   const AttentionShape shape = shape_of(sq, sk, mask ? keep.const_data_ptr<bool>() : nullptr, causal);
   const Layers layers(sq, sk, tq, tk, scales);
@@ -215,6 +239,9 @@ void pulls_of_scores(const AttentionShape& shape, const Layers& layers, const st
 std::vector<Tensor> attention_cost_bwd(const Tensor& grad, std::vector<Tensor> sq, std::vector<Tensor> sk,
                                        std::vector<Tensor> tq, std::vector<Tensor> tk, std::vector<double> scales,
                                        std::optional<Tensor> mask, bool causal) {
+  const Check op("attention_cost_bwd");
+  check(op, sq, sk, tq, tk, scales, mask);
+  op("grad", grad, kF32, "[N, M]", {int64_t(sq.size()), int64_t(tq.size())});
   const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
   const AttentionShape shape = shape_of(sq, sk, mask ? keep.const_data_ptr<bool>() : nullptr, causal);
   const Layers layers(sq, sk, tq, tk, scales);

@@ -45,9 +45,6 @@ struct Layers {
       for (const Tensor& x : *side) q.emplace_back(x);
     for (const auto* side : {&sk, &tk})
       for (const Tensor& x : *side) k.emplace_back(x);
-    STD_TORCH_CHECK(k.size() == q.size() && scale.size() == q.size(), "attention_cost: q, k and a scale of each layer");
-    for (size_t l = 0; l < q.size(); ++l)
-      STD_TORCH_CHECK(q[l].element == k[l].element && q[l].width == k[l].width, "attention_cost: q and k of a layer");
   }
   int count() const { return students + teachers; }
 };

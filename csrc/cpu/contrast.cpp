@@ -256,11 +256,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, con
                                                         std::optional<Tensor> index, const Tensor& inverse_temperature,
                                                         std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids,
                                                         bool with_direction, std::optional<Tensor> scale) {
+  const Check check("info_nce_fwd");
+  check_bank(check, query, bank, scale);
+  check("positive", positive, kFloating, "[B, D]", {query.size(0), query.size(1)});
+  check("index", index, kI64, "[B, K]", {query.size(0), kAny});
+  check("inverse_temperature", inverse_temperature, kF64, "[]", {});
+  check_ids(check, query, bank, query_ids, bank_ids);
   const Tensor q = with_contiguous_rows(query), p = with_contiguous_rows(positive), n = with_contiguous_rows(bank);
   if (query_ids) query_ids = torch::stable::contiguous(*query_ids);
   if (bank_ids) bank_ids = torch::stable::contiguous(*bank_ids);
   if (scale) scale = torch::stable::contiguous(*scale);
-  STD_TORCH_CHECK(scale || element_of_bank(n) != kFloat8, "bank: float8 rows need their scale");
   const double inverse = *inverse_temperature.const_data_ptr<double>();
   if (index)
     return info_nce_gathered(q, p, n, torch::stable::contiguous(*index), query_ids, bank_ids, scale, inverse,

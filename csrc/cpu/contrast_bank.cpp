@@ -63,6 +63,17 @@ struct Pool {
 
 struct Labels {
   const int64_t *labels, *order, *bounds;
+  int64_t classes;
+
+  // Whether the class of an example begins and ends in `order` where `bounds` says; else they are not of one data set.
+  bool fit(int64_t id, int64_t n_data) const {
+    const int64_t own = labels[id];
+    if (own < 0 || own >= classes) return false;
+    const int64_t begin = bounds[own], end = bounds[own + 1];
+    if (begin < 0 || begin >= end || end > n_data) return false;
+    const int64_t first = order[begin], last = order[end - 1];
+    return std::min(first, last) >= 0 && std::max(first, last) < n_data && labels[first] == own && labels[last] == own;
+  }
 };
 
 Pool pool_of(int64_t id, int64_t n_data, int64_t window, const Labels& by) {
@@ -85,20 +96,36 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
 Tensor sample_negatives(const Tensor& index, int64_t count, int64_t n_data, std::optional<Tensor> labels,
                         std::optional<Tensor> order, std::optional<Tensor> bounds, const Tensor& state,
                         bool replacement, int64_t window) {
+  constexpr int64_t kMost = int64_t(1) << 62;  // sums of two such numbers fit
+  const Check check("sample_negatives");
+  check("index", index, kI64, "[B]", {kAny});
+  check.that(count > 0 && count < kMost / 8, "count", "a number > 0", count);
+  check.that(n_data > 0 && n_data < kMost, "n_data", "a number > 0", n_data);
+  check.that(window >= 0 && window < kMost / 2, "window", "a number >= 0", window);
+  check("state", state, kI64, "[2]", {2});
+  check.together("labels, order", labels.has_value(), order.has_value());
+  check.together("labels, bounds", labels.has_value(), bounds.has_value());
+  check("labels", labels, kI64, "[n_data]", {n_data});
+  check("order", order, kI64, "[n_data]", {n_data});
+  check("bounds", bounds, kI64, "[C + 1]", {kAny});
   const Tensor ids = torch::stable::contiguous(index), seed = torch::stable::contiguous(state);
   labels = contiguous(labels), order = contiguous(order), bounds = contiguous(bounds);
-  const Labels by = {numbers(labels), numbers(order), numbers(bounds)};
+  const Labels by = {numbers(labels), numbers(order), numbers(bounds), bounds ? bounds->numel() - 1 : 0};
   const int64_t rows = ids.size(0), *id = ids.const_data_ptr<int64_t>();
   const auto* words = reinterpret_cast<const uint64_t*>(seed.const_data_ptr<int64_t>());
   const uint64_t step = mix(mix(words[0]) + words[1]);
   Tensor out = torch::stable::new_empty(ids, {rows, count});
   int64_t* drawn = out.mutable_data_ptr<int64_t>();
-  std::atomic<bool> bad{false};
+  std::atomic<bool> bad{false}, unsorted{false};
   parallel_for(0, rows, grain(count * 8), [&](int64_t b, int64_t end) {
     Shuffle shuffle(replacement ? 0 : count);
     for (; b < end; ++b) {
       if (id[b] < 0 || id[b] >= n_data) {
         bad = true;
+        continue;
+      }
+      if (by.labels && !by.fit(id[b], n_data)) {
+        unsorted = true;
         continue;
       }
       const Pool pool = pool_of(id[b], n_data, window, by);
@@ -118,17 +145,23 @@ Tensor sample_negatives(const Tensor& index, int64_t count, int64_t n_data, std:
     }
   });
   STD_TORCH_CHECK(!bad, "index: indices must lie in [0, ", n_data, "), the n_data examples");
+  STD_TORCH_CHECK(!unsorted,
+                  "labels: expected classes 0 to C - 1, the ids sorted by class, and where each class begins");
   return out;
 }
 
 // Of equal ids in a batch the last one counts.
 void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, double momentum,
                  std::optional<Tensor> scale) {
+  const Check check("update_bank");
+  check("bank", bank, scale ? kF8 : kFloating, "[K, D]", {kAny, kAny});
+  check("index", index, kI64, "[B]", {kAny});
+  check("rows", rows, kFloating, "[B, D]", {index.size(0), bank.size(1)});
+  check("scale", scale, kF32, "[K]", {bank.size(0)});
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const Tensor ids = torch::stable::contiguous(index), x = with_contiguous_rows(rows);
   STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1, "bank: the rows must be contiguous");
   const int to_element = element_of_bank(bank), from_element = element_of(x);
-  STD_TORCH_CHECK(scale.has_value() == (to_element == kFloat8), "scale: float8 rows have one each, and no others");
   STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1, "scale: must be contiguous");
   float* factors = scale ? scale->mutable_data_ptr<float>() : nullptr;
   const int64_t count = ids.size(0), width = bank.size(1), *id = ids.const_data_ptr<int64_t>();
@@ -156,6 +189,10 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
 // z if it is set, else n_data * mean e^(<query, row> / T) of this batch, over its finite scores.
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
                      int64_t n_data, std::optional<Tensor> scale) {
+  const Check check("nce_partition");
+  check_bank(check, query, bank, scale);
+  check("index", index, kI64, "[B, K]", {query.size(0), kAny});
+  check("z", z, kF32, "[]", {});
   const float now = *z.const_data_ptr<float>();
   Tensor out = torch::stable::new_empty(z, {}, ScalarType::Float);
   float& found = *out.mutable_data_ptr<float>();

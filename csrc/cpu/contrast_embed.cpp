@@ -23,7 +23,15 @@ constexpr int64_t kBlock = 128;  // columns of x and W that are copied side by s
 
 int64_t whole(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
+void check_map(const Check& check, const Tensor& x, const Tensor& weight) {
+  check("x", x, kF32, "[B, S]", {kAny, kAny});
+  check("weight", weight, kF32, "[D, S]", {kAny, x.size(1)});
+}
+
 std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const Check check("unit_linear_fwd");
+  check_map(check, x, weight);
+  check("bias", bias, kF32, "[D]", {weight.size(0)});
   const ContrastEmbedTable& table = FASTKD_CHOOSE(contrast_embed);
   const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
   const Tensor shift = torch::stable::contiguous(bias);
@@ -125,11 +133,16 @@ struct Columns {
 
 std::tuple<Tensor, Tensor, Tensor> unit_linear_bwd(const Tensor& grad, const Tensor& unit, const Tensor& length,
                                                    const Tensor& x, const Tensor& weight, bool with_x) {
+  const Check check("unit_linear_bwd");
+  check_map(check, x, weight);
+  check("grad", grad, kF32, "[B, D]", {x.size(0), weight.size(0)});
+  check("unit", unit, kF32, "[B, D]", {x.size(0), weight.size(0)});
+  check("length", length, kF32, "[B]", {x.size(0)});
   const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
   const int64_t rows = a.size(0), width = a.size(1), d = w.size(0);
   Tensor to_x = torch::stable::new_empty(x, {with_x ? rows : 0, width});
   Tensor to_weight = empty_on_huge_pages(weight, d, width), to_bias = torch::stable::new_empty(weight, {d});
-  const Slopes slopes(grad, unit, length, to_bias.mutable_data_ptr<float>());
+  const Slopes slopes(grad, dense(unit), dense(length), to_bias.mutable_data_ptr<float>());
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   parallel_for(0, blocks, grain(kBlock * d * rows, 1 << 18), [&](int64_t block, int64_t end) {
     Columns columns = {FASTKD_CHOOSE(contrast_embed),

@@ -71,9 +71,13 @@ void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) 
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
                                    double temperature, bool with_direction, std::optional<Tensor> scale) {
+  const Check check("nce_fwd");
+  check_bank(check, query, bank, scale);
+  check("index", index, kI64, "[B, K]", {query.size(0), kAny});
+  check.that(index.size(1) > 0, "index", "the positive in column 0", "no columns");
+  check("shift", shift, kF64, "[]", {});
   const int64_t width = query.size(1);
   if (scale) scale = torch::stable::contiguous(*scale);
-  STD_TORCH_CHECK(scale || element_of_bank(bank) != kFloat8, "bank: float8 rows need their scale");
   Tensor loss = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Float);
   Tensor direction = torch::stable::new_empty(query, {with_direction ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *directions = direction.mutable_data_ptr<float>();
@@ -94,6 +98,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
                                                             const Tensor& bank_a, const Tensor& bank_b,
                                                             const Tensor& index, const Tensor& z_a, const Tensor& z_b,
                                                             double noise, double temperature, int64_t n_data) {
+  const Check check("nce_pair");
+  check_bank(check, query_a, bank_a, std::nullopt, "query_a", "bank_a");
+  check_bank(check, query_b, bank_b, std::nullopt, "query_b", "bank_b");
+  check("query_b", query_b, kFloating, "[B, D]", {query_a.size(0), query_a.size(1)});
+  check("index", index, kI64, "[B, K]", {query_a.size(0), kAny});
+  check.that(index.size(1) > 0, "index", "the positive in column 0", "no columns");
+  check("z_a", z_a, kF32, "[]", {});
+  check("z_b", z_b, kF32, "[]", {});
   const std::vector<Side> sides = {{query_a, bank_a}, {query_b, bank_b}};
   const Tensor rows = torch::stable::contiguous(index);
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;

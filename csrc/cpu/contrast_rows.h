@@ -35,6 +35,21 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// query [B, D] and bank [K, D]; a float8 bank has a scale [K].
+inline void check_bank(const Check& check, const Tensor& query, const Tensor& bank, const std::optional<Tensor>& scale,
+                       const char* query_name = "query", const char* bank_name = "bank") {
+  check(query_name, query, kFloating, "[B, D]", {kAny, kAny});
+  check(bank_name, bank, scale ? kFloating | kF8 : kFloating, "[K, D]", {kAny, query.size(1)});
+  check("scale", scale, kF32, "[K]", {bank.size(0)});
+}
+
+inline void check_ids(const Check& check, const Tensor& query, const Tensor& bank,
+                      const std::optional<Tensor>& query_ids, const std::optional<Tensor>& bank_ids) {
+  check.together("query_ids, bank_ids", query_ids.has_value(), bank_ids.has_value());
+  check("query_ids", query_ids, kI64, "[B]", {query.size(0)});
+  check("bank_ids", bank_ids, kI64, "[K]", {bank.size(0)});
+}
+
 struct InfoNceOut {
   float* loss;    // softplus(lse - p)
   float* weight;  // its derivative with respect to lse, minus that with respect to p

@@ -41,6 +41,12 @@ struct Panels {
 Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& inverse_temperature,
                          std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids, const Tensor& lse,
                          const Tensor& coefficient) {
+  const Check check("info_nce_bank_bwd");
+  check_bank(check, query, bank, std::nullopt);
+  check("inverse_temperature", inverse_temperature, kF64, "[]", {});
+  check_ids(check, query, bank, query_ids, bank_ids);
+  check("lse", lse, kF32, "[B]", {query.size(0)});
+  check("coefficient", coefficient, kF32, "[B]", {query.size(0)});
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const Gemm& gemm = fastkd::gemm(kFloat32);
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank);

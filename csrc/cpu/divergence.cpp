@@ -16,8 +16,16 @@ namespace {
 
 constexpr int64_t kStats = sizeof(DivergenceStats) / sizeof(float);
 
+void check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+           int64_t kind) {
+  const Check check(op);
+  check("s", student, kFloating, "[N, V]", {kAny, kAny});
+  check("t", teacher, kFloating, "[N, V]", {student.size(0), student.size(1)});
+  check("mask", mask, kBool, "[N]", {student.size(0)});
+  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 6", kind);
+}
+
 DivergenceOptions options(int64_t kind, double temperature, double mix) {
-  STD_TORCH_CHECK(kind >= 0 && kind < kDivergenceKinds, "kind: expected 0 to 6");
   return {int(kind), float(1 / temperature), float(mix), float(1 - mix)};
 }
 
@@ -75,6 +83,7 @@ std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor&
 
 std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
                                           int64_t kind, double temperature, double mix) {
+  check("divergence_fwd", student, teacher, mask, kind);
   Tensor holder;
   const bool* kept = rows_kept(mask, &holder);
   return values_and_stats(student, teacher, kept, options(kind, temperature, mix), nullptr, 0);
@@ -84,7 +93,8 @@ std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& student, const Tensor& t
 // once.
 std::tuple<Tensor, Tensor> divergence_fwd_grad(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
                                                int64_t kind, double temperature, double mix, bool mean, double factor) {
-  STD_TORCH_CHECK(student.scalar_type() == ScalarType::Float, "divergence_fwd_grad takes a float32 student");
+  check("divergence_fwd_grad", student, teacher, mask, kind);
+  Check("divergence_fwd_grad")("s", student, kF32, "[N, V]", {kAny, kAny});
   Tensor holder;
   const bool* kept = rows_kept(mask, &holder);
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
@@ -97,6 +107,11 @@ std::tuple<Tensor, Tensor> divergence_fwd_grad(const Tensor& student, const Tens
 
 // From the gradient for the likely upstream to that for the one which came: most often nothing is left to do.
 void divergence_settle(Tensor grad, const Tensor& upstream, std::optional<Tensor> mask, bool mean, double factor) {
+  const Check check("divergence_settle");
+  check("grad", grad, kF32, "[N, V]", {kAny, kAny});
+  check.contiguous("grad", grad);
+  check("upstream", upstream, kF32, "[N]", {grad.size(0)});
+  check("mask", mask, kBool, "[N]", {grad.size(0)});
   Tensor holder;
   const bool* kept = rows_kept(mask, &holder);
   const float guess = likely_upstream(grad, kept, mean, factor);
@@ -115,8 +130,11 @@ void divergence_settle(Tensor grad, const Tensor& upstream, std::optional<Tensor
 
 Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
                       const Tensor& stats, int64_t kind, double temperature, double mix) {
+  check("divergence_bwd", student, teacher, mask, kind);
+  Check("divergence_bwd")("grad", upstream, kF32, "[N]", {student.size(0)});
+  Check("divergence_bwd")("stats", stats, kF32, "[N, stats]", {student.size(0), kStats});
   const Tensor s = torch::stable::contiguous(student), t = torch::stable::contiguous(teacher);
-  const Tensor g = torch::stable::contiguous(upstream);
+  const Tensor g = torch::stable::contiguous(upstream), of_rows = dense(stats);
   const int64_t rows = s.size(0), columns = s.size(1), width = int64_t(s.element_size());
   Tensor grad = torch::stable::new_empty(s, {rows, columns});
   use_huge_pages(grad);
@@ -124,7 +142,7 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   const bool* kept = rows_kept(mask, &holder);
   const int element_s = element_of(s), element_t = element_of(t);
   const float* up = g.const_data_ptr<float>();
-  const auto* stat = reinterpret_cast<const DivergenceStats*>(stats.const_data_ptr<float>());
+  const auto* stat = reinterpret_cast<const DivergenceStats*>(of_rows.const_data_ptr<float>());
   char* out = static_cast<char*>(grad.mutable_data_ptr());
   const DivergenceOptions how = options(kind, temperature, mix);
   const DivergenceTable& table = FASTKD_CHOOSE(divergence);

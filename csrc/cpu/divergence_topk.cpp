@@ -37,9 +37,18 @@ struct Inputs {
   }
 };
 
+void check(const Check& check, const Tensor& student, const Tensor& indices, const Tensor& log_probs,
+           const std::optional<Tensor>& tail, const std::optional<Tensor>& mask, int64_t kind) {
+  check("s", student, kFloating, "[N, V]", {kAny, kAny});
+  check("mask", mask, kBool, "[N]", {student.size(0)});
+  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 5", kind);
+  check_sparse(check, indices, log_probs, tail, student.size(0), kind);
+}
+
 std::tuple<Tensor, Tensor> divergence_topk_fwd(const Tensor& student, const Tensor& indices, const Tensor& log_probs,
                                                std::optional<Tensor> tail, std::optional<Tensor> mask, int64_t kind,
                                                double temperature, double mix) {
+  check(Check("divergence_topk_fwd"), student, indices, log_probs, tail, mask, kind);
   const Inputs in(student, indices, log_probs, tail, mask);
   Tensor values = torch::stable::new_empty(in.s, {in.rows}, ScalarType::Float);
   Tensor stats = torch::stable::new_empty(in.s, {in.rows, kStats}, ScalarType::Float);
@@ -62,12 +71,16 @@ std::tuple<Tensor, Tensor> divergence_topk_fwd(const Tensor& student, const Tens
 Tensor divergence_topk_bwd(const Tensor& upstream, const Tensor& student, const Tensor& indices,
                            const Tensor& log_probs, std::optional<Tensor> tail, std::optional<Tensor> mask,
                            const Tensor& stats, int64_t kind, double temperature, double mix) {
+  const Check op("divergence_topk_bwd");
+  check(op, student, indices, log_probs, tail, mask, kind);
+  op("grad", upstream, kF32, "[N]", {student.size(0)});
+  op("stats", stats, kF32, "[N, stats]", {student.size(0), kStats});
   const Inputs in(student, indices, log_probs, tail, mask);
-  const Tensor g = torch::stable::contiguous(upstream);
+  const Tensor g = torch::stable::contiguous(upstream), of_rows = dense(stats);
   Tensor grad = torch::stable::new_empty(in.s, {in.rows, in.columns});
   use_huge_pages(grad);
   const float* up = g.const_data_ptr<float>();
-  const auto* stat = reinterpret_cast<const TopKStats*>(stats.const_data_ptr<float>());
+  const auto* stat = reinterpret_cast<const TopKStats*>(of_rows.const_data_ptr<float>());
   const int64_t width = int64_t(in.s.element_size());
   char* out = static_cast<char*>(grad.mutable_data_ptr());
   const DivergenceTable& table = FASTKD_CHOOSE(divergence);

@@ -63,9 +63,6 @@ struct TopKTeacher {
         k(ids.size(1)),
         has_tail(rest.has_value()) {
     if (has_tail) tail = torch::stable::contiguous(*rest);
-    STD_TORCH_CHECK(
-        log_probs.scalar_type() == ScalarType::Double && (!has_tail || tail.scalar_type() == ScalarType::Double),
-        "teacher: expected log-probabilities and tail in float64");
     const int64_t* index = indices.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < ids.size(0) * k; ++i)
       STD_TORCH_CHECK(index[i] >= 0 && index[i] < columns, "teacher.indices: an index lies outside the vocabulary");
@@ -76,6 +73,15 @@ struct TopKTeacher {
     return has_tail ? tail.const_data_ptr<double>()[i] : -std::numeric_limits<double>::infinity();
   }
 };
+
+inline void check_sparse(const Check& check, const Tensor& indices, const std::optional<Tensor>& log_probs,
+                         const std::optional<Tensor>& tail, int64_t rows, int64_t kind) {
+  check("indices", indices, kI64, "[N, k]", {rows, kAny});
+  check.that(log_probs.has_value(), "log_probs", "float64 [N, k]", "None");
+  check("log_probs", log_probs, kF64, "[N, k]", {rows, indices.size(1)});
+  check("tail", tail, kF64, "[N]", {rows});
+  check.that(kind != kMSE, "kind", "one that compares probabilities, 0 to 5", kind);
+}
 
 // log sum e^(s / T); -inf where no word exists.
 inline double log_sum_exp(const DivergenceTable& table, const float* s, int64_t columns, double inverse_temperature) {

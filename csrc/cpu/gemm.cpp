@@ -103,16 +103,13 @@ Tensor scratch(const Tensor& like, int64_t bytes) {
 }
 
 Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& start, double alpha, int64_t how) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1), "gemm_nt: expected a [M, K] and b [N, K]");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "gemm_nt: expected a and b of one dtype");
+  const Check check("gemm_nt");
+  check("a", a, kFloating, "[M, K]", {kAny, kAny});
+  check("b", b, dtype_of(a), "[N, K]", {kAny, a.size(1)});
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+  check("start", start, kF32, "[M, N]", {m, n});
   Tensor out = torch::stable::new_empty(a, {m, n}, ScalarType::Float);
-  if (start) {
-    STD_TORCH_CHECK(
-        start->scalar_type() == ScalarType::Float && start->dim() == 2 && start->size(0) == m && start->size(1) == n,
-        "gemm_nt: expected start float32 [M, N]");
-    torch::stable::copy_(out, *start);
-  }
+  if (start) torch::stable::copy_(out, *start);
   if (m == 0 || n == 0) return out;
   const int element = element_of(a);
   const Gemm& chosen = how & kEmulateAmx ? FASTKD_CHOOSE(gemm).emulated_amx

@@ -163,6 +163,36 @@ Tensor gradient_like(const Tensor& student) {
   return grad;
 }
 
+// Pairs of layers [B, N, D], D its own, and what is asked of them.
+void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Question& asked) {
+  check.length("students", students, kAny);
+  check.length("teachers", teachers, int64_t(students.size()));
+  check.length("levels", asked.levels, kAny);
+  for (const int64_t level : asked.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
+  check("students", students[0], kFloating, "[B, N, D]", {kAny, kAny, kAny}, 0);
+  const int64_t B = students[0].size(0), N = students[0].size(1);
+  check("students", students, kFloating, "[B, N, D]", {B, N, kAny});
+  check("teachers", teachers, kFloating, "[B, N, D]", {B, N, kAny});
+  for (const auto* side : {&students, &teachers})
+    for (const Tensor& x : *side) check.that(x.size(2) > 0, "students, teachers", "D > 0", "an empty axis");
+  check("mask", asked.mask, kBool, "[B, N]", {B, N});
+}
+
+// What goes with the values of every term: [G], or row by row [G, R].
+void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
+                 const Question& asked) {
+  const size_t terms = asked.levels.size();
+  const int64_t B = students[0].size(0), N = students[0].size(1);
+  check.length(name, xs, int64_t(students.size() * terms));
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const int64_t level = asked.levels[i % terms];
+    if (asked.row)
+      check(name, xs[i], dtype, "[G, R]", {level == kToken ? B : N, level == kToken ? N : B}, int64_t(i));
+    else
+      check(name, xs[i], dtype, "[G]", {level == kSequence ? N : B}, int64_t(i));
+  }
+}
+
 // A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
 bool units_do(const Question& asked) {
   for (int64_t level : asked.levels)
@@ -174,6 +204,7 @@ std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teacher
                                                std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                bool with_gradient) {
   const Question asked = {mask, levels, row, normalize, eps};
+  check_question(Check("gram_fwd"), students, teachers, asked);
   Tensors values, valid, saved;
   for (size_t pair = 0; pair < students.size(); ++pair) {
     Aim aim = {{}, std::vector<Upstream>(levels.size())};
@@ -183,6 +214,18 @@ std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teacher
     saved.insert(saved.end(), aim.out.begin(), aim.out.end());
   }
   return {values, valid, saved};
+}
+
+// What gram_fwd left for gram_bwd: nothing, or a gradient of every term.
+void check_units(const Check& check, Tensors& saved, const Tensors& students, const Question& asked) {
+  if (saved.empty()) return;
+  const size_t terms = asked.levels.size();
+  check.length("saved", saved, units_do(asked) ? int64_t(students.size() * terms) : 0);
+  for (size_t i = 0; i < saved.size(); ++i) {
+    const Tensor& student = students[i / terms];
+    check.like("saved", saved[i], dtype_of(student) == kBF16 ? kBF16 : kF32, student, int64_t(i));
+    saved[i] = dense(saved[i]);
+  }
 }
 
 // The sum of units, each times its upstream, in the student's dtype.
@@ -226,6 +269,10 @@ std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t term
 Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
                  std::vector<int64_t> levels, bool row, bool normalize, double eps) {
   const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_bwd");
+  check_question(check, students, teachers, asked);
+  check_terms(check, "grads", grads, kF32, students, asked);
+  check_units(check, saved, students, asked);
   Tensors found;
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
@@ -263,9 +310,12 @@ std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors te
                                                     std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                     std::vector<double> weights, bool mean) {
   const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_fwd_grad");
+  check_question(check, students, teachers, asked);
+  check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
+  check.length("weights", weights, int64_t(levels.size()));
   Tensors values, valid, grads;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    STD_TORCH_CHECK(students[pair].scalar_type() != ScalarType::Half, "gram_fwd_grad takes float32 and bfloat16");
     Aim aim = {{gradient_like(students[pair])}, likely_upstream(asked, students[pair], weights, mean)};
     all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
     grads.push_back(aim.out[0]);
@@ -295,6 +345,17 @@ void gram_settle(Tensors found, Tensors grads, Tensors valid, Tensors students, 
                  std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
                  std::vector<double> weights, bool mean) {
   const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_settle");
+  check_question(check, students, teachers, asked);
+  check_terms(check, "grads", grads, kF32, students, asked);
+  check_terms(check, "valid", valid, kBool, students, asked);
+  check.length("weights", weights, int64_t(levels.size()));
+  check.length("found", found, int64_t(students.size()));
+  for (size_t i = 0; i < found.size(); ++i) {
+    check.like("found", found[i], kF32 | kBF16, students[i], int64_t(i));
+    check.contiguous("found", found[i]);
+  }
+  for (Tensor& x : valid) x = dense(x);
   const GramTable& table = FASTKD_CHOOSE(gram);
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);

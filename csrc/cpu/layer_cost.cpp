@@ -74,8 +74,22 @@ struct Panel {
   }
 };
 
+// Layers of one shape, of any number of axes; [B, S, ...] under a mask [B, S].
+void check(const Check& check, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+           const std::optional<Tensor>& mask) {
+  check.length("students", students, kAny);
+  check.length("teachers", teachers, kAny);
+  const Tensor& first = students[0];
+  check.that(first.dim() >= (mask ? 2 : 1), "students[0]", mask ? "[B, S, ...]" : "at least one axis", first.dim());
+  for (const auto* side : {&students, &teachers})
+    for (size_t i = 0; i < side->size(); ++i)
+      check.like(side == &students ? "students" : "teachers", (*side)[i], kFloating, first, int64_t(i));
+  if (mask) check("mask", *mask, kBool, "[B, S]", {first.size(0), first.size(1)});
+}
+
 Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> mask,
                       std::optional<double> clamp) {
+  check(Check("layer_cost_fwd"), students, teachers, mask);
   const std::vector<Layer> layers = layers_of(students, teachers);
   const Space space(layers, mask);
   const Blocks blocks(space, layers.size());
@@ -166,6 +180,9 @@ struct Backward {
 
 std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> students, std::vector<Tensor> teachers,
                                    std::optional<Tensor> mask, std::optional<double> clamp) {
+  const Check op("layer_cost_bwd");
+  check(op, students, teachers, mask);
+  op("grad", grad, kF32, "[N, M]", {int64_t(students.size()), int64_t(teachers.size())});
   const std::vector<Layer> layers = layers_of(students, teachers);
   const Space space(layers, mask);
   const Blocks blocks(space, layers.size());

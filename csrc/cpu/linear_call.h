@@ -40,6 +40,30 @@ struct Options {
   float factor, hard;  // of the divergence, and of the cross-entropy with the labels
 };
 
+inline void check_side(const Check& check, const char* const names[3], const Tensor& hidden, const Tensor& head,
+                       const Maybe& bias, int64_t rows, int64_t words) {
+  check(names[0], hidden, kFloating, "[N, D]", {rows, kAny});
+  check(names[1], head, kFloating, "[V, D]", {words, hidden.size(1)});
+  check(names[2], bias, kF32, "[V]", {head.size(0)});
+}
+
+// The arguments that all ops have.
+inline void check_call(const Check& check, const Tensor& hidden, const Tensor& head, const Maybe& bias,
+                       const Maybe& t_hidden, const Maybe& t_head, const Maybe& t_bias, const Maybe& indices,
+                       const Maybe& log_probs, const Maybe& tail, const Maybe& mask, const Maybe& labels,
+                       int64_t kind) {
+  constexpr const char *kStudent[] = {"hidden", "head", "bias"}, *kTeacher[] = {"t_hidden", "t_head", "t_bias"};
+  check_side(check, kStudent, hidden, head, bias, kAny, kAny);
+  const int64_t rows = hidden.size(0), words = head.size(0);
+  check.that(words > 0, "head", "at least one row", "none");
+  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 6", kind);
+  check("mask", mask, kBool, "[N]", {rows});
+  check("labels", labels, kI64, "[N]", {rows});
+  if (indices) return check_sparse(check, *indices, log_probs, tail, rows, kind);
+  check.that(t_hidden && t_head, "t_hidden, t_head", "both, or indices and log_probs", "None");
+  check_side(check, kTeacher, *t_hidden, *t_head, t_bias, rows, words);
+}
+
 struct Call {
   const DivergenceTable& divergence = FASTKD_CHOOSE(divergence);
   const LinearTable& linear = FASTKD_CHOOSE(linear_divergence);
@@ -64,7 +88,6 @@ struct Call {
         rows(hidden.size(0)),
         words(head.size(0)),
         width(hidden.size(1)) {
-    STD_TORCH_CHECK(kind >= 0 && kind < kDivergenceKinds, "kind: expected 0 to 6");
     if (indices)
       sparse.emplace(*indices, *log_probs, tail, words);
     else
@@ -157,6 +180,8 @@ inline Tensor large(const Tensor& like, int64_t rows, int64_t columns, ScalarTyp
       const Maybe &t_bias, const Maybe &indices, const Maybe &log_probs, const Maybe &tail, const Maybe &mask,     \
       const Maybe &labels, int64_t kind, double temperature, double mix, double factor, double hard, double scale, \
       double cap, double t_scale, double t_cap
+#define FASTKD_LINEAR_CHECK(check) \
+  check_call(check, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind)
 #define FASTKD_LINEAR_CALL                                                                                           \
   Call(hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind, temperature, mix, \
        factor, hard, scale, cap, t_scale, t_cap)

@@ -161,9 +161,9 @@ std::tuple<Tensor, Tensor, Tensor> low_backward(const Call& call, const Tensor& 
     if (narrow) std::memset(head.mutable_data_ptr(), 0, head.numel() * int64_t(head.element_size()));
     return {to.hidden, head, to.bias};
   }
-  const Tensor g = torch::stable::contiguous(upstream);
+  const Tensor g = torch::stable::contiguous(upstream), of_rows = dense(stats);
   const float* up = g.const_data_ptr<float>();
-  const auto* stat = reinterpret_cast<const RowStats*>(stats.const_data_ptr<float>());
+  const auto* stat = reinterpret_cast<const RowStats*>(of_rows.const_data_ptr<float>());
   Block block(call, low_rows(call), low_words(call), to_head);
   const Pull pull(call, to, low_rows(call));
   const Scratch sums(call.student.hidden, narrow ? low_words(call) * call.width * 4 : 0);
@@ -189,11 +189,18 @@ std::tuple<Tensor, Tensor, Tensor> low_backward(const Call& call, const Tensor& 
   return {to.hidden, head, to.bias};
 }
 
-std::tuple<Tensor, Tensor> linear_divergence_fwd(FASTKD_LINEAR_PARAMETERS) { return low_forward(FASTKD_LINEAR_CALL); }
+std::tuple<Tensor, Tensor> linear_divergence_fwd(FASTKD_LINEAR_PARAMETERS) {
+  FASTKD_LINEAR_CHECK(Check("linear_divergence_fwd"));
+  return low_forward(FASTKD_LINEAR_CALL);
+}
 
 std::tuple<Tensor, Tensor, Tensor> linear_divergence_bwd(const Tensor& grad, const Tensor& stats,
                                                          FASTKD_LINEAR_PARAMETERS, bool to_hidden, bool to_head,
                                                          bool to_bias) {
+  const Check check("linear_divergence_bwd");
+  FASTKD_LINEAR_CHECK(check);
+  check("grad", grad, kF32, "[N]", {hidden.size(0)});
+  check("stats", stats, kF32, "[N, stats]", {hidden.size(0), kStats});
   return low_backward(FASTKD_LINEAR_CALL, grad, stats, to_hidden, to_head, to_bias);
 }
 
@@ -210,13 +217,22 @@ void scale(const Tensor& x, const Tensor& factor, Tensor out) {
 }
 
 Tensor linear_divergence_scale(const Tensor& x, const Tensor& factor, const Tensor& like) {
+  const Check check("linear_divergence_scale");
+  check("x", x, kFloating, "[N, D]", {kAny, kAny});
+  check("factor", factor, kF32, "[]", {});
+  check.that(like.is_cpu() && (dtype_of(like) & kFloating), "like", "float32, bfloat16 or float16 on the CPU",
+             "another");
   Tensor out = torch::stable::new_empty(like, {x.size(0), x.size(1)});
   use_huge_pages(out);
-  scale(x, factor, out);
+  scale(dense(x), factor, out);
   return out;
 }
 
 void linear_divergence_settle(Tensor x, const Tensor& factor) {
+  const Check check("linear_divergence_settle");
+  check("x", x, kFloating, "[N, D]", {kAny, kAny});
+  check.contiguous("x", x);
+  check("factor", factor, kF32, "[]", {});
   if (*factor.const_data_ptr<float>() != 1) scale(x, factor, x);
 }
 

@@ -286,6 +286,9 @@ struct Speed {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_speed(const Tensor& weights, FASTKD_LINEAR_PARAMETERS,
                                                                    bool to_hidden, bool to_head, bool to_bias) {
+  const Check check("linear_divergence_speed");
+  FASTKD_LINEAR_CHECK(check);
+  check("weights", weights, kF32, "[N]", {hidden.size(0)});
   const Call call = FASTKD_LINEAR_CALL;
   const Tensor w = torch::stable::contiguous(weights);
   Speed speed(call, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);

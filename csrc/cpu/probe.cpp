@@ -9,7 +9,7 @@ namespace fastkd {
 namespace {
 
 Tensor probe(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float, "x: expected float32 [N, D]");
+  Check("probe")("x", x, kF32, "[N, D]", {kAny, kAny});
   const Tensor dense = torch::stable::contiguous(x);
   const int64_t rows = x.size(0), columns = x.size(1);
   Tensor out = torch::stable::new_empty(x, {rows});

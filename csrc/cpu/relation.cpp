@@ -81,6 +81,17 @@ struct Arguments {
   int64_t work() const { return xs.size(2) * xs.size(2) * (xs.size(3) + xt.size(3)); }
 };
 
+// x [B, H, L, d], d of either side its own; y as x.
+void check(const Check& check, const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt,
+           const std::optional<Tensor>& yt, const std::optional<Tensor>& mask) {
+  check("xs", xs, kFloating, "[B, H, L, d]", {kAny, kAny, kAny, kAny});
+  const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
+  check("ys", ys, dtype_of(xs), "[B, H, L, d]", {B, H, L, xs.size(3)});
+  check("xt", xt, kFloating, "[B, H, L, d]", {B, H, L, kAny});
+  check("yt", yt, dtype_of(xt), "[B, H, L, d]", {B, H, L, xt.size(3)});
+  check("mask", mask, kBool, "[B, L]", {B, L});
+}
+
 Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
@@ -126,6 +137,7 @@ void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::optional<Tensor> ys, const Tensor& xt,
                                                         std::optional<Tensor> yt, std::optional<Tensor> mask,
                                                         bool causal, double scale_s, double scale_t, bool in_forward) {
+  check(Check("relation_fwd"), xs, ys, xt, yt, mask);
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
   STD_TORCH_CHECK(!in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
@@ -152,6 +164,15 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
                                         const Tensor& xt, std::optional<Tensor> yt, std::optional<Tensor> mask,
                                         const Tensor& stats, const Tensor& unit_x, const Tensor& unit_y, bool causal,
                                         double scale_s, double scale_t) {
+  const Check op("relation_bwd");
+  check(op, xs, ys, xt, yt, mask);
+  const int64_t B = xs.size(0), H = xs.size(1), made = unit_x.numel() ? xs.size(2) : kAny;
+  const unsigned gradient = dtype_of(xs) == kBF16 ? kBF16 : kF32;
+  op("grad", grad, kF32, "[B, H, L]", {B, H, xs.size(2)});
+  op("stats", stats, kF32, "[B, H, 4, L]", {B, H, 4, xs.size(2)});
+  op("unit_x", unit_x, gradient, "[B, H, L, d]", {B, H, made, xs.size(3)});
+  op("unit_y", unit_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
+  const Tensor of_queries = dense(stats), for_x = dense(unit_x), for_y = dense(unit_y);
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const RelationCall call = of.call();
   const Tensor g = torch::stable::contiguous(grad);
@@ -159,7 +180,7 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   Tensor dx = fresh_gradient(of, true), dy = fresh_gradient(of, !of.self_s);
   RelationOut out = out_of(dx, dy);
   out.upstream = upstream;
-  if (xs.size(2) > kWhole) out.stats = const_cast<float*>(stats.const_data_ptr<float>());  // read only, there
+  if (xs.size(2) > kWhole) out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
   const int64_t L = call.length, size = L * call.s.width;
   std::vector<char> scaled(of.pairs(), 0);
   if (unit_x.numel()) {
@@ -174,8 +195,8 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
         const Kept kept = call.kept(pair);
         if (kept.count() && !same_for_all(upstream + pair * L, kept)) continue;
         const float by = kept.count() ? upstream[pair * L + kept.first()] : 0;
-        scale(unit_x, out.dx, pair, by);
-        scale(unit_y, out.dy, pair, by);
+        scale(for_x, out.dx, pair, by);
+        scale(for_y, out.dy, pair, by);
         scaled[pair] = 1;
       }
     });

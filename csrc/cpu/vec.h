@@ -17,6 +17,7 @@ namespace {
 
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));  // for sums of bits, which may wrap
 typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
 typedef double vdouble __attribute__((vector_size(kLanes * 8)));
 
@@ -54,7 +55,7 @@ inline vfloat scale_by_power(vfloat x, vfloat n, vint n_in_low_bits) {
   (void)n_in_low_bits;
   return (vfloat)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
-  const vfloat scaled = x * from_bits((n_in_low_bits << 23) + 0x3f800000);
+  const vfloat scaled = x * from_bits((vint)(((vuint)n_in_low_bits << 23) + 0x3f800000u));
   return n < -126.f ? vfloat{} : (n > 127.f ? x * kInfinity : scaled);
 #endif
 }
@@ -159,8 +160,8 @@ struct Logarithm {
 // u = 1 + y, which may be known better than y.
 inline Logarithm logarithm(vfloat y, vfloat u) {
   const vint small = magnitude(y) < 0.4f;
-  const vint exponent = (bits(u) - 0x3f3504f3) >> 23;  // u = 2^exponent m, sqrt(1/2) <= m < sqrt(2)
-  const vfloat m = from_bits(bits(u) - (exponent << 23));
+  const vint exponent = (vint)((vuint)bits(u) - 0x3f3504f3u) >> 23;  // u = 2^exponent m, sqrt(1/2) <= m < sqrt(2)
+  const vfloat m = from_bits((vint)((vuint)bits(u) - ((vuint)exponent << 23)));
   const vfloat z = small ? y : m - 1.f;
   const vfloat s = z / (2.f + z);  // log(1 + z) = 2 s + 2 s^3 / 3 + 2 s^5 / 5 + ...
   const vfloat s2 = s * s;
@@ -176,8 +177,8 @@ inline Logarithm logarithm(vfloat y) { return logarithm(y, 1.f + y); }
 
 // log u for a normal u > 0; NaN stays NaN.
 inline vfloat natural_logarithm(vfloat u) {
-  const vint exponent = (bits(u) - 0x3f3504f3) >> 23;  // as above
-  const vfloat z = from_bits(bits(u) - (exponent << 23)) - 1.f;
+  const vint exponent = (vint)((vuint)bits(u) - 0x3f3504f3u) >> 23;  // as above
+  const vfloat z = from_bits((vint)((vuint)bits(u) - ((vuint)exponent << 23))) - 1.f;
   const vfloat s = z / (2.f + z), s2 = s * s;
   const vfloat tail = s * s2 * (2.f / 3 + s2 * (2.f / 5 + s2 * (2.f / 7 + s2 * (2.f / 9))));
   return __builtin_convertvector(exponent, vfloat) * 0.693147180559945309f + (2.f * s + tail) + (u - u);

@@ -32,12 +32,12 @@ def info_nce_loss(
         raise ValueError("bank: None means the batch's own positives, which take no index and no scale")
     tensors = (("query", query, "[B, D]"), ("positive", positive, "[B, D]"), ("bank", bank, "[K, D]"))
     for name, x, layout in tensors[: 2 if bank is None else 3]:
-        checks.tensor(name, x, layout)
+        checks.tensor(name, x, layout, eight_bits=name == "bank")
         if x.shape[-1] != query.shape[-1]:
             raise ValueError(f"{name}: expected the width of query, {query.shape[-1]}, got {checks.describe(x)}")
     checks.same_shape("positive", positive, "query", query)
     checks.same_device(query=query, positive=positive, bank=bank, index=index, scale=scale)
-    checks.positive("temperature", temperature)
+    checks.positive("temperature", temperature, learnable=True)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     if index is not None:
         checks.integers("index", index, "[B, K]")
@@ -46,10 +46,12 @@ def info_nce_loss(
     if bank is not None:
         _check_scale(scale, bank)
     if exclude is not None:
-        if not isinstance(exclude, (tuple, list)) or len(exclude) != 2:
-            raise ValueError(f"exclude: expected a pair (query_ids [B], bank_ids [K]), got {checks.describe(exclude)}")
+        checks.pair("exclude", exclude, "(query_ids [B], bank_ids [K])")
+        for i, ids in enumerate(exclude):
+            checks.tensor(f"exclude[{i}]", ids, "[...]", floating=False)
         checks.mask("exclude[0]", exclude[0], query.shape[:1], "[B]")
         checks.mask("exclude[1]", exclude[1], (query if bank is None else bank).shape[:1], "[K]")
+        checks.same_device(**{"query": query, "exclude[0]": exclude[0], "exclude[1]": exclude[1]})
         if bank is None:
             same = lambda: (exclude[0] == exclude[1]).all()  # noqa: E731 (looked at only where a look is free)
             checks.values("exclude", exclude[0], same, "in the batch, both are the ids of the same examples")
@@ -73,22 +75,14 @@ def nce_loss(
     """Noise-contrastive estimation as CRD and CoDIR release it: query [B, D] against bank[index], index [B, K + 1] with
     the positive in column 0. p = e^<q,n>/T / z, noise c = K / n_data; -log p0/(p0+c) - sum_k log c/(pk+c) per query.
     scale [K] multiplies each bank row (fp8 banks)."""
-    checks.tensor("query", query, "[B, D]")
-    checks.tensor("bank", bank, "[K, D]")
-    checks.integers("index", index, "[B, K]")
-    checks.same_leading("index", index, "query", query, 1)
-    checks.same_device(query=query, bank=bank, index=index, scale=scale)
-    _check_scale(scale, bank)
-    if bank.shape[1] != query.shape[1]:
-        raise ValueError(f"bank: expected the width of query, {query.shape[1]}, got {checks.describe(bank)}")
+    _check_chosen(query, bank, index, scale)
     if index.shape[1] < 2:
         raise ValueError(
             f"index: expected the positive and at least one negative per row, got {checks.describe(index)}"
         )
-    checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
-    checks.positive("n_data", n_data)
+    checks.count("n_data", n_data)
     checks.positive("temperature", temperature)
-    checks.positive("z", z)
+    checks.positive("z", z, learnable=True)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     rows = contrast.nce(query, bank, index, n_data, float(temperature), z, scale, backend)
     return reduce.reduce(rows, None, reduction)
@@ -115,10 +109,13 @@ def nce_pair_loss(
         raise ValueError(
             f"index: expected the positive and at least one negative per row, got {checks.describe(index)}"
         )
+    for name, x in (("queries", queries), ("banks", banks), ("z", z)):
+        checks.pair(name, x, "of both anchors")
     for side in (0, 1):
         query, bank, names = queries[side], banks[side], (f"queries[{side}]", f"banks[{side}]")
         checks.tensor(names[0], query, "[B, D]")
-        checks.tensor(names[1], bank, "[K, D]")
+        checks.tensor(names[1], bank, "[K, D]", eight_bits=True)  # for the hint below
+        checks.one_number(f"z[{side}]", z[side])
         checks.same_leading("index", index, names[0], query, 1)
         checks.same_device(**{names[0]: query, names[1]: bank, "index": index, f"z[{side}]": z[side]})
         if bank.dtype.itemsize == 1:
@@ -128,7 +125,7 @@ def nce_pair_loss(
         if bank.shape[1] != queries[0].shape[1] or query.shape[1] != queries[0].shape[1]:
             raise ValueError(f"{names[1]}: expected the width of queries[0], {queries[0].shape[1]}")
     checks.indices_in_range("index", index, min(len(bank) for bank in banks), "rows of both banks")
-    checks.positive("n_data", n_data)
+    checks.count("n_data", n_data)
     checks.positive("temperature", temperature)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     rows, z = contrast.nce_pair(queries, banks, index, n_data, float(temperature), z, backend)
@@ -148,14 +145,10 @@ def nce_partition(
 ) -> Tensor:
     """nce_loss's z as it is frozen after the first batch: `z` where it is > 0, else n_data · mean e^<q,n>/T of this
     batch (over its finite scores; 0 if there are none). Without a gradient and without a look at z."""
-    checks.tensor("query", query, "[B, D]")
-    checks.tensor("bank", bank, "[K, D]")
-    checks.integers("index", index, "[B, K]")
-    checks.same_leading("index", index, "query", query, 1)
-    checks.same_device(query=query, bank=bank, index=index, z=z, scale=scale)
-    _check_scale(scale, bank)
-    checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
-    checks.positive("n_data", n_data)
+    checks.one_number("z", z)
+    _check_chosen(query, bank, index, scale)
+    checks.same_device(query=query, z=z)
+    checks.count("n_data", n_data)
     checks.positive("temperature", temperature)
     return contrast.partition(query, bank, index, n_data, float(temperature), z, scale, backend)
 
@@ -177,19 +170,21 @@ def sample_negatives(
     other examples, or with a window > 0 the 2 window nearest by. state int64 [2] is (seed, step): equal states give
     equal draws on every device. Where fewer than `count` ids remain they are drawn with replacement.
     """
-    if not isinstance(window, int) or window < 0:
+    checks.count("count", count)
+    checks.count("n_data", n_data)
+    checks.flag("replacement", replacement)
+    if not isinstance(window, int) or not 0 <= window < 2**60:
         raise ValueError(f"window: expected how many ids on either side, or 0 for all of them, got {window!r}")
     if window and labels is not None:
         raise ValueError("window: negatives are drawn by label or from a window, not both; leave one of them out")
     checks.integers("index", index, "[B]")
-    checks.positive("count", count)
-    checks.mask("state", state, (2,), "[2]")
     checks.integers("state", state, "[2]")
+    checks.mask("state", state, (2,), "[2]")
     checks.indices_in_range("index", index, n_data, "n_data examples")
+    if labels is not None:
+        _check_labels(labels, index, n_data)
     classes, order, bounds = (None, None, None) if labels is None else labels
-    for name, x in (("labels[0]", classes), ("labels[1]", order)):
-        checks.mask(name, x, (n_data,), "[n_data]")
-    checks.same_device(index=index, state=state, classes=classes, order=order, bounds=bounds)
+    checks.same_device(index=index, state=state)
     return contrast.sample_negatives(index, count, n_data, classes, order, bounds, state, replacement, window, backend)
 
 
@@ -197,6 +192,8 @@ def sample_negatives(
 def unit_linear(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     """x [B, S] by weight [D, S] and bias [D] onto the unit sphere, [B, D] in float32; a zero vector stays zero."""
     checks.tensor("x", x, "[B, S]")
+    checks.tensor("weight", weight, "[D, S]")
+    checks.shaped("bias", bias, weight.shape[:1], "[D]")
     checks.same_device(x=x, weight=weight, bias=bias)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: expected the width of weight, {weight.shape[1]}, got {checks.describe(x)}")
@@ -210,7 +207,7 @@ def update_bank(
     rows [B, D]. Of equal ids the last counts, on every device; a row that is not finite is not written.
 
     scale [K], of a bank in float8_e4m3fn, is written with the rows: they are moved in float32 and rounded again."""
-    checks.tensor("bank", bank, "[K, D]")
+    checks.tensor("bank", bank, "[K, D]", eight_bits=True)
     checks.tensor("rows", rows, "[B, D]")
     checks.integers("index", index, "[B]")
     checks.same_leading("rows", rows, "index", index, 1)
@@ -224,9 +221,38 @@ def update_bank(
     checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
     if rows.shape[1] != bank.shape[1]:
         raise ValueError(f"rows: expected the width of bank, {bank.shape[1]}, got {checks.describe(rows)}")
+    checks.number("momentum", momentum)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: must lie in [0, 1), got {momentum!r}")
     contrast.update_bank(bank, index, rows, float(momentum), scale, backend)
+
+
+def _check_chosen(query: Tensor, bank: Tensor, index: Tensor, scale: Tensor | None) -> None:
+    """Rows of a bank that each query chooses by an index."""
+    checks.tensor("query", query, "[B, D]")
+    checks.tensor("bank", bank, "[K, D]", eight_bits=True)
+    checks.integers("index", index, "[B, K]")
+    checks.same_leading("index", index, "query", query, 1)
+    checks.same_device(query=query, bank=bank, index=index, scale=scale)
+    _check_scale(scale, bank)
+    if bank.shape[1] != query.shape[1]:
+        raise ValueError(f"bank: expected the width of query, {query.shape[1]}, got {checks.describe(bank)}")
+    checks.indices_in_range("index", index, bank.shape[0], "rows of bank")
+
+
+def _check_labels(labels, index: Tensor, n_data: int) -> None:
+    if not isinstance(labels, (tuple, list)) or len(labels) != 3:
+        raise ValueError(
+            f"labels: expected (classes [n_data], ids sorted by class [n_data], bounds [C + 1]), got {checks.describe(labels)}"
+        )
+    classes, order, bounds = labels
+    for i, layout in enumerate(("[n_data]", "[n_data]", "[C + 1]")):
+        checks.integers(f"labels[{i}]", labels[i], layout)
+        if i < 2:
+            checks.mask(f"labels[{i}]", labels[i], (n_data,), layout)
+    if bounds.shape[0] < 2:
+        raise ValueError(f"labels[2]: expected where each class starts, and the end, got {checks.describe(bounds)}")
+    checks.same_device(**{"index": index, "labels[0]": classes, "labels[1]": order, "labels[2]": bounds})
 
 
 def _check_scale(scale: Tensor | None, bank: Tensor) -> None:

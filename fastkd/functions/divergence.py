@@ -33,6 +33,7 @@ def divergence(
     checks.tensor("student_logits", student_logits, "[..., V]")
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
+    checks.flag("t_squared", t_squared)
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     if isinstance(teacher, TopK):
         checks.topk(teacher, student_logits, kind)

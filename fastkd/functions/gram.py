@@ -34,13 +34,15 @@ def gram_correlation_loss(
     """
     single = isinstance(student, Tensor)
     students, teachers = _paired_states(student, teacher, mask)
-    weights = level if isinstance(level, dict) else {level: 1.0}
-    for name in weights or ("",):
+    weights = level if isinstance(level, dict) else {str(level): 1.0}
+    for name, weight in (weights or {"": 1.0}).items():
         checks.one_of("level", name, ("token", "sequence"))
+        checks.number(f"level[{name!r}]", weight)
     checks.one_of("grouping", grouping, ("position", "official"))
     checks.one_of("pearson", pearson, ("matrix", "row"))
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
     checks.positive("eps", eps)
+    checks.flag("normalize", normalize)
     if reduction == "none" and len(weights) > 1:
         raise ValueError(f"reduction='none': levels have groups of their own, pass one at a time, got {list(weights)}")
     mask, hides_nothing = reduce.as_bool(mask), None

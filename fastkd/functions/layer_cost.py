@@ -60,6 +60,7 @@ def attention_costs(
         checks.one_of("heads", heads, ("mean",))
     if scale is not None:
         checks.positive("scale", scale)
+    checks.flag("causal", causal)
     heads_of, first = {}, None
     for name, xs in (("students", students), ("teachers", teachers)):
         for i, x in enumerate(xs):

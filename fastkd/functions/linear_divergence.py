@@ -58,8 +58,8 @@ def linear_divergence(
     sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient; `memory` and `num_valid`
     change nothing there.
     """
-    shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
     checks.tensor("student_hidden", student_hidden, "[..., D]")
+    shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
     _check_side("student", student_hidden, student_head, student_bias)
     if process_group is not None:
         _check_shards(sparse, vocab, backend)
@@ -79,6 +79,8 @@ def linear_divergence(
     checks.mask("weights", weights, shape, "[...]")
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reduce.REDUCTIONS)
+    checks.flag("t_squared", t_squared)
+    checks.number("hard_weight", hard_weight)
     counted = reduce.counted_rows(mask, labels, ignore_index, shape)
     of_ranks = vocab_parallel.sizes(student_head, process_group) if hard_weight and process_group is not None else None
     if hard_weight:
@@ -184,8 +186,10 @@ def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | N
             f"{side}_hidden {list(hidden.shape)} and {side}_head {list(head.shape)} must share their last axis; "
             "a head is [V, D], as nn.Linear.weight"
         )
+    if head.shape[0] == 0:
+        raise ValueError(f"{side}_head: expected at least one row, got {checks.describe(head)}")
     if bias is not None:
-        checks.mask(f"{side}_bias", bias, head.shape[:1], "[V]")
+        checks.shaped(f"{side}_bias", bias, head.shape[:1], "[V]")
 
 
 def _both_sides(name: str, x, none: float) -> tuple[float, float]:

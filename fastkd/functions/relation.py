@@ -33,6 +33,7 @@ def relation_kl_loss(
         checks.count("heads", heads)
     if temperature is not None:
         checks.positive("temperature", temperature)
+    checks.flag("causal", causal)
     mask = reduce.as_bool(mask)
     found = [
         _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
@@ -57,13 +58,16 @@ def _relation_rows(where, student, teacher, heads, mask, causal, temperature, ba
             raise ValueError(f"{name}{where}: expected a tensor or a pair (x, y), got {checks.describe(x)}")
         for part in pair:
             checks.tensor(name + where, part, "[B, H, L, d]")
+            if part.shape[1] == 0:
+                raise ValueError(f"{name}{where}: expected at least one head, got {checks.describe(part)}")
         checks.same_shape(name + where + "[0]", pair[0], name + where + "[1]", pair[1])
         checks.mask("mask", mask, (pair[0].shape[0], pair[0].shape[2]), "[B, L]")
         first = relation.resplit(name + where, pair[0], heads)
         sides.append((first, first if pair[0] is pair[1] else relation.resplit(name + where, pair[1], heads)))
     (xs, ys), (xt, yt) = sides
     checks.frozen("teacher" + where, xt, yt)
-    checks.same_device(**{"student" + where: xs, "teacher" + where: xt, "mask": mask})
+    names = "student" + where, "teacher" + where
+    checks.same_device(**{names[0]: xs, names[0] + "[1]": ys, names[1]: xt, names[1] + "[1]": yt, "mask": mask})
     if xs.shape[:3] != xt.shape[:3]:
         raise ValueError(
             f"student{where} and teacher{where} must agree in batch, heads and length, got {list(xs.shape)} and "

@@ -34,10 +34,12 @@ def transport(
     checks.tensor("b", b, "[..., M]")
     checks.same_device(cost=cost, a=a, b=b)
     for name, x, extent, axis in (("a", a, n, "rows"), ("b", b, m, "columns")):
-        if x.shape[-1] != extent or x.dim() > cost.dim() - 1:
+        if not _expands(x, (*lead, extent)):
             raise ValueError(
                 f"{name}: expected one mass per {axis[:-1]} of cost {list(cost.shape)}, got {list(x.shape)}"
             )
+    if warm_start is not None:
+        _check_warm_start(warm_start, cost)
     a, b = a.expand(*lead, n), b.expand(*lead, m)
     plan = transport_op.transport(cost, a, b, warm_start, backend)
     checks.solved(plan.status, cost, a, b)
@@ -52,10 +54,39 @@ def transport_with_cost_attention(
     b [P, M] move to (BERT-EMD): the cheaper a layer is to match, the heavier. `attention` says by which rule.
     """
     checks.tensor("cost", cost, "[P, N, M]")
+    if cost.shape[1] == 0:
+        raise ValueError(f"cost: expected at least one layer on either side, got {checks.describe(cost)}")
     for name, x, shape in (("a", a, cost.shape[:2]), ("b", b, cost.shape[::2])):
+        checks.tensor(name, x, "[P, layers]")
         if x.shape != shape:
             raise ValueError(f"{name}: expected one weight per layer, {list(shape)}, got {list(x.shape)}")
     checks.same_device(cost=cost, a=a, b=b)
+    _check_attention(attention or CostAttention())
     plan, new_a, new_b = transport_op.transport_and_weights(cost, a, b, attention or CostAttention(), backend)
     checks.solved(plan.status, cost, a, b)
     return plan, new_a, new_b
+
+
+def _expands(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x [..., last] can be expanded to `shape`."""
+    own = x.shape
+    ends = zip(own[::-1], shape[::-1], strict=False)
+    return len(own) <= len(shape) and own[-1] == shape[-1] and all(a in (1, b) for a, b in ends)
+
+
+def _check_warm_start(plan: TransportPlan, cost: Tensor) -> None:
+    if not isinstance(plan, TransportPlan):
+        raise ValueError(f"warm_start: expected the TransportPlan of a similar problem, got {checks.describe(plan)}")
+    for name, x, shape in (("flow", plan.flow, cost.shape), ("v", plan.v, (*cost.shape[:-2], cost.shape[-1]))):
+        checks.tensor(f"warm_start.{name}", x, "[...]")
+        if not x.dim() or not _expands(x, tuple(shape)):
+            raise ValueError(f"warm_start.{name}: expected shape {list(shape)}, as of cost, got {list(x.shape)}")
+    checks.same_device(**{"cost": cost, "warm_start.flow": plan.flow, "warm_start.v": plan.v})
+
+
+def _check_attention(rule: CostAttention) -> None:
+    if not isinstance(rule, CostAttention):
+        raise ValueError(f"attention: expected a CostAttention, got {checks.describe(rule)}")
+    checks.positive("attention.temperature", rule.temperature)
+    for name in ("inverse_cost", "product_of_sums", "joint", "double_softmax"):
+        checks.flag(f"attention.{name}", getattr(rule, name))

@@ -84,7 +84,7 @@ def _expanded(x: Tensor | None, position_of: Tensor) -> Tensor | None:
 
 
 def _kept_rows(vocab, head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(vocab, Tensor):
+    if hasattr(vocab, "slice_head"):
         return vocab.slice_head(head, bias)
     checks.integers("vocab", vocab, "[K]")
     checks.indices_in_range("vocab", vocab, head.shape[0], "rows of teacher_head")

@@ -68,9 +68,11 @@ class CoDIRLoss(nn.Module):
         process_group=None,
     ):
         super().__init__()
-        sizes = {"s_dim": s_dim, "t_dim": t_dim, "feat_dim": feat_dim, "nce_k": nce_k, "nce_t": nce_t}
+        sizes = {"s_dim": s_dim, "t_dim": t_dim, "feat_dim": feat_dim, "nce_k": nce_k, "n_data": n_data}
         for name, size in sizes.items():
-            checks.positive(name, size)
+            checks.count(name, size)
+        checks.positive("nce_t", nce_t)
+        checks.number("nce_m", nce_m)
         if n_data < 2:
             raise ValueError(f"n_data: negatives are other examples, so at least 2 are needed, got {n_data!r}")
         if not 0 <= nce_m < 1:
@@ -173,6 +175,8 @@ class CoDIRLoss(nn.Module):
         if contrast_idx is not None:
             checks.integers("contrast_idx", contrast_idx, "[B, K + 1]")
             checks.same_leading("contrast_idx", contrast_idx, "idx", idx, 1)
+            if contrast_idx.shape[1] == 0:
+                raise ValueError(f"contrast_idx: expected idx in column 0, got {checks.describe(contrast_idx)}")
             agree = lambda: (contrast_idx[:, 0] == idx).all()  # noqa: E731 (looked at only where a look is free)
             checks.values("contrast_idx", contrast_idx, agree, "column 0 must be idx, the negatives come after it")
             return idx, contrast_idx.long()

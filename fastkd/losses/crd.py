@@ -3,6 +3,7 @@
 CRD's own release returns their sum: multiply by 2 to reproduce its loss weights.
 """
 
+from fastkd import checks
 from fastkd.losses.codir import CoDIRLoss
 
 
@@ -13,6 +14,9 @@ class CRDLoss(CoDIRLoss):
     """
 
     def __init__(self, opt, *, backend: str = "auto", process_group=None):
+        names = ("s_dim", "t_dim", "n_data", "feat_dim", "nce_k", "nce_t", "nce_m")
+        if missing := [name for name in names if not hasattr(opt, name)]:
+            raise ValueError(f"opt: expected the attributes {', '.join(names)}, and {', '.join(missing)} are not there")
         super().__init__(
             opt.s_dim,
             opt.t_dim,
@@ -27,4 +31,6 @@ class CRDLoss(CoDIRLoss):
 
     def forward(self, f_s, f_t, idx, contrast_idx=None):
         """As CoDIRLoss, without its pooling and its lists of layers."""
+        for name, x in (("f_s", f_s), ("f_t", f_t)):
+            checks.tensor(name, x, "[..., B, D]")
         return super().forward(f_s.flatten(1), f_t.flatten(1), idx, contrast_idx)

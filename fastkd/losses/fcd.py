@@ -34,6 +34,8 @@ class FCDLoss(nn.Module):
         super().__init__()
         checks.one_of("grouping", grouping, ("position", "official"))
         checks.positive("K", K)
+        for name, weight in {"alpha": alpha, "beta": beta, "gamma": gamma, "loss_weight": loss_weight}.items():
+            checks.number(name, weight)
         if min(alpha, beta, gamma) < 0 or alpha + beta + gamma == 0:
             raise ValueError(f"alpha, beta, gamma: must be >= 0 and not all 0, got {alpha!r}, {beta!r}, {gamma!r}")
         self.alpha, self.beta, self.gamma, self.K = alpha, beta, gamma, K

@@ -48,5 +48,6 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None, igno
     # A row that does not count may hold anything, NaN too: it must not reach a product.
     logits = logits.to(dtype).masked_fill(~counted[..., None], 0)
     target = torch.where(counted, labels, 0).long()
+    checks.indices_in_range("labels", target, logits.shape[-1], "classes")
     rows = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")  # [N]
     return reduce.reduce(rows.reshape(labels.shape), counted, "mean")

@@ -28,6 +28,8 @@ class PKDLoss(nn.Module):
         """Lists of N and M layer outputs [B, S, D], embeddings not among them; mask [B, S], 1 = real token."""
         checks.layers("student_hidden", student_hidden)
         checks.layers("teacher_hidden", teacher_hidden)
+        if mask is not None:
+            checks.tensor("mask", mask, "[B, S]", floating=False)
         mask = reduce.as_bool(mask)
         counts = None if mask is None else mask.any(1, keepdim=True)  # [B, 1]
         loss = 0.0

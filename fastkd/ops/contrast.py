@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd import backends
+from fastkd import backends, checks
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
@@ -263,9 +263,24 @@ def sample_negatives(index, count, n_data, labels, order, bounds, state, replace
     labels, order, bounds = (None if x is None else x.long() for x in (labels, order, bounds))
     arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
     chosen = backends.choose("contrast", backend, index[:0].float())
+    if labels is not None and chosen != "cpu":  # the C++ kernel looks by itself
+        fit = lambda: _labels_fit(index.long(), n_data, labels, order, bounds)  # noqa: E731
+        rule = "expected classes 0 to C - 1, the ids sorted by class, and where each class begins"
+        checks.values("labels", labels, fit, rule)
     if chosen != "reference" and (chosen == "cpu" or replacement or count <= MOST_DRAWS):
         return SAMPLE[chosen].fwd(*arguments)
     return sample_reference.sample_negatives(*arguments)
+
+
+def _labels_fit(index, n_data, labels, order, bounds) -> Tensor:
+    """Whether each class that the examples have begins and ends in `order` where `bounds` says, []."""
+    own = labels[index]  # [B]
+    known = (own >= 0) & (own < len(bounds) - 1)
+    own = torch.where(known, own, 0)
+    begin, end = bounds[own], bounds[own + 1]
+    ends = order[torch.stack([begin, end - 1]).clamp(0, n_data - 1)]  # [2, B]
+    known = known & (begin >= 0) & (begin < end) & (end <= n_data) & (ends >= 0) & (ends < n_data)
+    return (known & (labels[ends.clamp(0, n_data - 1)] == own)).all()
 
 
 def update_bank(bank, index, rows, momentum, scale, backend) -> None:

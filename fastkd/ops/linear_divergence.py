@@ -56,9 +56,14 @@ def _speed_fake(weights, hidden, head, *rest):
     return _rows_fake(hidden, 1), *_gradients_fake(hidden, head, *rest[-3:], head_dtype)
 
 
+def _bwd_fake(grad, stats, hidden, head, *rest):
+    to_hidden, to_head, to_bias = rest[-3:]
+    return _gradients_fake(hidden, head, to_hidden, to_head, to_bias, head.dtype if to_head else torch.float32)
+
+
 backends.fake("linear_divergence_speed", _speed_fake)
 backends.fake("linear_divergence_fwd", lambda h, *rest: (_rows_fake(h, 1), _rows_fake(h, 8)))
-backends.fake("linear_divergence_bwd", lambda g, st, h, head, *rest: _gradients_fake(h, head, *rest[-3:], head.dtype))
+backends.fake("linear_divergence_bwd", _bwd_fake)
 backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_like(x, dtype=like.dtype))
 backends.fake("linear_divergence_settle", lambda *_: None)
 
