@@ -1,0 +1,162 @@
+"""Random cases of every op, value and gradient, on every implementation against the oracles in float64.
+
+Allowed in float32 is 1e-6 of the value and 1e-5 of the gradient, or where that is more, 1.25 times the error of the
+oracle's own formula in float32, at these inputs or at neighbours of them, and a few roundings. One case, as printed:
+
+    PYTHONPATH=.:tests .venv/bin/python tests/test_oracle_fuzz.py divergence 1234 cpu
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+import oracle_cases
+from fastkd import BertEMDLoss, CoDIRLoss, FCDLoss, GLMDLoss, VocabMap, backends
+from cases import GOLDENS, det, randn
+from oracle_cases import Draw
+from test_triton_interpreted import interpreted
+from oracles import contrast, losses, probabilities, relations
+
+EPS = torch.finfo(torch.float32).eps
+# Times the upstream: what is smaller is not compared.
+NOTHING = {torch.float32: 1e-10, torch.float64: 1e-14}
+COUNTS = {
+    "divergence": 5200, "topk": 2600, "linear": 2200, "gram": 3400, "relation": 2200, "layer_costs": 1000,
+    "attention_costs": 1200, "transport": 600, "info_nce": 1000, "nce": 600,
+}  # fmt: skip
+PARTS = 4  # of the long run of each op
+
+
+def implementations(op):
+    if backends.INTERPRETED:
+        return [] if op == "transport" else [("triton", torch.float32)]
+    here = [("cpu", torch.float32)] if backends.UNAVAILABLE["cpu"] is None else []
+    return [*here, ("reference", torch.float32), ("reference", torch.float64)]
+
+
+def strided(x):
+    """The same numbers, with gaps between them."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] if x.dim() else x.clone()
+
+
+def solve(call, leaves, upstream, gaps=False):
+    """[value, *gradients]"""
+    leaves = [(strided(x) if gaps else x.clone()).detach().requires_grad_() for x in leaves]
+    value = call(*leaves)
+    if not value.requires_grad:
+        return [value, *map(torch.zeros_like, leaves)]
+    found = torch.autograd.grad(value, leaves, upstream(value), allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))]
+
+
+class Trial:
+    """A case with its upstream gradient, the oracle's answer and the errors of eager PyTorch."""
+
+    def __init__(self, op, number):
+        self.draw = Draw(f"{op} {number}")
+        self.case = getattr(oracle_cases, op)(self.draw)
+        self.seed, self.offset, self.gaps = self.draw.getrandbits(60), self.draw.choice([0, 1.5, 100]), self.draw.maybe(0.3)
+        self.true = self.answer(self.case.leaves, torch.float64)
+        self.sizes = [float(x.norm()) for x in self.true]
+        self.eager = self.errors(None, torch.float32, self.case.leaves, self.true)
+
+    def upstream(self, value):
+        return (randn(*value.shape, seed=self.seed) + self.offset).to(value)
+
+    def answer(self, leaves, dtype, backend=None):
+        call = self.case.oracle if backend is None else lambda *xs: self.case.call(backend, *xs)
+        found = solve(call, [x.to(dtype) for x in leaves], self.upstream, self.gaps and backend is not None)
+        if self.case.compared is not None:
+            found[1:] = [x[c] for x, c in zip(found[1:], self.case.compared, strict=True)]
+        return found
+
+    def errors(self, backend, dtype, leaves, true):
+        found = self.answer(leaves, dtype, backend)
+        return torch.tensor([float((x.double() - y).norm()) for x, y in zip(found, true, strict=True)])
+
+    def neighbour(self, eps):
+        return [x * (1 + eps * (self.draw.whole(3, *x.shape) - 1)) for x in self.case.leaves]
+
+    def doubt(self):
+        """How far the oracle itself may be off: what it makes of inputs a rounding of float64 away."""
+        near = [self.answer(self.neighbour(torch.finfo(torch.float64).eps), torch.float64) for _ in range(4)]
+        return [max(float((x - y).norm()) for x in xs) for xs, y in zip(zip(*near, strict=True), self.true, strict=True)]
+
+    def wrong(self, backend, dtype):
+        """Which results (0 the value, then the gradients) are further off than allowed, and by how much."""
+        wide, case = dtype == torch.float64, self.case
+        error = self.errors(backend, dtype, case.leaves, self.true)
+        scale = 2**-29 if wide else 1.0
+        size = torch.tensor(self.sizes)
+        base = torch.full_like(error, 1e-11 if wide else 1e-5)
+        base[0] = base[0] if case.strict else base[0] / 10
+        allowed = base * size + NOTHING[dtype] * self.upstream(self.true[0]).norm()
+        allowed[0] += case.absolute * scale * self.true[0].numel() ** 0.5
+        share = 64 * scale if wide else 0.0 if case.strict else 1.25
+        few = 4 * EPS * scale * size
+        late = ~(error <= torch.maximum(allowed, share * self.eager.nan_to_num(0) + few))  # also where it is NaN
+        if late.any():
+            allowed += 16 * torch.tensor(self.doubt())
+        ours, eagers = [], []
+        for count in (0, 6, 40, 300) if not wide and not case.strict else (0,):
+            while len(ours) < count and late.any():
+                near = self.neighbour(EPS)
+                true = self.answer(near, torch.float64)
+                ours.append(self.errors(backend, dtype, near, true))
+                eagers.append(self.errors(None, dtype, near, true))
+            mine, eager = (torch.stack(x).square().mean(0).sqrt() if x else y for x, y in ((ours, error), (eagers, self.eager)))
+            late &= ~(mine <= torch.maximum(allowed, share * eager.nan_to_num(0) + few))
+        return {k: (float(mine[k] / size[k]), float(eager[k] / size[k])) for k in late.nonzero()[:, 0].tolist()}
+
+
+def faults(op, number, only=None):
+    """What is wrong with a case, one sentence per implementation and result."""
+    trial, found = Trial(op, number), []
+    for backend, dtype in implementations(op):
+        if only is not None and backend != only:
+            continue
+        case = f"{op} {number} {backend} {dtype}"
+        try:
+            wrong = trial.wrong(backend, dtype)
+        except Exception as error:
+            found.append(f"{case}: {type(error).__name__}: {error}; {trial.case.note}")
+            continue
+        for k, (ours, eager) in wrong.items():
+            what = f"gradient {k - 1}" if k else "value"
+            found.append(f"{case}: {what} is off by {ours:.2g}, eager by {eager:.2g}; {trial.case.note}")
+    return found
+
+
+def fuzz(op, numbers, only=None):
+    wrong = [sentence for number in numbers for sentence in faults(op, number, only)]
+    assert not wrong, f"{len(wrong)} wrong results:\n" + "\n".join(wrong[:12])
+
+
+@pytest.mark.parametrize("op", COUNTS)
+def test_some_cases(op):
+    if not implementations(op):
+        pytest.skip("has no Triton kernel")
+    fuzz(op, range(3 if backends.INTERPRETED else max(COUNTS[op] // 66, 10)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("op", COUNTS)
+def test_twenty_thousand_cases(op, part):
+    if not implementations(op):
+        pytest.skip("has no Triton kernel")
+    fuzz(op, range(part, COUNTS[op] // (25 if backends.INTERPRETED else 1), PARTS))
+
+
+@pytest.mark.skipif(backends.INTERPRETED, reason="this starts an interpreter of its own")
+@pytest.mark.parametrize("cases", ["some", pytest.param("twenty_thousand", marks=pytest.mark.long)])
+def test_in_the_interpreter(cases):
+    pytest.importorskip("triton")
+    interpreted("tests/test_oracle_fuzz.py", "-k", f"{cases}_cases", *(["-m", "long"] if cases != "some" else []))
+
+
+if __name__ == "__main__":
+    op, number, *only = sys.argv[1:]
+    print("\n".join(faults(op, int(number), *only)) or "right")
