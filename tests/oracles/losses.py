@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from scipy.optimize import linprog
+
 from oracles import contrast, reduced
 from oracles.probabilities import divergence
 from oracles.relations import gram
-from scipy.optimize import linprog
 
 
 def optimal_flow(cost, a, b):

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from oracles.relations import MINUS_INFINITY
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
@@ -32,7 +33,11 @@ def compare(log_p, log_q, kind, beta, alpha):
 def divergence(student, teacher, kind, temperature, t_squared, beta, alpha):
     """Logits [..., V] -> [...]. What is -inf on both sides does not exist."""
     if kind == "mse":
-        return torch.where((student == teacher).detach(), 0 * student.nan_to_num(neginf=0), student - teacher).square().sum(-1)
+        return (
+            torch.where((student == teacher).detach(), 0 * student.nan_to_num(neginf=0), student - teacher)
+            .square()
+            .sum(-1)
+        )
     log_q, log_p = (torch.log_softmax(x.clamp_min(MINUS_INFINITY) / temperature, -1) for x in (student, teacher))
     return compare(log_p, log_q, kind, beta, alpha) * (temperature**2 if t_squared else 1)
 

@@ -6,8 +6,9 @@ MINUS_INFINITY = -1e30  # as good as -inf in a softmax, and 0 times it is 0
 
 
 def pearson(a, b, eps):
-    a, b = a - a.mean(), b - b.mean()
-    return (a * b).sum() / (a.norm() * b.norm() + eps)
+    """Of the last axis."""
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + eps)
 
 
 def self_similarity(x, normalize):
@@ -23,8 +24,7 @@ def gram(student, teacher, level, grouping, by_row, normalize, mask, eps):
         keep = None if mask is None else keep.T
         if grouping == "official" and not by_row:  # the released code's view(B, -1) of the [N, B, B] buffer
             buffers = [torch.stack([self_similarity(x, normalize) for x in xs]) for xs in (student, teacher)]
-            rows = zip(*(x.reshape(x.shape[1], -1) for x in buffers), strict=True)
-            values = torch.stack([1 - pearson(a, b, eps) for a, b in rows])
+            values = 1 - pearson(*(x.reshape(x.shape[1], -1) for x in buffers), eps)
             return values, torch.ones(len(values), dtype=torch.bool)
     groups, length = student.shape[:2]
     fewest, zero = {"token": 2, "sequence": 3}[level], student.new_zeros(())
@@ -36,8 +36,7 @@ def gram(student, teacher, level, grouping, by_row, normalize, mask, eps):
         valid[g, rows] = True
         a, b = (self_similarity(x[g][rows], normalize) for x in (student, teacher))
         if by_row:
-            found = {int(i): 1 - pearson(a[k], b[k], eps) for k, i in enumerate(rows)}
-            values.append(torch.stack([found.get(i, zero) for i in range(length)]))
+            values.append(student.new_zeros(length).index_put((rows,), 1 - pearson(a, b, eps)))
         else:
             values.append(1 - pearson(a.flatten(), b.flatten(), eps) if len(rows) else zero)
     return torch.stack(values), valid if by_row else valid.any(1)
