@@ -4,6 +4,7 @@
 # make profile where the time of a training step goes; make profile METHODS=kd,bert_emd some methods
 # make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
+# make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
 # make ci      make test, then whatever is marked long
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,13 +13,16 @@ METHODS ?= all
 WORKERS ?= -n 2 --dist worksteal
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci demo bench profile readme gpu lint build format clean
+.PHONY: test ci mutants demo bench profile readme gpu lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
 
 ci: test
 	$(BIN)/python -m pytest $(WORKERS) -m long
+
+mutants: build
+	$(BIN)/python -m pytest $(WORKERS) -m long tests/test_mutants.py
 
 demo: build $(VENV)/demo
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo

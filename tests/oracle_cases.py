@@ -24,6 +24,7 @@ class Case:
     note: dict
     absolute: float = 0.0  # allowed of the value, beside the relative error
     floor: float = 1e-10  # times the upstream: what is smaller is not compared
+    share: float = 1.25  # of eager's error, which is allowed where it is more
     strict: bool = False  # whether eager's error is no excuse
     compared: list | None = None  # per leaf, which entries of its gradient are compared; None: all
 
@@ -240,9 +241,8 @@ def info_nce(draw):
         return oracles.reduced(rows, seen(None, rows.shape), reduction)
 
     note = {"B, K, D": (B, K, D), "index": None if index is None else tuple(index.shape), "in_batch": in_batch}
-    return Case(
-        leaves, call, oracle, note | {"exclude": exclude is not None, "scale": scale is not None, "T": temperature}
-    )
+    note |= {"exclude": exclude is not None, "scale": scale is not None, "T": float(temperature)}
+    return Case(leaves, call, oracle, note, share=2.0)  # 1 / T is rounded, once for all scores; eager divides
 
 
 def nce(draw):

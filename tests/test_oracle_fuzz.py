@@ -123,7 +123,7 @@ class Trial:
         base[0] = base[0] if case.strict else base[0] / 10
         allowed = base * size + case.floor * (1e-4 if wide else 1) * self.upstream(self.true[0]).norm()
         allowed[0] += case.absolute * scale * self.true[0].numel() ** 0.5
-        share = 64 * scale if wide else 0.0 if case.strict else 1.25
+        share = 64 * scale if wide else 0.0 if case.strict else case.share
         few = 4 * EPS * scale * size
         late = ~(error <= torch.maximum(allowed, share * self.eager.nan_to_num(0) + few))  # also where it is NaN
         if late.any():
