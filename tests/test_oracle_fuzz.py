@@ -121,7 +121,7 @@ class Trial:
         size = torch.tensor(self.sizes)
         base = torch.full_like(error, 1e-11 if wide else 1e-5)
         base[0] = base[0] if case.strict else base[0] / 10
-        allowed = base * size + case.floor * (1e-4 if wide else 1) * self.upstream(self.true[0]).norm()
+        allowed = base * size + case.floor * (1e-2 if wide else 1) * self.upstream(self.true[0]).norm()
         allowed[0] += case.absolute * scale * self.true[0].numel() ** 0.5
         share = 64 * scale if wide else 0.0 if case.strict else case.share
         few = 4 * EPS * scale * size
@@ -142,7 +142,8 @@ class Trial:
             late &= ~(mine <= bound)
             if (late & ~(mine <= 8 * bound)).any():  # that is no chance
                 break
-        return {k: (float(mine[k] / size[k]), float(eager[k] / size[k])) for k in late.nonzero()[:, 0].tolist()}
+        unit = torch.where(size == 0, 1.0, size)
+        return {k: (float(mine[k] / unit[k]), float(eager[k] / unit[k])) for k in late.nonzero()[:, 0].tolist()}
 
 
 def faults(op, number, only=None):
