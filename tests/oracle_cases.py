@@ -94,8 +94,8 @@ def logits_options(draw, kinds=probabilities.KINDS):
 
 def floor_of(options):
     """tvd's slopes are -1/2 and 1/2, whose mean is known as well as the probabilities."""
-    power = 1 if options["t_squared"] else -1
-    return 1e-6 * options["temperature"] ** power if options["kind"] == "tvd" else 1e-10
+    of_logits = options["temperature"] ** (1 if options["t_squared"] else -1)
+    return 1e-6 * of_logits if options["kind"] == "tvd" else 1e-10 * max(1.0, 1 / options["temperature"])
 
 
 def rows_of(draw, shape):

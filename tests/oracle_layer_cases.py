@@ -60,7 +60,8 @@ def gram(draw):
     }
     note |= {"reduction": reduction, **described(options)}
     absolute = 1.5e-6 * (2 * student.shape[0] * student.shape[1] if reduction == "sum" else 1)
-    return Case([student], call, oracle, note, absolute=absolute, compared=[compared])
+    floor = 1e-8 / max(float(student.square().mean().sqrt()), 1e-3)
+    return Case([student], call, oracle, note, absolute=absolute, floor=floor, compared=[compared])
 
 
 def relation(draw):
