@@ -154,7 +154,7 @@ def topk(draw):
         lambda backend, s: functional.divergence(s, TopK(*sparse(s)), **options, **rows, backend=backend),
         lambda s: oracles.reduced(probabilities.sparse_divergence(s, *sparse(s), **options), valid, rows["reduction"]),
         {"how": how, "shape": tuple(student.shape), "k": k, "tail": tail, **options, **described(rows)},
-        floor=floor_of(options),
+        floor=10 * floor_of(options),
         compared=[torch.zeros_like(student, dtype=torch.bool)] if jumps else None,
     )
 
