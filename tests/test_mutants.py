@@ -35,7 +35,7 @@ def run(where, *command, **environment):
 
 
 @cache
-def tested(where, tests, interpreted):
+def outcome_of(where, tests, interpreted):
     """(exit status, what pytest said) of the tests in the checkout `where`."""
     options = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist")
     result = run(where, "-m", "pytest", *options, *shlex.split(tests), TRITON_INTERPRET=str(int(interpreted)))
@@ -52,7 +52,7 @@ def test_the_text_is_there(mutant):
 @by_name
 def test_killed(mutant, tmp_path):
     interpreted = mutant["file"].startswith("kernels/")
-    status, said = tested(ROOT, mutant["tests"], interpreted)
+    status, said = outcome_of(ROOT, mutant["tests"], interpreted)
     assert status == 0, f"these tests must pass before they can notice anything\n{said}"
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", "runs"))
@@ -61,7 +61,7 @@ def test_killed(mutant, tmp_path):
         built = run(copy, "setup.py", "-q", "build_ext", "--inplace")
         assert built.returncode == 0, f"the mutant does not compile\n{built.stderr[-3000:]}"
     try:
-        status, said = tested(copy, mutant["tests"], interpreted)
+        status, said = outcome_of(copy, mutant["tests"], interpreted)
     finally:
         shutil.rmtree(copy)
     assert status == 1, f"survived, or did not run (pytest ended with {status})\n{said}"
