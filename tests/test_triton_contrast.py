@@ -73,6 +73,13 @@ def test_awkward_sizes(mode, sizes):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_several_blocks_of_one_program(mode, monkeypatch):
+    """More blocks of keys than there are programs: what a program has is rescaled from block to block."""
+    monkeypatch.setattr("fastkd.kernels.contrast.PROGRAMS", 2)
+    check(mode, problem(7, 257, 33, count=150)[:4])
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "dtypes", [(FLOAT, FLOAT), (FLOAT, BFLOAT), (BFLOAT, BFLOAT), (BFLOAT, FLOAT), (HALF, HALF), (FLOAT, HALF)], ids=str
 )
