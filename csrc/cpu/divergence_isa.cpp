@@ -27,6 +27,7 @@ constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles
 typedef int64_t vlong __attribute__((vector_size(kLanes * 8)));
 constexpr float kTiny = 1e-37f;  // below it a probability counts as 0, so that no ratio overflows
 constexpr float kSmallKappa = 0.5f;
+constexpr float kFarMaxima = 16;  // in units of T
 
 // f(a, b, i, count): vectors of s and t at i; a last short one is filled up with -inf, which is probability 0.
 template <class F>
@@ -77,12 +78,19 @@ struct Row {
   }
 };
 
+// Whether the rounding of s - t is to be kept: the maxima are far apart, or s is nearly t and a constant, which shows
+// by `unlike` being small beside it.
+inline bool exact(const Row& row, float unlike) {
+  const float offset = std::fabs(row.max_s - row.max_t), T = 1 / row.inverse_temperature;
+  return offset > kFarMaxima * T || (offset > 0.03f * T && std::fabs(unlike) < offset);
+}
+
 inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
   const double between = double(max_s) - max_t, offset = between + kappa / inverse_temperature;
   const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
-  const double size = std::fabs(between) * inverse_temperature;
-  const bool exact = size > 2 || (size > 0.03 && std::fabs(kappa) < size / 8);  // a constant offset needs no kappa
-  return {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, exact};
+  Row row = {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, false};
+  row.exact = exact(row, float(8 * kappa / inverse_temperature));  // kappa is small where the offset is constant
+  return row;
 }
 
 // f(std::true_type) where row.exact, else f(std::false_type).
@@ -130,22 +138,25 @@ inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
   return there ? term : n + p * 0.f;  // p * 0: NaN stays
 }
 
-// h - centre, h of the gradient q (h - sum q h) up to a constant per row: chosen so that it is small where p and q
-// agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the teacher
-// is.
+// (h - centre) - mean, h of the gradient q (h - sum q h) up to a constant per row: chosen so that it is small where p
+// and q agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the
+// teacher is.
 template <int kKind>
-[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre) {
-  if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre;  // q log q is 0 at 0
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre, float mean) {
+  if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre - mean;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
-    const vfloat m = mixture(x, o);
+    const bool far = centre == o.mix;
+    const vfloat m = mixture(x, o), of_m = far ? -x.p : o.mix * x.difference;
     const vint there = m > kTiny;
-    const vfloat per_m = o.mix / (there ? m : splat(1.f)), none = m * 0.f;
-    return centre == o.mix ? (there ? -x.p * per_m : none) : (there ? o.mix * x.difference * per_m - centre : none);
+    const vfloat h = of_m * (o.mix / (there ? m : splat(1.f)));
+    return (there ? h - (far ? 0 : centre) : m * 0.f) - mean;
   }
   if constexpr (kKind == kJSD)
-    return -o.mix * to_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre;
-  if constexpr (kKind == kTVD)
-    return (x.difference > 0.f ? splat(0.5f) : (x.difference < 0.f ? splat(-0.5f) : x.difference * 0.f)) - centre;
+    return -o.mix * to_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
+  if constexpr (kKind == kTVD) {
+    const float up = 0.5f - centre - mean, down = -0.5f - centre - mean;
+    return x.difference > 0.f ? splat(up) : (x.difference < 0.f ? splat(down) : x.difference * 0.f + (-centre - mean));
+  }
   return vfloat{};
 }
 
@@ -167,15 +178,14 @@ template <int kKind>
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
 void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
                  float* exponential_t) {
-  double totals[6];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[6], int64_t i, int count) {
+  double totals[5];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5], int64_t i, int count) {
     const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
     const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
     sums[0] += e;
-    const vfloat far = x.exp(), more = near ? e * x.expm1() : far - e;
+    const vfloat more = near ? e * x.expm1() : x.exp() - e;
     sums[1] += more;
-    sums[5] += far * (near ? e : splat(1.f));  // not sum_t + excess: those may cancel
     if constexpr (kKeep) {
       store_some(excess + i, more, count);
       store_some(exponential_t + i, e, count);
@@ -184,33 +194,40 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
       const vint there = e > 0.f;
       const vfloat ec = there ? e * c : e;
       sums[2] += ec;
-      sums[3] += there ? (near ? e * x.expm1_minus_x() : far - e - ec) : (near ? e : far);
+      sums[3] += there ? (near ? e * x.expm1_minus_x() : more - ec) : (near ? e : more);
     }
     if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });
+  double sum_s = totals[0] + totals[1], of_student[1];
+  if (!(sum_s > 0.25 * totals[0])) {  // they cancel
+    accumulate(s, s, columns, of_student,
+               [&](vfloat a, vfloat, vfloat(&sums)[1], int64_t, int) { sums[0] += exp(row.student(a)); });
+    sum_s = of_student[0];
+  }
   sums->sum_t += totals[0], sums->excess += totals[1], sums->mean_c += totals[2];
-  sums->bregman += totals[3], sums->entropy += totals[4], sums->sum_s += totals[5];
+  sums->bregman += totals[3], sums->entropy += totals[4], sums->sum_s += sum_s;
 }
 
-Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature) {
-  vfloat best_s = splat(-kInfinity), best_t = best_s;
-  sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t, int) {
-    best_s = larger(a, best_s);
-    best_t = larger(b, best_t);
-  });
-  return {max_lanes(best_s), max_lanes(best_t), inverse_temperature, 0, 0, 0, 0, false};
-}
-
-// t where s is max_s, of rows of which max_s is the maximum; the first such.
-float beside(const float* s, const float* t, int64_t columns, float max_s) {
+// The maxima of both sides; `top`: the chunk in which the student's lies.
+Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature, int64_t* top) {
+  float best_s = -kInfinity;
+  vfloat best_t = splat(-kInfinity);
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t end = begin + kChunk < columns ? begin + kChunk : columns;
-    vint found = {};
-    sweep(s, s, begin, end, [&](vfloat a, vfloat, int64_t, int) { found |= a == max_s; });
-    if (min_lanes(__builtin_convertvector(found, vfloat)) == 0) continue;
-    for (int64_t i = begin; i < end; ++i)
-      if (s[i] == max_s) return t[i];
+    vfloat of_chunk = splat(-kInfinity);
+    sweep(s, t, begin, end, [&](vfloat a, vfloat b, int64_t, int) {
+      of_chunk = larger(a, of_chunk);
+      best_t = larger(b, best_t);
+    });
+    if (max_lanes(of_chunk) > best_s) best_s = max_lanes(of_chunk), *top = begin;
   }
+  return {best_s, max_lanes(best_t), inverse_temperature, 0, 0, 0, 0, false};
+}
+
+// t where s is max_s, in the chunk from `begin`.
+float beside(const float* s, const float* t, int64_t begin, int64_t columns, float max_s) {
+  for (int64_t i = begin; i < columns && i < begin + kChunk; ++i)
+    if (s[i] == max_s) return t[i];
   return max_s;
 }
 
@@ -243,16 +260,17 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
     });
     sums->value += totals[0];
   } else {
-    Row row = maxima(s, t, columns, options.inverse_temperature);
+    int64_t top = 0;
+    Row row = maxima(s, t, columns, options.inverse_temperature, &top);
     if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
-    if (kKind != kForwardKL && kKind != kSoftCE && row.max_s > sums->max_s)
-      sums->top_t = beside(s, t, columns, row.max_s);
+    if (row.max_s > sums->max_s) sums->top_t = beside(s, t, top, columns, row.max_s);
     row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
     row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
     if (row.max_s == -kInfinity) row.max_s = row.max_t;
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
     move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
+    row.exact = exact(row, row.max_t - sums->top_t);
     by_exactness(row, [&](auto exact) {
       add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep, decltype(exact)::value>(
           row, s, t, columns, sums, gradient.out, gradient.scratch);
@@ -280,7 +298,7 @@ inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
 float centre_of(DivergenceOptions options, const DivergenceStats& stats, float top_t) {
   static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
   const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
-  const float h = kSlope[options.kind](top, options, 0)[0];
+  const float h = kSlope[options.kind](top, options, 0, 0)[0];
   if (options.kind == kSkewKL && h > 0.5f * options.mix) return options.mix;
   return std::fabs(h) < kInfinity ? h : 0;
 }
@@ -314,7 +332,7 @@ void refine(const float* s, const float* t, int64_t columns, DivergenceOptions o
       const Pair x = pair<decltype(exact)::value>(row, a, b);
       sums[0] += term<kKind>(x, options);
       sums[1] += x.q;
-      sums[2] += x.q * slope<kKind>(x, options, centre);
+      sums[2] += x.q * slope<kKind>(x, options, centre, 0);
     });
   });
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
@@ -342,7 +360,7 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
         if constexpr (kKind == kForwardKL || kKind == kSoftCE)
           out = x.difference * scale;
         else
-          out = x.q * (slope<kKind>(x, options, centre) - mean) * scale;
+          out = x.q * slope<kKind>(x, options, centre, mean) * scale;
       }
       store_some(grad + i, out, count);
     });
@@ -421,7 +439,11 @@ void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptio
   kRefine[options.kind](s, t, columns, options, stats, sums);
 }
 
-float largest(const float* s, int64_t columns) { return maxima(s, s, columns, 1).max_s; }
+float largest(const float* s, int64_t columns) {
+  vfloat best = splat(-kInfinity);
+  sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t, int) { best = larger(a, best); });
+  return max_lanes(best);
+}
 
 // e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few words, to 1e-7 at best.
 inline vdouble exp_of_negative(vdouble x) {
