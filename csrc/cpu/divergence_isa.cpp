@@ -178,8 +178,9 @@ template <int kKind>
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
 void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
                  float* exponential_t) {
-  double totals[5];
-  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[5], int64_t i, int count) {
+  constexpr int kSums = kEntropy ? 5 : kLoss ? 4 : 2;
+  double totals[kSums];
+  accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[kSums], int64_t i, int count) {
     const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
     const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
@@ -204,8 +205,9 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
                [&](vfloat a, vfloat, vfloat(&sums)[1], int64_t, int) { sums[0] += exp(row.student(a)); });
     sum_s = of_student[0];
   }
-  sums->sum_t += totals[0], sums->excess += totals[1], sums->mean_c += totals[2];
-  sums->bregman += totals[3], sums->entropy += totals[4], sums->sum_s += sum_s;
+  sums->sum_t += totals[0], sums->sum_s += sum_s, sums->excess += totals[1];
+  if constexpr (kLoss) sums->mean_c += totals[2], sums->bregman += totals[3];
+  if constexpr (kEntropy) sums->entropy += totals[4];
 }
 
 // The maxima of both sides; `top`: the chunk in which the student's lies.
