@@ -55,7 +55,7 @@ def test_killed(mutant, tmp_path):
     status, said = outcome_of(ROOT, mutant["tests"], interpreted)
     assert status == 0, f"these tests must pass before they can notice anything\n{said}"
     copy = tmp_path / "checkout"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", "runs"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "results", "__pycache__", "runs"))
     (copy / mutant["file"]).write_text(text_of(mutant))
     if not interpreted:
         built = run(copy, "setup.py", "-q", "build_ext", "--inplace")
