@@ -5,6 +5,7 @@
 # make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
+# make fuzz    20,000 random cases of every op against the oracles; about ten minutes, and not yet green (docs/numerics.md)
 # make ci      make test, then whatever is marked long
 # make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
 # make lock    requirements.lock: the versions of make latest's environment, made anew
@@ -22,7 +23,7 @@ ASAN_TESTS ?= $(wildcard tests/test_kernels.py tests/test_*_kernels.py tests/tes
     tests/test_*attention*.py tests/test_transport*.py tests/test_divergence*.py tests/test_gram*.py tests/test_raw_op_arguments.py)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: test ci asan mutants demo bench profile readme gpu latest lock lint build format clean
+.PHONY: test ci asan fuzz mutants demo bench profile readme gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -35,6 +36,9 @@ asan: $(VENV)/installed
 	FASTKD_SANITIZE=1 FASTKD_BUILD=cpu $(BIN)/python setup.py -q build_ext
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    FASTKD_LIBRARY=build/asan/fastkd/_cpu.so $(BIN)/python -m pytest $(ASAN_TESTS)
+
+fuzz: build
+	$(BIN)/python -m pytest $(WORKERS) -m fuzz
 
 mutants: build
 	$(BIN)/python -m pytest $(WORKERS) -m long tests/test_mutants.py

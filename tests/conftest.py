@@ -14,21 +14,20 @@ from fastkd import backends
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def summed_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """The interpreter's tl.dot, whose sum over k runs in order as on a GPU: what NumPy's BLAS returns for one entry depends
-    on the processor, the width of the tile and the order of the factors."""
+def summed_in_one_order(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """The interpreter's tl.dot, with one order of the sum over k for every entry, as on a GPU: what NumPy's BLAS returns for
+    one entry depends on the processor, the width of the tile and the order of the factors."""
     from triton.runtime.interpreter import TensorHandle
 
-    total = d.data.copy()
-    for k in range(a.data.shape[-1]):
-        total += a.data[..., :, k, None].astype(total.dtype) * b.data[..., None, k, :].astype(total.dtype)
-    return TensorHandle(total, d.dtype.scalar)
+    dtype = d.data.dtype
+    products = a.data.astype(dtype)[..., :, None, :] * b.data.astype(dtype).swapaxes(-1, -2)[..., None, :, :]
+    return TensorHandle(products.sum(-1, dtype=dtype) + d.data, d.dtype.scalar)
 
 
 if backends.INTERPRETED:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    InterpreterBuilder.create_dot = summed_in_order
+    InterpreterBuilder.create_dot = summed_in_one_order
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def build(folder):
     return folder / "fastkd/_cuda.so", {path.stem: path.read_text() for path in folder.glob("*.report")}
 
 
+@pytest.mark.long
 def test_compiles_links_and_says_why_it_does_not_load(tmp_path):
     library, reports = build(tmp_path)
     sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}

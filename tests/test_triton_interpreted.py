@@ -33,13 +33,15 @@ def parts(quick, everything="test"):
 
 
 @not_interpreted
-def test_divergence_in_the_interpreter():
-    interpreted("tests/test_triton_divergence.py")
+@parts("near_convergence or mixed or equal or first_block or masked")
+def test_divergence_in_the_interpreter(part):
+    interpreted("tests/test_triton_divergence.py", "-k", part)
 
 
 @not_interpreted
-def test_sparse_divergence_in_the_interpreter():
-    interpreted("tests/test_divergence_topk.py", "-k", "triton")
+@parts("triton and (mutant or two_words or rest)", "triton")
+def test_sparse_divergence_in_the_interpreter(part):
+    interpreted("tests/test_divergence_topk.py", "-k", part)
 
 
 @not_interpreted
@@ -49,8 +51,9 @@ def test_accuracy_of_divergence_in_the_interpreter(part):
 
 
 @not_interpreted
-def test_layer_cost_in_the_interpreter():
-    interpreted("tests/test_layer_cost.py", "-k", "triton")
+@parts("triton and (closed_form or near_convergence or does_not_matter)", "triton")
+def test_layer_cost_in_the_interpreter(part):
+    interpreted("tests/test_layer_cost.py", "-k", part)
 
 
 @not_interpreted
@@ -63,8 +66,9 @@ def test_relation_in_the_interpreter(part):
 
 
 @not_interpreted
-def test_linear_divergence_in_the_interpreter():
-    interpreted("tests/test_linear_divergence_kernels.py", "tests/test_linear_divergence_words.py", "-k", "triton")
+@parts("triton and (near_convergence or masked_rows or labels_caps or frozen or mass)", "triton")
+def test_linear_divergence_in_the_interpreter(part):
+    interpreted("tests/test_linear_divergence_kernels.py", "tests/test_linear_divergence_words.py", "-k", part)
 
 
 @not_interpreted
@@ -102,8 +106,9 @@ def test_contrast_in_the_interpreter(part):
 
 
 @not_interpreted
-def test_contrast_banks_in_the_interpreter():
-    interpreted("tests/test_triton_contrast_bank.py")
+@parts("out_of_range or eight_bit or launches")
+def test_contrast_banks_in_the_interpreter(part):
+    interpreted("tests/test_triton_contrast_bank.py", "-k", part)
 
 
 @not_interpreted
@@ -113,6 +118,6 @@ def test_attention_cost_in_the_interpreter(part):
 
 
 @not_interpreted
-@parts("triton and (refused or inference)", "triton")
+@parts("triton and refused", "triton")
 def test_autograd_in_the_interpreter(part):
     interpreted("tests/test_autograd.py", "-k", part)
