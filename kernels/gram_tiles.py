@@ -38,7 +38,7 @@ BUDGET = 64 << 20  # bytes of W at a time
 SPILL_LIMIT = {  # bytes of stack per thread
     "moments_kernel": 16,
     "conclude_kernel": 0,
-    "weights_kernel": 224,
+    "weights_kernel": 232,
     "pull_kernel": 0,
 }
 

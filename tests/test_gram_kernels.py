@@ -124,7 +124,7 @@ def check_rows_of_zeros(student, teacher, backend, token, level="token", **optio
     assert torch.equal(value == 1, true_value == 1)
     others = torch.arange(student.shape[1]) != token
     errors = [relative_error(x[:, others], true_grad[:, others]) for x in (grad, eager_grad)]
-    assert errors[0] <= max(errors[1], 1e-6)
+    assert errors[0] <= max(1.25 * errors[1], 1e-6)
     assert relative_error(grad[:, token], true_grad[:, token]) <= 1e-5
 
 
@@ -159,7 +159,7 @@ def test_sequences_of_zeros_in_the_official_grouping(backend, where):
     assert (value - true_value).abs().max() <= 1e-6 and value[4] == 1
     others = torch.arange(9) != 4
     errors = [relative_error(x[others], true_grad[others]) for x in (grad, eager_grad)]
-    assert errors[0] <= max(errors[1], 1e-6)
+    assert errors[0] <= max(1.25 * errors[1], 1e-6)
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
