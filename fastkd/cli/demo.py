@@ -185,7 +185,7 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
     args = TrainingArguments(
         str(work), max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=64, learning_rate=1e-4,
         lr_scheduler_type="linear", warmup_steps=0.1, weight_decay=0.01, logging_steps=max(steps // 40, 1),
-        eval_strategy="steps", eval_steps=max(steps // 4, 1),
+        eval_strategy="steps", eval_steps=max(steps // 2, 1),
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
         train_sampling_strategy="group_by_length",
     )  # fmt: skip
