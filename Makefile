@@ -97,4 +97,4 @@ lock:
 	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; } > requirements.lock
 
 clean:
-	rm -rf build dist *.egg-info fastkd/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info fastkd/*.so fastkd/*.not_built .pytest_cache .ruff_cache .hypothesis

@@ -55,17 +55,18 @@ def _load(library: str, key: str) -> str | None:
     return None
 
 
-def _why_not_built(library: str) -> str:
+def _why_not_built(library: str, otherwise: str = "FASTKD_BUILD=none, or not installed") -> str:
     """What setup.py wrote down when a build failed, or that none was tried."""
     note = _HERE / f"{library}.not_built"
-    return note.read_text() if note.exists() else "FASTKD_BUILD=none, or not installed"
+    return note.read_text() if note.exists() else otherwise
 
 
 def _cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not (_HERE / "_cuda.so").exists():
-        return "it is not built (no nvcc, or a build without it); reinstall with FASTKD_BUILD=cuda"
+        why = _why_not_built("_cuda", "no nvcc when fastkd was installed, or FASTKD_BUILD is none or cpu")
+        return f"it is not built ({why}); reinstall with FASTKD_BUILD=cuda"
     return _load("_cuda", "CUDA")
 
 

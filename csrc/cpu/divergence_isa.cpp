@@ -63,10 +63,10 @@ namespace {
 struct Row {
   float max_s, max_t, inverse_temperature, inverse_sum_s, inverse_sum_t;
   float offset, offset_low;  // what is taken off s - t, as two floats: max_s - max_t, and T kappa once it is known
+  bool exact;  // s - t with what its rounding loses: where the offset, of which no digit counts, is larger than c
 
   vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }  // e^t, <= 1
   vfloat student(vfloat a) const { return (a - max_s) * inverse_temperature; }
-  bool exact;  // s - t with what its rounding loses: where the offset, of which no digit counts, is larger than c
 
   // c, or d once kappa is in the offset.
   template <bool kExact>
