@@ -117,8 +117,9 @@ class VocabMap(nn.Module):
         kept_ids = torch.cat([order[always[order]], order[~always[order]]])[:wanted]
         if max(in_place, default=0) >= wanted:
             raise ValueError(f"in_place: id {max(in_place)} cannot keep its number among {wanted} kept ids")
-        others = iter([i for i in kept_ids.tolist() if i not in set(in_place)])
-        kept_ids = torch.tensor([i if i in set(in_place) else next(others) for i in range(wanted)])
+        if fixed := set(in_place):
+            others = iter([i for i in kept_ids.tolist() if i not in fixed])
+            kept_ids = torch.tensor([i if i in fixed else next(others) for i in range(wanted)])
         return cls(kept_ids, total, _stand_ins(kept_ids, total, method, embeddings, unk_id))
 
     def encode(self, ids):

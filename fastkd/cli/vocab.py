@@ -85,7 +85,8 @@ def run(options) -> int:
     print(f"{found['words']} of {found['of']} words cover {found['covered']:.2%} of {found['tokens_counted']} tokens")
     if found["may_be_lost"] and options.dropped == "spelled":
         print(
-            f"at most {found['may_be_lost']} of these tokens have characters that no kept word spells: a larger --size has"
+            f"at most {found['may_be_lost']} of these tokens hold a character that no kept token spells; a larger --size "
+            "keeps more of them"
         )
     print(f"words for a share of the corpus: {sizes}")
     print(f"written to {options.output}: {', '.join(sorted(x.name for x in options.output.iterdir()))}")
