@@ -1,5 +1,6 @@
-// What the accurate path computes of one vector of a row: p, q, their accurate difference and log ratio, and per kind the
-// term of the value and the slope of the gradient. Only for divergence_isa.cpp, whose first lines have the mathematics.
+// What the accurate path computes of one vector of a row: p, q, their accurate difference and log ratio, and per kind
+// the term of the value and the slope of the gradient. Only for divergence_isa.cpp, whose first lines have the
+// mathematics.
 #pragma once
 
 namespace {
