@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,14 @@ def passive_threads(argv: list[str], environ=os.environ, execute=os.execve) -> N
         return
     environment = {**environ, "OMP_WAIT_POLICY": "PASSIVE", RESTARTED: "1"}
     execute(sys.executable, [sys.executable, *argv], environment)
+
+
+def quote_library_path() -> None:
+    """torch.compile where the path of torch has a space: its linker's -L is not quoted (PyTorch 191010)."""
+    import torch
+    from torch.utils import cpp_extension
+
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(os.path.join(os.path.dirname(torch.__file__), "lib"))
 
 
 def cpu_name(path: str = "/proc/cpuinfo") -> str:

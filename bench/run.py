@@ -329,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return against.against(arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance)
         if not arguments.list:
             machine.passive_threads(sys.orig_argv[1:])
+            machine.quote_library_path()
         return run(arguments)
     except (ValueError, RuntimeError, OSError) as error:
         known = not isinstance(error, RuntimeError) or str(error).startswith("against: ")

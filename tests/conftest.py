@@ -8,10 +8,14 @@ import torch
 if "FASTKD_LIBRARY" in os.environ:  # the sanitized one (make asan): fastkd takes ops that are there already
     torch.ops.load_library(os.environ["FASTKD_LIBRARY"])
 
+from fastkd.bench import machine
+
 from fastkd import backends
 
-# Two cores: two workers with a thread each (make test), or one process with both.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS = (
+    1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+)  # two cores: two workers (make test), or one process with both
+machine.quote_library_path()
 
 
 def summed_in_one_order(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -33,6 +37,7 @@ if backends.INTERPRETED:
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty returns NaN (the C++ ops' allocations too), so that reading what was never written shows."""
+    torch.set_num_threads(THREADS)  # whatever the test before left
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

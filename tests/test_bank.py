@@ -164,7 +164,6 @@ def test_a_trained_bank(dtype):
         )
         torch.set_num_threads(2 - len(grads) % 2)
         grads += torch.autograd.grad(loss, leaf)
-        torch.set_num_threads(2)
     assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1])
     assert (grads[0][2::5] == 0).all()
     assert relative_error(grads[0], grads[2]) < (1e-5 if dtype == FLOAT else torch.finfo(dtype).eps)

@@ -236,6 +236,14 @@ HERE = [
     or (backend in backends.WRITTEN[subject.stem] and (backend != "cpu" or backends.UNAVAILABLE["cpu"] is None))
 ]
 on_every_backend = pytest.mark.parametrize(("subject", "backend"), HERE)
+# What is plain PyTorch takes longer here than the kernels do.
+the_reference_in_long = pytest.mark.parametrize(
+    ("subject", "backend"),
+    [
+        pytest.param(*x.values, id=x.id, marks=[*x.marks, *[pytest.mark.long] * (x.values[1] == "reference")])
+        for x in HERE
+    ],
+)
 
 
 def inputs(subject, backend, *arguments, **options):
@@ -384,7 +392,7 @@ def test_mixed_dtypes(subject, backend):
     assert relative_error(loss, true_loss) <= 1e-6 and relative_error(grad, true_grad) <= 1e-5
 
 
-@on_every_backend
+@the_reference_in_long
 def test_compiled_equals_eager(subject, backend):
     torch._dynamo.reset()
     compiled = torch.compile(

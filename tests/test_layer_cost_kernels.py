@@ -131,7 +131,7 @@ def test_compiled_lists_equal_eager(backend):
 
 @has_cpu
 @pytest.mark.skipif("FASTKD_MAX_ISA" in os.environ, reason="this is the run on a lower instruction set")
-@pytest.mark.parametrize("ceiling", ["plain", "avx2"])
+@pytest.mark.parametrize("ceiling", [pytest.param("plain", marks=pytest.mark.long), "avx2"])
 def test_every_instruction_set(ceiling):
     files = ["tests/test_layer_cost.py", "tests/test_layer_cost_kernels.py"]
     result = subprocess.run(

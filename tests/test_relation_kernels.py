@@ -93,7 +93,7 @@ def test_every_case(case, masked, constant, backend):
 
 @INTERPRETED
 @on_every_kernel
-@pytest.mark.parametrize("heads", [1, 17])
+@pytest.mark.parametrize("heads", [1, pytest.param(17, marks=pytest.mark.long)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", ["self", "causal self", "pair", "causal pair"])
 def test_beyond_what_fits_in_scratch(case, masked, heads, backend):
@@ -418,7 +418,7 @@ def test_without_a_gradient_nothing_is_kept_for_one():
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 @pytest.mark.skipif("FASTKD_MAX_ISA" in os.environ, reason="this is the run on a lower instruction set")
-@pytest.mark.parametrize("ceiling", ["plain", "avx2"])
+@pytest.mark.parametrize("ceiling", [pytest.param("plain", marks=pytest.mark.long), "avx2"])
 def test_lower_instruction_sets(ceiling):
     wanted = "every_case or (fits_in_scratch and 1-cpu and not 17) or equal_to or extreme"
     result = subprocess.run(

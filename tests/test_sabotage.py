@@ -49,7 +49,7 @@ def mutated(subject, where, how):
     return replace(subject, call=call)
 
 
-@test_kernels.on_every_backend
+@test_kernels.the_reference_in_long
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -27,97 +27,40 @@ def interpreted(*arguments):
     assert " passed" in result.stdout
 
 
-# Of each longer file a quick part, which takes seconds, and all of it: [long].
-def parts(quick, everything="test"):
-    return pytest.mark.parametrize("part", [pytest.param(everything, marks=pytest.mark.long), quick])
-
-
-@not_interpreted
-@parts("near_convergence or mixed or equal or first_block or masked")
-def test_divergence_in_the_interpreter(part):
-    interpreted("tests/test_triton_divergence.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and (mutant or two_words or rest)", "triton")
-def test_sparse_divergence_in_the_interpreter(part):
-    interpreted("tests/test_divergence_topk.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and (ends or alpha_0)", "triton and not long")
-def test_accuracy_of_divergence_in_the_interpreter(part):
-    interpreted("tests/test_divergence_accuracy.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and (closed_form or near_convergence or does_not_matter)", "triton")
-def test_layer_cost_in_the_interpreter(part):
-    interpreted("tests/test_layer_cost.py", "-k", part)
-
-
-@not_interpreted
-@parts(
-    "triton and (near_convergence or equal_to or extreme or strided)",
-    "triton and (every_case or padding or strided or near_convergence or equal_to or extreme or flat)",
-)
-def test_relation_in_the_interpreter(part):
-    interpreted("tests/test_relation_kernels.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and (near_convergence or masked_rows or labels_caps or frozen or mass)", "triton")
-def test_linear_divergence_in_the_interpreter(part):
-    interpreted("tests/test_linear_divergence_kernels.py", "tests/test_linear_divergence_words.py", "-k", part)
-
-
-@not_interpreted
-@parts("not long and (authors or near or side or mutant)")
-def test_gram_in_the_interpreter(part):
-    interpreted("tests/test_triton_gram.py", "-k", part)
-
-
-@not_interpreted
-@parts("mutant or references")
-def test_lines_of_gram_in_the_interpreter(part):
-    interpreted("tests/test_triton_gram_lines.py", "-k", part)
-
-
-@not_interpreted
-@pytest.mark.long
-def test_what_gram_is_in_the_interpreter():
-    interpreted(
-        "tests/test_gram.py", "-k", "triton and (authors or corrcoef or padding or padded or too_few or forget)"
-    )
-
-
-@not_interpreted
-@pytest.mark.long
-@pytest.mark.parametrize("file", ["test_gram.py", "test_gram_terms.py", "test_gram_kernels.py"])
-def test_everything_of_gram_in_the_interpreter(file):
+# By file: what make test runs, all of them in one process, and what is long.
+PARTS = {
+    "test_triton_divergence.py": ("near_convergence or first_block", "test"),
+    "test_divergence_topk.py": ("triton and mutant", "triton"),
+    "test_divergence_accuracy.py": ("triton and alpha_0", "triton"),
+    "test_layer_cost.py": ("triton and near_convergence", "triton"),
+    "test_attention_cost.py": ("triton and near_convergence", "triton"),
+    "test_relation_kernels.py": (
+        "triton and near_convergence",
+        "triton and (every_case or padding or strided or near_convergence or equal_to or extreme or flat)",
+    ),
+    "test_linear_divergence_kernels.py": ("triton and (near_convergence or masked_rows or frozen)", "triton"),
+    "test_linear_divergence_words.py": ("triton and mass", "triton"),
+    "test_triton_gram.py": ("side and not long", "test"),
+    "test_triton_gram_lines.py": ("mutant and official", "test"),
     # The interpreter truncates what it rounds to bfloat16, so how good bfloat16 is cannot be seen there.
-    interpreted(f"tests/{file}", "-k", "triton and not long_groups and not as_good_as_float32")
+    "test_gram.py": (None, "triton and not long_groups"),
+    "test_gram_terms.py": (None, "triton and not long_groups"),
+    "test_gram_kernels.py": (None, "triton and not long_groups and not as_good_as_float32"),
+    "test_triton_contrast.py": ("near or unwritten", "test"),
+    "test_triton_contrast_bank.py": ("eight_bit", "test"),
+    "test_autograd.py": ("triton and refused and forward_kl", "triton"),
+}
 
 
 @not_interpreted
-@parts("trained or near or mutant or unwritten")
-def test_contrast_in_the_interpreter(part):
-    interpreted("tests/test_triton_contrast.py", "-k", part)
+def test_the_quick_parts_in_the_interpreter():
+    quick = {file: part for file, (part, _) in PARTS.items() if part is not None}
+    chosen = " or ".join(f"({file} and ({part}))" for file, part in quick.items())
+    interpreted(*(f"tests/{file}" for file in quick), "-k", chosen)
 
 
 @not_interpreted
-@parts("out_of_range or eight_bit or launches")
-def test_contrast_banks_in_the_interpreter(part):
-    interpreted("tests/test_triton_contrast_bank.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and (near or half or mean or does_not_matter)", "triton")
-def test_attention_cost_in_the_interpreter(part):
-    interpreted("tests/test_attention_cost.py", "-k", part)
-
-
-@not_interpreted
-@parts("triton and refused", "triton")
-def test_autograd_in_the_interpreter(part):
-    interpreted("tests/test_autograd.py", "-k", part)
+@pytest.mark.long
+@pytest.mark.parametrize("file", PARTS)
+def test_all_of_it_in_the_interpreter(file):
+    interpreted(f"tests/{file}", "-k", PARTS[file][1])

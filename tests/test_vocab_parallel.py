@@ -78,7 +78,9 @@ def in_one_process(options, near, dtype, wide):
     return loss, torch.autograd.grad(0.37 * loss, own)
 
 
-@pytest.mark.parametrize(("dtype", "limits"), [("float64", (1e-12, 1e-12)), ("float32", (1e-6, 1e-5))])
+@pytest.mark.parametrize(
+    ("dtype", "limits"), [("float64", (1e-12, 1e-12)), pytest.param("float32", (1e-6, 1e-5), marks=pytest.mark.long)]
+)
 def test_two_processes_equal_one(dtype, limits):
     """Products in float32 round logits, which shows near convergence: no more than in one process, then."""
     ranks = on_two_ranks(RUN.format(dtype=dtype))

@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t kCacheBytes = 512 << 10;  // for the scores of all layers: half of a second cache
 constexpr int64_t kScores = kFloat32;       // scores are floats, whatever the layers are
-constexpr double kTrusted = 5e-6;           // of a cost: the identity's doubt that may stay
 
 // Blocks of scores of one head.
 class Scores : public AttentionUnit {
@@ -199,9 +198,13 @@ struct PullOfScores {
   }
 };
 
-void pulls_of_scores(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                     const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
+// The gradients of those students that are wanted.
+void pulls_of_scores(const AttentionShape& shape, const Layers& layers, std::vector<Pull> pulls,
+                     const std::vector<Target>& to_q, const std::vector<Target>& to_k,
+                     const std::vector<bool>& wanted) {
   const int n = layers.students;
+  for (int i = 0; i < n; ++i)
+    if (!wanted[i]) pulls[i] = {};
   const std::vector<bool> used = used_layers(pulls, layers.teachers);
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
@@ -227,11 +230,12 @@ void pulls_of_scores(const AttentionShape& shape, const Layers& layers, const st
           } else {
             own[i].of_queries.assign(unit.block * width, 0.f);
           }
-          for (int64_t r = 0; r < rows; ++r)
+          for (int64_t r = 0; wanted[i] && r < rows; ++r)
             to_q[i].write(table, unit.b, unit.h, begin + r, own[i].of_queries.data() + r * width);
         }
       }
-      for (int i = 0; i < n; ++i) to_k[i].write_keys(table, unit, used[i] ? own[i].of_keys.data() : nullptr);
+      for (int i = 0; i < n; ++i)
+        if (wanted[i]) to_k[i].write_keys(table, unit, used[i] ? own[i].of_keys.data() : nullptr);
     }
   });
 }
@@ -247,8 +251,10 @@ std::vector<Tensor> attention_cost_bwd(const Tensor& grad, std::vector<Tensor> s
   const Layers layers(sq, sk, tq, tk, scales);
   const std::vector<Pull> pulls = pulls_of(grad, layers.students, layers.teachers, shape.entries());
   const std::vector<Target> to_q(sq.begin(), sq.end()), to_k(sk.begin(), sk.end());
-  const bool identity = identity_is_cheaper(shape, layers, pulls);
-  (identity ? identity_pulls : pulls_of_scores)(shape, layers, pulls, to_q, to_k);
+  std::vector<bool> wanted(layers.students, true);
+  if (identity_is_cheaper(shape, layers, pulls)) wanted = identity_pulls(shape, layers, pulls, to_q, to_k);
+  if (std::find(wanted.begin(), wanted.end(), true) != wanted.end())
+    pulls_of_scores(shape, layers, pulls, to_q, to_k, wanted);
   std::vector<Tensor> grads;
   for (const auto* side : {&to_q, &to_k})
     for (const Target& target : *side) grads.push_back(target.tensor);

@@ -5,10 +5,12 @@
 // and a student's gradient, sum of weight (S - T) K, from Q (K^T K) and R (L^T K). Where a student nears a teacher the
 // first line cancels. So sums come with what rounding may have done to them, entry by entry: products of a chunk are
 // float32 sums, whose errors are independent, of about eps sqrt(chunk) / 2 of the root of the squares summed; chunks
-// are added up in double. The caller takes the scores where that is too much. Gradients cancel to first order only,
-// exactly as the differences of two float32 scores do. A causal mask is no product: its scores have to be made.
+// are added up in double. The caller takes the scores where that is too much. Gradients cancel to first order only, but
+// what rounding does to K^T K is the same for every query, while the errors of scores are independent and average out.
+// So a student's gradients come with a doubt too. A causal mask is no product: its scores have to be made.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/attention_layers.h"
@@ -22,7 +24,10 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // rows of a product that are added up in float32
 constexpr int64_t kRowsAtOnce = 256;
+constexpr double kPart =
+    0.5 * 16 * 6e-8;  // error of one product's sum, of the root of the squares: sqrt(kChunk) eps / 2
 constexpr double kSafety = 4;
+constexpr double kPullPart = 2 * kPart;          // of a student's own term, in its gradients
 constexpr double kForward = 1.4, kBackward = 2;  // a product here costs as many of the scores', by measurement
 
 using Matrix = std::vector<double>;  // [d of one layer, d of another]
@@ -124,19 +129,25 @@ class Sums : public AttentionUnit {
         found.variance += diagonal_q_[i][x] * diagonal_q_[j][y] * k * k + diagonal_k_[i][x] * diagonal_k_[j][y] * q * q;
       }
     const double scale = double(layers.scale[i]) * layers.scale[j];
-    const double part = 0.5 * std::sqrt(double(kChunk)) * 6e-8;  // of the root of the squares: one float32 sum's error
     found.value *= scale;
-    found.variance *= scale * scale * part * part;
+    found.variance *= scale * scale * kPart * kPart;
     return found;
   }
 };
 
-// The gradients of one student in one unit: sum over layers of c_l X_l (Y_l^T Y_i), for queries X and keys Y, and
-// turned about.
+double squares(const std::vector<float>& x) {
+  return std::accumulate(x.begin(), x.end(), 0., [](double sum, float e) { return sum + double(e) * e; });
+}
+
+// The gradients of one student in one unit: sum over layers of c_l X_l (Y_l^T Y_i), for queries X and keys Y, and with
+// the two exchanged. The first layer is the student itself: where the others cancel its term, its rounding is left.
+struct Squares {
+  double own = 0, all = 0;  // of the first term, and of the gradient
+};
 class PullOfProducts {
  public:
-  const std::vector<float>& run(Side& x, Side& y, int i, const std::vector<int>& of,
-                                const std::vector<float>& weights) {
+  const std::vector<float>& run(Side& x, Side& y, int i, const std::vector<int>& of, const std::vector<float>& weights,
+                                Squares& found) {
     const Gemm& product = gemm(kFloat32);
     const int64_t width = x.source[i].k, rows = x.rows;
     out_.assign(rows * width, 0.f);
@@ -155,7 +166,9 @@ class PullOfProducts {
         product.tile(workspace_.data(), packed_.data(), {count, width, from.k},
                      {out_.data() + begin * width, width, weights[c], true});
       }
+      if (c == 0) found.own = squares(out_);
     }
+    found.all = squares(out_);
     return out_;
   }
 
@@ -222,9 +235,10 @@ void identity_sums(const AttentionShape& shape, const Layers& layers, double* su
   }
 }
 
-void identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                    const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
+std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
+                                 const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
   const int n = layers.students;
+  std::vector<Squares> of_q(shape.units() * n), of_k(shape.units() * n);
   const std::vector<bool> used = used_layers(pulls, layers.teachers);
   const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
@@ -249,13 +263,22 @@ void identity_pulls(const AttentionShape& shape, const Layers& layers, const std
         }
         const bool any = unit.valid && used[i];
         const std::vector<float> nothing(any ? 0 : shape.queries * layers.q[i].width, 0.f);
-        const float* rows = any ? pull.run(q, k, i, of, weights).data() : nothing.data();
+        const float* rows = any ? pull.run(q, k, i, of, weights, of_q[u * n + i]).data() : nothing.data();
         for (int64_t s = 0; s < shape.queries; ++s)
           to_q[i].write(table, unit.b, unit.h, s, rows + s * layers.q[i].width);
-        to_k[i].write_keys(table, unit, any ? pull.run(k, q, i, of, weights).data() : nullptr);
+        to_k[i].write_keys(table, unit, any ? pull.run(k, q, i, of, weights, of_k[u * n + i]).data() : nullptr);
       }
     }
   });
+  std::vector<bool> doubtful(n);
+  for (int i = 0; i < n; ++i)
+    for (const auto* side : {&of_q, &of_k}) {
+      Squares total;
+      for (int64_t u = 0; u < shape.units(); ++u)
+        total.own += (*side)[u * n + i].own, total.all += (*side)[u * n + i].all;
+      if (!(kPullPart * kPullPart * total.own <= kTrusted * kTrusted * total.all)) doubtful[i] = true;
+    }
+  return doubtful;
 }
 
 }  // namespace fastkd

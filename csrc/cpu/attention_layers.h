@@ -138,11 +138,13 @@ struct Target {
 
 // The identity's way, for long sequences (attention_identity.cpp).
 struct Pull;
+constexpr double kTrusted = 5e-6;  // of a result: how far off the identity may be
 bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers);
 bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls);
 // sums [students, teachers] of squared differences, and how far off each may be.
 void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* doubts);
-void identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                    const std::vector<Target>& to_q, const std::vector<Target>& to_k);
+// Which students' gradients may be off by too much.
+std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
+                                 const std::vector<Target>& to_q, const std::vector<Target>& to_k);
 
 }  // namespace fastkd

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(arguments)
         machine.passive_threads(sys.orig_argv[1:])
+        machine.quote_library_path()
         return run(arguments)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("FASTKD_TRACEBACK") == "1":
