@@ -82,7 +82,7 @@ def extensions() -> list[Extension]:
         Extension("fastkd._C", sources("python.cpp", "cpu/isa.cpp", "cpu/transport_isa.cpp"), optional=optional),
     ]
     try:
-        wants_cuda = MODE == "cuda" or (NVCC is not None and torch_is_cuda_build())
+        wants_cuda = MODE == "cuda" or (optional and NVCC is not None and torch_is_cuda_build())
     except RuntimeError:
         wants_cuda = False
     if MODE == "cuda" and NVCC is None:

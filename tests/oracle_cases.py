@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass
 class Case:
-    """call(backend, *leaves) and oracle(*leaves) of leaves in one dtype; what else they take is in them, in any dtype."""
+    """call(backend, *leaves, *teachers) and oracle(*leaves, *teachers), all in one dtype; what else they take is in them."""
 
     leaves: list
     call: Callable
@@ -27,6 +27,7 @@ class Case:
     share: float = 1.25  # of eager's error, which is allowed where it is more
     strict: bool = False  # whether eager's error is no excuse
     compared: list | None = None  # per leaf, which entries of its gradient are compared; None: all
+    teachers: tuple = ()  # without a gradient; in `call` and `oracle` instead where no rounding of theirs can matter
 
 
 class Draw(random.Random):

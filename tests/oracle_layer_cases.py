@@ -36,17 +36,17 @@ def gram(draw):
     student = student if normalize else student / student.abs().max().clamp_min(1e-3)
     options = {"grouping": grouping, "normalize": normalize, "mask": mask, "eps": draw.choice([1e-6, 1e-6, 1e-3])}
 
-    def oracle(s):
+    def oracle(s, t):
         found = 0
         for name, weight in ({level: 1.0} if isinstance(level, str) else level).items():
-            values, valid = relations.gram(s, teacher.to(s), name, by_row=by_row, **options)
+            values, valid = relations.gram(s, t, name, by_row=by_row, **options)
             found = found + weight * oracles.reduced(values, valid, reduction)
         return found
 
-    def call(backend, s):
+    def call(backend, s, t):
         pearson = "row" if by_row else "matrix"
         return functional.gram_correlation_loss(
-            s, teacher.to(s), level=level, pearson=pearson, reduction=reduction, **options, backend=backend
+            s, t, level=level, pearson=pearson, reduction=reduction, **options, backend=backend
         )
 
     # The gradient of x / |x| at 0, of no use, is 1e12 times what comes; the others' is what must be right.
@@ -61,7 +61,8 @@ def gram(draw):
     note |= {"reduction": reduction, **described(options)}
     absolute = 1.5e-6 * (2 * student.shape[0] * student.shape[1] if reduction == "sum" else 1)
     floor = 1e-8 / max(float(student.square().mean().sqrt()), 1e-3)
-    return Case([student], call, oracle, note, absolute=absolute, floor=floor, compared=[compared])
+    extra = {"absolute": absolute, "floor": floor, "compared": [compared], "teachers": (teacher,)}
+    return Case([student], call, oracle, note, **extra)
 
 
 def relation(draw):
@@ -88,14 +89,14 @@ def relation(draw):
 
     def oracle(*xs):
         found = []
-        for s, t in zip(arranged(xs), arranged([x.to(xs[0]) for x in teachers]), strict=True):
+        for s, t in zip(arranged(xs[: 2 * count]), arranged(xs[2 * count :]), strict=True):
             rows = relations.relation(s, t, **options)
             valid = seen(None if mask is None else mask.bool()[:, None], rows.shape)
             found.append(oracles.reduced(rows, valid, reduction))
         return torch.stack(found) if reduction == "none" else sum(found)
 
     def call(backend, *xs):
-        sides = arranged(xs), arranged([x.to(xs[0]) for x in teachers])
+        sides = arranged(xs[: 2 * count]), arranged(xs[2 * count :])
         return functional.relation_kl_loss(*sides, **options, reduction=reduction, backend=backend)
 
     used = [torch.full_like(x, pairs[i // 2] or i % 2 == 0, dtype=torch.bool) for i, x in enumerate(leaves)]
@@ -107,7 +108,7 @@ def relation(draw):
         "near": near,
         "reduction": reduction,
     }
-    return Case(leaves, call, oracle, note | described(options), compared=used)
+    return Case(leaves, call, oracle, note | described(options), compared=used, teachers=tuple(teachers))
 
 
 def layer_costs(draw):
@@ -118,11 +119,10 @@ def layer_costs(draw):
     options = {"mask": draw.mask(B, S), "clamp": draw.choice([None, None, -1.0])}
     return Case(
         leaves,
-        lambda backend, *xs: functional.layer_costs(
-            list(xs), [t.to(xs[0]) for t in teachers], **options, backend=backend
-        ),
-        lambda *xs: relations.layer_costs(xs, [t.to(xs[0]) for t in teachers], **options),
+        lambda backend, *xs: functional.layer_costs(list(xs[:n]), list(xs[n:]), **options, backend=backend),
+        lambda *xs: relations.layer_costs(xs[:n], xs[n:], **options),
         {"N, M": (n, m), "B, S, D": (B, S, D), "scale": scale, "near": near, **described(options)},
+        teachers=tuple(teachers),
     )
 
 
@@ -152,7 +152,7 @@ def attention_costs(draw):
         "heads": heads,
     }
     arranged = (lambda xs: list(xs)) if scores else (lambda xs: list(zip(xs[::2], xs[1::2], strict=True)))
-    sides = lambda xs: (arranged(xs), arranged([t.to(xs[0]) for t in teachers]))  # noqa: E731
+    sides = lambda xs: (arranged(xs[: len(leaves)]), arranged(xs[len(leaves) :]))  # noqa: E731
     return Case(
         leaves,
         lambda backend, *xs: functional.attention_costs(*sides(xs), **options, backend=backend),
@@ -165,6 +165,7 @@ def attention_costs(draw):
             "near": near,
             **described(options),
         },
+        teachers=tuple(teachers),
     )
 
 

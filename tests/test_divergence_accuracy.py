@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import test_kernels
@@ -19,7 +19,7 @@ from fastkd.checks import KINDS
 from fastkd.functional import divergence
 from fastkd.ops.divergence import KERNELS
 
-ULP = torch.finfo(torch.float32).eps
+ULP, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny  # smaller numbers have fewer digits
 INTERPRETED = backends.INTERPRETED
 HERE = [
     pytest.param(name, marks=[pytest.mark.gpu] if test_kernels.device_of(name) == "cuda" else [])
@@ -27,6 +27,7 @@ HERE = [
 ]
 every_backend = pytest.mark.parametrize("backend", HERE)
 ROWS = 3
+ONE_SIDED = [(-1e4, 0.0), (0.0, -1e4)]  # masked on one side only
 
 
 def log_uniform(low, high):
@@ -44,7 +45,7 @@ def pairs(most_words):
             "stds": st.tuples(log_uniform(0.1, 10), log_uniform(0.1, 10)),
             "peaks": st.sampled_from(["none", "none", "student", "teacher", "same", "different"]),
             "offset": st.one_of(st.just(0.0), st.floats(-1000, 1000)),
-            "masked": st.sampled_from([None, None, (-math.inf, -math.inf), (-1e4, -1e4), (-1e4, 0.0), (0.0, -1e4)]),
+            "masked": st.sampled_from([None, None, (-math.inf, -math.inf), (-1e4, -1e4), *ONE_SIDED]),
             "temperature": st.one_of(st.just(1.0), log_uniform(0.1, 100)),
             "alpha": st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 0.5, 1 - 1e-6]),
             "beta": st.sampled_from([1e-6, 1e-3, 0.3, 0.5, 1 - 1e-6]),
@@ -86,7 +87,28 @@ def undecided(student, teacher, temperature):
 
 
 def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
+    """Where one draw is further off than allowed, its neighbours decide: eager's error may have been small by chance."""
     student, teacher, keep = draw(**drawn)
+    options = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": beta}
+    near = drawn["relation"] == "near" and drawn["peaks"] in ("none", "same") and drawn["masked"] not in ONE_SIDED
+    near = near and kind not in ("soft_ce", "mse") and drawn["offset"] == 0
+    found = [errors(backend, student, teacher, keep, **options)]
+    if not within(found, near).all():
+        generator = torch.Generator().manual_seed(drawn["seed"])
+        move = lambda x: x * (1 + ULP * (torch.randint(33, x.shape, generator=generator) - 16))  # noqa: E731
+        found = [errors(backend, move(student), move(teacher), keep, **options) for _ in range(12)]
+        assert within(found, near).all(), f"ours, eager's, size, floor:\n{found[0]}"
+
+
+def within(found, near):
+    """Of the loss and of the gradient."""
+    error, rival, size, floor = torch.stack(found).square().mean(0).sqrt()
+    allowed = 1.25 * rival + 4 * ULP * size + floor
+    return (error <= allowed) & ((error <= 1e-5 * size + floor) if near else True)
+
+
+def errors(backend, student, teacher, keep, kind, temperature, alpha, beta):
+    """[ours, eager's, size, floor] x [of the loss, of the gradient]"""
     options = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": beta, "t_squared": False}
     device = test_kernels.device_of(backend)
 
@@ -99,30 +121,33 @@ def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
     of_eager, (eager_grad,) = gradients(lambda x: eager(x, teacher, keep, kind, temperature, alpha, beta), student)
     upstream = (randn(ROWS, seed=7) + 1.5)[:, None]
     unsure, q = undecided(student, teacher, temperature)
-    near = drawn["relation"] == "near" and kind not in ("soft_ce", "mse") and drawn["offset"] == 0
-    for found, true, other, floor in (
+    # A sign that nobody can tell moves q by at most q: where it stands, and through the mean everywhere.
+    excused = (upstream * q * unsure / temperature).norm() * 2 if kind == "tvd" else 0.0
+    results = (
         (loss, true_loss, of_eager, 2 * ULP if kind == "soft_ce" else 0.0),
-        (grad, true_grad, eager_grad, 4 * ULP * (upstream * q / temperature).norm() if kind != "mse" else 0.0),
-    ):
-        # A sign that nobody can tell moves q by at most q: where it stands, and through the mean everywhere.
-        excused = (upstream * q * unsure / temperature).norm() * 2 if kind == "tvd" and found is grad else 0.0
-        error, size = (found - true).norm(), true.norm()
-        rival = (other - true).norm() if other.isfinite().all() else math.inf
-        assert error <= 1.25 * rival + 4 * ULP * size + floor + excused
-        if near:
-            assert error <= 1e-5 * size + floor + excused
-
-
-def open_case(drawn, backend):
-    """Listed in docs/numerics.md: the reference's reverse_kl in float32, where one token has nearly all of a distribution."""
-    return backend == "reference" and drawn["kind"] == "reverse_kl" and drawn["peaks"] != "none"
+        (
+            grad,
+            true_grad,
+            eager_grad,
+            excused + (4 * ULP * (upstream * q / temperature).norm() if kind != "mse" else 0.0),
+        ),
+    )
+    columns = [
+        [
+            (found - true).norm(),
+            (other - true).norm() if other.isfinite().all() else math.inf,
+            true.norm(),
+            floor + TINY,
+        ]
+        for found, true, other, floor in results
+    ]
+    return torch.tensor(columns, dtype=torch.float64).T
 
 
 @every_backend
 @settings(max_examples=40 if INTERPRETED else 150, derandomize=True, deadline=None)
 @given(drawn=pairs(600 if INTERPRETED else 5000))
 def test_no_less_accurate_than_eager(drawn, backend):
-    assume(not open_case(drawn, backend))
     check(backend=backend, **drawn)
 
 
@@ -131,7 +156,6 @@ def test_no_less_accurate_than_eager(drawn, backend):
 @settings(max_examples=20 if INTERPRETED else 300, derandomize=True, deadline=None)
 @given(drawn=pairs(20_000 if INTERPRETED else 262_144))
 def test_no_less_accurate_than_eager_over_large_vocabularies(drawn, backend):
-    assume(not open_case(drawn, backend))
     check(backend=backend, **drawn)
 
 

@@ -25,8 +25,8 @@ def python(code, cwd, **env):
     return result.stdout.strip()
 
 
-def checkout(tmp_path):
-    """The tracked files as they are now, without anything built."""
+def checkout(tmp_path, built=False):
+    """The tracked files as they are now, without anything built, or beside the object files of this checkout."""
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if files.returncode:
         pytest.skip("not a git checkout")
@@ -34,7 +34,10 @@ def checkout(tmp_path):
         target = tmp_path / "checkout" / name
         if (ROOT / name).is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, target)
+    if built:
+        for objects in (ROOT / "build").glob("temp.*"):
+            shutil.copytree(objects, tmp_path / "checkout/build" / objects.name)
     return tmp_path / "checkout"
 
 
@@ -71,7 +74,7 @@ def test_uninstalled_without_a_build(tmp_path):
 
 @pytest.mark.long
 def test_wheel_with_the_compiled_library(tmp_path):
-    found, _ = wheel(checkout(tmp_path), tmp_path / "out", "cpu")
+    found, _ = wheel(checkout(tmp_path, built=True), tmp_path / "out", "cpu")
     names = zipfile.ZipFile(found).namelist()
     for wanted in ("fastkd/_cpu.so", "fastkd/kernels/divergence.py", "fastkd/bench/run.py", "fastkd/py.typed"):
         assert wanted in names
@@ -120,7 +123,7 @@ def test_build_cpu_with_a_failing_compiler_is_an_error(tmp_path):
 @pytest.mark.long
 def test_editable(tmp_path):
     """In a virtual environment of its own that sees this one's packages, so that nothing here is overwritten."""
-    tree = checkout(tmp_path)
+    tree = checkout(tmp_path, built=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     inside = tmp_path / "venv/bin/python"
     purelib = subprocess.run(
@@ -170,6 +173,8 @@ def test_without_triton(tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_library_compiles_and_links_without_a_gpu(tmp_path):
     """FASTKD_BUILD=cuda builds regardless of what is visible, for both chips; a CPU torch says what it lacks on loading."""
+    for objects in (ROOT / "build").glob("temp.*/_cpu"):
+        shutil.copytree(objects, tmp_path / "obj/_cpu")
     command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "obj")]
     env = os.environ | {"FASTKD_BUILD": "cuda"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)

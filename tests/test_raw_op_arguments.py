@@ -107,7 +107,8 @@ def test_a_refusal_names_op_and_argument(mistake):
 def test_kernels_under_sanitizers():
     """`make asan` on the tests that call every kernel, in every dtype, on awkward sizes."""
     tests = "tests/test_raw_op_arguments.py tests/test_gemm.py tests/test_bank.py tests/test_gram_kernels.py"
-    installed = ["-o", f"{sys.prefix}/installed", f"VENV={sys.prefix}"]  # whatever is in this environment
+    here = os.path.relpath(sys.prefix, ROOT)  # make has no names with a space, which the path before may have
+    installed = ["-o", f"{here}/installed", f"VENV={here}"]  # whatever is in this environment
     command = ["make", "asan", *installed, f"ASAN_TESTS={tests}"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, (found.stdout + found.stderr)[-5000:]

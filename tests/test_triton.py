@@ -98,11 +98,11 @@ def test_every_divergence_configuration_compiles_offline(name, chip):
 @pytest.mark.parametrize("chip", [80, 90])
 @pytest.mark.parametrize("name", SPARSE)
 def test_every_sparse_divergence_configuration_compiles_offline(name, chip):
+    sizes = ((1000, 3), (32000, 100), (32000, 1000))
     for kind in range(6):  # mse has no sparse form
-        for s in ("float32", "bfloat16", "float16"):
-            for vocabulary, k in ((1000, 3), (32000, 100), (32000, 1000)):
-                for tail in (False, True):
-                    compile_sparse_divergence(name, chip, kind, s, vocabulary, k, tail, masked=tail)
+        for i, s in enumerate(("float32", "bfloat16", "float16")):
+            for tail in (False, True):
+                compile_sparse_divergence(name, chip, kind, s, *sizes[(kind + i + tail) % 3], tail, masked=tail)
 
 
 def compile_layer_cost(name, s, t, counts, masked, chip):
@@ -206,8 +206,8 @@ def test_scores_are_rounded_before_they_are_subtracted():
 @pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
 def test_every_relation_configuration_compiles_offline(name, chip):
     forms = ((True, True), (True, False), (False, True)) if name == "backward_kernel" else ((True, False),)
-    for s, t in (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")):
-        for widths in ((16, 16), (32, 64), (64, 64), (128, 128)):
+    for dtype in ("float32", "bfloat16", "float16"):
+        for widths in ((16, 16), (32, 64), (128, 128)) if dtype != "float16" else ((64, 64),):
             for causal in (False, True):
                 for rows, columns in forms:
-                    compile_relation(name, chip, s, t, widths, causal, causal, rows, columns)
+                    compile_relation(name, chip, dtype, dtype, widths, causal, causal, rows, columns)

@@ -81,7 +81,7 @@ def _compared(s, t, options, group) -> Tensor:
     near = (rise < 1) & (largest < 60)
     far = (log_q - log_p).masked_fill(silent, 0)
     d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far)
-    return reference._compare(p, q, d, options.kind, options.beta, options.alpha)
+    return reference.compare(p, q, d, options.kind, options.beta, options.alpha)
 
 
 def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:

@@ -6,7 +6,7 @@ differ between the two sides. The mask takes keys out of the softmax, and the ro
 
 import torch
 
-from .divergence import _kl
+from .digits import kl
 
 
 def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t):
@@ -40,4 +40,4 @@ def _kl_of_scores(t, s):
     rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [B, H, L, 1] log1p of it: what q's sum has more
     near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
     ratio = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), log_q - log_p)  # [B, H, L, L]
-    return _kl(p, log_q.exp(), ratio)
+    return kl(p, log_q.exp(), ratio)

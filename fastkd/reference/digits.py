@@ -1,0 +1,52 @@
+"""Softmaxes, and sums of divergence.py, that keep their digits."""
+
+import math
+
+import torch
+
+
+def normalized(x):
+    """softmax and log_softmax. All but the largest term, 1, are summed first: in float32 it would swallow the others one
+    by one, and PyTorch's own are off by up to 1e-5 over a large vocabulary."""
+    top = x.detach().argmax(-1, keepdim=True)
+    x = x - x.detach().gather(-1, top)
+    masses = x.exp()
+    others = masses.scatter_add(-1, top, torch.full_like(masses[..., :1], -1)).sum(-1, keepdim=True)
+    return masses / (1 + others), x - others.log1p()
+
+
+def difference(s, t):
+    """s - t less that of the maxima, so that a constant offset of one side costs no digits: what s - t loses is added."""
+    x = s - t
+    with torch.no_grad():
+        back = x - s
+        lost = ((s - (x - back)) - (t + back)).nan_to_num(0, 0, 0)  # NaN where s or t is infinite
+        offset = (s.amax(-1, keepdim=True) - t.amax(-1, keepdim=True)).nan_to_num(0, 0, 0)
+    return (x - offset) + lost
+
+
+def mix(r, rest, w):
+    """log(rest + w e^r), rest = 1 - w; past e^80 nothing of it is left beside what it multiplies."""
+    r = r.clamp(max=80)
+    x = w * r.expm1()
+    near = x.abs() < 0.5  # elsewhere 1 + x may have lost the digits of rest
+    far = torch.logaddexp(r + math.log(w), torch.full_like(r, math.log(rest)))
+    return torch.where(near, x.masked_fill(~near, 0).log1p(), far)
+
+
+def kl(a, b, e):
+    """sum a (log a - log b), with sum (b - a) = 0 added; e = log b - log a."""
+    near = a * bregman(e.clamp(max=1))
+    return torch.where(e > 1, b - a - a * e.clamp(1, 1e30), near).sum(-1)
+
+
+def bregman(e):
+    """b(e) = expm1(e) - e >= 0, by its series where that would cancel. To differentiate (any number of times, in either
+    mode): b(x + h) = b(x) + expm1(x) h + e^x b(h) at h = 0, since the derivative, expm1, never cancels."""
+    small = e.clamp(-0.5, 0.5)
+    x, series = small.detach(), 1.0
+    for k in range(14, 2, -1):
+        series = 1 + x / k * series
+    h = small - x  # 0
+    near = x.square() / 2 * series + x.expm1() * h + x.exp() * (h.expm1() - h)
+    return torch.where(e.abs() < 0.5, near, e.expm1() - e)
