@@ -96,17 +96,15 @@ class Trial:
         found = self.answer(inputs, dtype, backend)
         return torch.tensor([float((x.double() - y).norm()) for x, y in zip(found, true, strict=True)])
 
-    def neighbour(self, dtype, roundings=1):
-        """Every number up to so many roundings up, or down, or as it is."""
+    def neighbour(self, dtype):
+        """Every number a rounding up, or down, or as it is."""
         eps = torch.finfo(dtype).eps
-        return [
-            x.to(dtype) * (1 + eps * (self.draw.whole(2 * roundings + 1, *x.shape) - roundings)) for x in self.inputs
-        ]
+        return [x.to(dtype) * (1 + eps * (self.draw.whole(3, *x.shape) - 1)) for x in self.inputs]
 
     def neighbours(self, count):
         """(inputs, the oracle's answer, eager's errors) of the first `count`, all made once."""
         while len(self.near) < count:
-            near = self.neighbour(torch.float32, 16)
+            near = self.neighbour(torch.float32)
             true = self.answer(near, torch.float64)
             self.near.append((near, true, self.errors(None, torch.float32, near, true)))
         return self.near[:count]

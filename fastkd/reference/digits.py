@@ -7,12 +7,14 @@ import torch
 
 def normalized(x):
     """softmax and log_softmax. All but the largest term, 1, are summed first: in float32 it would swallow the others one
-    by one, and PyTorch's own are off by up to 1e-5 over a large vocabulary."""
+    by one, and PyTorch's own are off by up to 1e-5 over a large vocabulary. Dividing by a 1 that depends on all p takes the
+    mean from a gradient before anything is rounded at the size of that mean."""
     top = x.detach().argmax(-1, keepdim=True)
     x = x - x.detach().gather(-1, top)
     masses = x.exp()
     others = masses.scatter_add(-1, top, torch.full_like(masses[..., :1], -1)).sum(-1, keepdim=True)
-    return masses / (1 + others), x - others.log1p()
+    p = masses / (1 + others)
+    return p / (1 + (p - p.detach()).sum(-1, keepdim=True)), x - others.log1p()
 
 
 def difference(s, t):
