@@ -5,7 +5,7 @@
 # make readme  the README's figures and pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
-# make fuzz    20,000 random cases of the ops against the oracles; about ten minutes
+# make fuzz    20,000 random cases of the ops against the oracles; about ten minutes, not yet silent (docs/numerics.md)
 # make ci      make test, then whatever is marked long
 # make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
 # make lock    requirements.lock: the versions of make latest's environment, made anew

@@ -13,9 +13,7 @@ def pearson(a, b, eps):
 
 def self_similarity(x, normalize):
     x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if normalize else x
-    return torch.bmm(x[None], x.T[None])[
-        0
-    ]  # as the authors do it: torch adds up small products one number after another
+    return torch.bmm(x[None], x.T[None])[0]  # as the authors do it: torch adds up small ones one number after another
 
 
 def gram(student, teacher, level, grouping, by_row, normalize, mask, eps):
