@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
 from fastkd.functional import divergence
+from fastkd.reference.digits import kl
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 COMPARISONS = KINDS[:-1]  # those of probabilities
@@ -171,6 +172,14 @@ def test_equal_logits_give_zero_and_no_gradient(kind, dtype, backend):
         else:
             assert torch.allclose(loss.double(), textbook(s.double(), s.double(), kind, 0.3), rtol=1e-5)
         assert (gradient == 0).all()
+
+
+def test_derivatives_where_two_formulas_meet():
+    """PyTorch 2.14 gives a clamp another derivative at its limits than 2.13."""
+    e = torch.tensor([-0.5, 0.5, 1.0, 2.0, 60.0], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([0.3], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(kl(a, a * e.exp(), e), e)
+    torch.testing.assert_close(gradient, a * e.detach().expm1())
 
 
 # -- extremes ----------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def mix(r, rest, w):
 
 def kl(a, b, e):
     """sum a (log a - log b), with sum (b - a) = 0 added; e = log b - log a."""
-    near = a * bregman(e.clamp(max=1))
-    return torch.where(e > 1, b - a - a * e.clamp(1, 1e30), near).sum(-1)
+    near = a * bregman(e.clamp(max=2))  # limits lie beyond 1: at them the derivative of a clamp is PyTorch's choice
+    return torch.where(e > 1, b - a - a * e.clamp(0.5, 1e30), near).sum(-1)
 
 
 def bregman(e):

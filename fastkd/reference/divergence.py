@@ -67,5 +67,5 @@ def compare(p, q, d, kind, beta, alpha, far=False):
         return beta * kl(p, m, mix(d, beta, 1 - beta)) + (1 - beta) * kl(q, m, mix(-d, 1 - beta, beta))
     if kind == "tvd":
         apart = (d > 1) | (far & (p < 0.5))  # far: d has the error of log p, which is large where p is small
-        return torch.where(apart, (q - p).abs(), p * d.clamp(max=1).expm1().abs()).sum(-1) / 2
+        return torch.where(apart, (q - p).abs(), p * d.clamp(max=2).expm1().abs()).sum(-1) / 2
     return kl(p, q, d) + (torch.special.entr(p).sum(-1) if kind == "soft_ce" else 0)
