@@ -61,8 +61,8 @@ def gram(draw):
     note |= {"reduction": reduction, **described(options)}
     absolute = 1.5e-6 * (2 * student.shape[0] * student.shape[1] if reduction == "sum" else 1)
     floor = 1e-8 / max(float(student.square().mean().sqrt()), 1e-3)
-    extra = {"absolute": absolute, "floor": floor, "compared": [compared], "teachers": (teacher,)}
-    return Case([student], call, oracle, note, **extra)
+    bounds = {"absolute": absolute, "floor": floor}
+    return Case([student], call, oracle, note, **bounds, compared=[compared], teachers=(teacher,))
 
 
 def relation(draw):

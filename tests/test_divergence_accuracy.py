@@ -19,7 +19,7 @@ from fastkd.checks import KINDS
 from fastkd.functional import divergence
 from fastkd.ops.divergence import KERNELS
 
-ULP, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny  # smaller numbers have fewer digits
+ULP = torch.finfo(torch.float32).eps
 INTERPRETED = backends.INTERPRETED
 HERE = [
     pytest.param(name, marks=[pytest.mark.gpu] if test_kernels.device_of(name) == "cuda" else [])
@@ -27,7 +27,6 @@ HERE = [
 ]
 every_backend = pytest.mark.parametrize("backend", HERE)
 ROWS = 3
-ONE_SIDED = [(-1e4, 0.0), (0.0, -1e4)]  # masked on one side only
 
 
 def log_uniform(low, high):
@@ -45,7 +44,7 @@ def pairs(most_words):
             "stds": st.tuples(log_uniform(0.1, 10), log_uniform(0.1, 10)),
             "peaks": st.sampled_from(["none", "none", "student", "teacher", "same", "different"]),
             "offset": st.one_of(st.just(0.0), st.floats(-1000, 1000)),
-            "masked": st.sampled_from([None, None, (-math.inf, -math.inf), (-1e4, -1e4), *ONE_SIDED]),
+            "masked": st.sampled_from([None, None, (-math.inf, -math.inf), (-1e4, -1e4), (-1e4, 0.0), (0.0, -1e4)]),
             "temperature": st.one_of(st.just(1.0), log_uniform(0.1, 100)),
             "alpha": st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 0.5, 1 - 1e-6]),
             "beta": st.sampled_from([1e-6, 1e-3, 0.3, 0.5, 1 - 1e-6]),
@@ -87,28 +86,7 @@ def undecided(student, teacher, temperature):
 
 
 def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
-    """Where one draw is further off than allowed, its neighbours decide: eager's error may have been small by chance."""
     student, teacher, keep = draw(**drawn)
-    options = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": beta}
-    near = drawn["relation"] == "near" and drawn["peaks"] in ("none", "same") and drawn["masked"] not in ONE_SIDED
-    near = near and kind not in ("soft_ce", "mse") and drawn["offset"] == 0
-    found = [errors(backend, student, teacher, keep, **options)]
-    if not within(found, near).all():
-        generator = torch.Generator().manual_seed(drawn["seed"])
-        move = lambda x: x * (1 + ULP * (torch.randint(33, x.shape, generator=generator) - 16))  # noqa: E731
-        found = [errors(backend, move(student), move(teacher), keep, **options) for _ in range(12)]
-        assert within(found, near).all(), f"ours, eager's, size, floor:\n{found[0]}"
-
-
-def within(found, near):
-    """Of the loss and of the gradient."""
-    error, rival, size, floor = torch.stack(found).square().mean(0).sqrt()
-    allowed = 1.25 * rival + 4 * ULP * size + floor
-    return (error <= allowed) & ((error <= 1e-5 * size + floor) if near else True)
-
-
-def errors(backend, student, teacher, keep, kind, temperature, alpha, beta):
-    """[ours, eager's, size, floor] x [of the loss, of the gradient]"""
     options = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": beta, "t_squared": False}
     device = test_kernels.device_of(backend)
 
@@ -121,27 +99,18 @@ def errors(backend, student, teacher, keep, kind, temperature, alpha, beta):
     of_eager, (eager_grad,) = gradients(lambda x: eager(x, teacher, keep, kind, temperature, alpha, beta), student)
     upstream = (randn(ROWS, seed=7) + 1.5)[:, None]
     unsure, q = undecided(student, teacher, temperature)
-    # A sign that nobody can tell moves q by at most q: where it stands, and through the mean everywhere.
-    excused = (upstream * q * unsure / temperature).norm() * 2 if kind == "tvd" else 0.0
-    results = (
+    near = drawn["relation"] == "near" and kind not in ("soft_ce", "mse") and drawn["offset"] == 0
+    for found, true, other, floor in (
         (loss, true_loss, of_eager, 2 * ULP if kind == "soft_ce" else 0.0),
-        (
-            grad,
-            true_grad,
-            eager_grad,
-            excused + (4 * ULP * (upstream * q / temperature).norm() if kind != "mse" else 0.0),
-        ),
-    )
-    columns = [
-        [
-            (found - true).norm(),
-            (other - true).norm() if other.isfinite().all() else math.inf,
-            true.norm(),
-            floor + TINY,
-        ]
-        for found, true, other, floor in results
-    ]
-    return torch.tensor(columns, dtype=torch.float64).T
+        (grad, true_grad, eager_grad, 4 * ULP * (upstream * q / temperature).norm() if kind != "mse" else 0.0),
+    ):
+        # A sign that nobody can tell moves q by at most q: where it stands, and through the mean everywhere.
+        excused = (upstream * q * unsure / temperature).norm() * 2 if kind == "tvd" and found is grad else 0.0
+        error, size = (found - true).norm(), true.norm()
+        rival = (other - true).norm() if other.isfinite().all() else math.inf
+        assert error <= 1.25 * rival + 4 * ULP * size + floor + excused
+        if near:
+            assert error <= 1e-5 * size + floor + excused
 
 
 @every_backend

@@ -164,10 +164,8 @@ def test_oracles_of_the_great_cases_keep_nothing_of_a_logit_s_size(stem, name, m
 
 def test_profiles_are_imported_without_datasets(monkeypatch):
     pytest.importorskip("transformers")
-    package = importlib.import_module("fastkd.profile")
-    monkeypatch.setattr(
-        package, "models", importlib.import_module("fastkd.profile.models")
-    )  # and as it was, afterwards
+    package, loaded = map(importlib.import_module, ("fastkd.profile", "fastkd.profile.models"))
+    monkeypatch.setattr(package, "models", loaded)  # what the import below changes is undone afterwards
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "fastkd.profile.models")
     models = importlib.import_module("fastkd.profile.models")

@@ -6,9 +6,8 @@ import torch
 
 
 def normalized(x):
-    """softmax and log_softmax. All but the largest term, 1, are summed first: in float32 it would swallow the others one
-    by one, and PyTorch's own are off by up to 1e-5 over a large vocabulary. Dividing by a 1 that depends on all p takes the
-    mean from a gradient before anything is rounded at the size of that mean."""
+    """softmax and log_softmax. All terms but the largest, which is 1, are summed first: in float32, small terms added to 1 one
+    by one are lost. Dividing by a 1 that depends on all p subtracts the mean from a gradient before it is rounded."""
     top = x.detach().argmax(-1, keepdim=True)
     x = x - x.detach().gather(-1, top)
     masses = x.exp()
