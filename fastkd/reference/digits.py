@@ -5,11 +5,12 @@ import math
 import torch
 
 
-def normalized(x):
-    """softmax and log_softmax. All terms but the largest, which is 1, are summed first: in float32, small terms added to 1 one
-    by one are lost. Dividing by a 1 that depends on all p subtracts the mean from a gradient before it is rounded."""
+def normalized(x, temperature):
+    """softmax and log_softmax of x / temperature. All terms but the largest, which is 1, are summed first: in float32, small
+    terms added to 1 one by one are lost. Dividing by a 1 that depends on all p subtracts the mean from a gradient before it
+    is rounded."""
     top = x.detach().argmax(-1, keepdim=True)
-    x = x - x.detach().gather(-1, top)
+    x = (x - x.detach().gather(-1, top)) / temperature
     masses = x.exp()
     others = masses.scatter_add(-1, top, torch.full_like(masses[..., :1], -1)).sum(-1, keepdim=True)
     p = masses / (1 + others)

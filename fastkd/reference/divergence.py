@@ -23,10 +23,10 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
     s, t = s.masked_fill(blank[:, None], 0), t.masked_fill(blank[:, None], 0)
     if kind == "mse":
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
-    live = s
+    (p, log_p), (q, log_q) = normalized(t, temperature), normalized(s, temperature)
     if kind == "reverse_kl":
-        s = s.detach()  # of its derivatives: _of_student
-    (p, log_p), (q, log_q) = normalized(t / temperature), normalized(s / temperature)
+        live, moved = q, (s - s.detach()) / temperature
+        s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: _of_student
     silent = (p == 0) & (q == 0)  # words that neither side can say
     x = (difference(s, t) / temperature).masked_fill(silent, 0)
     y = (x - (p * x.clamp(-1, 1)).sum(-1, keepdim=True).detach()).masked_fill(silent, 0)
@@ -41,20 +41,20 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
         rows = compare(p * log_mass.exp(), q, d - log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
     if kind == "reverse_kl":
-        rows = rows + _of_student(live / temperature, s / temperature, q, d)
+        rows = rows + _of_student(live, moved, q, d)
     return rows.masked_fill(blank, 0)
 
 
-def _of_student(x, x_0, q_0, d_0):
-    """What the student's change from x_0 to x, which are equal, does to KL(q || p). With a fixed q_0 it is exactly
-    sum (q - q_0) (log q_0 - log p) + KL(q || q_0). The first derivative of the second term is 0 token by token, and so it
-    is computed, by KL(q || q_0) = sum q_0 (u e^u - expm1(u)), u = log q - log q_0: where one token has nearly all of q,
-    the gradient is so small that rounding errors of a sum that is 0 would exceed it."""
-    h = (x - x_0).masked_fill(q_0 == 0, 0)
+def _of_student(q, moved, q_0, d_0):
+    """What a change of the student's logits by `moved`, which is 0, from q_0 to q does to KL(q || p). With a fixed q_0 it
+    is exactly sum (q - q_0) (log q_0 - log p) + KL(q || q_0). The first derivative of the second term is 0 token by token,
+    and so it is computed, by KL(q || q_0) = sum q_0 (u e^u - expm1(u)), u = log q - log q_0: where one token has nearly all
+    of q, the gradient is so small that rounding errors of a sum that is 0 would exceed it."""
+    h = moved.masked_fill(q_0 == 0, 0)
     u = h - (q_0 * h.expm1()).sum(-1, keepdim=True).log1p()
     d_0 = d_0.clamp(-1e30, 1e30)
-    apart = d_0 - (q_0 * d_0).sum(-1, keepdim=True).detach()
-    return ((normalized(x)[0] - q_0) * apart).sum(-1) + (q_0 * (u * u.exp() - u.expm1())).sum(-1)
+    centred = d_0 - (q_0 * d_0).sum(-1, keepdim=True).detach()
+    return ((q - q_0) * centred).sum(-1) + (q_0 * (u * u.exp() - u.expm1())).sum(-1)
 
 
 def compare(p, q, d, kind, beta, alpha, far=False):
@@ -66,6 +66,6 @@ def compare(p, q, d, kind, beta, alpha, far=False):
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m, mix(d, beta, 1 - beta)) + (1 - beta) * kl(q, m, mix(-d, 1 - beta, beta))
     if kind == "tvd":
-        apart = (d > 1) | (far & (p < 0.5))  # far: d has the error of log p, which is large where p is small
-        return torch.where(apart, (q - p).abs(), p * d.clamp(max=2).expm1().abs()).sum(-1) / 2
+        direct = (d > 1) | (far & (p < 0.5))  # far: d has the error of log p, which is large where p is small
+        return torch.where(direct, (q - p).abs(), p * d.clamp(max=2).expm1().abs()).sum(-1) / 2
     return kl(p, q, d) + (torch.special.entr(p).sum(-1) if kind == "soft_ce" else 0)
