@@ -67,10 +67,10 @@ void by_official_groups(const Call& call, const Each& each_group) {
 // Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
 bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gradient) {
   const auto ds = double(s.size(2)), dt = double(t.size(2)), both = ds + dt;
-  const double tiles = n > kWhole ? 3 * both : both;  // made twice, the second time without symmetry
   const bool half = fastkd::gemm(element_of(s)).operand == kBFloat16 && element_of(t) == kBFloat16;
-  const double by_rows = n * n * (with_gradient ? tiles + 2 * ds : both) * (half ? 0.5 : 1);
-  return n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
+  // Tiles are made twice, the second time without symmetry.
+  const double by_rows = n * n * (with_gradient ? 3 * both + 2 * ds : both) * (half ? 0.5 : 1);
+  return n > kWhole && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
 }
 
 void correlate(const Call& call) {

@@ -15,10 +15,15 @@ struct GramRow {
   float scale, sum;     // of the row of weights
 };
 
-// W[i, j] = of_p[i] P[i, j] + of_q[i] Q[i, j] + plus[i]: what dL is to the entries of row i.
+// What dL is to the entries of row i, with p = P[i, j] - mean_p[i] and q = Q[i, j] - mean_q[i]:
+//
+//     W[i, j] = of_q[i] (q - (high[i] + low[i]) p + rest[i])
+//
+// the part of q that is not along p. Where nearly nothing is left of it, the digits that count are in `low` and in
+// `rest`, which is what the means lost when they were rounded.
 struct GramLines {
-  float *of_p, *of_q, *plus;
-  GramLines from(int64_t i) const { return {of_p + i, of_q + i, plus + i}; }
+  float *of_q, *high, *low, *rest, *mean_p, *mean_q;
+  GramLines from(int64_t i) const { return {of_q + i, high + i, low + i, rest + i, mean_p + i, mean_q + i}; }
 };
 
 // Of some entries of P and Q: their number, their means, and the sums of products of what is left without the means.

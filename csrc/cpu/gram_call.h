@@ -103,8 +103,9 @@ struct Scratch {
 };
 
 inline GramLines take_lines(Arena& arena, int64_t count) {
-  float *of_p = arena.take<float>(count), *of_q = arena.take<float>(count);
-  return {of_p, of_q, arena.take<float>(count)};
+  float* taken[6];
+  for (float*& x : taken) x = arena.take<float>(count);
+  return {taken[0], taken[1], taken[2], taken[3], taken[4], taken[5]};
 }
 
 // pull (+)= weights[rows, j..j_end) x rows j to j_end of the student; their sums are added up.
@@ -133,6 +134,7 @@ inline void finish_rows(const Call& call, int64_t group, const std::vector<int64
     float* pull = scratch.pull + (i - begin) * s.padded;
     for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
     auto sum = float(sums[i - begin]);
+    if (s.width == 1 && s.live(i)) pull[0] = sum = 0;  // x / |x| of one feature is 1 or -1, whatever x is
     if (s.equal) {  // the weighted sum of equal rows, without what cancels on the sphere
       for (int64_t k = 0; k < s.width; ++k) pull[k] = s.live(i) ? 0 : s.centre[k] * sum;
       sum = 0;

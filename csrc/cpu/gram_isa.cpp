@@ -1,6 +1,8 @@
 // Rows and tiles of one group's Gram matrices; the mathematics is in gram.cpp.
 #include "cpu/gram.h"
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -102,21 +104,38 @@ void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64
   sums[2] += sum_lanes(pq);
 }
 
+// In doubles: the gradient is what is left of q beside p, and may be much smaller than these sums.
 GramMoments line(const float* p, const float* q, int64_t columns) {
   const int64_t whole = columns / kLanes * kLanes;
-  const auto sums = [&](const auto& term) {  // of term(p, q), a vector
-    double total = sum_in_runs(whole, [&](int64_t k) { return term(load(p + k), load(q + k)); });
-    for (int64_t j = whole; j < columns; ++j) total += term(splat(p[j]), splat(q[j]))[0];
-    return total;
+  const auto each = [&](float fill_p, float fill_q, const auto& add) {
+    for (int64_t j = 0; j < whole; j += kLanes) add(load(p + j), load(q + j));
+    if (whole == columns) return;
+    float edge_p[kLanes], edge_q[kLanes];
+    std::fill_n(edge_p, kLanes, fill_p);
+    std::fill_n(edge_q, kLanes, fill_q);
+    std::copy(p + whole, p + columns, edge_p);
+    std::copy(q + whole, q + columns, edge_q);
+    add(load(edge_p), load(edge_q));
   };
   GramMoments found = {double(columns), 0, 0, 0, 0, 0};
   if (columns == 0) return found;
-  found.mean_p = sums([](vfloat x, vfloat) { return x; }) / double(columns);
-  found.mean_q = sums([](vfloat, vfloat y) { return y; }) / double(columns);
+  vdouble sum_p = {}, sum_q = {}, pp = {}, qq = {}, pq = {};
+  each(0, 0, [&](vfloat x, vfloat y) {
+    sum_p += wide(x);
+    sum_q += wide(y);
+  });
+  found.mean_p = sum_lanes(sum_p) / double(columns);
+  found.mean_q = sum_lanes(sum_q) / double(columns);
   const auto mp = float(found.mean_p), mq = float(found.mean_q);
-  found.pp = sums([&](vfloat x, vfloat) { return (x - mp) * (x - mp); });
-  found.qq = sums([&](vfloat, vfloat y) { return (y - mq) * (y - mq); });
-  found.pq = sums([&](vfloat x, vfloat y) { return (x - mp) * (y - mq); });
+  each(mp, mq, [&](vfloat x, vfloat y) {
+    const vdouble a = wide(x - mp), b = wide(y - mq);
+    pp += a * a;
+    qq += b * b;
+    pq += a * b;
+  });
+  found.pp = sum_lanes(pp);
+  found.qq = sum_lanes(qq);
+  found.pq = sum_lanes(pq);
   return found;
 }
 
@@ -124,10 +143,15 @@ void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t col
              const GramLines& j) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = p + r * stride;
-    const float *other = q + r * stride, a = i.of_p[r], b = i.of_q[r], c = i.plus[r];
-    for (int64_t k = 0; k < columns; k += kLanes)
-      store(row + k,
-            load(row + k) * (a + load(j.of_p + k)) + load(other + k) * (b + load(j.of_q + k)) + (c + load(j.plus + k)));
+    const float* other = q + r * stride;
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const vfloat x = load(row + k), y = load(other + k);
+      const vfloat x_i = x - i.mean_p[r], x_j = x - load(j.mean_p + k);
+      const vfloat left_i = (y - i.mean_q[r] - x_i * i.high[r]) - (x_i * i.low[r] - i.rest[r]);
+      const vfloat left_j =
+          (y - load(j.mean_q + k) - x_j * load(j.high + k)) - (x_j * load(j.low + k) - load(j.rest + k));
+      store(row + k, left_i * i.of_q[r] + left_j * load(j.of_q + k));
+    }
     for (int64_t k = columns; k < gram_padded(columns); ++k) row[k] = 0;
   }
 }

@@ -6,18 +6,19 @@
 
 namespace fastkd {
 
-inline void fill_lines(const GramLines& lines, int64_t n, Weights weights) {
-  for (int64_t i = 0; i < n; ++i) {
-    lines.of_p[i] = float(weights.of_p);
-    lines.of_q[i] = float(weights.of_q);
-    lines.plus[i] = 0;
-  }
+inline void set_line(const GramLines& lines, int64_t i, Weights weights, double mean_p, double mean_q) {
+  const double along = weights.of_q == 0 ? 0 : -weights.of_p / weights.of_q;
+  lines.of_q[i] = float(weights.of_q);
+  lines.high[i] = float(along);
+  lines.low[i] = float(along - double(lines.high[i]));
+  lines.mean_p[i] = float(mean_p);
+  lines.mean_q[i] = float(mean_q);
+  lines.rest[i] = float(along * (mean_p - double(lines.mean_p[i])) - (mean_q - double(lines.mean_q[i])));
 }
 
-inline void set_line(const GramLines& lines, int64_t i, Weights weights, double shift_p, double shift_q) {
-  lines.of_p[i] = float(weights.of_p);
-  lines.of_q[i] = float(weights.of_q);
-  lines.plus[i] = float(weights.of_p * shift_p + weights.of_q * shift_q);
+// The same weights for rows [begin, end), whose means are 0.
+inline void fill_lines(const GramLines& lines, int64_t begin, int64_t end, Weights weights) {
+  for (int64_t i = begin; i < end; ++i) set_line(lines, i, weights, 0, 0);
 }
 
 // Of a row of zeros, what is left of a line without its mean is 0; the mean of equal floats may be rounded.
@@ -31,7 +32,7 @@ inline GramMoments without_rounding(const Call& call, GramMoments of, int64_t i)
 inline void conclude_row(const Call& call, int64_t place, const GramMoments& line, const GramLines& lines, int64_t i) {
   const GramMoments of = without_rounding(call, line, i);
   const Weights weights = conclude(of.pp, of.qq, of.pq, call.eps, call.upstream[place], call.values + place);
-  set_line(lines, i, of.count == 1 ? Weights{} : weights, -of.mean_p, -of.mean_q);
+  set_line(lines, i, of.count == 1 ? Weights{} : weights, of.mean_p, of.mean_q);
 }
 
 // What a group begins with: its values are there (0 where nothing counts), and so are the rows that have no gradient.
@@ -100,7 +101,7 @@ struct OfficialGroups {
   // The i-th line that counts at a position, `sequence` of it.
   void line(int64_t position, int64_t sequence, const double levels[2], const GramLines& lines, int64_t i) const {
     const int64_t g = (position * sequences + sequence) / positions;
-    set_line(lines, i, weights[g], levels[0] - groups[g].mean_p, levels[1] - groups[g].mean_q);
+    set_line(lines, i, weights[g], groups[g].mean_p - levels[0], groups[g].mean_q - levels[1]);
   }
 };
 

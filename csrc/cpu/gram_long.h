@@ -102,7 +102,7 @@ struct Long {
       const std::vector<GramMoments> found = every_line(n);
       for (int64_t i = 0; i < n; ++i) conclude_row(call, group * call.length + kept[i], found[i], lines, i);
     } else {
-      fill_lines(lines, n, correlate(group, n));
+      fill_lines(lines, 0, n, correlate(group, n));
     }
     if (call.out) gradient(group, kept);
   }
@@ -127,7 +127,7 @@ struct Long {
 
   void gradient(int64_t group, const std::vector<int64_t>& kept) {
     const int64_t n = int64_t(kept.size());
-    for (int64_t i = n; i < gram_padded(n); ++i) lines.of_p[i] = lines.of_q[i] = lines.plus[i] = 0;
+    fill_lines(lines, n, gram_padded(n), {});
     call.s.turn(n, columns, true);
     std::vector<double> sums(gram_padded(n) + strip);
     for_tiles(n, false, [&](Tiles& tiles, int64_t, int64_t i, int64_t end, int64_t j, int64_t j_end) {

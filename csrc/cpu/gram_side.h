@@ -194,21 +194,22 @@ struct Side {
       square = 0;
       for (int64_t k = 0; k < width; ++k) square += double(centre[k] *= scale[0]) * centre[k];
     }
-    if (by_line && !normalize && short_rows(n, others)) {
+    if (by_line && short_rows(n, others)) {
       std::memset(centre, 0, padded * sizeof(float));
       square = 0;
     }
   }
 
-  // Whether rows of the Gram are so small that rounding at the size of c is the larger: of length |u|, a row's is |c| /
-  // |u| with c taken away, and |c| / |v| without.
+  // Whether rounding is no smaller with c taken away: of length |u|, a row's error is |c| / |u| with, and |c| / |v|
+  // without, and to add <c, v> up again costs some of it.
   bool short_rows(int64_t n, double others) const {
     double all = 0, inverse = 0;
     for (int64_t i = 0; i < n; ++i) {
-      all += squares[i];
-      if (squares[i] > 0) inverse += 1. / squares[i];
+      const double own = live(i) ? 1 : squares[i];
+      all += own;
+      if (own > 0) inverse += 1. / own;
     }
-    return inverse * (all - others * square) > others * others;
+    return 2 * inverse * (all - others * square) > others * others;
   }
 
   // v = u - c to `to`; returns <c, v>. Where |u| is 1 that is (1 - |c|^2 - |v|^2) / 2, up to a constant: the better way

@@ -67,7 +67,7 @@ struct Whole {
       for (int64_t i = 0; i < n; ++i)
         conclude_row(call, group * call.length + kept[i], call.table.line(p + i * stride, q + i * stride, n), lines, i);
     } else {
-      fill_lines(lines, n, correlate(group, n));
+      fill_lines(lines, 0, n, correlate(group, n));
     }
     if (call.out) gradient(group, kept);
   }
@@ -95,7 +95,7 @@ struct Whole {
   void gradient(int64_t group, const std::vector<int64_t>& kept) {
     const int64_t n = int64_t(kept.size());
     const bool all = call.by_line();
-    for (int64_t i = n; i < gram_padded(n); ++i) lines.of_p[i] = lines.of_q[i] = lines.plus[i] = 0;
+    fill_lines(lines, n, gram_padded(n), {});
     call.s.turn(n, block, false);
     each(false, n, call.s.strip, [&](int64_t i, int64_t end) {
       const int64_t j = all ? 0 : i, at = i * stride + j;

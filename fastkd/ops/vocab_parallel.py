@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastkd import backends
 from fastkd.reference import divergence as reference
+from fastkd.reference.digits import log_ratio, total
 from fastkd.reference.linear_divergence import _logits
 
 ROWS = 256  # at a time
@@ -72,16 +73,12 @@ def _compared(s, t, options, group) -> Tensor:
     if options.kind == "mse":
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     (p, log_p), (q, log_q) = _softmax(t / options.temperature, group), _softmax(s / options.temperature, group)
-    silent = (p == 0) & (q == 0)
-    x = ((s - t) / options.temperature).masked_fill(silent, 0)
-    mean = _reduced((p * x.detach().clamp(-1e30, 1e30)).sum(-1, keepdim=True), group, dist.ReduceOp.SUM)
-    y = (x - mean).masked_fill(silent, 0)
-    rise = _shared((p * y.clamp(max=60).expm1()).sum(-1, keepdim=True), group)  # [N, 1]
-    largest = _reduced(y.detach().amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-    near = (rise < 1) & (largest < 60)
-    far = (log_q - log_p).masked_fill(silent, 0)
-    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far)
-    return reference.compare(p, q, d, options.kind, options.beta, options.alpha)
+    d, near = log_ratio(
+        (s - t) / options.temperature, p, log_p, q, log_q,
+        lambda x: _shared(total(x), group),
+        lambda x: _reduced(x.amax(-1, keepdim=True), group, dist.ReduceOp.MAX),
+    )  # fmt: skip
+    return reference.compare(p, q, d, options.kind, options.beta, options.alpha, ~near)
 
 
 def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:

@@ -27,6 +27,22 @@ def difference(s, t):
     return (x - offset) + lost
 
 
+def total(x):
+    return x.sum(-1, keepdim=True)
+
+
+def log_ratio(x, p, log_p, q, log_q, total=total, largest=lambda x: x.amax(-1, keepdim=True)):
+    """(log q - log p, where it keeps its digits [.., 1]) of x = student - teacher less any number per row: y - log1p(sum p
+    expm1(y)), y = x less about its mean under p. total and largest are over the vocabulary, wherever it lies."""
+    silent = (p == 0) & (q == 0)  # tokens that neither side can say
+    x = x.masked_fill(silent, 0)
+    y = (x - total((p * x.clamp(-1, 1)).detach())).masked_fill(silent, 0)
+    rise = total(p * y.clamp(max=60).expm1())  # log1p of it is the difference of the two log-sum-exps
+    near = (rise.abs() < 0.9) & (largest(y.detach()) < 60)  # elsewhere expm1 may overflow, and nothing cancels
+    far = (log_q - log_p).masked_fill(silent, 0)
+    return torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far), near
+
+
 def mix(r, rest, w):
     """log(rest + w e^r), rest = 1 - w; past e^80 nothing of it is left beside what it multiplies."""
     r = r.clamp(max=80)

@@ -7,7 +7,7 @@ teacher nearly agree. Words at -inf on both sides do not exist. The factor T^2 i
 
 import torch
 
-from .digits import difference, kl, mix, normalized
+from .digits import difference, kl, log_ratio, mix, normalized
 
 
 def divergence(student, teacher, mask, kind, temperature, beta, alpha):
@@ -27,13 +27,7 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
     if kind == "reverse_kl":
         live, moved = q, (s - s.detach()) / temperature
         s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: _of_student
-    silent = (p == 0) & (q == 0)  # words that neither side can say
-    x = (difference(s, t) / temperature).masked_fill(silent, 0)
-    y = (x - (p * x.clamp(-1, 1)).sum(-1, keepdim=True).detach()).masked_fill(silent, 0)
-    rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [N, 1] log1p of it: difference of the log-sum-exps
-    near = (rise.abs() < 0.9) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
-    far = (log_q - log_p).masked_fill(silent, 0)
-    d = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far)  # [N, V] log q - log p
+    d, near = log_ratio(difference(s, t) / temperature, p, log_p, q, log_q)
     if partial is None:
         rows = compare(p, q, d, kind, beta, alpha, ~near)
     else:

@@ -13,6 +13,8 @@ ENOUGH_ROWS = {"token": 2, "sequence": 3}  # of 2 sequences every Gram is [[1, c
 def gram(student, teacher, mask, level, grouping, pearson, normalize, eps):
     """[B,N,Ds], [B,N,Dt], [B,N] -> (1 - rho, valid): [G], or with pearson="row" one per row of each Gram, [G,R]."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    # What is left of a Gram without its mean may be small: on the CPU, where float64 costs little, in float64.
+    student, teacher = (x.to(torch.float64 if x.device.type == "cpu" else dtype) for x in (student, teacher))
     keep = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
     if level == "sequence":
         student, teacher, keep = student.transpose(0, 1), teacher.transpose(0, 1), keep.transpose(0, 1)
@@ -29,12 +31,12 @@ def gram(student, teacher, mask, level, grouping, pearson, normalize, eps):
         shape, valid = (pairs.shape[0], -1), keep.any(1)
     pairs = pairs.reshape(shape)
 
-    student = _centred(_self_similarity(student.to(dtype), keep, normalize).reshape(shape), pairs)
-    teacher = _centred(_self_similarity(teacher.to(dtype), keep, normalize).reshape(shape), pairs)
+    student = _centred(_self_similarity(student, keep, normalize).reshape(shape), pairs)
+    teacher = _centred(_self_similarity(teacher, keep, normalize).reshape(shape), pairs)
     # vector_norm, unlike a square root, has gradient 0 at 0: a constant Gram stays finite.
     norms = torch.linalg.vector_norm(student, dim=-1) * torch.linalg.vector_norm(teacher, dim=-1)
     rho = (student * teacher).sum(-1) / (norms + eps)
-    return torch.where(valid, 1 - rho, 0), valid
+    return torch.where(valid, 1 - rho, 0).to(dtype), valid
 
 
 def _self_similarity(x, keep, normalize):

@@ -6,7 +6,7 @@ differ between the two sides. The mask takes keys out of the softmax, and the ro
 
 import torch
 
-from .digits import kl
+from .digits import difference, kl, log_ratio, normalized
 
 
 def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t):
@@ -20,7 +20,9 @@ def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t):
         allowed = allowed & mask[:, None, None, :]  # [B, 1, L, L]
     t = _scores(xt.to(dtype), yt.to(dtype), keep, allowed, scale_t)
     s = _scores(xs.to(dtype), ys.to(dtype), keep, allowed, scale_s)
-    rows = _kl_of_scores(t, s)
+    (p, log_p), (q, log_q) = normalized(t, 1), normalized(s, 1)
+    ratio, _ = log_ratio(difference(s, t), p, log_p, q, log_q)  # [B, H, L, L]
+    rows = kl(p, q, ratio)
     return rows if mask is None else torch.where(mask[:, None, :], rows, 0)
 
 
@@ -30,14 +32,3 @@ def _scores(x, y, keep, allowed, scale):
     scores = (x @ y.transpose(-1, -2)) * scale  # [B, H, L, L]
     # The most negative number, not -inf: a row without any key becomes uniform instead of NaN.
     return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-
-
-def _kl_of_scores(t, s):
-    """log q - log p is taken from the difference of the scores, less its mean, where that is small."""
-    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(s, -1)
-    p, x = log_p.exp(), s - t
-    y = x - (p * x).sum(-1, keepdim=True).detach()
-    rise = (p * y.clamp(max=60).expm1()).sum(-1, keepdim=True)  # [B, H, L, 1] log1p of it: what q's sum has more
-    near = (rise < 1) & (y < 60).all(-1, keepdim=True)  # elsewhere expm1 may overflow, and nothing cancels
-    ratio = torch.where(near, y - rise.masked_fill(~near, 0).log1p(), log_q - log_p)  # [B, H, L, L]
-    return kl(p, log_q.exp(), ratio)
