@@ -35,6 +35,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kWhole = 512;
+constexpr int64_t kFewRows = 320;  // near convergence, gradients by features have larger errors there than eager's
 enum Level : int64_t { kToken, kSequence, kOfficial };
 
 // What an op was asked for, whatever the pair.
@@ -70,7 +71,7 @@ bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gr
   const bool half = fastkd::gemm(element_of(s)).operand == kBFloat16 && element_of(t) == kBFloat16;
   // Tiles are made twice, the second time without symmetry.
   const double by_rows = n * n * (with_gradient ? 3 * both + 2 * ds : both) * (half ? 0.5 : 1);
-  return n > kWhole && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
+  return n > kFewRows && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
 }
 
 void correlate(const Call& call) {

@@ -78,7 +78,7 @@ def _compared(s, t, options, group) -> Tensor:
         lambda x: _shared(total(x), group),
         lambda x: _reduced(x.amax(-1, keepdim=True), group, dist.ReduceOp.MAX),
     )  # fmt: skip
-    return reference.compare(p, q, d, options.kind, options.beta, options.alpha, ~near)
+    return reference.compare(p, q, d, log_p, options.kind, options.beta, options.alpha, ~near)
 
 
 def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:

@@ -29,11 +29,11 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: _of_student
     d, near = log_ratio(difference(s, t) / temperature, p, log_p, q, log_q)
     if partial is None:
-        rows = compare(p, q, d, kind, beta, alpha, ~near)
+        rows = compare(p, q, d, log_p, kind, beta, alpha, ~near)
     else:
         log_mass, plain = partial
         lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
-        rows = compare(p * log_mass.exp(), q, d - log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
+        rows = compare(p * log_mass.exp(), q, d - log_mass, log_p + log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
     if kind == "reverse_kl":
         rows = rows + _of_student(live, moved, q, d)
     return rows.masked_fill(blank, 0)
@@ -51,7 +51,7 @@ def _of_student(q, moved, q_0, d_0):
     return ((q - q_0) * centred).sum(-1) + (q_0 * (u * u.exp() - u.expm1())).sum(-1)
 
 
-def compare(p, q, d, kind, beta, alpha, far=False):
+def compare(p, q, d, log_p, kind, beta, alpha, far=False):
     if kind == "reverse_kl":
         return kl(q, p, -d)
     if kind == "skew_kl" and alpha > 0:
@@ -62,4 +62,4 @@ def compare(p, q, d, kind, beta, alpha, far=False):
     if kind == "tvd":
         direct = (d > 1) | (far & (p < 0.5))  # far: d has the error of log p, which is large where p is small
         return torch.where(direct, (q - p).abs(), p * d.clamp(max=2).expm1().abs()).sum(-1) / 2
-    return kl(p, q, d) + (torch.special.entr(p).sum(-1) if kind == "soft_ce" else 0)
+    return kl(p, q, d) - ((p * log_p.masked_fill(p == 0, 0)).sum(-1) if kind == "soft_ce" else 0)
