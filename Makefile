@@ -19,9 +19,9 @@ TORCH   = $(shell grep '^torch==' requirements.lock)
 PIP     = $(BIN)/python -m pip -q --disable-pip-version-check
 LATEST  = VENV=.venv-latest REQUIREMENTS="--upgrade --upgrade-strategy eager $(TORCH) -e .[dev,demo]"
 REQUIREMENTS ?= --no-deps -r requirements.lock
-ASAN_TESTS ?= $(wildcard tests/test_kernels.py tests/test_*_kernels.py tests/test_*contrast*.py tests/test_bank.py tests/test_gemm.py \
-    tests/test_*attention*.py tests/test_transport*.py tests/test_divergence*.py tests/test_gram*.py tests/test_raw_op_arguments.py)
-CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+ASAN_TESTS ?= $(addprefix tests/ops/,test_kernels.py test_gemm.py test_raw_op_arguments.py contrast divergence gram layer_cost \
+    linear_divergence relation transport)
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cu csrc/cpu/*/*.h csrc/cpu/*/*.cpp)
 
 .PHONY: test ci asan fuzz mutants demo bench profile readme gpu latest lock lint build format clean
 
@@ -41,7 +41,7 @@ fuzz: build
 	$(BIN)/python -m pytest $(WORKERS) -m fuzz
 
 mutants: build
-	$(BIN)/python -m pytest $(WORKERS) -m long tests/test_mutants.py
+	$(BIN)/python -m pytest $(WORKERS) -m long tests/ops/test_mutants.py
 
 demo: build
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo
@@ -55,12 +55,12 @@ profile: build
 	    --out bench/results
 
 readme:
-	$(BIN)/python -m fastkd.bench.readme
+	$(BIN)/python -m fastkd.bench.evidence.readme
 
 # The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
 # Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.
 gpu:
-	$(PYTHON) -m fastkd.bench.gpu $(GPU)
+	$(PYTHON) -m fastkd.bench.evidence.gpu $(GPU)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

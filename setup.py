@@ -33,8 +33,8 @@ COMMON = ["-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-un
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
 if SANITIZE:
     COMMON += [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
-# Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/isa.h).
-# No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence_isa.cpp).
+# Units named *_isa.cpp are compiled once per instruction set; the choice is made at run time (csrc/cpu/simd/isa.h).
+# No -fassociative-math: it would undo the orders of summation that keep the digits (csrc/cpu/divergence/op_isa.cpp).
 # -Wno-psabi: a vector wider than a unit's registers is passed between its own inline functions only.
 FAST_LOOPS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 X86_SETS = {
@@ -73,13 +73,15 @@ def extensions() -> list[Extension]:
     optional = MODE == "auto"
     if CXX is None and not optional:
         raise SystemExit(f"FASTKD_BUILD={MODE}: {NO_COMPILER}")
-    ops = Extension("fastkd._cpu", sources("library.cpp", "cpu/*.cpp"), optional=optional)
+    ops = Extension("fastkd._cpu", sources("cpu/*/*.cpp"), optional=optional)
     if SANITIZE:
         return [ops]
     found = [
         ops,
         # The NumPy entry has its own copy of the transport solver: this module does not link torch.
-        Extension("fastkd._C", sources("python.cpp", "cpu/isa.cpp", "cpu/transport_isa.cpp"), optional=optional),
+        Extension(
+            "fastkd._C", sources("python.cpp", "cpu/simd/isa.cpp", "cpu/transport/op_isa.cpp"), optional=optional
+        ),
     ]
     try:
         wants_cuda = MODE == "cuda" or (optional and NVCC is not None and torch_is_cuda_build())
@@ -210,8 +212,13 @@ def run(command: list[str]):
         result.check_returncode()
 
 
+def beside(folder: str) -> list[str]:
+    """The packages in kernels/ or bench/, which lie beside fastkd/ here and in it when installed."""
+    return [f"fastkd.{folder}", *(f"fastkd.{folder}.{name}" for name in find_packages(folder, exclude=["evidence"]))]
+
+
 setup(
-    packages=[*find_packages(include=["fastkd", "fastkd.*"]), "fastkd.kernels", "fastkd.bench"],
+    packages=[*find_packages(include=["fastkd", "fastkd.*"]), *beside("kernels"), *beside("bench")],
     package_dir={"fastkd.kernels": "kernels", "fastkd.bench": "bench"},
     package_data={"fastkd": ["py.typed", "data/*"]},
     include_package_data=False,

@@ -4,19 +4,22 @@ import argparse
 import pathlib
 
 import torch
-from fastkd.bench import case as case_module
-from fastkd.bench import cases as _every_stem  # noqa: F401  importing these registers the cases
-from fastkd.bench import claims as _claims  # noqa: F401
-from fastkd.bench import machine, measure, rivals, shapes, wrong
-from fastkd.bench import more_cases as _far_ends  # noqa: F401
+from fastkd.bench import (
+    baselines,
+    cli_errors,
+    machine,
+    measure,
+)
+from fastkd.bench.cases import case as case_module
+from fastkd.bench.cases import shapes
+from fastkd.bench.cli_errors import within
 from fastkd.bench.intervals import LEAST_SAMPLES
-from fastkd.bench.wrong import within
 
 FEW = "; fewer samples have no 95 % interval"
 
 
 def parser(description: str = "") -> argparse.ArgumentParser:
-    result = wrong.Parser("fastkd bench", description=description, formatter_class=argparse.RawTextHelpFormatter)
+    result = cli_errors.Parser("fastkd bench", description=description, formatter_class=argparse.RawTextHelpFormatter)
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
     add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
@@ -66,15 +69,15 @@ def kinds_of(stems: list[str]) -> list[str]:
 def check(arguments: argparse.Namespace) -> None:
     """Names that are none, a device that is not here, and options that make each other pointless."""
     for stem in arguments.stems:
-        wrong.one_of("stem", stem, case_module.REGISTRY)
+        cli_errors.one_of("stem", stem, case_module.REGISTRY)
     if arguments.kind:
-        wrong.one_of("kind", arguments.kind, kinds_of(arguments.stems or list(case_module.REGISTRY)))
+        cli_errors.one_of("kind", arguments.kind, kinds_of(arguments.stems or list(case_module.REGISTRY)))
     if arguments.dtype:
-        wrong.one_of("dtype", arguments.dtype, shapes.DTYPES)
+        cli_errors.one_of("dtype", arguments.dtype, shapes.DTYPES)
     for name in words(arguments.rivals):
-        wrong.one_of("rivals", name, rivals.names())
+        cli_errors.one_of("rivals", name, baselines.names())
     for name in words(arguments.backends):
-        wrong.one_of("backends", name, ("reference",), "; every other one that runs here is timed anyway")
+        cli_errors.one_of("backends", name, ("reference",), "; every other one that runs here is timed anyway")
     if arguments.against and (arguments.force or arguments.no_publish):
         raise ValueError(
             "against: --force and --no-publish publish nothing, so nothing could be compared; leave them out"

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import torch
-from fastkd.bench.case import Case, Inputs
+from fastkd.bench.cases.case import Case, Inputs
 
 UPSTREAM = 0.37  # not 1, so that a gradient that forgets its upstream is noticed
 LIMITS = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-6, 1e-5)}

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from fastkd.bench import archive, report
+from fastkd.bench import report, results_io
 
 ANCHORS = ("eager", "authors", "compile", "scipy")  # the first that both runs have; the steadiest first
 MATCH = ("stem", "case", "mode", "launch", "cache")
@@ -105,7 +105,7 @@ HEADINGS = ("case", "rival", "before", "after", "after/before", "95 %", "verdict
 
 def compare(a: pathlib.Path, b: pathlib.Path, tolerance: float = 0.05) -> int:
     """0: nothing got worse. 1: something did. 2: nothing could be compared."""
-    rows = archive.read(a), archive.read(b)
+    rows = results_io.read(a), results_io.read(b)
     devices = [", ".join(sorted({row["device"] for row in side})) for side in rows]
     commits = [", ".join(sorted({row["commit"] for row in side})) for side in rows]
     print(f"before: {a} · {devices[0]} · {commits[0]}\nafter:  {b} · {devices[1]} · {commits[1]}")

@@ -3,8 +3,8 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from fastkd.bench import plots, words
-from fastkd.bench.archive import OOM
+from fastkd.bench import axis_labels, plots
+from fastkd.bench.results_io import OOM
 
 NOT_MEASURED = "not measured"
 Absent = Mapping[str, Mapping[str, str]]  # case -> rival -> why it has no row
@@ -53,7 +53,7 @@ def sweep(rows: Sequence[dict], stem: str, path: pathlib.Path, absent: Absent) -
         lines = curves(time, memory, points, absent)
         beside.axis("off")
         beside.legend(*zip(*lines, strict=True), loc="center left", borderaxespad=0, labelspacing=0.7, handlelength=1.8)
-        head(time, 20, f"{kind} {plots.DTYPES.get(dtype, dtype)}: {words.fixed(points)}", fontweight="bold")
+        head(time, 20, f"{kind} {plots.DTYPES.get(dtype, dtype)}: {axis_labels.fixed(points)}", fontweight="bold")
         head(time, 6, f"milliseconds, {plots.modes_of(points)}")
         memory.set_title("\npeak extra memory, MiB")  # the first line is the caption's, which reaches over both panels
     plots.title(figure, f"{stem}: how time and memory grow", rows)
@@ -106,8 +106,8 @@ def finish(axes, points: Sequence[dict]) -> None:
     sizes = sorted(set(map(size_of, points)))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sizes, [words.short(size) for size in sizes])
+    axes.set_xticks(sizes, [axis_labels.short(size) for size in sizes])
     axes.minorticks_off()
     plots.decimal_ticks(axes.yaxis)
-    axes.set_xlabel(words.axis_label(points))
+    axes.set_xlabel(axis_labels.axis_label(points))
     axes.tick_params(length=0, which="both")

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from fastkd.bench import plots
-from fastkd.bench.roofs import copy_size
+from fastkd.bench.roofline import copy_size
 
 OVERVIEW_RIVALS = ("eager", "compile", "authors")
 MOST_PER_STEM = 4

@@ -8,7 +8,7 @@ import hashlib
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from fastkd.bench import archive
+from fastkd.bench import results_io
 
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
 COLOURS = {
@@ -216,6 +216,6 @@ def draw(rows, stem: str, folder: pathlib.Path) -> tuple[list[pathlib.Path], str
     folder.mkdir(parents=True, exist_ok=True)
     bars, lines = folder / f"{stem}_speedup.png", folder / f"{stem}_sweep.png"
     with plt.rc_context(STYLE):
-        absent = archive.absent_of(folder / f"{stem}.json")
+        absent = results_io.absent_of(folder / f"{stem}.json")
         drawn = [(bars, speedups(rows, stem, bars)), (lines, curves.sweep(rows, stem, lines, absent))]
     return [path for path, done in drawn if done], ""

@@ -6,7 +6,7 @@ import io
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from fastkd import folders
+from fastkd import atomic_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def store(path: pathlib.Path, text: str) -> None:
     """All of it or nothing: who is stopped meanwhile still has the old file."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with folders.replacing(path) as scratch:
+    with atomic_write.replacing(path) as scratch:
         scratch.write_text(text, newline="")
 
 

@@ -17,14 +17,26 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import torch
-from fastkd.bench import against, archive, check, compare, device_plots, machine, measure, plots, report, rivals, shapes
-from fastkd.bench import case as case_module
+from fastkd.bench import (
+    baselines,
+    check,
+    compare,
+    compare_commits,
+    device_plots,
+    machine,
+    measure,
+    plots,
+    report,
+    results_io,
+)
 from fastkd.bench.arguments import check as check_arguments
 from fastkd.bench.arguments import parser, words
-from fastkd.bench.case import Case, Inputs
+from fastkd.bench.baselines import Absent, Provider
+from fastkd.bench.cases import case as case_module
+from fastkd.bench.cases import shapes
+from fastkd.bench.cases.case import Case, Inputs
 from fastkd.bench.intervals import ratio_interval
-from fastkd.bench.rivals import Absent, Provider
-from fastkd.bench.roofs import Roofs
+from fastkd.bench.roofline import Roofs
 
 SERVED_BY_EAGER = ("reference", "eager")
 PATIENCE = 30.0  # seconds that a rival's call may take; eight of a slower one would say no more
@@ -58,7 +70,7 @@ def problem_of(error: Exception, memory: float) -> str:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return archive.OOM + (f" at {memory:g} GiB beyond its inputs" if memory else "")
+        return results_io.OOM + (f" at {memory:g} GiB beyond its inputs" if memory else "")
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
@@ -80,7 +92,7 @@ def checked(case: Case, providers: Sequence, inputs: Inputs, memory: float = 0.0
         if problem and provider.ours:
             return {}, absent, f"{provider.name}: {problem}"
         if problem:
-            reason = problem if problem.startswith(archive.OOM) else f"failed its check: {problem}"
+            reason = problem if problem.startswith(results_io.OOM) else f"failed its check: {problem}"
             absent.append(Absent(provider.name, reason))
             continue
         passed[provider] = errors
@@ -159,8 +171,8 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
         return outcome
     inputs = case_module.build(case, settings.device, settings.seed)
     if providers is None:
-        everyone = [*rivals.ours(case, inputs, settings.backends), *rivals.rivals(case, settings.device)]
-        everyone = [p if wanted(p, settings) else Absent(p.name, archive.NOT_ASKED) for p in everyone]
+        everyone = [*baselines.ours(case, inputs, settings.backends), *baselines.rivals(case, settings.device)]
+        everyone = [p if wanted(p, settings) else Absent(p.name, results_io.NOT_ASKED) for p in everyone]
         outcome.absent = [p for p in everyone if isinstance(p, Absent)]
         providers = [p for p in everyone if isinstance(p, Provider)]
     passed, failed, outcome.refused = checked(case, providers, inputs, settings.memory)
@@ -203,7 +215,7 @@ def show(case: Case, outcome: Outcome) -> None:
         if any(row.by_eager for row in outcome.rows):
             print("  † served by plain PyTorch: no kernel runs here, or auto-dispatch prefers eager at this size")
     for absent in outcome.absent:
-        if absent.name == case.name or "graph" in absent.name or absent.reason.startswith(archive.OF_A_CASE):
+        if absent.name == case.name or "graph" in absent.name or absent.reason.startswith(results_io.OF_A_CASE):
             print(f"  – {absent.name}: {absent.reason}")  # what is missing everywhere is named once, at the end
 
 
@@ -212,7 +224,7 @@ def publish(case: Case, outcome: Outcome, folder: pathlib.Path) -> str:
     reason = machine.busy_reason(outcome.foreign, "while this case was measured") if outcome.rows else ""
     if not reason:  # a case that was left out has no rows, but a reason
         report.write_csv(outcome.rows, folder)
-        archive.write(folder, case.stem, {case.name: {absent.name: absent.reason for absent in outcome.absent}})
+        results_io.write(folder, case.stem, {case.name: {absent.name: absent.reason for absent in outcome.absent}})
     return reason
 
 
@@ -267,7 +279,7 @@ def run(arguments: argparse.Namespace) -> int:
     publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
     folder = (arguments.out or default_folder()) / facts["device"]
     if publishing:
-        archive.probe(folder, list(dict.fromkeys(case.stem for case in chosen)))
+        results_io.probe(folder, list(dict.fromkeys(case.stem for case in chosen)))
     busy = machine.busy_reason(machine.load_before(), "before the run")
     busy = busy or (machine.gpu_busy_reason(settings.device) if settings.device.type == "cuda" else "")
     if busy:
@@ -300,7 +312,7 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
             stems += [] if reason else [case.stem]
     draw(dict.fromkeys(stems), folder)
     if absent:
-        print("\nnot measured here:", *archive.summary(absent), sep="\n  – ")
+        print("\nnot measured here:", *results_io.summary(absent), sep="\n  – ")
     for text in busy:
         print(f"not published: {text}")
     for name in failed:
@@ -326,7 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.list:
             chosen_cases(arguments)  # mistakes are named before the process starts again
         if arguments.against:
-            return against.against(arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance)
+            return compare_commits.against(
+                arguments.against, sys.argv[1:] if argv is None else argv, arguments.tolerance
+            )
         if not arguments.list:
             machine.passive_threads(sys.orig_argv[1:])
             machine.quote_library_path()

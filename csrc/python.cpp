@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "cpu/isa.h"
-#include "transport.h"
+#include "cpu/simd/isa.h"
+#include "transport/transport.h"
 
 FASTKD_DECLARE(TransportTable, transport);
 

@@ -9,7 +9,7 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from fastkd.earth_mover import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.emd_numpy import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
 from fastkd.functional import (  # noqa: E402
     TopK,
     TransportPlan,

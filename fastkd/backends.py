@@ -172,16 +172,16 @@ class Kernels(NamedTuple):
     bwd: Callable
 
 
-def kernels(stem: str, fwd: str, bwd: str, file: str | None = None, only=BACKENDS, mutates=()) -> dict[str, Kernels]:
-    """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of kernels/<stem>.py, or
-    of kernels/<file>.py where a stem has two forms; `only`: those that have this form. mutates: arguments written to."""
+def kernels(stem: str, fwd: str, bwd: str, only=BACKENDS, mutates=()) -> dict[str, Kernels]:
+    """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of fastkd.kernels.<stem>.
+    only: the backends to look at. mutates: arguments written to."""
     found = {}
     written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
         if library in written and UNAVAILABLE[library] is None:
             found[library] = Kernels(_op(fwd), _op(bwd))
     if "triton" in written and UNAVAILABLE["triton"] is None:
-        module = importlib.import_module(f"fastkd.kernels.{file or stem}")
+        module = importlib.import_module(f"fastkd.kernels.{stem}")
         found["triton"] = Kernels(*(_triton_op(getattr(module, name), mutates) for name in (fwd, bwd)))
     return found
 

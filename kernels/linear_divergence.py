@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import LOG2_E, MSE, compare, exact_differences, gradient, load_stats, squares, store_stats
-from .divergence_topk import divergence_topk_bwd, divergence_topk_fwd
-from .rows import hidden, load_pair, maxima, row_of
+from .blocks import hidden, load_pair, maxima, row_of
+from .divergence.logits import LOG2_E, MSE, compare, exact_differences, gradient, load_stats, squares, store_stats
+from .divergence.topk import divergence_topk_bwd, divergence_topk_fwd
 
 VALUE, VALUE_AND_GRADIENT, GRADIENT = (tl.constexpr(mode) for mode in range(3))
 ROWS = {"speed": 2048, "low": 512}
@@ -96,7 +96,7 @@ def row_kernel(
             tl.store(grad_ptr + start + o_v, grad.to(grad_ptr.dtype.element_ty), mask=start + o_v < V)
 
 
-# Bytes of local memory a thread may use (tests/test_triton.py), and the launch by the width of the row.
+# Bytes of local memory a thread may use (tests/ops/test_triton.py), and the launch by the width of the row.
 SPILL_LIMIT = {"row_kernel": 32}
 SMALL = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}
 LARGE = {

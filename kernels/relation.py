@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .series import logarithms, phi
+from .blocks import logarithms, phi
 
 NEVER = tl.constexpr(-1e30)  # a masked score: finite, so that the difference of two is a number
 WIDEST = 128  # of a head; fastkd/ops/relation.py has wider ones done by the reference

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
+ROOT = Path(__file__).parent.parent
+GOLDENS = json.loads((ROOT / "tests/goldens.json").read_text())
 
 # Small, prime, one more than a block, one less: the sizes where indexing goes wrong.
 AWKWARD_SIZES = (1, 2, 7, 31, 32, 33, 127, 129)

@@ -193,7 +193,9 @@ def outcome(name: str, args: tuple[dict, ...]) -> str:
         return "a result"
     except (ValueError, TypeError, RuntimeError) as error:
         end, frame = error, traceback.extract_tb(error.__traceback__)[-1]
-    ours = frame.filename.endswith(("fastkd/checks.py", "fastkd/reduce.py")) or "fastkd/functions/" in frame.filename
+    ours = (
+        frame.filename.endswith(("fastkd/checks.py", "fastkd/reductions.py")) or "fastkd/functional/" in frame.filename
+    )
     assert not (ours and type(end) is ValueError) or any(key in str(end) for key in parameters), end
     return type(end).__name__ + (" of our own" if ours else "")
 

@@ -90,12 +90,13 @@ def pretend() -> None:
 def steps(stems):
     """(name, function) of everything that launches kernels."""
     import torch
-    from fastkd.bench import case as case_module
-    from fastkd.bench import check, small
+    from fastkd.bench import check
+    from fastkd.bench.cases import case as case_module
+    from fastkd.bench.evidence import sanitizer_smoke
 
     from fastkd import backends, functional
 
-    for case in small.small_cases():
+    for case in sanitizer_smoke.small_cases():
         if case.stem in stems and "triton" in backends.WRITTEN[case.stem] and case.kind != "codir_step":
             inputs = case_module.build(case, torch.device("cpu"))
             call = lambda x, case=case: case.ours(x, "triton")  # noqa: E731

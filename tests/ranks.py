@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -20,14 +19,13 @@ LEAVE = "dist.barrier()\nos._exit(0)"
 
 def on_two_ranks(script):
     """Run `script` (it sees rank and group, and leaves a `result`) in two processes; both results."""
-    tests = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(2):
             preamble = PREAMBLE.format(rendezvous=f"file://{folder}/rendezvous", rank=rank)
             save = f"torch.save(result, {f'{folder}/{rank}.pt'!r})"
             source = "\n".join([preamble, script, save, LEAVE])
-            path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+            path = os.pathsep.join([*filter(None, sys.path), os.environ.get("PYTHONPATH", "")])
             process = subprocess.Popen(
                 [sys.executable, "-c", source], env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
             )

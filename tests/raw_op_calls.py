@@ -338,7 +338,7 @@ def outcome(op: str, args: list) -> str:
         found = tensors(call(*args))
     except expected as error:
         words = str(error)
-        own = "csrc/cpu/tensors.h" in words
+        own = "csrc/cpu/runtime/tensors.h" in words
         named = any(a.name in words for a in schema)
         assert not own or (f"{op}: " in words and named), words
         return f"{type(error).__name__}{' of our own' if own else ''}"

@@ -1,13 +1,13 @@
 // One warp, one block, one problem; costs, potentials and the tree live in shared memory. The simplex is in
-// csrc/transport_simplex.h and its lanes in csrc/transport_warp.h, whose host side the CPU tests run.
+// csrc/transport/simplex.h and its lanes in csrc/transport/warp.h, whose host side the CPU tests run.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "transport_attention.h"
-#include "transport_tensors.h"
-#include "transport_warp.h"
+#include "transport/attention.h"
+#include "transport/tensors.h"
+#include "transport/warp.h"
 
 namespace fastkd {
 namespace {

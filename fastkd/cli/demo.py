@@ -95,7 +95,7 @@ def _recorded(trainer) -> list:
 
 def check(options) -> None:
     """Mistakes, before minutes are spent on them."""
-    from fastkd import folders
+    from fastkd import atomic_write
     from fastkd.train import methods
 
     for name in ("teacher_steps", "student_steps", "threads"):
@@ -106,8 +106,8 @@ def check(options) -> None:
         refused = methods.refusal(name, "bert", "classification")
         if refused:
             raise ValueError(f"method: {refused}")
-    options.output = options.output or str(folders.vacant(Path("report")))
-    folders.check_vacant(Path(options.output), "--output")
+    options.output = options.output or str(atomic_write.vacant(Path("report")))
+    atomic_write.check_vacant(Path(options.output), "--output")
 
 
 def _clock(seconds: float) -> str:
@@ -151,8 +151,8 @@ def _train(options, work: Path, tokenizer, sets):
 
     from transformers import AutoModelForSequenceClassification, set_seed
 
+    from fastkd.train.callbacks import Watch
     from fastkd.train.student import from_layers
-    from fastkd.train.watch import Watch
 
     names = {0: "negative", 1: "positive"}
     config = {"num_labels": 2, "id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -189,8 +189,8 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
     from transformers import TrainingArguments
 
     from fastkd.train import data
+    from fastkd.train.callbacks import show_progress
     from fastkd.train.trainer import DistillTrainer
-    from fastkd.train.watch import show_progress
 
     args = TrainingArguments(
         str(work), max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=64, learning_rate=1e-4,

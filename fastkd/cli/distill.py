@@ -22,8 +22,8 @@ def run(argv: list[str]) -> int:
     from transformers.utils import logging
 
     from fastkd.train import arguments, data, report
+    from fastkd.train.callbacks import Watch, show_progress
     from fastkd.train.trainer import DistillTrainer
-    from fastkd.train.watch import Watch, show_progress
 
     whole = arguments.parse(argv)
     model_args, data_args, method_args, args, options = whole

@@ -66,7 +66,7 @@ def check(arguments) -> None:
     """Mistakes, before anything is built."""
     import torch
 
-    from fastkd.profile.ways import WAYS
+    from fastkd.profile.implementations import WAYS
 
     ways = arguments.ways.split(",")
     if not set(ways) <= set(WAYS) or len(set(ways)) != len(ways):

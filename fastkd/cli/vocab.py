@@ -52,12 +52,12 @@ def main(argv: list[str]) -> int:
 def run(options) -> int:
     from transformers import AutoTokenizer
 
-    from fastkd import folders
+    from fastkd import atomic_write
     from fastkd.vocab import VocabMap
-    from fastkd.vocab_report import write_report
-    from fastkd.vocab_tokenizer import count_parts
+    from fastkd.vocab.coverage import write_report
+    from fastkd.vocab.tokenizer import count_parts
 
-    folders.check_vacant(options.output, "--output")
+    atomic_write.check_vacant(options.output, "--output")
     source = options.tokenizer or options.model
     if source is None:
         raise ValueError("--tokenizer: name one, or a --model that has one")
@@ -75,7 +75,7 @@ def run(options) -> int:
         embeddings=None if method == "unk" else embeddings, method=method,
         unk_id=tokenizer.unk_token_id if method == "unk" else None,
     )  # fmt: skip
-    with folders.filling(options.output, "--output") as scratch:
+    with atomic_write.filling(options.output, "--output") as scratch:
         vocab.save(scratch)
         vocab.shrink_tokenizer(tokenizer, dropped=options.dropped).save_pretrained(scratch)
         if model is not None:
@@ -124,7 +124,7 @@ def always_kept(words: list[str], tokenizer) -> list[int]:
 
 
 def count(options, tokenizer, source):
-    from fastkd.vocab_report import count_corpus
+    from fastkd.vocab.coverage import count_corpus
 
     if options.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {options.workers}")

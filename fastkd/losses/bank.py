@@ -7,7 +7,7 @@ nothing of the loss's backward needs what they overwrite. No call waits for the 
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, distributed, functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
@@ -27,7 +27,7 @@ class _Rows(nn.Module):
             functional.update_bank(self.rows, everywhere, rows, momentum=0.0, scale=self.scale)
 
     def _gather(self, *tensors: Tensor | None) -> list:
-        return [None if x is None else reduce.gather_rows(x.detach(), self.process_group) for x in tensors]
+        return [None if x is None else distributed.gather_rows(x.detach(), self.process_group) for x in tensors]
 
 
 class MemoryBank(_Rows):

@@ -8,7 +8,7 @@ Cost attention: after each step a layer's weight moves towards the layers that a
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, distributed, functional, reductions
 
 KINDS = ("attention", "hidden")
 # A layer whose weight reached 0 would be 0/0 in the next step. This is far below any weight seen in training.
@@ -81,7 +81,7 @@ class BertEMDLoss(nn.Module):
         for kind, cost in costs.items():
             if self.process_group is not None:
                 count = _entries(student_attn[0]) if kind == "attention" else _tokens(student_hidden[0], mask)
-                cost = reduce.mean_over_ranks(cost, cost.new_ones(()) * count, self.process_group)  # [N, M]
+                cost = distributed.mean_over_ranks(cost, cost.new_ones(()) * count, self.process_group)  # [N, M]
             costs[kind] = cost
         plan, moved = self._solve(list(costs), torch.stack([x.double() for x in costs.values()]))
         self.flows = dict(zip(costs, plan.flow.detach(), strict=True))
@@ -138,7 +138,7 @@ def _entries(scores: Tensor | tuple[Tensor, Tensor]) -> int:
 
 
 def _tokens(hidden: Tensor, mask: Tensor | None) -> int | Tensor:
-    return hidden.shape[0] * hidden.shape[1] if mask is None else reduce.as_bool(mask).sum()
+    return hidden.shape[0] * hidden.shape[1] if mask is None else reductions.as_bool(mask).sum()
 
 
 def _above_zero(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, distributed, functional, reductions
 
 PRESETS = ("official", "paper")
 NEGATIVES = ("label", "uniform", "window", "in_batch")
@@ -136,7 +136,7 @@ class CoDIRLoss(nn.Module):
     def _in_batch(self, v_s: Tensor, v_t: Tensor, idx: Tensor) -> Tensor:
         """The paper's loss against the other students of the (global) batch, whose gradient they get too."""
         own = idx if self.labels is None else self.labels[idx]
-        everyone, ids = (reduce.gather_rows(x, self.process_group) for x in (v_s, own))
+        everyone, ids = (distributed.gather_rows(x, self.process_group) for x in (v_s, own))
         return functional.info_nce_loss(
             v_t, v_s, everyone, temperature=self.nce_t, exclude=(own, ids), backend=self.backend
         )
@@ -151,10 +151,12 @@ class CoDIRLoss(nn.Module):
         checks.tensor(name, x, "[B, S, D]")
         checks.mask("mask", mask, x.shape[:2], "[B, S]")
         if self.pool == "mean":
-            return reduce.masked_mean(x.to(torch.promote_types(x.dtype, torch.float32)), reduce.as_bool(mask), 1)
+            return reductions.masked_mean(
+                x.to(torch.promote_types(x.dtype, torch.float32)), reductions.as_bool(mask), 1
+            )
         if mask is None:
             return x[:, 0]
-        first = reduce.as_bool(mask).int().argmax(1)  # [B], not 0 under left padding
+        first = reductions.as_bool(mask).int().argmax(1)  # [B], not 0 under left padding
         return x.gather(1, first[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
 
     def _indices(self, f_s: Tensor, f_t: Tensor, idx, contrast_idx) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,7 @@ class CoDIRLoss(nn.Module):
     def _draw(self, idx: Tensor) -> Tensor:
         """[B, K + 1], the example itself first."""
         if self.negatives == "in_batch":
-            everyone = reduce.gather_rows(idx, self.process_group)  # [world * B]
+            everyone = distributed.gather_rows(idx, self.process_group)  # [world * B]
             first = 0 if self.process_group is None else dist.get_rank(self.process_group) * idx.shape[0]
             steps = torch.arange(everyone.shape[0], device=idx.device)
             return everyone[(first + steps[: idx.shape[0], None] + steps) % everyone.shape[0]]
@@ -206,7 +208,7 @@ class CoDIRLoss(nn.Module):
         if self.process_group is not None:  # what this batch says counts until z is frozen, and for all ranks
             sides = zip(queries, banks, z, strict=True)
             own = [functional.nce_partition(query, bank, index, z=now, **options) for query, bank, now in sides]
-            shared = [reduce.mean_over_ranks(now, None, self.process_group) for now in own]
+            shared = [distributed.mean_over_ranks(now, None, self.process_group) for now in own]
             z = [torch.where(now > 0, now, mean) for now, mean in zip(z, shared, strict=True)]
         loss, z = functional.nce_pair_loss(queries, banks, index, z=tuple(z), **options)
         if self.training:
@@ -216,7 +218,7 @@ class CoDIRLoss(nn.Module):
 
     @torch.no_grad()
     def _update(self, idx: Tensor, v_s: Tensor, v_t: Tensor) -> None:
-        idx, v_s, v_t = (reduce.gather_rows(x.detach(), self.process_group) for x in (idx, v_s, v_t))
+        idx, v_s, v_t = (distributed.gather_rows(x.detach(), self.process_group) for x in (idx, v_s, v_t))
         for bank, rows in ((self.bank_student, v_s), (self.bank_teacher, v_t)):
             if bank is not None:
                 functional.update_bank(bank, idx, rows, momentum=self.nce_m, backend=self.backend)

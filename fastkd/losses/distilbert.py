@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, functional, reductions
 
 from .kd import hard_cross_entropy
 
@@ -56,10 +56,10 @@ class DistilBERTLoss(nn.Module):
 
 
 def _cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    counted = reduce.as_bool(mask)
+    counted = reductions.as_bool(mask)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     student, teacher = student.to(dtype), teacher.to(dtype)
     if counted is not None:
         student, teacher = (x.masked_fill(~counted[..., None], 1) for x in (student, teacher))
     rows = 1 - nn.functional.cosine_similarity(student, teacher, dim=-1)  # [...]
-    return reduce.reduce(rows, counted, "mean")
+    return reductions.reduce(rows, counted, "mean")

@@ -8,7 +8,7 @@ Relations have no width, so nothing is projected and there is nothing to train h
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, distributed, functional, reductions
 
 
 class FCDLoss(nn.Module):
@@ -64,7 +64,9 @@ class FCDLoss(nn.Module):
         """K tokens of the batch as one sequence: [1, K, Ds], [1, K, Dt], and which of them are real [1, K]."""
         checks.same_leading("student", student, "teacher", teacher, 2)
         checks.mask("mask", mask, student.shape[:2], "[B, N]")
-        gathered = [reduce.gather_rows(x, self.process_group) for x in (student, teacher, reduce.as_bool(mask))]
+        gathered = [
+            distributed.gather_rows(x, self.process_group) for x in (student, teacher, reductions.as_bool(mask))
+        ]
         if self.beta > 0:  # the authors draw after the sequence term has put positions first
             gathered = [None if x is None else x.transpose(0, 1) for x in gathered]
         s, t, real = (None if x is None else x.flatten(0, 1) for x in gathered)  # [B·N, ...]

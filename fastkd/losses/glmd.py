@@ -13,7 +13,7 @@ of one word) or answer_scores (of several).
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, functional, reductions
 
 STAGES = ("words", "soft")
 SOFT_KINDS = ("soft_ce", "forward_kl", "mse")
@@ -140,7 +140,7 @@ class GLMDLoss(nn.Module):
 
     def _top_words(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:  # what a padded row holds, NaN too, must not reach the minimum's gradient
-            keep = reduce.as_bool(mask)[..., None]
+            keep = reductions.as_bool(mask)[..., None]
             student, teacher = student.masked_fill(~keep, 0), teacher.masked_fill(~keep, 0)
         size = student.shape[-1]
         n = min(max(int(self.top_n * size) if isinstance(self.top_n, float) else self.top_n, 1), size)
@@ -181,7 +181,7 @@ def answer_scores(logits: Tensor, targets: Tensor, mask: Tensor, length_penalty:
     checks.integers("targets", targets, "[B, C, S]")
     checks.mask("targets", targets, logits.shape[:-1], "[B, C, S]")
     checks.mask("mask", mask, logits.shape[:-1], "[B, C, S]")
-    keep = reduce.as_bool(mask)
+    keep = reductions.as_bool(mask)
     targets = targets.masked_fill(~keep, 0)
     checks.indices_in_range("targets", targets, logits.shape[-1], "vocabulary")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

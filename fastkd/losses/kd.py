@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, functional, reductions
 
 
 class HintonKDLoss(nn.Module):
@@ -43,11 +43,11 @@ class HintonKDLoss(nn.Module):
 def hard_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
     """Mean cross entropy over the rows that count, 0 where none does; logits [..., C], labels [...]."""
     checks.integers("labels", labels, "[...]")
-    counted = reduce.counted_rows(mask, labels, ignore_index, logits.shape[:-1])
+    counted = reductions.counted_rows(mask, labels, ignore_index, logits.shape[:-1])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # A row that does not count may hold anything, NaN too: it must not reach a product.
     logits = logits.to(dtype).masked_fill(~counted[..., None], 0)
     target = torch.where(counted, labels, 0).long()
     checks.indices_in_range("labels", target, logits.shape[-1], "classes")
     rows = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")  # [N]
-    return reduce.reduce(rows.reshape(labels.shape), counted, "mean")
+    return reductions.reduce(rows.reshape(labels.shape), counted, "mean")

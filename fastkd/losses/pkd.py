@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import checks, functional, reduce
+from fastkd import checks, functional, reductions
 
 
 class PKDLoss(nn.Module):
@@ -30,7 +30,7 @@ class PKDLoss(nn.Module):
         checks.layers("teacher_hidden", teacher_hidden)
         if mask is not None:
             checks.tensor("mask", mask, "[B, S]", floating=False)
-        mask = reduce.as_bool(mask)
+        mask = reductions.as_bool(mask)
         counts = None if mask is None else mask.any(1, keepdim=True)  # [B, 1]
         loss = 0.0
         for i, j in self._map(len(student_hidden), len(teacher_hidden)):

@@ -15,8 +15,8 @@ from fastkd.reference import contrast_sample as sample_reference
 # the bank is trained too. NCE has no backward kernel at all.
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
-SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives", "contrast_bank")
-UPDATE = backends.kernels("contrast", "update_bank", "update_bank", "contrast_bank", mutates=("bank", "scale"))
+SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
+UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
 MOST_DRAWS = 8192  # in Triton every draw scans all others: beyond, the reference's sort is the shorter way
 
 

@@ -33,7 +33,7 @@ class TopK(NamedTuple):
 # log_probs and the tail's log-mass; `kind` its position in KINDS; `mix` the student's weight in skew_kl's or jsd's mixture.
 KERNELS = {
     "dense": backends.kernels("divergence", "divergence_fwd", "divergence_bwd"),
-    "sparse": backends.kernels("divergence", "divergence_topk_fwd", "divergence_topk_bwd", file="divergence_topk"),
+    "sparse": backends.kernels("divergence", "divergence_topk_fwd", "divergence_topk_bwd"),
 }
 
 

@@ -1,11 +1,11 @@
-"""The shared CPU GEMM tile by itself. The stems call it from C++ (csrc/cpu/gemm.h), tests and the bench from here."""
+"""The shared CPU GEMM tile by itself. The stems call it from C++ (csrc/cpu/gemm/gemm.h), tests and the bench from here."""
 
 import torch
 from torch import Tensor
 
 from fastkd import backends
 
-# Bits of `how`, the same as in csrc/cpu/gemm.cpp.
+# Bits of `how`, the same as in csrc/cpu/gemm/op.cpp.
 DIRECT = 1  # read `a` where it lies instead of packing it
 FLOAT32_ONLY = 2  # widen bfloat16 even where the machine multiplies it
 ROUND = 4  # round float32 to bfloat16 where the machine multiplies that

@@ -18,7 +18,7 @@ LEVELS = ("token", "sequence", "official")
 # bwd(grads, students, teachers, mask, saved, *options) -> one gradient per student, in the student's dtype.
 KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 
-# kernels/gram_whole.py: the longest groups that one program holds, without or with a side in float32.
+# kernels/gram/in_cache.py: the longest groups that one program holds, without or with a side in float32.
 WHOLE = {True: 128, False: 64}
 
 

@@ -63,7 +63,7 @@ def layer_cost(students, teachers, mask, clamp, backend) -> Tensor:
 
 # Of attention scores: fwd(sq, sk, tq, tk, scales, mask, causal) -> costs [N, M], and bwd(grad, the same) -> the gradients of
 # all students' queries, then of their keys. One scale per layer, students first.
-ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd", file="attention_cost")
+ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd")
 backends.fake("attention_cost_fwd", lambda sq, sk, tq, *_: sq[0].new_empty((len(sq), len(tq)), dtype=torch.float32))
 backends.fake("attention_cost_bwd", lambda grad, sq, sk, *_: _grads_fake(grad, [*sq, *sk], None, None, None))
 

@@ -11,7 +11,7 @@ from fastkd.reference import relation as reference
 # gradients of xs and ys. y None: x itself, whose gradient is then all of it. in_forward: the gradients for upstream 1,
 # unit_x and unit_y, are made at once; without it they have no rows.
 KERNELS = backends.kernels("relation", "relation_fwd", "relation_bwd")
-WHOLE = 512  # keys, up to which csrc/cpu/relation.cpp can do that
+WHOLE = 512  # keys, up to which csrc/cpu/relation/op.cpp can do that
 WIDEST = 128  # heads, in kernels/relation.py
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import functional, reduce
+from fastkd import functional, reductions
 
 
 def _mean(rows: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    return reduce.reduce(rows, counted, reduction)
+    return reductions.reduce(rows, counted, reduction)
 
 
 def _pearson(a: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -180,7 +180,7 @@ def divergence(student_logits, teacher, *, kind="forward_kl", temperature=1.0, t
         more |= {"mask": mask, "labels": labels, "ignore_index": ignore_index, "reduction": reduction}
         return functional.divergence(student_logits, teacher, **more, backend="reference")
     s, t = student_logits.float(), teacher.float()
-    counted = reduce.counted_rows(mask, labels, ignore_index, s.shape[:-1])
+    counted = reductions.counted_rows(mask, labels, ignore_index, s.shape[:-1])
     if counted is not None:
         s, t = s * counted.unsqueeze(-1), t * counted.unsqueeze(-1)
     if kind == "mse":

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastkd import folders
+from fastkd import atomic_write
 from fastkd.bench import plots, report
 
 from .results import KEY, ORDER, STEP, group
@@ -106,6 +106,6 @@ def draw(folder: Path) -> tuple[list[Path], str]:
     import matplotlib.pyplot as plt
 
     path = folder / f"{report.PROFILE}.png"
-    with plt.rc_context(plots.STYLE), folders.replacing(path) as scratch:
+    with plt.rc_context(plots.STYLE), atomic_write.replacing(path) as scratch:
         stacked(rows, scratch)
     return [path], ""

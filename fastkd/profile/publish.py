@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastkd import folders
-from fastkd.bench import archive, machine, plots, report
+from fastkd import atomic_write
+from fastkd.bench import machine, plots, report, results_io
 
 from .results import COLUMNS, KEY, Row
 
@@ -25,12 +25,12 @@ def trace_of(folder: Path, setup: dict) -> Path:
 
 def check(folder: Path, traces: Iterable[Path]) -> None:
     """ValueError where nothing can be written, or where somebody else's file is in the way."""
-    folders.probe(folder, "out")
+    atomic_write.probe(folder, "out")
     ours = {folder / f"{report.PROFILE}.csv": is_table, folder / f"{report.PROFILE}.json": is_record,
-            folder / f"{report.PROFILE}.png": archive.is_picture, **dict.fromkeys(traces, is_trace)}  # fmt: skip
+            folder / f"{report.PROFILE}.png": results_io.is_picture, **dict.fromkeys(traces, is_trace)}  # fmt: skip
     for path in ours:
         if path.parent != folder:
-            folders.probe(path.parent, "out")
+            atomic_write.probe(path.parent, "out")
     for path, is_ours in ours.items():
         if path.exists() and not (path.is_file() and is_ours(path)):
             raise ValueError(
@@ -64,10 +64,10 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
     measured = {tuple(row[name] for name in KEY) for row in new}
     kept = [row for row in report.read_rows(path) if tuple(row[name] for name in KEY) not in measured]
     folder.mkdir(parents=True, exist_ok=True)
-    with folders.replacing(path) as scratch, scratch.open("w", newline="") as handle:
+    with atomic_write.replacing(path) as scratch, scratch.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *new])
-    with folders.replacing(path.with_suffix(".json")) as scratch:
+    with atomic_write.replacing(path.with_suffix(".json")) as scratch:
         scratch.write_text(json.dumps({"format": FORMAT, "rows": report.read_rows(path)}, indent=1) + "\n")
     return path

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from fastkd import folders
+from fastkd import atomic_write
 from fastkd.bench import machine
 from fastkd.train.trainer import DistillTrainer
 
+from .implementations import WAYS, Switchboard
 from .publish import TRACED
 from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
-from .ways import WAYS, Switchboard
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Tracer:
         if self.running:
             self.profiler.stop()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with folders.replacing(self.path) as scratch:
+            with atomic_write.replacing(self.path) as scratch:
                 self.profiler.export_chrome_trace(str(scratch))
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastkd import folders
+from fastkd import atomic_write
 
 from . import states
 
@@ -44,7 +44,7 @@ def logits(
         return _read(path, wanted, shape).to(device)
     rows = _compute(shape, teacher, data, collator, accepts, batch_size, device, words)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with folders.replacing(path) as scratch:
+    with atomic_write.replacing(path) as scratch:
         save_file({"logits": rows}, scratch, metadata=wanted)
     return rows.to(device)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fastkd import folders
+from fastkd import atomic_write
 
 from . import plots
+from .callbacks import latency
 from .states import forget_attention
 from .trainer import arguments_of
-from .watch import latency
 
 METRICS = ("accuracy", "matthews", "pearson", "perplexity")
 STYLE = """
@@ -87,7 +87,7 @@ def write(
 ) -> Path:
     """The page's path; `folder` is new or empty, and the report is there whole or not at all. histories: name -> Trainer's
     log_history; the last one's terms are drawn. models: name -> model, saved beside the page with the tokenizer."""
-    with folders.filling(Path(folder), "report") as scratch:
+    with atomic_write.filling(Path(folder), "report") as scratch:
         for name, model in (models or {}).items():
             model.save_pretrained(scratch / name)
             tokenizer.save_pretrained(scratch / name)

@@ -12,7 +12,7 @@ is relative to their means, so it is the released one divided by B.
 
 import torch
 
-from fastkd import reduce
+from fastkd import reductions
 
 from .base import Method, Setup, Term
 
@@ -70,7 +70,7 @@ class CoDIR(Method):
 
     def _sentences(self, hidden, mask):
         """[B, layers · D]: of every layer the first token, or the mean over the real ones."""
-        pooled = [x[:, 0] if self.loss.pool == "cls" else reduce.masked_mean(x.float(), mask, 1) for x in hidden]
+        pooled = [x[:, 0] if self.loss.pool == "cls" else reductions.masked_mean(x.float(), mask, 1) for x in hidden]
         return torch.cat(pooled, -1)
 
     @torch.no_grad()

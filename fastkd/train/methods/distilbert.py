@@ -5,7 +5,7 @@ The KL and the cosine are means over the real tokens, the language modelling ove
 
 import torch.nn.functional as F
 
-from fastkd import functional, reduce
+from fastkd import functional, reductions
 
 from .base import Method, Setup, Term, same_width
 
@@ -35,7 +35,9 @@ class DistilBERT(Method):
             batch.student.logits, batch.teacher.logits, temperature=self.temperature, mask=batch.mask
         )
         student, teacher = batch.student.hidden[-1].float(), batch.teacher.hidden[-1].float()  # [B, S, D]
-        cosine = reduce.reduce(1 - F.cosine_similarity(student, teacher, dim=-1), reduce.as_bool(batch.mask), "mean")
+        cosine = reductions.reduce(
+            1 - F.cosine_similarity(student, teacher, dim=-1), reductions.as_bool(batch.mask), "mean"
+        )
         return {
             "soft": Term(words, self.alpha_kl),
             "hard": Term(batch.hard(), self.alpha_lm),

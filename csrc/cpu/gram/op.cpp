@@ -1,0 +1,412 @@
+// 1 - rho of two self-similarity matrices P (student) and Q (teacher), per group; neither is written anywhere.
+//
+// P = u uᵀ - mean with u = x / |x|. With c the mean row and v = u - c, the mean of u uᵀ is |c|², and exactly
+//
+//     P[i, j] = <v_i, v_j> + <c, v_i> + <c, v_j>,
+//
+// a sum of small numbers only: what all rows have in common, be it 200 times larger than what they have not, never
+// meets a rounding. (bfloat16 rows are multiplied as they are instead, since v is not a bfloat16: <x_i, x_j> / |x_i|
+// |x_j| - |c|², exact products and float32 sums, no worse than float32 arithmetic on them.)
+//
+//     rho = <P, Q> / (ab + eps), a = |P|, b = |Q|:   d(1 - rho)/dP = W = -Q / den + <P, Q> b / (a den²) P
+//     d/du_i = sum_j G[i, j] u_j = sum_j G[i, j] v_j + (sum_j G[i, j]) c,   G = W + Wᵀ
+//
+// and along the sphere (d/dx is what is orthogonal to u, over |x|) c = u_i - v_i counts as -v_i, small again. Row by
+// row (gram/row_stats.h) a, b and the means are those of row i, and so are the two factors in W[i, j].
+//
+// W depends on nothing outside its group but a factor, so the gradient is made in the forward, while P and Q are there:
+// for the upstream that is likely, where the caller knows one, else for upstream 1. Recomputing P and Q would be twice
+// the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that thread's
+// scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads share the group
+// (gram/tiled.h); where rows outnumber features, the Gram of the features says the same (gram/features.h). Sums are in
+// an order that depends on shapes only.
+#include <tuple>
+
+#include "cpu/gram/features.h"
+#include "cpu/gram/in_cache.h"
+#include "cpu/gram/tiled.h"
+#include "cpu/simd/isa.h"
+
+FASTKD_DECLARE(GramTable, gram);
+
+namespace fastkd {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kWhole = 512;
+constexpr int64_t kFewRows = 320;  // near convergence, gradients by features have larger errors there than eager's
+enum Level : int64_t { kToken, kSequence, kOfficial };
+
+// What an op was asked for, whatever the pair.
+struct Question {
+  std::optional<Tensor> mask;
+  std::vector<int64_t> levels;
+  bool row, normalize;
+  double eps;
+};
+
+// A gradient per level (for upstream 1), or one of all levels together, or none; and the upstream of every level.
+struct Aim {
+  Tensors out;
+  std::vector<Upstream> upstream;
+};
+
+Tensor rows_side_by_side(const Tensor& x) {
+  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// The released code's groups: all positions are measured before the first gradient is known.
+template <class Work, class Each>
+void by_official_groups(const Call& call, const Each& each_group) {
+  OfficialGroups found(call.length, call.groups);
+  each_group([&](Work& work, int64_t group) { work.measure(group, &found.lines[group * call.length]); });
+  found.conclude_all(call);
+  if (call.out) each_group([&](Work& work, int64_t group) { work.apply(group, found); });
+}
+
+// Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
+bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gradient) {
+  const auto ds = double(s.size(2)), dt = double(t.size(2)), both = ds + dt;
+  const bool half = fastkd::gemm(element_of(s)).operand == kBFloat16 && element_of(t) == kBFloat16;
+  // Tiles are made twice, the second time without symmetry.
+  const double by_rows = n * n * (with_gradient ? 3 * both + 2 * ds : both) * (half ? 0.5 : 1);
+  return n > kFewRows && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
+}
+
+void correlate(const Call& call) {
+  if (call.by_features) {
+    Features work(call);
+    for (int64_t group = 0; group < call.groups; ++group) work.run(group);
+    return;
+  }
+  if (call.length > kWhole) {
+    const auto each_group = [&](const auto& f) {
+      Long work(call);
+      for (int64_t group = 0; group < call.groups; ++group) f(work, group);
+    };
+    if (call.official) return by_official_groups<Long>(call, each_group);
+    return each_group([](Long& work, int64_t group) { work.run(group); });
+  }
+  const auto each_group = [&](const auto& f) {
+    const int64_t worth = grain(call.length * call.length * (call.s.width + call.t.width), 1 << 20);
+    parallel_for(0, call.groups, worth, [&](int64_t begin, int64_t end) {
+      Whole work(call);
+      for (int64_t group = begin; group < end; ++group) f(work, group);
+    });
+  };
+  if (call.official) return by_official_groups<Whole>(call, each_group);
+  each_group([](Whole& work, int64_t group) { work.run(group); });
+}
+
+Call call_of(const Question& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+             Tensor& values, Tensor& valid) {
+  const GramTable& table = FASTKD_CHOOSE(gram);
+  const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
+  const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
+  const std::vector<int64_t> shape =
+      asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
+  const bool by_line = asked.row || official;
+  const bool by_features = !by_line && features_are_fewer(double(length), s, t, with_gradient);
+  values = torch::stable::new_empty(s, shape, ScalarType::Float);
+  valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
+  Call call = {table,
+               Side(table, s, sequence, asked.normalize, by_line, by_features, norms),
+               Side(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
+               GroupMask(asked.mask, sequence, length),
+               groups,
+               length,
+               sequence,
+               asked.row,
+               official,
+               by_features,
+               asked.eps,
+               values.mutable_data_ptr<float>(),
+               static_cast<bool*>(valid.mutable_data_ptr()),
+               {},
+               nullptr,
+               0,
+               false};
+  Side::agree(call.s, call.t);
+  return call;
+}
+
+// All levels of a pair of layers, one after another.
+void all_levels(const Question& asked, const Tensor& student, const Tensor& teacher, Aim& aim, Tensors* values,
+                Tensors* valid) {
+  const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
+  Norms norms[2];
+  for (size_t k = 0; k < asked.levels.size(); ++k) {
+    Tensor one_minus_rho, counts;
+    Call call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
+    if (!aim.out.empty()) {
+      const bool together = aim.out.size() == 1;
+      Tensor& out = aim.out[together ? 0 : k];
+      call.upstream = aim.upstream[k];
+      call.out = static_cast<char*>(out.mutable_data_ptr());
+      call.out_item = int64_t(out.element_size());
+      call.add = together && k > 0;
+    }
+    correlate(call);
+    // With a mask, a level has seen the rows of its own groups only.
+    norms[0].known = norms[1].known = asked.normalize && !asked.mask;
+    if (values) values->push_back(one_minus_rho);
+    if (valid) valid->push_back(counts);
+  }
+}
+
+// float32 where the student is float16, whose range gradients leave before a scaler has had its say.
+Tensor gradient_like(const Tensor& student) {
+  const bool bfloat16 = student.scalar_type() == ScalarType::BFloat16;
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)},
+                                         bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  use_huge_pages(grad);
+  return grad;
+}
+
+// Pairs of layers [B, N, D], D its own, and what is asked of them.
+void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Question& asked) {
+  check.length("students", students, kAny);
+  check.length("teachers", teachers, int64_t(students.size()));
+  check.length("levels", asked.levels, kAny);
+  for (const int64_t level : asked.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
+  check("students", students[0], kFloating, "[B, N, D]", {kAny, kAny, kAny}, 0);
+  const int64_t B = students[0].size(0), N = students[0].size(1);
+  check("students", students, kFloating, "[B, N, D]", {B, N, kAny});
+  check("teachers", teachers, kFloating, "[B, N, D]", {B, N, kAny});
+  for (const auto* side : {&students, &teachers})
+    for (const Tensor& x : *side) check.that(x.size(2) > 0, "students, teachers", "D > 0", "an empty axis");
+  check("mask", asked.mask, kBool, "[B, N]", {B, N});
+}
+
+// What goes with the values of every term: [G], or row by row [G, R].
+void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
+                 const Question& asked) {
+  const size_t terms = asked.levels.size();
+  const int64_t B = students[0].size(0), N = students[0].size(1);
+  check.length(name, xs, int64_t(students.size() * terms));
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const int64_t level = asked.levels[i % terms];
+    if (asked.row)
+      check(name, xs[i], dtype, "[G, R]", {level == kToken ? B : N, level == kToken ? N : B}, int64_t(i));
+    else
+      check(name, xs[i], dtype, "[G]", {level == kSequence ? N : B}, int64_t(i));
+  }
+}
+
+// A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
+bool units_do(const Question& asked) {
+  for (int64_t level : asked.levels)
+    if (level == kOfficial || asked.row) return false;
+  return true;
+}
+
+std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
+                                               std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                                               bool with_gradient) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  check_question(Check("gram_fwd"), students, teachers, asked);
+  Tensors values, valid, saved;
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    Aim aim = {{}, std::vector<Upstream>(levels.size())};
+    for (size_t k = 0; with_gradient && units_do(asked) && k < levels.size(); ++k)
+      aim.out.push_back(gradient_like(students[pair]));
+    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
+    saved.insert(saved.end(), aim.out.begin(), aim.out.end());
+  }
+  return {values, valid, saved};
+}
+
+// What gram_fwd left for gram_bwd: nothing, or a gradient of every term.
+void check_units(const Check& check, Tensors& saved, const Tensors& students, const Question& asked) {
+  if (saved.empty()) return;
+  const size_t terms = asked.levels.size();
+  check.length("saved", saved, units_do(asked) ? int64_t(students.size() * terms) : 0);
+  for (size_t i = 0; i < saved.size(); ++i) {
+    const Tensor& student = students[i / terms];
+    check.like("saved", saved[i], dtype_of(student) == kBF16 ? kBF16 : kF32, student, int64_t(i));
+    saved[i] = dense(saved[i]);
+  }
+}
+
+// The sum of units, each times its upstream, in the student's dtype.
+Tensor weighted(const Tensor& student, const Question& asked, const std::vector<Upstream>& upstream,
+                const Tensor* units) {
+  const GramTable& table = FASTKD_CHOOSE(gram);
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
+  use_huge_pages(grad);
+  const int64_t positions = student.size(1), width = student.size(2), terms = int64_t(upstream.size());
+  const int element_in = element_of(units[0]), element_out = element_of(grad);
+  const int64_t row_in = width * int64_t(units[0].element_size()), row_out = width * int64_t(grad.element_size());
+  auto* out = static_cast<char*>(grad.mutable_data_ptr());
+  parallel_for(0, student.size(0) * positions, grain(width), [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(gram_padded(width)), by(terms);
+    std::vector<const void*> from(terms);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < terms; ++k) {
+        by[k] = upstream[k][asked.levels[k] == kToken ? i / positions : i % positions];
+        from[k] = static_cast<const char*>(units[k].const_data_ptr()) + i * row_in;
+      }
+      table.blend(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
+    }
+  });
+  return grad;
+}
+
+// All levels' gradients once more, for the upstream that came.
+Tensor again(const Question& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
+  Aim aim = {{gradient_like(student)}, std::move(upstream)};
+  all_levels(asked, student, teacher, aim, nullptr, nullptr);
+  if (student.scalar_type() != ScalarType::Half) return aim.out[0];
+  return weighted(student, asked, {Upstream()}, aim.out.data());
+}
+
+std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t terms) {
+  std::vector<Upstream> found(terms);
+  for (size_t k = 0; k < terms; ++k) found[k].each = grads[pair * terms + k].const_data_ptr<float>();
+  return found;
+}
+
+Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
+                 std::vector<int64_t> levels, bool row, bool normalize, double eps) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_bwd");
+  check_question(check, students, teachers, asked);
+  check_terms(check, "grads", grads, kF32, students, asked);
+  check_units(check, saved, students, asked);
+  Tensors found;
+  const size_t terms = levels.size();
+  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    const std::vector<Upstream> upstream = upstream_of(grads, pair, terms);
+    found.push_back(saved.empty() ? again(asked, students[pair], teachers[pair], upstream)
+                                  : weighted(students[pair], asked, upstream, &saved[pair * terms]));
+  }
+  return found;
+}
+
+// What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
+// values that count for a mean.
+std::vector<Upstream> likely_upstream(const Question& asked, const Tensor& student, const std::vector<double>& weights,
+                                      bool mean) {
+  std::vector<Upstream> found(asked.levels.size());
+  for (size_t k = 0; k < found.size(); ++k) {
+    const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
+    const int64_t groups = student.size(sequence ? 1 : 0), length = student.size(sequence ? 0 : 1);
+    int64_t count = asked.row ? groups * length : official ? length : groups;
+    if (asked.mask && !official) {
+      count = 0;
+      const GroupMask mask(asked.mask, sequence, length);
+      for (int64_t group = 0; group < groups; ++group) {
+        const auto kept = int64_t(mask.kept(group).size());
+        count += asked.row ? kept : kept > 0;
+      }
+    }
+    found[k].all = float(weights[k]) / (mean && count > 0 ? float(count) : 1.f);
+  }
+  return found;
+}
+
+std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
+                                                    std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                                                    std::vector<double> weights, bool mean) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_fwd_grad");
+  check_question(check, students, teachers, asked);
+  check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
+  check.length("weights", weights, int64_t(levels.size()));
+  Tensors values, valid, grads;
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    Aim aim = {{gradient_like(students[pair])}, likely_upstream(asked, students[pair], weights, mean)};
+    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
+    grads.push_back(aim.out[0]);
+  }
+  return {values, valid, grads};
+}
+
+// Whether every upstream that counts is the likely one times the same number, up to a few roundings; that number.
+std::optional<float> common_factor(const std::vector<Upstream>& likely, const Tensor* came, const Tensor* valid) {
+  constexpr float kRoundings = 4e-7f;
+  std::optional<float> factor;
+  for (size_t k = 0; k < likely.size(); ++k) {
+    const float* up = came[k].const_data_ptr<float>();
+    const bool* counts = valid[k].const_data_ptr<bool>();
+    for (int64_t i = 0; i < came[k].numel(); ++i) {
+      if (!counts[i]) continue;
+      const float ratio = up[i] / likely[k].all;
+      if (!factor) factor = ratio;
+      if (!(std::abs(ratio - *factor) <= kRoundings * std::abs(*factor))) return std::nullopt;
+    }
+  }
+  return !factor || std::abs(*factor - 1) <= kRoundings ? 1.f : *factor;
+}
+
+// From the gradients for the likely upstream to those for the one which came: most often nothing is left to do.
+void gram_settle(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
+                 std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                 std::vector<double> weights, bool mean) {
+  const Question asked = {mask, levels, row, normalize, eps};
+  const Check check("gram_settle");
+  check_question(check, students, teachers, asked);
+  check_terms(check, "grads", grads, kF32, students, asked);
+  check_terms(check, "valid", valid, kBool, students, asked);
+  check.length("weights", weights, int64_t(levels.size()));
+  check.length("found", found, int64_t(students.size()));
+  for (size_t i = 0; i < found.size(); ++i) {
+    check.like("found", found[i], kF32 | kBF16, students[i], int64_t(i));
+    check.contiguous("found", found[i]);
+  }
+  for (Tensor& x : valid) x = dense(x);
+  const GramTable& table = FASTKD_CHOOSE(gram);
+  const size_t terms = levels.size();
+  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
+  for (size_t pair = 0; pair < students.size(); ++pair) {
+    const std::vector<Upstream> likely = likely_upstream(asked, students[pair], weights, mean);
+    const std::optional<float> factor = common_factor(likely, &grads[pair * terms], &valid[pair * terms]);
+    if (!factor) {
+      torch::stable::copy_(found[pair], again(asked, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
+      continue;
+    }
+    if (*factor == 1) continue;
+    auto* out = static_cast<char*>(found[pair].mutable_data_ptr());
+    const int element = element_of(found[pair]);
+    const int64_t width = students[pair].size(2), bytes = width * int64_t(found[pair].element_size());
+    const int64_t rows = students[pair].size(0) * students[pair].size(1);
+    parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(gram_padded(width));
+      for (int64_t i = begin; i < end; ++i) {
+        const void* from = out + i * bytes;
+        table.blend(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace fastkd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
+  // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
+  // in the released code's groups. 1 - rho and whether it counts, [G] or (row) [G, R], and what the backward wants.
+  m.def(
+      "gram_fwd(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, float eps, "
+      "bool with_gradient) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_bwd(Tensor[] grads, Tensor[] students, Tensor[] teachers, Tensor? mask, Tensor[] saved, int[] levels, "
+      "bool row, bool normalize, float eps) -> Tensor[]");
+  // At once the students' gradients, for the upstream that is likely: a level's weight, or (`mean`) that over the
+  // number of values that count; then, for the upstream that came, what is left to do to them.
+  m.def(
+      "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
+      "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "gram_settle(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("gram_fwd", TORCH_BOX(&fastkd::gram_fwd));
+  m.impl("gram_bwd", TORCH_BOX(&fastkd::gram_bwd));
+  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram_fwd_grad));
+  m.impl("gram_settle", TORCH_BOX(&fastkd::gram_settle));
+}

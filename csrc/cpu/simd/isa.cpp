@@ -1,0 +1,58 @@
+#include "cpu/simd/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__) && defined(FASTKD_X86)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastkd {
+namespace {
+
+int detect() {
+#if defined(FASTKD_X86)
+  __builtin_cpu_init();
+  int best = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
+  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    best = 2;
+  const char* ceiling = std::getenv("FASTKD_MAX_ISA");
+  if (ceiling && !std::strcmp(ceiling, "plain")) return 0;
+  if (ceiling && !std::strcmp(ceiling, "avx2")) return best > 1 ? 1 : best;
+  return best;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+int instruction_set() {
+  static const int chosen = detect();
+  return chosen;
+}
+
+bool has_avx512_bf16() {
+#if defined(FASTKD_X86)
+  static const bool has = instruction_set() == 2 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bf16() {
+#if defined(__linux__) && defined(FASTKD_X86)
+  // The kernel hands out the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+  static const bool has = instruction_set() == 2 && __builtin_cpu_supports("amx-tile") &&
+                          __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return has;
+#else
+  return false;
+#endif
+}
+
+}  // namespace fastkd

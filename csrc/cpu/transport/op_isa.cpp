@@ -1,0 +1,23 @@
+#include "cpu/simd/isa.h"
+#include "cpu/transport/lanes.h"
+#include "transport/attention.h"
+#include "transport/transport.h"
+
+namespace {
+
+using namespace fastkd::transport;
+
+template <class Cost>
+void solve_all(const TransportBatch& batch, int64_t begin, int64_t end) {
+  alignas(64) double cost[SIDE * SIDE];
+  alignas(64) Workspace workspace;
+  workspace.cost = cost;
+  CpuLanes lanes;
+  for (int64_t p = begin; p < end; ++p) solve<Cost>(lanes, workspace, batch, p);
+  if (batch.attention.rows) move_weights<Cost>(lanes, batch, end);
+}
+
+}  // namespace
+
+extern const TransportTable FASTKD_TABLE(transport);
+const TransportTable FASTKD_TABLE(transport) = {solve_all<double>, solve_all<float>};

@@ -1,0 +1,70 @@
+"""What is shared between ranks: rows that all of them see, and a mean over all of them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    """Every rank's rows, in rank order. Gradients of all ranks' losses come back summed, so that the average which DDP
+    takes afterwards is the gradient of the one loss on the global batch."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _OwnRows.apply(grad, ctx.rows, ctx.group), None
+
+
+class _OwnRows(torch.autograd.Function):
+    """This rank's rows of the sum over all ranks: the gradient of _GatherRows, which is the gradient of this."""
+
+    @staticmethod
+    def forward(ctx, x, rows, group):
+        ctx.group, rank = group, dist.get_rank(group)
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x[rank * rows : (rank + 1) * rows]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _GatherRows.apply(grad, ctx.group), None, None
+
+
+def gather_rows(x: Tensor | None, process_group) -> Tensor | None:
+    """[B, ...] on every rank -> [world * B, ...], differentiable; every rank must hold the same B."""
+    if x is None or process_group is None:
+        return x
+    if x.dtype == torch.bool:
+        return _GatherRows.apply(x.to(torch.uint8), process_group) != 0
+    return _GatherRows.apply(x, process_group)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """sum(w x) / sum(w) over the ranks; DDP's later average supplies the 1 / world that the backward leaves out."""
+
+    @staticmethod
+    def forward(ctx, x, weight, group):
+        total = torch.stack([(x * weight).flatten(), weight.expand_as(x).flatten()])
+        dist.all_reduce(total, group=group)
+        mass = total[1].clamp_min(torch.finfo(x.dtype).tiny).reshape(x.shape)
+        ctx.save_for_backward(weight * dist.get_world_size(group) / mass)
+        return total[0].reshape(x.shape) / mass
+
+    @staticmethod
+    def backward(ctx, grad):
+        (share,) = ctx.saved_tensors
+        return grad * share, None, None
+
+
+def mean_over_ranks(x: Tensor, weight: Tensor | None, process_group) -> Tensor:
+    """A mean that every rank made over its own `weight` (a count, [] or like x) samples, made global."""
+    if process_group is None:
+        return x
+    weight = x.new_ones(()) if weight is None else weight.to(x.dtype)
+    return _MeanOverRanks.apply(x, weight, process_group)

@@ -1,0 +1,48 @@
+"""The public functions, one file per hot path: check once, let the op choose its implementation, reduce. Here is the whole
+surface.
+
+Everywhere: a mask has 1 where something counts; student and teacher dtypes may differ; losses come back in float32
+(float64 for float64 inputs), gradients in the student's dtype; no gradient flows to the teacher.
+reduction="mean" is over what counts. backend="auto" takes the fastest implementation that runs here; see `fastkd doctor`.
+Kernels have a first derivative, in backward mode. backend="reference" has the others: create_graph=True, forward mode, and
+the transforms of torch.func.
+"""
+
+from fastkd.functional.contrast import (
+    info_nce_loss,
+    nce_loss,
+    nce_pair_loss,
+    nce_partition,
+    sample_negatives,
+    unit_linear,
+    update_bank,
+)
+from fastkd.functional.divergence import divergence
+from fastkd.functional.gram import gram_correlation_loss
+from fastkd.functional.layer_cost import attention_costs, layer_costs
+from fastkd.functional.linear_divergence import linear_divergence
+from fastkd.functional.relation import relation_kl_loss
+from fastkd.functional.transport import transport, transport_with_cost_attention
+from fastkd.ops.divergence import TopK
+from fastkd.ops.transport import CostAttention, TransportPlan
+
+__all__ = [
+    "CostAttention",
+    "TopK",
+    "TransportPlan",
+    "attention_costs",
+    "divergence",
+    "gram_correlation_loss",
+    "info_nce_loss",
+    "layer_costs",
+    "linear_divergence",
+    "nce_loss",
+    "nce_pair_loss",
+    "nce_partition",
+    "relation_kl_loss",
+    "sample_negatives",
+    "transport",
+    "transport_with_cost_attention",
+    "unit_linear",
+    "update_bank",
+]

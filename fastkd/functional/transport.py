@@ -1,0 +1,92 @@
+"""Exact optimal transport, and the weights that move with it (BERT-EMD)."""
+
+import torch
+from torch import Tensor
+
+from fastkd import checks
+from fastkd.functional.inference_mode import takes_inference_tensors
+from fastkd.ops import transport as transport_op
+from fastkd.ops.transport import CostAttention, TransportPlan
+
+
+@takes_inference_tensors
+def transport(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    warm_start: TransportPlan | None = None,
+    backend: str = "auto",
+) -> TransportPlan:
+    """Exact optimal transport, batched: min <flow, cost> with row sums a and column sums b (uniform when None).
+
+    cost [..., N, M], a [..., N], b [..., M] -> TransportPlan(value [...], flow [..., N, M], u [..., N], v [..., M],
+    status [...], 0 = optimal). Gradients: to the cost the flow, to the marginals the centred duals. warm_start is a hint.
+    """
+    checks.tensor("cost", cost, "[..., N, M]")
+    lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
+    if n == 0:
+        raise ValueError(f"cost: expected at least one row and one column, got {checks.describe(cost)}")
+    masses = torch.float64 if cost.dtype == torch.float64 else torch.float32  # 1/n in bfloat16 does not sum to 1
+    a = cost.new_full((*lead, n), 1.0 / n, dtype=masses) if a is None else a
+    b = cost.new_full((*lead, m), 1.0 / m, dtype=masses) if b is None else b
+    checks.tensor("a", a, "[..., N]")
+    checks.tensor("b", b, "[..., M]")
+    checks.same_device(cost=cost, a=a, b=b)
+    for name, x, extent, axis in (("a", a, n, "rows"), ("b", b, m, "columns")):
+        if not _expands(x, (*lead, extent)):
+            raise ValueError(
+                f"{name}: expected one mass per {axis[:-1]} of cost {list(cost.shape)}, got {list(x.shape)}"
+            )
+    if warm_start is not None:
+        _check_warm_start(warm_start, cost)
+    a, b = a.expand(*lead, n), b.expand(*lead, m)
+    plan = transport_op.transport(cost, a, b, warm_start, backend)
+    checks.solved(plan.status, cost, a, b)
+    return plan
+
+
+@takes_inference_tensors
+def transport_with_cost_attention(
+    cost: Tensor, a: Tensor, b: Tensor, attention: CostAttention | None = None, *, backend: str = "auto"
+) -> tuple[TransportPlan, Tensor, Tensor]:
+    """`transport` of P kinds of cost [P, N, M] between N and M layers, and in the same launch the weights that a [P, N] and
+    b [P, M] move to (BERT-EMD): the cheaper a layer is to match, the heavier. `attention` says by which rule.
+    """
+    checks.tensor("cost", cost, "[P, N, M]")
+    if cost.shape[1] == 0:
+        raise ValueError(f"cost: expected at least one layer on either side, got {checks.describe(cost)}")
+    for name, x, shape in (("a", a, cost.shape[:2]), ("b", b, cost.shape[::2])):
+        checks.tensor(name, x, "[P, layers]")
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected one weight per layer, {list(shape)}, got {list(x.shape)}")
+    checks.same_device(cost=cost, a=a, b=b)
+    _check_attention(attention or CostAttention())
+    plan, new_a, new_b = transport_op.transport_and_weights(cost, a, b, attention or CostAttention(), backend)
+    checks.solved(plan.status, cost, a, b)
+    return plan, new_a, new_b
+
+
+def _expands(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x [..., last] can be expanded to `shape`."""
+    own = x.shape
+    ends = zip(own[::-1], shape[::-1], strict=False)
+    return len(own) <= len(shape) and own[-1] == shape[-1] and all(a in (1, b) for a, b in ends)
+
+
+def _check_warm_start(plan: TransportPlan, cost: Tensor) -> None:
+    if not isinstance(plan, TransportPlan):
+        raise ValueError(f"warm_start: expected the TransportPlan of a similar problem, got {checks.describe(plan)}")
+    for name, x, shape in (("flow", plan.flow, cost.shape), ("v", plan.v, (*cost.shape[:-2], cost.shape[-1]))):
+        checks.tensor(f"warm_start.{name}", x, "[...]")
+        if not x.dim() or not _expands(x, tuple(shape)):
+            raise ValueError(f"warm_start.{name}: expected shape {list(shape)}, as of cost, got {list(x.shape)}")
+    checks.same_device(**{"cost": cost, "warm_start.flow": plan.flow, "warm_start.v": plan.v})
+
+
+def _check_attention(rule: CostAttention) -> None:
+    if not isinstance(rule, CostAttention):
+        raise ValueError(f"attention: expected a CostAttention, got {checks.describe(rule)}")
+    checks.positive("attention.temperature", rule.temperature)
+    for name in ("inverse_cost", "product_of_sums", "joint", "double_softmax"):
+        checks.flag(f"attention.{name}", getattr(rule, name))

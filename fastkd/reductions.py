@@ -1,0 +1,76 @@
+"""Masks, reductions and token counts: the only place that knows them.
+
+Kernels and references return one value per row or group; everything here happens on the device, without a look at it.
+"""
+
+import torch
+from torch import Tensor
+
+from fastkd import checks
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """1 counts. Any dtype a tokenizer may give: bool, integers, floats."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"mask: expected a tensor where 1 counts, got {checks.describe(mask)}")
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def counted_rows(mask: Tensor | None, labels: Tensor | None, ignore_index: int, shape) -> Tensor | None:
+    """Which rows count: those with mask 1 whose label is not `ignore_index`; None if all do."""
+    checks.mask("mask", mask, shape, "[...]")
+    checks.mask("labels", labels, shape, "[...]")
+    if labels is not None and not (isinstance(ignore_index, int) and abs(ignore_index) < 2**63):
+        raise ValueError(f"ignore_index: expected a whole number, got {checks.describe(ignore_index)}")
+    counted = as_bool(mask)
+    if labels is None:
+        return counted
+    labelled = labels != ignore_index
+    return labelled if counted is None else counted & labelled
+
+
+def reduce(rows: Tensor, counted: Tensor | None, reduction: str, weights: Tensor | None = None) -> Tensor:
+    """Mean over the rows that count (weighted: sum(w row) / sum(w)), their sum, or the rows with 0 where nothing counts.
+
+    No row counts: 0, with a graph behind it, never NaN.
+    """
+    if counted is not None:
+        rows = torch.where(counted, rows, 0.0)
+    if weights is not None:
+        weights = weights.to(rows.dtype)
+        rows = rows * weights
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    if weights is not None:
+        mass = weights if counted is None else torch.where(counted, weights, 0.0)
+        total = mass.sum()
+        return rows.sum() / torch.where(total == 0, 1.0, total)
+    if counted is None:
+        return rows.mean() if rows.numel() else rows.sum()
+    return rows.sum() / counted.sum().clamp_min(1)
+
+
+def row_weights(counted: Tensor | None, reduction: str, weights: Tensor | None, like: Tensor) -> Tensor | None:
+    """w [N] with sum w row = what `reduce` returns, where that is one number; None for "none"."""
+    if reduction == "none":
+        return None
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    w = torch.ones(like.shape[:-1], dtype=dtype, device=like.device) if weights is None else weights.to(dtype)
+    if counted is not None:
+        w = torch.where(counted, w, 0.0)
+    if reduction == "mean":
+        total = w.sum()
+        w = w / torch.where(total == 0, 1.0, total)
+    return w.reshape(-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Mean of x [B, S, ...] over the tokens of axis `dim` that count; 0 where none does."""
+    if mask is None:
+        return x.mean(dim)
+    keep = as_bool(mask).reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))  # [B, S, 1]
+    return torch.where(keep, x, 0.0).sum(dim) / keep.sum(dim).clamp_min(1)

@@ -1,0 +1,338 @@
+"""`fastkd profile`: every part of a step is where it belongs, the parts add up, and the authors' way computes our number."""
+
+import time
+from typing import ClassVar
+
+import pytest
+import torch
+
+import fastkd
+import tiny  # noqa: F401  first: it tells transformers to stay offline
+from cases import randn
+
+pytest.importorskip("transformers")
+
+from fastkd.profile import authors, implementations, models, results, session, timeline
+from fastkd.profile.timeline import Step, Timeline
+from fastkd.train.methods import METHODS
+
+CPU = torch.device("cpu")
+
+TINY = {
+    "bert": "bert-base:num_hidden_layers=4,hidden_size=48,num_attention_heads=4,intermediate_size=64,vocab_size=120",
+    "gpt2": "gpt2:n_layer=4,n_embd=48,n_head=4,vocab_size=120",
+}
+
+
+def steps_of(method: str, family: str = "bert", plan=None, **changes) -> list[Step]:
+    config = models.config_of(TINY[family])
+    task = models.task_for(method, config.model_type)
+    teacher, student = models.pair(TINY[family], True, "every:2", task)
+    data = models.tokens(teacher.config, task, 4, 12)
+    plan = plan or session.Plan(warm=0, timed=1, memory=1, trace=0)
+    options = {"batch": 4, "device": CPU, **changes}
+    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)[0]
+
+
+# The timeline -----------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def mark(self):
+        return self.now
+
+    def seconds(self, a, b):
+        return b - a
+
+    def wait(self):
+        pass
+
+
+def test_time_belongs_to_the_innermost_phase(monkeypatch):
+    line = Timeline(CPU)
+    line.clock = clock = FakeClock()
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: clock.now)
+
+    def spend(seconds):
+        clock.now += seconds
+
+    line.begin_step("fastkd", "time")
+    spend(1)
+    with line.phase("outer"):
+        spend(2)
+        with line.phase("inner"):
+            spend(4)
+        spend(8)
+        line.switch("inner", "never")  # not the phase of the moment
+        line.switch("outer", "tail")
+        spend(16)
+        line.switch("outer", "tail")  # a second time changes nothing
+    spend(32)
+    line.end()
+    (step,) = line.steps
+    assert step.seconds == {"trainer": 33, "outer": 10, "inner": 4, "tail": 16} and step.wall == 63
+
+
+def test_phases_outside_a_step_are_ignored():
+    line = Timeline(CPU)
+    with line.phase("before"):
+        pass
+    line.end()
+    assert line.steps == []
+
+
+class FakeRange:
+    """Ranges of a trace, as they open and close."""
+
+    said: ClassVar[list[str]] = []
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        self.said.append(f"({self.name}")
+
+    def __exit__(self, *_):
+        self.said.append(f"{self.name})")
+
+
+def test_ranges_follow_a_switch(monkeypatch):
+    """In torch.profiler and in Nsight: what the switch begins is a range of its own, and each closes in its turn."""
+    nvtx: list[str] = []
+    monkeypatch.setattr(FakeRange, "said", [])
+    monkeypatch.setattr(torch.profiler, "record_function", FakeRange)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", nvtx.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: nvtx.append("pop"))
+    line = Timeline(CPU)
+    line.nvtx = True
+    for mode in ("time", "trace"):
+        line.begin_step("fastkd", mode)
+        with line.phase("loss backward"), line.phase("inner"):
+            line.switch("loss backward", "too early")
+        with line.phase("loss backward"):
+            line.switch("loss backward", "student backward")
+            line.switch("loss backward", "student backward")
+    line.end()
+    assert FakeRange.said == ["(loss backward", "(inner", "inner)", "loss backward)",
+                              "(loss backward", "loss backward)", "(student backward", "student backward)"]  # fmt: skip
+    assert nvtx == ["loss backward", "inner", "pop", "pop", "loss backward", "pop", "student backward", "pop"]
+
+
+# A training run ---------------------------------------------------------------------------------------------------
+
+
+def sensible():
+    for name in METHODS:
+        for family in TINY:
+            if name in models.sensible_methods(family):
+                yield name, family
+
+
+SMALL = {"minilmv2": "minilmv2:relation_heads=4", "codir": "codir:nce_k=8"}
+
+
+@pytest.mark.parametrize(("name", "family"), sensible())
+def test_every_method_is_profiled(name, family):
+    """All three ways, and everything a step consists of has its phase."""
+    steps = steps_of(SMALL.get(name, name), family)
+    assert [(s.way, s.mode) for s in steps] == [
+        (way, mode) for mode in ("time", "memory") for way in implementations.WAYS
+    ]
+    for step in steps:
+        wanted = {"data", "teacher forward", "student forward", "loss backward", "student backward", "optimizer"}
+        assert wanted <= set(step.seconds), step
+        hot = [phase for phase in step.seconds if phase.startswith("loss: ") and phase != "loss: other"]
+        assert hot, "no loss term of its own"
+        assert all(seconds >= 0 for seconds in step.seconds.values())
+
+
+def test_the_parts_add_up_to_the_wall_time():
+    """Against a clock outside: from the start of training to its end, everything that Trainer does is somewhere."""
+    marks = []
+    begun, ended = session.Turns.on_train_begin, session.ProfiledTrainer._maybe_log_save_evaluate
+
+    def begin(self, *args, **kwargs):
+        begun(self, *args, **kwargs)
+        marks.append(time.perf_counter())
+
+    def last(self, *args, **kwargs):
+        marks.append(time.perf_counter())
+        return ended(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.Turns, "on_train_begin", begin)
+        patch.setattr(session.ProfiledTrainer, "_maybe_log_save_evaluate", last)
+        steps = steps_of("bert_emd + kd", plan=session.Plan(warm=0, timed=8, memory=0, trace=0))
+    outside = marks[-1] - marks[0]
+    parts = sum(sum(step.seconds.values()) for step in steps)
+    assert parts == pytest.approx(outside, rel=0.05)
+    assert results.accounted(steps) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("where", "phase"),
+    [
+        ("teacher", "teacher forward"),
+        ("student", "student forward"),
+        ("backward", "student backward"),
+        ("loss", "loss: divergence"),
+        ("loss backward", "loss backward"),
+        ("optimizer", "optimizer"),
+        ("data", "data"),
+    ],
+)
+def test_a_delay_shows_where_it_is(where, phase, monkeypatch):
+    """A quarter of a second of sleep in one place appears in its phase, and in no other; the shortest step counts, as this
+    machine may be busy with other things too."""
+    delay = 0.25
+    sleeping = lambda *_: time.sleep(delay)  # noqa: E731
+
+    class SlowGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(delay)
+            return grad
+
+    pair, tokens = models.pair, models.tokens
+
+    def slowed(*args):
+        teacher, student = pair(*args)
+        if where == "teacher":
+            teacher.register_forward_pre_hook(sleeping)
+        if where == "student":
+            student.register_forward_pre_hook(sleeping)
+        if where == "backward":
+            next(student.parameters()).register_hook(sleeping)
+        return teacher, student
+
+    def slow_tokens(*args):
+        data = tokens(*args)
+        if where == "data":
+            data.__getitems__ = lambda rows: time.sleep(delay) or [data[row] for row in rows]  # a loader asks for these
+        return data
+
+    def divergence(student, *args, _original=fastkd.functional.divergence, **options):
+        if where == "loss":
+            time.sleep(delay)
+        return _original(SlowGradient.apply(student) if where == "loss backward" else student, *args, **options)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(models, "pair", slowed)
+    monkeypatch.setattr(models, "tokens", slow_tokens)
+    monkeypatch.setattr(fastkd.functional, "divergence", divergence)
+    if where == "optimizer":
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: time.sleep(delay) or step(self, *a, **k))
+    plan = session.Plan(ways=("fastkd",), warm=1, timed=4, memory=0, trace=0)
+    steps = [step for step in steps_of("kd:alpha=1.0", plan=plan) if step.mode == "time"]
+    phases = {name for step in steps for name in step.seconds}
+    found = {name: min(step.seconds.get(name, 0.0) for step in steps) for name in phases}
+    slow = [name for name, seconds in found.items() if seconds > 0.75 * delay]
+    assert len(slow) == 1 and slow[0].startswith(phase), found
+
+
+def test_a_traced_backward_has_one_thread(monkeypatch):
+    """Ranges are counted by thread, and on a GPU autograd has one of its own."""
+    found, backward = [], torch.Tensor.backward
+
+    def watched(*args, **kwargs):
+        found.append(torch._C._is_multithreading_enabled())
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    steps_of("kd", plan=session.Plan(ways=("fastkd",), warm=0, timed=1, memory=0, trace=1))
+    assert found == [True, False]
+
+
+def test_ours_are_put_back_and_two_stage_methods_distil():
+    before = {name: getattr(fastkd.functional, name) for name in implementations.HOT}
+    with implementations.Switchboard(Timeline(CPU)).installed():
+        assert all(getattr(fastkd.functional, name) is not function for name, function in before.items())
+    assert all(getattr(fastkd.functional, name) is function for name, function in before.items())
+    assert models.first_stage("fcd + kd:alpha=0.3") == "fcd:share=1.0 + kd:alpha=0.3"
+    assert models.first_stage("tinybert:share=0.5") == "tinybert:share=0.5"
+    with pytest.raises(ZeroDivisionError), implementations.Switchboard(Timeline(CPU)).installed():
+        raise ZeroDivisionError
+    assert all(getattr(fastkd.functional, name) is function for name, function in before.items())
+
+
+# The authors' way -------------------------------------------------------------------------------------------------
+
+
+def relation_pair(heads=2):
+    return [randn(2, heads, 5, 4, seed=i) for i in (1, 2)], [randn(2, heads, 5, 6, seed=i) for i in (3, 4)]
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+LOGITS = (randn(2, 5, 11, seed=1), randn(2, 5, 11, seed=2))
+HIDDEN = ([randn(2, 5, 6, seed=i) for i in (1, 2)], [randn(2, 5, 6, seed=i) for i in (3, 4, 5)])
+HEADS = tuple(
+    [(randn(2, h, 5, 4, seed=s + i), randn(2, 2, 5, 4, seed=s + 10 + i)) for i in range(n)]
+    for h, s, n in ((2, 1, 2), (4, 3, 3), (2, 6, 3))
+)
+NCE = {"n_data": 20, "temperature": 0.2, "z": 30.0}
+QUERY, BANK, INDEX = randn(4, 6, seed=1), randn(20, 6, seed=2), torch.arange(24).view(4, 6) % 20
+SAME = [
+    *[("divergence", LOGITS, {"kind": kind, "temperature": 2.0, "mask": MASK}) for kind in fastkd.checks.KINDS],
+    ("divergence", LOGITS, {"labels": torch.tensor([[1, -100, 2, 3, 4]] * 2), "t_squared": False}),
+    ("gram_correlation_loss", HIDDEN[0], {"level": "token"}),
+    ("gram_correlation_loss", HIDDEN[0], {"level": "sequence", "grouping": "official"}),
+    ("gram_correlation_loss", HIDDEN[0], {"level": "token", "pearson": "row", "normalize": False}),
+    ("gram_correlation_loss", (HIDDEN[0], HIDDEN[1][:2]), {"level": {"token": 0.5, "sequence": 2.0}}),
+    ("relation_kl_loss", relation_pair(), {"mask": MASK}),
+    ("relation_kl_loss", relation_pair(), {"causal": True, "heads": 1}),
+    ("layer_costs", HIDDEN, {"mask": MASK}),
+    ("layer_costs", HIDDEN, {"clamp": -0.3}),
+    ("attention_costs", (HEADS[0], HEADS[2]), {"mask": MASK}),
+    ("attention_costs", HEADS[:2], {"causal": True, "heads": "mean"}),
+    ("transport", (randn(3, 4, 5, seed=1).abs(),), {}),
+    ("nce_loss", (QUERY, BANK, INDEX), NCE),
+    ("nce_pair_loss", ((QUERY, QUERY.flip(0)), (BANK, BANK.flip(0)), INDEX),
+     {**NCE, "z": (torch.tensor(0.0), torch.tensor(30.0))}),
+    ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK), {"temperature": 0.3}),
+    ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK, INDEX), {"temperature": 0.3}),
+    ("linear_divergence", (randn(7, 6, seed=1), randn(9, 6, seed=2), randn(7, 5, seed=3), randn(12, 5, seed=4)),
+     {"vocab": torch.tensor([0, 2, 3, 4, 6, 7, 8, 10, 11]), "kind": "reverse_kl"}),
+]  # fmt: skip
+
+
+def leaf_of(x):
+    while isinstance(x, (list, tuple)):
+        x = x[0]
+    return x
+
+
+@pytest.mark.parametrize(("name", "args", "options"), SAME, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_authors_way_computes_our_number(name, args, options):
+    leaf = leaf_of(args[0]).requires_grad_()
+    found = []
+    for function, more in ((getattr(fastkd.functional, name), {"backend": "reference"}), (getattr(authors, name), {})):
+        value = function(*args, **options, **more)
+        value = value.value if name == "transport" else value[0] if name == "nce_pair_loss" else value
+        found.append((value.detach(), torch.autograd.grad(value.square().sum(), leaf)[0]))
+    leaf.requires_grad_(False)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs.float(), ours.float(), rtol=2e-4, atol=2e-5)
+
+
+def test_everything_the_authors_wrote_is_tried_above():
+    assert {name for name, _, _ in SAME} == set(authors.WRITTEN)
+
+
+# Models -----------------------------------------------------------------------------------------------------------
+
+
+def test_configs_by_name_are_what_they_say():
+    """Layers and width, as the models' cards give them."""
+    sizes = {
+        "bert-base": (12, 768), "bert-large": (24, 1024), "roberta-large": (24, 1024), "distilbert": (6, 768),
+        "modernbert": (22, 768), "gpt2": (12, 768), "llama-1b": (16, 2048), "llama-8b": (32, 4096), "qwen-0.5b": (24, 896),
+    }  # fmt: skip
+    configs = {name: models.config_of(name).get_text_config() for name in models.CONFIGS}
+    assert {name: (config.num_hidden_layers, config.hidden_size) for name, config in configs.items()} == sizes

@@ -1,0 +1,132 @@
+"""What a command writes never takes the place of anything: a teacher, another day's result, a stranger's file."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import tiny  # noqa: F401  first: it tells transformers to stay offline
+from fastkd import atomic_write
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("datasets")
+
+from fastkd.cli import demo, main
+from fastkd.train import report
+
+ROWS = [
+    {"name": name, "metric_name": "accuracy", "metric": quality, "parameters": n, "bytes": 4 * n, "latency": 1.0, "all": {}}
+    for name, quality, n in (("teacher", 0.9, 200), ("student", 0.8, 100))
+]  # fmt: skip
+HISTORY = {"student": [{"step": i, "loss": 1.0 / i} for i in (1, 2)]}
+WHOLE = {"title": "t", "rows": ROWS, "histories": HISTORY, "maps": [], "config": {}}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_report_is_whole_and_replaces_nothing(tmp_path):
+    page = report.write(tmp_path / "report", **WHOLE)
+    before = contents(tmp_path)
+    assert page.name in before and {"report.json", "comparison.png"} <= before.keys()
+    assert json.loads(before["report.json"])["title"] == "t" and b"data:image/png" in before["index.html"]
+    with pytest.raises(ValueError, match=r"report: .* holds comparison.png, .* nothing is written over"):
+        report.write(tmp_path / "report", **{**WHOLE, "title": "another"})
+    assert contents(tmp_path) == before
+
+
+def test_a_report_keeps_the_models(tmp_path):
+    class Saved:
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / "x").write_text("kept")
+
+    report.write(tmp_path / "report", **WHOLE, models={"teacher": Saved(), "student": Saved()}, tokenizer=Saved())
+    assert (tmp_path / "report/teacher/x").exists() and (tmp_path / "report/student/x").exists()
+
+
+def test_no_gain_is_shown_that_lies_within_its_noise(tmp_path):
+    alone = torch.tensor([1, 0, 1, 0] * 100) == 1
+    better, same = alone.clone(), alone.clone()
+    better[1:121:2] = True  # 60 of 400 rows are mended, and none is spoilt
+    same[[1, 3, 0]] = ~same[[1, 3, 0]]  # 2 are mended, 1 is spoilt
+    gain = report.paired_gain(alone, better)
+    assert gain == pytest.approx((15.0, 196 * (0.15 * 0.85 * 400 / 399) ** 0.5 / 20))
+    assert "+15.0 points" in report.verdict(gain, 400) and "a gain beyond the noise" in report.verdict(gain, 400)
+    within = report.paired_gain(alone, same)
+    assert "within the noise" in report.verdict(within, 400)
+    for shown, class_ in ((gain, "card warm"), (within, "card ")):
+        rows = [*ROWS, {**ROWS[1], "gain": shown}]
+        page = report.write(tmp_path / class_.strip().replace(" ", "-"), **{**WHOLE, "rows": rows}).read_text()
+        assert f"<div class='{class_}'><b>{shown[0]:+.1f} ± {shown[1]:.1f}</b>" in page
+
+
+def test_a_second_report_lies_beside_the_first(tmp_path):
+    (tmp_path / "report-3").mkdir()
+    for name in ("report", "report-2", "report-3", "report-4"):
+        assert atomic_write.vacant(tmp_path / "report") == tmp_path / name
+        report.write(tmp_path / name, **WHOLE)
+
+
+def test_a_report_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(tmp_path / "report", **WHOLE)
+    assert contents(tmp_path) == {} and report.draw(tmp_path, ROWS, HISTORY, [], "test")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--output", "mine"], "--output: mine holds index.html, and nothing is written over; choose a new folder"),
+        (["--output", "mine/index.html"], "--output: mine/index.html is no folder to write to (File exists)"),
+        (["--method", "kdd"], "there is no 'kdd'"),
+        (["--method", "glmd"], "glmd makes no sense for the task classification"),
+        (["--student-steps", "0"], "--student-steps: expected at least 1, got 0"),
+    ],
+)
+def test_the_demo_refuses_before_it_trains(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_texts", lambda: pytest.fail("it began to work"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index.html").write_text("my page")
+    assert main(["demo", *argv]) == 1
+    assert said in capsys.readouterr().err
+    assert contents(tmp_path / "mine") == {"index.html": b"my page"}
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path):
+    def fill():
+        with atomic_write.filling(tmp_path / "new", "--output") as scratch:
+            (scratch / "b").write_text("ours")
+            (tmp_path / "new" / "b").write_text("theirs")
+
+    with pytest.raises(ValueError, match="has got a b meanwhile"):
+        fill()
+    assert contents(tmp_path) == {"b": b"theirs"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+
+    def write(text, fails=0):
+        with atomic_write.replacing(path) as scratch:
+            scratch.write_text(text[:2] if fails else text)
+            assert path.read_text() == "old" and 1 / (1 - fails)
+
+    with pytest.raises(ZeroDivisionError):
+        write("new", fails=1)
+    assert contents(tmp_path) == {"x.csv": b"old"}
+    write("new")
+    assert contents(tmp_path) == {"x.csv": b"new"}
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match=r"out: .* is no folder to write to"):
+        atomic_write.probe(tmp_path / "locked" / "x", "out")

@@ -1,0 +1,237 @@
+"""`fastkd profile` as it is called: what it writes, what it refuses to write over, and what it says of mistakes."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import tiny  # noqa: F401  first: it tells transformers to stay offline
+
+pytest.importorskip("transformers")
+
+from fastkd.bench import machine
+from test_profile import TINY, steps_of
+
+from fastkd.cli import profile as command
+from fastkd.profile import implementations, models, plots, session, timeline
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # otherwise the process starts itself again
+    monkeypatch.setattr(machine, "load_before", lambda: 0.0)
+    monkeypatch.setattr(machine.LoadMeter, "stop", lambda self: 0.0)
+
+    def call(*argv):
+        code = command.main([*argv, "--out", str(tmp_path)])
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err, next(iter(tmp_path.iterdir()), None)
+
+    return call
+
+
+def test_the_command_writes_table_csv_json_picture_and_trace(cli):
+    pytest.importorskip("matplotlib")
+    asked = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--method", "kd,fcd")
+    code, out, _, folder = cli(*asked)
+    assert code == 0
+    for said in ("loss: gram_correlation_loss", "tokens/s", "the parts add up to", "all methods"):
+        assert said in out
+    rows = list(csv.DictReader((folder / "profile.csv").open()))
+    steps = [row for row in rows if row["phase"] == "step"]
+    assert [(row["method"], row["way"]) for row in steps] == [
+        (m, w) for m in ("kd", "fcd") for w in implementations.WAYS
+    ]
+    for row in steps:
+        assert float(row["share"]) == pytest.approx(1.0, abs=0.05) and 0 < float(row["loss_share"]) < 1
+        assert float(row["tokens_per_second"]) == pytest.approx(48e3 / float(row["median_ms"]), rel=1e-3)
+        assert float(row["peak_mib"]) > 10
+    assert json.loads((folder / "profile.json").read_text())["rows"] == rows
+    assert plots.plots.digest_of(rows).encode() in (folder / "profile.png").read_bytes()
+    (trace, *_) = sorted((folder / "traces").iterdir())
+    events: dict[str, list[tuple[float, float]]] = {}
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("cat") == "user_annotation":
+            events.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert {"teacher forward", "student forward", "optimizer"} <= events.keys()
+    for loss, student in zip(events["loss backward"], events["student backward"], strict=True):
+        assert loss[0] < loss[1] <= student[0] < student[1]
+    code, _, _, _ = cli(*asked[:-1], "kd", "--ways", "fastkd", "--no-trace")  # again: replaced, the rest kept
+    again = [row for row in csv.DictReader((folder / "profile.csv").open()) if row["phase"] == "step"]
+    assert code == 0 and [(row["method"], row["way"]) for row in again] == [
+        *(("fcd", w) for w in implementations.WAYS),
+        ("kd", "fastkd"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--from-config", "bert-bas"), "there is no 'bert-bas'; did you mean bert-base?"),
+        (("--from-config", "bert-base:layers=3"), "BertConfig has no 'layers'"),
+        (("--from-config", "bert-base:x"), "expected option=value after bert-base:"),
+        (("--from-config", "bert-base", "--length", "600"), "bert has 512 positions, so 600 tokens do not fit"),
+        (("--from-config", "bert-base", "--steps", "3"), "six at least"),
+        (("--from-config", "bert-base", "--ways", "liger"), "expected some of fastkd, reference, authors"),
+        (("--from-config", "bert-base", "--method", "jsd"), "jsd"),
+        (("--from-config", "bert-base", "--task", "cloze"), "expected classification, masked_lm or causal_lm"),
+        (("--from-config", "bert-base", "--batch", "0"), "expected at least 1×2"),
+        (("--from-config", "bert-base", "--threads", "-1"), "threads: expected at least 1"),
+        (("--from-config", "bert-base", "--device", "gpu"), "device: expected cpu or cuda, got 'gpu'"),
+        (("--from-config", "bert-base", "--device", "cuda:1"), "CUDA_VISIBLE_DEVICES says which GPU"),
+        (("--from-config", "bert-base", "--method", "kd,kdd"), "method: there is no 'kdd'"),
+        (("--from-config", "bert-base", "--student-layers", "0,9"), "9"),
+        (("--from-config", "bert-base:num_layers=3"), "did you mean num_hidden_layers?"),
+        (("--from-config", "bert-base:to_dict=3"), "BertConfig has no 'to_dict'"),
+        (
+            ("--from-config", "bert-base:num_hidden_layers=abc"),
+            "num_hidden_layers is a whole number such as 2, got 'abc'",
+        ),
+        (
+            ("--from-config", "bert-base:num_hidden_layers=2.5"),
+            "num_hidden_layers is a whole number such as 2, got '2.5'",
+        ),
+        (("--from-config", "bert-base:num_hidden_layers=true"), "num_hidden_layers is a whole number"),
+        (("--from-config", "bert-base:num_hidden_layers=0"), "num_hidden_layers is at least 1, got 0"),
+        (("--from-config", "bert-base:hidden_act=3"), "hidden_act is a word such as"),
+        (("--from-config", "bert-base:hidden_act=rleu"), "rleu"),
+        (("--from-config", "bert-base:hidden_size=15"), "15"),
+        (("--teacher", "no/such-folder"), "--from-config needs none"),
+    ],
+)
+def test_mistakes_are_named(argv, said, cli, monkeypatch):
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    monkeypatch.setitem(models.CONFIGS, "bert-base", ("bert", small))
+    code, out, err, folder = cli(*argv)
+    assert code == 2 and said in err and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("fastkd profile: ")
+    assert folder is None or not any(path.is_file() for path in folder.rglob("*"))
+
+
+SHORT = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--ways", "fastkd")
+
+
+def test_setups_and_their_traces_are_kept_apart(cli, monkeypatch):
+    facts, run, said = machine.facts, session.run, []
+    clocks = "550.54, 1980, 2619"
+    monkeypatch.setattr(
+        machine, "facts", lambda device: (said.append("clocks"), {**facts(device), "driver": clocks})[1]
+    )
+    monkeypatch.setattr(session, "run", lambda *args, **options: (said.append("steps"), run(*args, **options))[1])
+    assert cli(*SHORT)[0] == 0
+    code, _, _, folder = cli(*SHORT, "--length", "16", "--student-layers", "0")
+    rows = [row for row in csv.DictReader((folder / "profile.csv").open()) if row["phase"] == "step"]
+    assert code == 0 and [row["length"] for row in rows] == ["12", "16"]
+    assert {row["driver"] for row in rows} == {clocks} and said == ["steps", "clocks"] * 2  # as they are at work
+    assert [row["model"] for row in rows] == [TINY["bert"], f"{TINY['bert']}, student 0"]
+    assert len([*(folder / "traces").iterdir()]) == 2
+    assert cli(*SHORT)[0] == 0 and len([*(folder / "traces").iterdir()]) == 2  # ours is replaced
+
+
+def test_out_is_looked_at_before_anything_is_measured(tmp_path, cli, monkeypatch, capsys):
+    monkeypatch.setattr(command, "profile", lambda *_: pytest.fail("it began to work"))
+    (tmp_path / "file").write_text("mine")
+    for out, said in (
+        ("file", "is no folder to write to"),
+        ("there", "profile.csv is not as `fastkd profile` writes it"),
+    ):
+        folder = tmp_path / out / machine.device_name(torch.device("cpu"))
+        if out == "there":
+            folder.mkdir(parents=True)
+            (folder / "profile.csv").write_text("name,amount\nbread,3\n")
+        assert command.main([*SHORT, "--out", str(tmp_path / out)]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine" and (
+        folder / "profile.csv"
+    ).read_text() == "name,amount\nbread,3\n"
+
+
+def test_a_busy_machine_is_said_and_not_published(cli, monkeypatch):
+    monkeypatch.setattr(machine, "load_before", lambda: 1.5)
+    code, out, _, folder = cli(*SHORT, "--no-trace")
+    assert code == 2 and "other processes used 1.50 cores before the run" in out and "pass --force" in out
+    assert "tokens/s" not in out and not [*folder.iterdir()]
+    code, out, _, folder = cli(*SHORT, "--no-trace", "--force")
+    assert code == 0 and "tokens/s" in out and not [*folder.iterdir()]
+    monkeypatch.setattr(machine, "load_before", lambda: 0.0)
+    monkeypatch.setattr(machine.LoadMeter, "stop", lambda self: 0.7)
+    code, out, _, folder = cli(*SHORT, "--no-trace")
+    assert code == 2 and "not published: kd: other processes used 0.70 cores while this was profiled" in out
+    assert not [*folder.iterdir()]
+
+
+def test_others_are_watched_during_the_timed_steps_only(monkeypatch):
+    """What compiles before them is ours, though in other processes."""
+    said = []
+
+    class Meter:
+        def __init__(self):
+            said.append("start")
+
+        def stop(self):
+            said.append("stop")
+            return 0.5
+
+    begin = timeline.Timeline.begin_step
+    monkeypatch.setattr(machine, "LoadMeter", Meter)
+    monkeypatch.setattr(
+        timeline.Timeline, "begin_step", lambda self, way, mode: (said.append(mode), begin(self, way, mode))
+    )
+    plan = session.Plan(ways=("fastkd",), warm=1, timed=2, memory=1, trace=0)
+    steps_of("kd", plan=plan)
+    assert said == ["warm", "start", "time", "time", "stop", "memory"]
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("kd", ["kd"]),
+        ("kd,fcd", ["kd", "fcd"]),
+        ("kd:alpha=0.5,weight=2,fcd", ["kd:alpha=0.5,weight=2", "fcd"]),
+        ("kd, fcd:share=0.5, kd + fcd:share=1.0,weight=2 + bert_emd, kd", ["kd", "fcd:share=0.5",
+                                                                           "kd + fcd:share=1.0,weight=2 + bert_emd"]),
+    ],
+)  # fmt: skip
+def test_methods_by_comma(text, methods):
+    options = command.parser().parse_args(["--from-config", "bert-base", "--method", text])
+    assert command.methods_of(options, "bert") == methods
+
+
+def test_all_methods_that_make_sense(cli, monkeypatch):
+    """One that fails is named at the end, the others are kept."""
+    profile = command.profile
+
+    def some(arguments, setup, *more):
+        if setup["method"] == "kd":
+            raise RuntimeError("out of memory\nat length")
+        return profile(arguments, setup, *more)
+
+    monkeypatch.setattr(command, "profile", some)
+    monkeypatch.setattr(models, "sensible_methods", lambda family: ["fcd", "kd"])
+    code, out, _, folder = cli(*SHORT, "--method", "all", "--no-trace")
+    assert code == 0 and out.endswith("left out: kd: out of memory\n")
+    assert cli(*SHORT, "--method", "fcd,kd", "--no-trace")[0] == 2  # it was asked for by name
+    assert {row["method"] for row in csv.DictReader((folder / "profile.csv").open())} == {"fcd"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(cli):
+    code, _, err, _ = cli("--from-config", "bert-base", "--device", "cuda")
+    assert code == 2 and "torch finds no CUDA device here" in err
+
+
+@pytest.mark.long
+def test_with_torch_compile(cli):
+    asked = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--compile", "--no-trace")
+    code, out, _, folder = cli(*asked)
+    assert code == 0 and "compiled" in out
+    rows = list(csv.DictReader((folder / "profile.csv").open()))
+    assert {row["compiled"] for row in rows} == {"True"}
+    assert {"student backward", "loss backward"} <= {row["phase"] for row in rows}

@@ -1,0 +1,101 @@
+"""gram's tests notice sabotage: every mutant of every form is killed by each of the checks that guard the form's precision.
+
+(Its 1 - rho near convergence is held to an absolute 1e-6, so that it is no Subject of test_sabotage.py.)
+"""
+
+import pytest
+import test_gram_at_once
+import test_gram_features
+import test_gram_kernels
+import torch
+from test_gram_kernels import on_every_kernel
+from test_sabotage import Corrupt
+
+from fastkd.ops import gram as ops
+
+
+def one_tile_dropped(x):
+    middle = x.shape[1] // 2
+    x[-1, middle : middle + max(x.shape[1] // 8, 1)] = 0
+    return x
+
+
+def one_group_dropped(x):
+    x[0] = 0
+    return x
+
+
+MUTANTS = {
+    "zeroed": lambda x: x * 0,
+    "sign flipped": lambda x: -x,
+    "scaled by 1 %": lambda x: x * 1.01,
+    "one tile dropped": one_tile_dropped,
+    "one group dropped": one_group_dropped,
+}
+BOTH, OFFICIAL = ["token", "sequence"], ["token", "official"]
+UNEVEN = "every value its own"
+GRADIENT = {
+    "whole groups, token": lambda b: test_gram_kernels.test_float32_in_the_ordinary_range(b, "token"),
+    "whole groups, sequence": lambda b: test_gram_kernels.test_float32_in_the_ordinary_range(b, "sequence"),
+    "outlier dimensions": lambda b: test_gram_kernels.test_outlier_dimensions(b, "token", 200.0),
+    "long groups": lambda b: test_gram_kernels.test_long_groups(b, 513, (650, 700), False, torch.float32),
+    "features": lambda b: test_gram_features.test_float32(b, (2, 200, 24, 32), True),
+    "features, outlier dimensions": lambda b: test_gram_features.test_outlier_dimensions(b, True, 200.0),
+}
+AT_ONCE = {
+    "both levels": (BOTH, False, True, "as was likely"),
+    "both levels, scaled": (BOTH, False, True, "likely times a scale"),
+    "both levels, made again": (BOTH, False, True, UNEVEN),
+    "row by row": (BOTH, True, True, "as was likely"),
+    "row by row, made again": (BOTH, True, True, UNEVEN),
+    "official": (OFFICIAL, False, False, "as was likely"),
+    "official, made again": (OFFICIAL, False, False, UNEVEN),
+}
+
+
+@pytest.fixture
+def sabotage(monkeypatch):
+    """sabotage(where, how): from now on float32 losses or gradients are wrong; the float64 oracle stays itself."""
+    whole = ops.gram
+
+    def install(where, how):
+        def gram(students, *rest):
+            if students[0].dtype == torch.float64:
+                return whole(students, *rest)
+            if where == "gradient":
+                return whole([Corrupt.apply(s, how) for s in students], *rest)
+            values, valid = whole(students, *rest)
+            return [x + (how(x.detach().clone()) - x.detach()) for x in values], valid
+
+        monkeypatch.setattr(ops, "gram", gram)
+
+    return install
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("check", GRADIENT)
+@on_every_kernel
+def test_no_wrong_gradient_survives(backend, check, mutant, sabotage):
+    GRADIENT[check](backend)
+    sabotage("gradient", MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        GRADIENT[check](backend)
+
+
+@pytest.mark.skipif("cpu" not in ops.KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("check", AT_ONCE)
+def test_no_wrong_gradient_made_at_once_survives(check, mutant, sabotage):
+    test_gram_at_once.test_any_upstream(*AT_ONCE[check], torch.float32)
+    sabotage("gradient", MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        test_gram_at_once.test_any_upstream(*AT_ONCE[check], torch.float32)
+
+
+@pytest.mark.parametrize("mutant", [name for name in MUTANTS if name != "one tile dropped"])
+@pytest.mark.parametrize("check", GRADIENT)
+@on_every_kernel
+def test_no_wrong_loss_survives(backend, check, mutant, sabotage):
+    sabotage("loss", MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        GRADIENT[check](backend)
