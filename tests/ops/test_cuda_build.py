@@ -21,7 +21,6 @@ LIMITS = {"probe": (64, 0), "transport": (96, 0)}
 
 ONLY_CUDA = """
 import runpy, setuptools, sys
-from cases import ROOT
 setup = setuptools.setup
 setuptools.setup = lambda **k: setup(**k | {"ext_modules": [e for e in k["ext_modules"] if e.name == "fastkd._cuda"]})
 sys.argv = ["setup.py", "build_ext", "--build-temp", sys.argv[1] + "/objects", "--build-lib", sys.argv[1]]
