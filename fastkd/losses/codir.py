@@ -117,7 +117,7 @@ class CoDIRLoss(nn.Module):
         self, f_s: Tensor | list, f_t: Tensor | list, idx: Tensor, contrast_idx: Tensor | None = None, *, mask=None
     ) -> Tensor:
         """idx [B]: ids of the examples. contrast_idx [B, K + 1]: idx and K negatives; drawn here when None."""
-        f_s, f_t = self._features("f_s", f_s, mask), self._features("f_t", f_t, mask)
+        f_s, f_t = self.pooled("f_s", f_s, mask), self.pooled("f_t", f_t, mask)
         checks.frozen("f_t", f_t)
         idx, contrast_idx = self._indices(f_s, f_t, idx, contrast_idx)  # [B], [B, K + 1]
         v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)  # [B, feat_dim]
@@ -141,10 +141,11 @@ class CoDIRLoss(nn.Module):
             v_t, v_s, everyone, temperature=self.nce_t, exclude=(own, ids), backend=self.backend
         )
 
-    def _features(self, name: str, x, mask) -> Tensor:
+    def pooled(self, name: str, x, mask) -> Tensor:
+        """Of a layer [B, S, D] the [CLS] token or the mean over the real ones, [B, D]; of a list of layers, side by side."""
         if isinstance(x, (list, tuple)):
             checks.layers(name, x)
-            return torch.cat([self._features(f"{name}[{i}]", layer, mask) for i, layer in enumerate(x)], dim=-1)
+            return torch.cat([self.pooled(f"{name}[{i}]", layer, mask) for i, layer in enumerate(x)], dim=-1)
         if not isinstance(x, Tensor) or x.dim() != 3:
             checks.tensor(name, x, "[B, D]")
             return x

@@ -46,7 +46,7 @@ class DistilBERTLoss(nn.Module):
         loss = self.alpha_kl * functional.divergence(
             student_logits, teacher_logits, temperature=self.temperature, mask=mask, backend=self.backend
         )
-        loss = loss + self.alpha_cosine * _cosine_distance(student_hidden, teacher_hidden, mask)
+        loss = loss + self.alpha_cosine * cosine_distance(student_hidden, teacher_hidden, mask)
         if labels is None:
             return loss
         return loss + self.alpha_mlm * hard_cross_entropy(student_logits, labels, mask, self.ignore_index)
@@ -55,7 +55,8 @@ class DistilBERTLoss(nn.Module):
         return f"temperature={self.temperature}"
 
 
-def _cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """1 - cos of the states [..., D], the mean over the real tokens."""
     counted = reductions.as_bool(mask)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     student, teacher = student.to(dtype), teacher.to(dtype)

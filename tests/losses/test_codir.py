@@ -228,8 +228,8 @@ def test_cls_pooling_under_padding():
     loss = CoDIRLoss(6, 6, 5, feat_dim=3, nce_k=2)
     x = randn(2, 4, 6, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert torch.equal(loss._features("f_s", x, None), x[:, 0])
-    assert torch.equal(loss._features("f_s", x, mask), torch.stack([x[0, 2], x[1, 0]]))
+    assert torch.equal(loss.pooled("f_s", x, None), x[:, 0])
+    assert torch.equal(loss.pooled("f_s", x, mask), torch.stack([x[0, 2], x[1, 0]]))
 
 
 def test_crd_flattens_feature_maps():

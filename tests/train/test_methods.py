@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def test_each_term_changes_the_result(name, term, tmp_path, monkeypatch):
         trainer.train()
         ends.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert (ends[0] - ends[1]).abs().max() > 1e-7
+
+
+def test_codir_takes_the_first_real_token():
+    """Which under left padding is not the first token."""
+    side = Side("bert", 4, 16, 4, 4)
+    method = build("codir:nce_k=3,feat_dim=8,negatives=uniform", Setup(side, side, "masked_lm", 8)).eval()
+    hidden, found = torch.randn(2, 5, 3, 6, 16, generator=torch.Generator().manual_seed(0)), []
+    for shift in (0, 2):  # tokens of padding at the left
+        student, teacher = (SimpleNamespace(hidden=tuple(x.roll(shift, 2))) for x in hidden)
+        mask = torch.arange(6).ge(shift) & torch.arange(6).lt(4 + shift)
+        batch = SimpleNamespace(
+            student=student, teacher=teacher, mask=mask.expand(3, 6), ids=torch.tensor([1, 4, 6]), advance=True,
+            hard=lambda: torch.zeros(()), soft=lambda _: torch.zeros(()),
+        )  # fmt: skip
+        torch.manual_seed(1)
+        found.append(method.methods["codir"](batch)["contrast"].value)
+    assert torch.equal(*found) and found[0] > 0
 
 
 def test_methods_combine_with_weights(tmp_path):

@@ -12,8 +12,6 @@ is relative to their means, so it is the released one divided by B.
 
 import torch
 
-from fastkd import reductions
-
 from .base import Method, Setup, Term
 
 
@@ -55,8 +53,8 @@ class CoDIR(Method):
     def forward(self, batch):
         if batch.ids is None:
             raise ValueError("codir: needs to know which example is which; the batch lost its example_id")
-        student = self._sentences(batch.student.hidden[1:], batch.mask)
-        teacher = self._sentences(batch.teacher.hidden[1::2], batch.mask)
+        student = self.loss.pooled("student", batch.student.hidden[1:], batch.mask)
+        teacher = self.loss.pooled("teacher", batch.teacher.hidden[1::2], batch.mask)
         whole_step = batch.advance and not self.seen
         self.loss.train(self.training and whole_step)
         contrast = self.loss(student, teacher, batch.ids)
@@ -67,11 +65,6 @@ class CoDIR(Method):
             "soft": Term(batch.soft(self.temperature), self.beta),
             "contrast": Term(contrast.squeeze(), self.crd),
         }
-
-    def _sentences(self, hidden, mask):
-        """[B, layers · D]: of every layer the first token, or the mean over the real ones."""
-        pooled = [x[:, 0] if self.loss.pool == "cls" else reductions.masked_mean(x.float(), mask, 1) for x in hidden]
-        return torch.cat(pooled, -1)
 
     @torch.no_grad()
     def _remember(self, student, teacher, batch) -> None:
