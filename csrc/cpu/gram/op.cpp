@@ -8,18 +8,19 @@
 // meets a rounding. (bfloat16 rows are multiplied as they are instead, since v is not a bfloat16: <x_i, x_j> / |x_i|
 // |x_j| - |c|², exact products and float32 sums, no worse than float32 arithmetic on them.)
 //
-//     rho = <P, Q> / (ab + eps), a = |P|, b = |Q|:   d(1 - rho)/dP = W = -Q / den + <P, Q> b / (a den²) P
+//     rho = <P, Q> / (ab + eps), a = |P|, b = |Q|:   d(1 - rho)/dP = W = -(Q - k P) / den, k = <P, Q> b / (a den)
 //     d/du_i = sum_j G[i, j] u_j = sum_j G[i, j] v_j + (sum_j G[i, j]) c,   G = W + Wᵀ
 //
 // and along the sphere (d/dx is what is orthogonal to u, over |x|) c = u_i - v_i counts as -v_i, small again. Row by
-// row (gram/row_stats.h) a, b and the means are those of row i, and so are the two factors in W[i, j].
+// row (gram/row_stats.h) a, b and the means are those of row i, and so are den and k in W[i, j]. Near a correlation of
+// 1 or -1 little is left of Q - k P, so k has the digits of two floats.
 //
-// W depends on nothing outside its group but a factor, so the gradient is made in the forward, while P and Q are there:
-// for the upstream that is likely, where the caller knows one, else for upstream 1. Recomputing P and Q would be twice
-// the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that thread's
-// scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads share the group
-// (gram/tiled.h); where rows outnumber features, the Gram of the features says the same (gram/features.h). Sums are in
-// an order that depends on shapes only.
+// Apart from the upstream factor, W depends on its own group only. The gradient is therefore made in the forward, while
+// P and Q are there, for the expected upstream where the caller names one, else for 1: recomputing P and Q would be
+// twice the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that
+// thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads share
+// the group (gram/tiled.h); where there are more rows than features, and more than kFewRows, the Gram of the features
+// gives the same sums (gram/features.h). Sums are in an order that depends on shapes only.
 #include <tuple>
 
 #include "cpu/gram/features.h"
