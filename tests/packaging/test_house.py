@@ -15,8 +15,9 @@ from fastkd import backends
 HOT_PATHS = [
     *(ROOT / "fastkd/ops").glob("*.py"),
     *(ROOT / "fastkd/losses").glob("*.py"),
-    *(ROOT / "kernels").glob("*.py"),
-    *(ROOT / "fastkd/functions").glob("*.py"),
+    *(ROOT / "kernels").rglob("*.py"),
+    *(ROOT / "fastkd/functional").glob("*.py"),
+    ROOT / "fastkd/vocab/alignment.py",
 ]
 SYNCHRONISING = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 
