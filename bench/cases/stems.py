@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from fastkd.bench.cases.case import Case, Gemm, Inputs, Work, functional, normal, stem
-from fastkd.bench.cases.contrast import (  # noqa: F401  (others say cases.x)
+from fastkd.bench.cases.contrast import (  # noqa: F401  (others say stems.x)
     batch_case,
     contrast_cases,
     gather_case,

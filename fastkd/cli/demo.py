@@ -156,15 +156,12 @@ def _train(options, work: Path, tokenizer, sets):
 
     names = {0: "negative", 1: "positive"}
     config = {"num_labels": 2, "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    config |= {
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }  # in half an epoch nothing is overfitted
+    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)  # it takes time
     set_seed(0)
     pretrained = AutoModelForSequenceClassification.from_pretrained(_model_folder(), **config)
     pretrained.base_model.embeddings.requires_grad_(False)  # half of the weights, and they have seen enough text
     teacher = copy.deepcopy(pretrained)
-    teacher.base_model.encoder.layer[:2].requires_grad_(False)  # a fifth of a step's time, and little of the accuracy
+    teacher.base_model.encoder.layer[:2].requires_grad_(False)  # no backward there: it takes time
     trainer = _trainer(work, tokenizer, sets, teacher, None, steps=options.teacher_steps, title="1/3 teacher")
     trainer.train()
     models, histories, maps = {"teacher": teacher}, {"teacher": trainer.state.log_history}, []

@@ -34,7 +34,7 @@ def total(x):
 def log_ratio(x, p, log_p, q, log_q, total=total, largest=lambda x: x.amax(-1, keepdim=True)):
     """(log q - log p, where it keeps its digits [.., 1]) of x = student - teacher less any number per row: y - log1p(sum p
     expm1(y)), y = x less about its mean under p. total and largest are over the vocabulary, wherever it lies."""
-    silent = (p == 0) & (q == 0)  # tokens that neither side can say
+    silent = (p == 0) & (q == 0)  # tokens of probability 0 on both sides
     x = x.masked_fill(silent, 0)
     y = (x - total((p * x.clamp(-1, 1)).detach())).masked_fill(silent, 0)
     rise = total(p * y.clamp(max=60).expm1())  # log1p of it is the difference of the two log-sum-exps

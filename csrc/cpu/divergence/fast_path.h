@@ -3,7 +3,7 @@
 // first cache; every chunk has maxima of its own, so that nothing waits for those of the row.
 //
 // Subtracting q from p is safe here only because they differ. A row where that would lose digits is refused, and
-// divergence/op_isa.cpp takes the careful way. Only for divergence/op_isa.cpp, which has `sweep`.
+// divergence/op_isa.cpp takes the accurate path. Only for divergence/op_isa.cpp, which has `sweep`.
 #pragma once
 
 namespace {

@@ -36,7 +36,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kWhole = 512;
-constexpr int64_t kFewRows = 320;  // near convergence, gradients by features have larger errors there than eager's
+constexpr int64_t kFewRows = 320;  // up to here, gradients by features are less accurate than eager's near convergence
 enum Level : int64_t { kToken, kSequence, kOfficial };
 
 // What an op was asked for, whatever the pair.

@@ -19,8 +19,8 @@ struct GramRow {
 //
 //     W[i, j] = of_q[i] (q - (high[i] + low[i]) p + rest[i])
 //
-// the part of q that is not along p. Where nearly nothing is left of it, the digits that count are in `low` and in
-// `rest`, which is what the means lost when they were rounded.
+// the component of q orthogonal to p. Where it is nearly 0, its digits come from `low` and from `rest`, which is what
+// the means lost when they were rounded.
 struct GramLines {
   float *of_q, *high, *low, *rest, *mean_p, *mean_q;
   GramLines from(int64_t i) const { return {of_q + i, high + i, low + i, rest + i, mean_p + i, mean_q + i}; }

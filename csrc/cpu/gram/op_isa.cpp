@@ -104,7 +104,7 @@ void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64
   sums[2] += sum_lanes(pq);
 }
 
-// In doubles: the gradient is what is left of q beside p, and may be much smaller than these sums.
+// In float64: the gradient is the component of q orthogonal to p, and may be much smaller than these sums.
 GramMoments line(const float* p, const float* q, int64_t columns) {
   const int64_t whole = columns / kLanes * kLanes;
   const auto each = [&](float fill_p, float fill_q, const auto& add) {

@@ -200,8 +200,8 @@ struct Side {
     }
   }
 
-  // Whether rounding is no smaller with c taken away: of length |u|, a row's error is |c| / |u| with, and |c| / |v|
-  // without, and to add <c, v> up again costs some of it.
+  // Whether centring does not reduce the rounding error of the Gram's rows: for rows of length |u| it is about |c| /
+  // |u| with c subtracted and |c| / |v| without; the factor 2 is for the rounding of <c, v>, which is added back.
   bool short_rows(int64_t n, double others) const {
     double all = 0, inverse = 0;
     for (int64_t i = 0; i < n; ++i) {
