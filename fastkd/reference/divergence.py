@@ -60,6 +60,8 @@ def compare(p, q, d, log_p, kind, beta, alpha, far=False):
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m, mix(d, beta, 1 - beta)) + (1 - beta) * kl(q, m, mix(-d, 1 - beta, beta))
     if kind == "tvd":
-        direct = (d > 1) | (far & (p < 0.5))  # far: d has the error of log p, which is large where p is small
+        # expm1(d) - its derivative is computed as expm1(d) + 1 - is for d about 0; where `far`, d has the error of log p,
+        # which is large where p is small.
+        direct = (d.abs() > 1) | (far & (p < 0.5))
         return torch.where(direct, (q - p).abs(), p * d.clamp(max=2).expm1().abs()).sum(-1) / 2
     return kl(p, q, d) - ((p * log_p.masked_fill(p == 0, 0)).sum(-1) if kind == "soft_ce" else 0)
