@@ -1,8 +1,9 @@
 """gram in Triton against float64: on a GPU where there is one, else in the interpreter (test_triton_interpreted.py starts it)."""
 
 import pytest
+import test_gram_kernels
 import torch
-from test_gram_kernels import anisotropic, as_released, rows
+from test_gram_kernels import anisotropic, as_released
 
 from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd import backends, functional
@@ -29,7 +30,7 @@ def run(student, teacher, backend="triton", mask=None, **options):
     student, teacher = student.to(DEVICE), teacher.to(DEVICE)
     mask = None if mask is None else mask.to(DEVICE)
     options = {"level": "token", "mask": mask, **options}
-    value, (grad,) = gradients(lambda s: rows(s, teacher, backend, **options), student)
+    value, (grad,) = gradients(lambda s: test_gram_kernels.rows(s, teacher, backend, **options), student)
     return value.cpu(), grad.cpu()
 
 
