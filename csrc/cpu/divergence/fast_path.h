@@ -22,6 +22,7 @@ struct Part {
 struct Apart {
   bool refused;
   double kl, entropy;  // entropy of p, if asked for
+  double between;      // T (logsumexp(s / T) - logsumexp(t / T)) as far as the row was read; NaN if it was not
 };
 
 // Smallest and largest of a chunk of s, largest of t.
@@ -89,11 +90,14 @@ inline double kl_of(const Part& row) {
   return kl > kApart && kl > 0.25 * (std::fabs(kappa) + std::fabs(mean)) ? kl : -1;
 }
 
+inline Apart refuse(const Part& row, double inverse_temperature) {
+  return {true, 0, 0, double(row.max_s) - row.max_t + std::log(row.sum_s / row.sum_t) / inverse_temperature};
+}
+
 // grad (or null) = (q - p) * scale. `scratch` holds apart_scratch(columns) floats, wherever there is a gradient.
 template <bool kEntropy, bool kGradient>
 Apart apart(const float* s, const float* t, int64_t columns, float inverse_temperature, float scale, float* grad,
             float* scratch, DivergenceStats* stats) {
-  const Apart refused = {true, 0, 0};
   const float per_two = inverse_temperature * kLog2E;
   float* maxima = scratch + columns;  // of s and t, per chunk
   Part row = {-kInfinity, -kInfinity, 0, 0, 0, 0};
@@ -103,17 +107,18 @@ Apart apart(const float* s, const float* t, int64_t columns, float inverse_tempe
     float low_s;
     extremes(s, t, begin, end, &low_s, &part);
     // Words that the student all but excludes make exponentials of 0, and the logarithms are then not in them.
-    if (!((low_s - part.max_s) * per_two > -150.f) || !(part.max_t > -kInfinity)) return refused;
+    if (!((low_s - part.max_s) * per_two > -150.f) || !(part.max_t > -kInfinity))
+      return refuse(row, inverse_temperature);
     exponentials<kEntropy, kGradient>(s, t, begin, end, per_two, grad, scratch, &part);
     if (kGradient) maxima[2 * k] = part.max_s, maxima[2 * k + 1] = part.max_t;
     const Part before = row;
     row = {std::fmax(before.max_s, part.max_s), std::fmax(before.max_t, part.max_t), 0, 0, 0, 0};
     if (k > 0) add_part(before, inverse_temperature, &row);
     add_part(part, inverse_temperature, &row);
-    if (k == 0 && kl_of(row) < 0) return refused;  // most rows that are close say so at once
+    if (k == 0 && kl_of(row) < 0) return refuse(row, inverse_temperature);  // most rows that are close say so at once
   }
   const double kl = kl_of(row);
-  if (!(kl > 0)) return refused;
+  if (!(kl > 0)) return refuse(row, inverse_temperature);
   *stats = {row.max_s, row.max_t, float(row.sum_s), float(row.sum_t), float(std::log(row.sum_s / row.sum_t)), 0, 0};
   if constexpr (kGradient) {
     for (int64_t begin = 0, k = 0; begin < columns; begin += kPart, ++k) {
@@ -126,7 +131,7 @@ Apart apart(const float* s, const float* t, int64_t columns, float inverse_tempe
             [&](vfloat a, vfloat b, int64_t i, int count) { store_some(grad + i, a * of_s - b * of_t, count); });
     }
   }
-  return {false, kl, std::log(row.sum_t) - row.entropy / row.sum_t};
+  return {false, kl, std::log(row.sum_t) - row.entropy / row.sum_t, 0};
 }
 
 }  // namespace

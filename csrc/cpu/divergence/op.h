@@ -29,9 +29,12 @@ struct DivergenceGradient {
 };
 
 // A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^s, e^t, e^t
-// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Then of a second look at the row: the value, q and q (h - centre).
+// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Where `between` is known, about T (logsumexp(s / T) - logsumexp(t /
+// T)), max_s is max_t + between instead of the student's maximum: that makes c, and with it kappa, small. Then of a
+// second look at the row: the value, q and q (h - centre).
 struct DivergenceSums {
   float max_s = -__builtin_inff(), max_t = -__builtin_inff();
+  double between = __builtin_nan("");
   float top_t = 0;  // the teacher's logit where the student's is max_s
   double sum_s = 0, sum_t = 0, excess = 0, mean_c = 0, bregman = 0, entropy = 0;
   double value = 0, sum_q = 0, mean_h = 0;

@@ -157,9 +157,12 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
     row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
     if (row.max_s == -kInfinity) row.max_s = row.max_t;
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
+    const float top_s = row.max_s;
+    const double balanced = row.max_t + sums->between;
+    if (std::fabs(balanced - row.max_s) * options.inverse_temperature < 20) row.max_s = float(balanced);
     move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
-    row.exact = exact(row, row.max_t - sums->top_t);
+    row.exact = exact(row, (top_s - sums->top_t) - (row.max_s - row.max_t));
     by_exactness(row, [&](auto exact) {
       add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep, decltype(exact)::value>(
           row, s, t, columns, sums, gradient.out, gradient.scratch);
@@ -172,8 +175,8 @@ double kl_from(const DivergenceSums& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
   if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
+  if (shifted > 0.25 * bregman) return shifted;  // first: of the terms of mean_c, but not of bregman's, signs differ
   if (direct > 0.25 * (std::fabs(kappa) + std::fabs(mean_c))) return direct;
-  if (shifted > 0.25 * bregman) return shifted;
   return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
 }
 
@@ -259,8 +262,9 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
 float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                      DivergenceStats* stats, DivergenceGradient gradient) {
+                      DivergenceStats* stats, DivergenceGradient gradient, double between) {
   DivergenceSums sums;
+  sums.between = between;
   float value;
   gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
   const bool again = conclude(options, sums, stats, &value);
@@ -293,9 +297,9 @@ float forward(const float* s, const float* t, int64_t columns, DivergenceOptions
     const Apart x = quick(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
     if (!x.refused) return float(kEntropy ? x.kl + x.entropy : x.kl);
     const auto careful = gradient.out ? careful_forward<kKind, true> : careful_forward<kKind, false>;
-    return careful(s, t, columns, options, stats, gradient);
+    return careful(s, t, columns, options, stats, gradient, x.between);
   } else {
-    const float value = careful_forward<kKind, false>(s, t, columns, options, stats, gradient);
+    const float value = careful_forward<kKind, false>(s, t, columns, options, stats, gradient, NAN);
     if (gradient.out) backward<kKind>(s, t, columns, options, *stats, gradient.upstream, gradient.out);
     return value;
   }
