@@ -12,16 +12,6 @@ def eager(
     return divergence.eager(student, F.linear(teacher_hidden, teacher_head, teacher_bias), **options)
 
 
-def authors(student_hidden, student_head, teacher_hidden, teacher_head, *, student_bias=None, teacher_bias=None,
-            vocab=None, memory="speed", **options):  # fmt: skip
-    """As divergence.authors; the kept columns of the teacher's logits are gathered."""
-    student = F.linear(student_hidden, student_head, student_bias)
-    teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)
-    if vocab is not None:
-        teacher = teacher[..., getattr(vocab, "kept_ids", vocab).to(teacher.device)]
-    return divergence.authors(student, teacher, **options)
-
-
 HIDDEN = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
 
 
@@ -30,6 +20,5 @@ def eager_case(x: dict, options: dict):
 
 
 def authors_case(x: dict, options: dict):
-    return authors(
-        *(x[name] for name in HIDDEN), mask=x["student_hidden"].new_ones(len(x["student_hidden"])), **options
-    )
+    logits = {side: F.linear(x[f"{side}_hidden"], x[f"{side}_head"]) for side in ("student", "teacher")}
+    return divergence.authors_case(logits, options)

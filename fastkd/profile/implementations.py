@@ -5,6 +5,10 @@ import contextlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_map_only
 
 from fastkd import functional
 from fastkd.bench.baselines import RELEASED
@@ -13,7 +17,7 @@ from fastkd.train.batch import Batch
 from .timeline import Timeline
 
 WAYS = ("fastkd", "reference", "authors")
-HOT = (*RELEASED, "nce_partition", "sample_negatives", "unit_linear", "update_bank")
+HOT = (*RELEASED, "linear_divergence", "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 HARD = "hard labels"
 POT = importlib.util.find_spec("ot") is not None
 
@@ -27,15 +31,17 @@ def name_of(function: str, options: dict) -> str:
 
 
 def authors(name: str, args: tuple, options: dict) -> Callable | None:
-    """A call of what was released, or None where that does not know what is asked for."""
+    """A call of what was released, in float32 at least; None where that does not know what is asked for."""
     if name not in RELEASED or (name.startswith("transport") and not POT):
         return None
     given = {key: value for key, value in options.items() if key != "backend" and value is not None}
     try:
-        call = inspect.signature(RELEASED[name]).bind(*args, **given)
+        inspect.signature(RELEASED[name]).bind(*args, **given)
     except TypeError:
         return None
-    return lambda: RELEASED[name](*call.args, **call.kwargs)
+    half = (torch.float16, torch.bfloat16)
+    args, given = tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in half else x, (args, given))
+    return lambda: RELEASED[name](*args, **given)
 
 
 class Switchboard:
@@ -43,13 +49,12 @@ class Switchboard:
 
     def __init__(self, timeline: Timeline):
         self.timeline, self.way = timeline, WAYS[0]
-        self.ours = {name: getattr(functional, name) for name in HOT}
 
     def _routed(self, name: str) -> Callable:
-        ours = self.ours[name]
+        ours = getattr(functional, name)
 
         def call(*args, **options):
-            if self.timeline.now.startswith("loss: ") and self.timeline.now[6:].split(" (")[0] in self.ours:
+            if self.timeline.now.removeprefix("loss: ").split(" (")[0] in HOT:
                 return ours(*args, **options)  # a hot path within a hot path
             with self.timeline.phase(f"loss: {name_of(name, options)}"):
                 theirs = authors(name, args, options) if self.way == "authors" else None
@@ -67,12 +72,6 @@ class Switchboard:
             with self.timeline.phase(f"loss: {HARD}"):
                 return hard(batch)
 
-        for name in HOT:
-            setattr(functional, name, self._routed(name))
-        Batch.hard = timed_hard
-        try:
+        routes = {name: self._routed(name) for name in HOT}
+        with mock.patch.multiple(functional, **routes), mock.patch.object(Batch, "hard", timed_hard):
             yield self
-        finally:
-            Batch.hard = hard
-            for name, function in self.ours.items():
-                setattr(functional, name, function)

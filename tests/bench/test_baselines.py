@@ -42,8 +42,6 @@ CALLS = [
      {**NCE, "z": (torch.tensor(0.0), torch.tensor(30.0))}),
     ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK), {"temperature": 0.3}),
     ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK, INDEX), {"temperature": 0.3}),
-    ("linear_divergence", (randn(7, 6, seed=1), randn(9, 6, seed=2), randn(7, 5, seed=3), randn(12, 5, seed=4)),
-     {"vocab": torch.tensor([0, 2, 3, 4, 6, 7, 8, 10, 11]), "kind": "reverse_kl"}),
 ]  # fmt: skip
 
 
