@@ -96,9 +96,9 @@ def first_stage(method: str) -> str:
     """A method of two stages is profiled in the first, which is the one that distils."""
     spelled = []
     for name, options in parse(method):
-        if len(find(name).stages) > 1 and "share" not in options:
-            options = {**options, "share": 1.0}
-        spelled.append(name + (":" if options else "") + ",".join(f"{key}={value}" for key, value in options.items()))
+        first = {"share": 1.0} if len(find(name).stages) > 1 else {}
+        given = ",".join(f"{key}={value}" for key, value in {**first, **options}.items())
+        spelled.append(f"{name}:{given}".rstrip(":"))
     return " + ".join(spelled)
 
 

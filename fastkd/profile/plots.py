@@ -70,14 +70,12 @@ def bars(axes, rows: pd.DataFrame) -> None:
     y = [i + 0.9 * gap for i, gap in enumerate(pd.factorize(setups)[0])]
     for name, left in zip(ORDER, (parts.cumsum(axis=1) - parts).to_numpy().T, strict=True):
         axes.barh(y, parts[name], left=left, height=0.84, color=COLOURS[name], edgecolor="white", linewidth=0.5)
-    again = setups.duplicated()
-    whole = rows[rows["phase"] == STEP].set_index(["setup", "way"])
-    for at, key, same in zip(y, table.index, again, strict=True):
-        row = whole.loc[key]
-        beside = f" ({float(row.times_ours):.2f}×)" if same else ""
-        text = f"  {report.number(row['median'])} ms{beside}, loss {float(row.loss_share):.1%}"
-        axes.text(row["median"], at, text, va="center", fontsize=8)
-    labels = [way if same else f"{setup} · {way}" for setup, way, same in zip(setups, ways, again, strict=True)]
+    whole, labels = rows[rows["phase"] == STEP].set_index(["setup", "way"]).loc[table.index], []
+    for at, row, setup, way, again in zip(y, whole.itertuples(), setups, ways, setups.duplicated(), strict=True):
+        labels.append(way if again else f"{setup} · {way}")
+        beside = f" ({float(row.times_ours):.2f}×)" if again else ""
+        text = f"  {report.number(row.median)} ms{beside}, loss {float(row.loss_share):.1%}"
+        axes.text(row.median, at, text, va="center", fontsize=8)
     axes.set_yticks(y, labels, color=plots.INK)
     axes.set(ylim=(max(y) + 0.7, -0.7), xlim=(0, 1.32 * table[STEP].max()))
     axes.grid(False, axis="y")

@@ -35,9 +35,8 @@ def place(phase: str) -> tuple:
 
 
 def accounted(steps: Sequence[Step]) -> float:
-    """The parts' sum over the wall time, all timed steps together."""
-    timed = [step for step in steps if step.mode == "time"]
-    return sum(sum(step.seconds.values()) for step in timed) / sum(step.wall for step in timed)
+    """The parts' sum over the wall time, all steps together."""
+    return sum(sum(step.seconds.values()) for step in steps) / sum(step.wall for step in steps)
 
 
 def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
@@ -67,9 +66,6 @@ def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
 def spread(milliseconds: Sequence[float]) -> dict:
     low, high = median_interval(milliseconds)
     return {"steps": len(milliseconds), "median_ms": statistics.median(milliseconds), "low_ms": low, "high_ms": high}
-
-
-# Tables -----------------------------------------------------------------------------------------------------------
 
 
 def print_table(rows: pd.DataFrame) -> None:
@@ -116,19 +112,15 @@ def times(step) -> str:
 def sums(shares: dict[str, float]) -> str:
     """What the parts add up to, and in which ways that is not what the clock says."""
     far = ", ".join(way for way, share in shares.items() if abs(1 - share) > ALLOWED_GAP)
-    found = ", ".join(f"{way} {share:.1%}" for way, share in shares.items())
-    return f"the parts add up to the wall time: {found}" + (
-        f"; {far}: TOO FAR OFF to believe the shares" if far else ""
-    )
-
-
-# Files ------------------------------------------------------------------------------------------------------------
+    found = "the parts add up to the wall time: " + ", ".join(f"{way} {share:.1%}" for way, share in shares.items())
+    return f"{found}; {far}: TOO FAR OFF to believe the shares" if far else found
 
 
 def trace_of(folder: Path, setup: dict) -> Path:
     """One file per setup: readable, and the digest tells apart what the words do not."""
     words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
-    return folder / "traces" / f"{words}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
+    sizes = f"{setup['batch']}x{setup['length']}-{setup['dtype']}"
+    return folder / "traces" / f"{words}-{sizes}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -138,9 +130,8 @@ def read(folder: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     if strange := set(rows) - set(COLUMNS) or set(KEY) - set(rows):
-        raise ValueError(
-            f"out: {path} is no table of `fastkd profile` ({', '.join(sorted(strange))}); choose another --out"
-        )
+        names = ", ".join(sorted(strange))
+        raise ValueError(f"out: {path} is no table of `fastkd profile` ({names}); choose another --out")
     return rows
 
 

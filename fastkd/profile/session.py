@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
+from torch.utils._pytree import tree_leaves
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastkd import atomic_write
@@ -57,8 +58,7 @@ class ProfiledTrainer(DistillTrainer):
     def _watch_backward(self, states) -> None:
         """Autograd works through what came last first: all of the loss, then the student, which begins when the first of
         its outputs is asked for its gradient."""
-        layers = [x for layer in (states.qkv or {}).values() for x in layer]
-        for x in (states.logits, *(states.hidden or ()), *layers):
+        for x in tree_leaves(states):
             if isinstance(x, Tensor) and x.grad_fn is not None:
                 x.grad_fn.register_prehook(lambda grads: self.timeline.switch(LOSS_BACKWARD, STUDENT_BACKWARD))
 
@@ -93,22 +93,20 @@ class Turns(TrainerCallback):
         self._next()
 
     def _next(self) -> None:
-        timeline = self.trainer.timeline
-        timeline.end()
+        self.trainer.timeline.end()
         before = self.mode
         self.board.way, self.mode = self.left.pop(0) if self.left else (self.board.way, "")
-        self._watch_others()
-        if self.mode == "trace" and before != "trace" and self.profiler is not None:
-            self.profiler.start()
+        if before != self.mode:
+            if before == "time":
+                self.foreign = self.meter.stop()
+            if (
+                self.mode == "time"
+            ):  # others' load is that of the timed steps: before them compilers run, and those are ours
+                self.meter = machine.LoadMeter()
+            if self.mode == "trace" and self.profiler is not None:
+                self.profiler.start()
         if self.mode:
-            timeline.begin_step(self.board.way, self.mode)
-
-    def _watch_others(self) -> None:
-        """Others' load, during the timed steps alone: before them compilers run, and those are ours."""
-        if self.mode == "time" and self.meter is None:
-            self.meter = machine.LoadMeter()
-        elif self.mode != "time" and self.meter is not None and self.foreign is None:
-            self.foreign = self.meter.stop()
+            self.trainer.timeline.begin_step(self.board.way, self.mode)
 
 
 def timed(timeline: Timeline, function, phase: str):

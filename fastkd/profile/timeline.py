@@ -86,10 +86,6 @@ class Timeline:
         self.step: Step | None = None
         self.stack, self.marks, self.ranges = [OUTSIDE], [], []
 
-    @property
-    def now(self) -> str:
-        return self.stack[-1]
-
     def begin_step(self, way: str, mode: str) -> None:
         self.end()
         self.step = Step(way, mode)
@@ -115,10 +111,9 @@ class Timeline:
         """From here on time belongs to `name`."""
         if self.step is None:
             return
-        if self.step.mode == "memory":
-            peak, before = self.meter.peak_and_reset(), self.marks[-1][0]
-            if peak is not None:
-                self.step.peaks[before] = max(peak, self.step.peaks.get(before, 0))
+        if self.step.mode == "memory" and (peak := self.meter.peak_and_reset()) is not None:
+            before = self.marks[-1][0]
+            self.step.peaks[before] = max(peak, self.step.peaks.get(before, 0))
         self.marks.append((name, self.meter.mark()))
 
     @contextlib.contextmanager
@@ -131,12 +126,12 @@ class Timeline:
         finally:
             self.ranges.pop().close()
             self.stack.pop()
-            self._cut(self.now)
+            self._cut(self.stack[-1])
 
     def switch(self, before: str, after: str) -> None:
         """In the middle of phase `before` begins `after`, until that phase ends: the loss's backward becomes the model's.
         Called from autograd's thread on a GPU, unless the step is traced; a second call changes nothing."""
-        if self.step is not None and self.now == before:
+        if self.step is not None and self.stack[-1] == before:
             self.stack[-1] = after
             self._cut(after)
             self.ranges[-1].close()
