@@ -1,4 +1,4 @@
-"""Rivals that are packages or one more way of writing it: (name, package, needs a GPU, make) by stem.
+"""Peers, other people's packages or one more way of writing it: (name, package, needs a GPU, make) by stem.
 
 `make(case)` gives a function of (tensors, options), or the sentence that says why it does not do the same job here.
 """
@@ -6,23 +6,21 @@
 import torch
 import torch.nn.functional as F
 from fastkd.bench.cases.case import Case
+from fastkd.bench.cases.linear_divergence import full_logits
 from torch.utils.checkpoint import checkpoint
 
 
 def liger_divergence(case: Case):
     """Liger-Kernel takes log-probabilities or probabilities: the softmaxes before it are ours to make."""
+    from liger_kernel import transformers as liger
+
+    before = torch.softmax if case.kind == "tvd" else torch.log_softmax
     if case.kind == "forward_kl":
-        from liger_kernel.transformers import LigerKLDIVLoss
-
-        loss, before = LigerKLDIVLoss(reduction="batchmean", log_target=True), torch.log_softmax
+        loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
     elif case.kind == "jsd":
-        from liger_kernel.transformers import LigerJSD
-
-        loss, before = LigerJSD(beta=0.5), torch.log_softmax
+        loss = liger.LigerJSD(beta=0.5)
     elif case.kind == "tvd":
-        from liger_kernel.transformers import LigerTVDLoss
-
-        loss, before = LigerTVDLoss(reduction="batchmean"), torch.softmax
+        loss = liger.LigerTVDLoss(reduction="batchmean")
     else:
         return f"Liger-Kernel has no {case.kind}"
 
@@ -64,17 +62,10 @@ def checkpointed_chunks(case: Case):
         total, rows = 0.0, x["student_hidden"].shape[0]
         for start in range(0, rows, 256):
             part = slice(start, start + 256)
+            sides = x["student_hidden"][part], x["student_head"], x["teacher_hidden"][part], x["teacher_head"]
             total = total + checkpoint(
-                chunk,
-                x["student_hidden"][part],
-                x["student_head"],
-                x["teacher_hidden"][part],
-                x["teacher_head"],
-                options["kind"],
-                options["temperature"],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )  # fmt: skip (the state of random numbers cannot be read while a graph is captured)
+                chunk, *sides, options["kind"], options["temperature"], use_reentrant=False, preserve_rng_state=False
+            )  # the state of random numbers cannot be read while a graph is captured
         return total / rows
 
     return run
@@ -187,12 +178,6 @@ def cut_cross_entropy(case: Case):
         return linear_cross_entropy(x["query"] / options["temperature"], x["positive"], labels)
 
     return run
-
-
-def full_logits(case: Case):
-    from fastkd.bench.cases import accuracy
-
-    return accuracy.full_logits(case)
 
 
 def linear_program(case: Case):

@@ -39,7 +39,7 @@ def stacked(rows: Sequence[dict], path: Path) -> bool:
         handles, ORDER, loc="outside lower center", ncols=len(ORDER), fontsize=8, handlelength=1.2, columnspacing=1.2
     )
     plots.title(figure, "Where the time of a training step goes", rows)
-    plots.save(figure, path, rows)
+    plots.save(figure, path)
     return True
 
 

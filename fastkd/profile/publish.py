@@ -2,12 +2,13 @@
 looked at before the first step, and only a file of ours is replaced, whole."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastkd import atomic_write
-from fastkd.bench import machine, plots, report, results_io
+from fastkd.bench import machine, report
 
 from .results import COLUMNS, KEY, Row
 
@@ -20,14 +21,15 @@ def trace_of(folder: Path, setup: dict) -> Path:
     """One file per setup: readable, and the digest tells apart what the words do not."""
     words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
     sizes = f"{setup['batch']}x{setup['length']}-{setup['dtype']}" + ("-compiled" if setup["compiled"] else "")
-    return folder / "traces" / f"{words}-{sizes}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
+    digest = hashlib.sha256("\n".join(str(setup[name]) for name in KEY).encode()).hexdigest()[:6]
+    return folder / "traces" / f"{words}-{sizes}-{digest}.json"
 
 
 def check(folder: Path, traces: Iterable[Path]) -> None:
     """ValueError where nothing can be written, or where somebody else's file is in the way."""
     atomic_write.probe(folder, "out")
     ours = {folder / f"{report.PROFILE}.csv": is_table, folder / f"{report.PROFILE}.json": is_record,
-            folder / f"{report.PROFILE}.png": results_io.is_picture, **dict.fromkeys(traces, is_trace)}  # fmt: skip
+            **dict.fromkeys(traces, is_trace)}  # fmt: skip
     for path in ours:
         if path.parent != folder:
             atomic_write.probe(path.parent, "out")

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from fastkd.bench import report
-from fastkd.bench.intervals import median_interval, ratio_interval
+from fastkd.bench.measure import median_interval, ratio_interval
 
 from .timeline import LOSS_BACKWARD, OUTSIDE, STUDENT_BACKWARD, Step
 
