@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from fastkd.bench import machine, report
 
-ANCHORS = ("eager", "authors", "compile", "scipy")  # the first that both runs have; the steadiest first
+ANCHORS = ("eager", "authors", "compile")  # the first that both runs have; the steadiest first
 MATCH = ("stem", "case", "mode", "launch", "cache")
 MEMORY_SLACK_MIB = 4.0  # an allocator's mood
 HEADINGS = ("case", "beside", "before", "after", "after/before", "95 %", "verdict", "extra MiB")

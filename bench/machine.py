@@ -124,7 +124,7 @@ def too_large(case, available: int) -> str:
 
 
 @contextlib.contextmanager
-def memory_limit(gib: float):
+def memory_limit(gib: float | None):
     """Within it, a CPU allocation that would take the process `gib` beyond what it has now fails; nothing without one."""
     if not gib:
         yield

@@ -71,17 +71,6 @@ def checkpointed_chunks(case: Case):
     return run
 
 
-def auto_chunker(case: Case):
-    """Inductor's AutoChunker, where this torch has it."""
-    import torch._inductor.config as inductor
-    from fastkd.bench import baselines
-
-    if not hasattr(inductor, "auto_chunker"):
-        return f"torch {torch.__version__} has no AutoChunker"
-    function = torch.compile(baselines.eager_linear, dynamic=False, options={"auto_chunker.enable": True})
-    return lambda x, options: function(x, options)
-
-
 def stacked(case: Case):
     from fastkd.bench import baselines
 
@@ -91,11 +80,14 @@ def stacked(case: Case):
 def cdist(case: Case):
     from fastkd.bench import baselines
 
+    if case.dtype != torch.float32:
+        return f"torch.cdist has no {case.dtype_text}"
+
     def run(x, options):
         sides = [torch.stack([layer.flatten() for layer in side]) for side in baselines.layers_of(x)]
         return (torch.cdist(*sides).square() / sides[0].shape[1] * x["flow"]).sum()
 
-    return run if case.dtype == torch.float32 else f"torch.cdist has no {case.dtype_text}"
+    return run
 
 
 def emd_loop(case: Case):
@@ -180,56 +172,18 @@ def cut_cross_entropy(case: Case):
     return run
 
 
-def linear_program(case: Case):
-    """SciPy's HiGHS, problem by problem."""
-    import numpy as np
-    from scipy.optimize import linprog
-
-    count, n, m = (case.shape[axis] for axis in "PNM")
-    if count * n * m > 4096:
-        return "problem after problem, so many would take minutes"
-    constraints = np.concatenate((np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))))
-
-    def run(x, options):
-        total = 0.0
-        for cost, a, b in zip(x["cost"], x["a"], x["b"], strict=True):
-            masses = torch.cat((a, b)).cpu().numpy()
-            flow = linprog(cost.detach().cpu().numpy().ravel(), A_eq=constraints, b_eq=masses, method="highs").x
-            total = total + (torch.from_numpy(flow).to(cost).view(n, m) * cost).sum()
-        return total
-
-    return run
-
-
-def refuse(reason: str):
-    return lambda case: reason
-
-
-NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1 % up)"
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
     "layer_cost": [("eager stacked", "", False, stacked), ("cdist", "", False, cdist)],
-    ("layer_cost", "emd_step"): [("authors", "ot", False, emd_step)],
-    ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
-    "transport": [
-        ("authors", "ot", False, emd_loop),
-        ("scipy", "scipy", False, linear_program),
-        ("pot batch", "ot", False, refuse(NOT_EXACT)),
-        ("linear_sum_assignment", "scipy", False, refuse("assignments only: square, equal masses")),
-    ],
-    ("contrast", "in_batch"): [
-        ("inf-cl-style", "", False, tiled_contrast),
-        ("cut-cross-entropy", "cut_cross_entropy", True, cut_cross_entropy),
-    ],
-    "contrast": [
-        ("cut-cross-entropy", "cut_cross_entropy", True, refuse("in-batch only: a positive is one of the words")),
-        ("inf-cl", "inf_cl", True, refuse("in-batch only: no bank without a gradient")),
-    ],
     "linear_divergence": [
         ("trl-style", "", False, checkpointed_chunks),
         ("liger", "liger_kernel", False, liger_linear),
-        ("autochunker", "", False, auto_chunker),
-        ("cut-cross-entropy", "cut_cross_entropy", False, refuse("hard labels only")),
-        ("linear_cross_entropy", "", False, refuse("hard labels, or the teacher's probabilities as a full tensor")),
+    ],
+    "transport": [("authors", "ot", False, emd_loop)],
+    ("layer_cost", "emd_step"): [("authors", "ot", False, emd_step)],
+    ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
+    ("contrast", "in_batch"): [
+        ("inf-cl-style", "", False, tiled_contrast),
+        ("cut-cross-entropy", "cut_cross_entropy", True, cut_cross_entropy),
     ],
 }

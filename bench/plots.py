@@ -10,7 +10,7 @@ from fastkd.bench.report import Row
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
 COLOURS = {
     "fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a", "liger": "#4868b0",
-    "eager stacked": "#b9bdc4", "trl-style": "#8b5aa8", "cdist": "#5aa6c4", "scipy": "#c46a9a", "autochunker": "#a3a12f",
+    "eager stacked": "#b9bdc4", "trl-style": "#8b5aa8", "cdist": "#5aa6c4",
 }  # fmt: skip
 OTHER = "#6f7f5f"
 STYLE = {

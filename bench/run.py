@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--kind", default="", help="only this kind, such as forward_kl")
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
-    add("--dtype", default="", help="float32, bfloat16, float64")
+    add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
     add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
     add("--rivals", default="", help="only these baselines and peers, by comma: eager,compile,authors,…")
     add(
@@ -75,71 +75,47 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Names that are none, a device that is not here, and options that make each other pointless."""
-    for stem in arguments.stems:
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Names that are none, a device that is not here, and options that make each other pointless are ValueErrors; what was
+    not asked for is filled in."""
+    asked = parser().parse_args(argv)
+    for stem in asked.stems:
         checks.one_of("stem", stem, list(cases.STEMS))
-    kinds = dict.fromkeys(kind for stem in arguments.stems or cases.STEMS for kind in cases.STEMS[stem].AXES)
-    for name, known in (("kind", kinds), ("dtype", DTYPES)):
-        if given := getattr(arguments, name):
-            checks.one_of(name, given, list(known))
-    for name in words(arguments.rivals):
+    if asked.kind:
+        checks.one_of(
+            "kind", asked.kind, [kind for stem in asked.stems or cases.STEMS for kind in cases.STEMS[stem].AXES]
+        )
+    for name in filter(None, asked.rivals.split(",")):
         checks.one_of("rivals", name, baselines.names())
     least = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "memory": 0.01, "tolerance": 0}
     for name, smallest in least.items():
-        value = getattr(arguments, name)
-        if value is not None and not smallest <= value < (1 if name == "tolerance" else float("inf")):
-            end = " and below 1" if name == "tolerance" else ""
+        if getattr(asked, name) is not None and not smallest <= getattr(asked, name) < float("inf"):
             why = "; fewer samples have no 95 % interval" if name == "rounds" else ""
-            raise ValueError(f"{name}: expected at least {smallest}{end}{why}, got {value}")
-    if arguments.against and (arguments.force or arguments.no_publish):
+            raise ValueError(f"{name}: expected at least {smallest}{why}, got {getattr(asked, name)}")
+    if asked.against and (asked.force or asked.no_publish):
         raise ValueError(
             "against: --force and --no-publish publish nothing, so nothing could be compared; leave them out"
         )
-    checks.device(arguments.device, ("cpu", "cuda"), here=not arguments.list)
+    asked.device = checks.device(asked.device, ("cpu", "cuda"), here=not asked.list)
+    asked.rounds = asked.rounds or (10 if asked.quick else 30)
+    asked.budget = (3.0 if asked.quick else 20.0) if asked.budget is None else asked.budget
+    if asked.scale and asked.memory is None and asked.device.type == "cpu":
+        asked.memory = max(1.0, machine.available_bytes(asked.device) // 2**31)
+    return asked
 
 
-def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+def chosen_cases(asked: argparse.Namespace) -> list[Case]:
     """At least one, or a ValueError."""
-    device, stems, kind, name = torch.device(arguments.device), arguments.stems, arguments.kind, arguments.case
-    if arguments.shape:
-        found = shapes.select(arguments.shape.split(","), arguments.dtype, device, stems, kind, name)
+    if asked.shape:
+        found = shapes.select(asked.shape.split(","), asked.dtype, asked.device, asked.stems, asked.kind, asked.case)
     else:
-        more = {"gpu": device.type == "cuda", "scale": arguments.scale}
-        found = cases.select(stems, kind, name, arguments.dtype, arguments.quick, **more)
+        more = {"gpu": asked.device.type == "cuda", "scale": asked.scale}
+        found = cases.select(asked.stems, asked.kind, asked.case, asked.dtype, asked.quick, **more)
     if not found:
-        filters = {x: getattr(arguments, x) for x in ("stems", "shape", "kind", "case", "dtype", "quick", "scale")}
-        asked = ", ".join(f"{name}={value!r}" for name, value in filters.items() if value)
-        raise ValueError(f"no case matches all of {asked}; leave one out, or see --list")
+        filters = ("stems", "shape", "kind", "case", "dtype", "quick", "scale")
+        named = ", ".join(f"{name}={getattr(asked, name)!r}" for name in filters if getattr(asked, name))
+        raise ValueError(f"no case matches all of {named}; leave one out, or see --list")
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    device: torch.device
-    modes: tuple[str, ...] = ()  # all where empty
-    rounds: int = 30
-    budget: float = 20.0
-    cold: bool = False
-    memory: float = 0.0  # GiB that a call may add on a CPU; 0: what the machine has
-    rivals: tuple[str, ...] = ()  # all where empty
-    backends: tuple[str, ...] = ()
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """On a CPU the system kills what asks for more memory than there is, instead of saying no."""
-    device, quick, memory = torch.device(arguments.device), arguments.quick, arguments.memory or 0.0
-    if arguments.scale and not memory and device.type == "cpu":
-        memory = max(1.0, machine.available_bytes(device) // 2**31)
-    return Settings(
-        device, modes=words(arguments.mode), rounds=arguments.rounds or (10 if quick else 30), cold=arguments.cold,
-        budget=(3.0 if quick else 20.0) if arguments.budget is None else arguments.budget, memory=memory,
-        rivals=words(arguments.rivals), backends=words(arguments.backends),
-    )  # fmt: skip
 
 
 # One case -----------------------------------------------------------------------------------------------------------
@@ -155,7 +131,7 @@ class Outcome:
     foreign: float = 0.0  # cores that others used meanwhile
 
 
-def problem_of(error: Exception, memory: float) -> str:
+def problem_of(error: Exception, memory: float | None) -> str:
     if machine.ran_out(error):
         gc.collect()
         if torch.cuda.is_available():
@@ -164,7 +140,7 @@ def problem_of(error: Exception, memory: float) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def checked(case: Case, providers: Sequence, inputs: Inputs, memory: float = 0.0) -> tuple[dict, list, str]:
+def checked(case: Case, providers: Sequence, inputs: Inputs, memory: float | None = None) -> tuple[dict, list, str]:
     """(provider -> errors) of those that compute the right thing, the others as Absent, and why all are refused."""
     oracle = check.make_oracle(case, inputs)
     passed, absent, eager = {}, [], None
@@ -201,9 +177,9 @@ def tasks_of(providers: Sequence[Provider], mode: str, inputs: Inputs, launch: s
     return tasks, absent
 
 
-def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> tuple[list[report.Row], list[Absent]]:
+def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tuple[list[report.Row], list[Absent]]:
     """Peak memory, then interleaved time, of every provider that passed; the measured columns of its rows."""
-    device, timer = settings.device, measure.make_timer(settings.device, settings.cold)
+    device, timer = asked.device, measure.make_timer(asked.device, asked.cold)
     tasks, absent = tasks_of(list(passed), mode, inputs, launch)
     if not tasks:
         return [], absent
@@ -215,7 +191,7 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     memory = {task.provider: measure.peak_memory(task, device) for task in plain}
     counted = [task for task in plain if task.provider in ("fastkd", "eager") and launch == "plain"]
     launches = {task.provider: measure.count_launches(task, device) for task in counted}
-    timings = measure.interleave(tasks, timer, settings.rounds, settings.budget)
+    timings = measure.interleave(tasks, timer, asked.rounds, asked.budget)
     roofs.again(case, mode)
     seconds, bound = roofs.floor_of(case, mode)
     own, moved, rows = timings.get("fastkd"), case.bytes.of(mode), []
@@ -223,7 +199,7 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
         time, (peak, method) = timings[provider.name], memory[provider.name]
         low, high = measure.ratio_interval(time.samples, own.samples) if own else (None, None)
         rows.append({
-            "mode": mode, "launch": launch, "cache": measure.cache_state(device, settings.cold), "provider": provider.name,
+            "mode": mode, "launch": launch, "cache": measure.cache_state(device, asked.cold), "provider": provider.name,
             "served_by": provider.served_by, "by_eager": provider.served_by in SERVED_BY_EAGER, **time.columns(),
             "times_ours_median": time.median / own.median if own else None, "times_ours_low": low, "times_ours_high": high,
             "times_ours_minimum": min(time.samples) / min(own.samples) if own else None,
@@ -237,31 +213,33 @@ def measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms) -> 
     return rows, absent
 
 
-def providers_of(case: Case, inputs: Inputs, settings: Settings) -> list[Provider | Absent]:
+def providers_of(case: Case, inputs: Inputs, asked: argparse.Namespace) -> list[Provider | Absent]:
     """Ours and all others; what is absent anyway keeps its own reason."""
-    others = baselines.rivals(case, settings.device)
-    if settings.rivals:
-        kept = lambda p: isinstance(p, Absent) or p.name in settings.rivals  # noqa: E731
+    others = baselines.rivals(case, asked.device)
+    if asked.rivals:
+        kept = lambda p: isinstance(p, Absent) or p.name in asked.rivals.split(",")  # noqa: E731
         others = [p if kept(p) else Absent(p.name, report.NOT_ASKED) for p in others]
-    return [*baselines.ours(case, inputs, settings.backends), *others]
+    return [*baselines.ours(case, inputs, asked.backends.split(",")), *others]
 
 
-def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, providers: Sequence | None = None) -> Outcome:
+def bench_case(
+    case: Case, asked: argparse.Namespace, roofs: Roofs, facts: dict, providers: Sequence | None = None
+) -> Outcome:
     """Check first; a case whose check fails has no speed."""
-    left_out = machine.too_large(case, machine.available_bytes(settings.device))
+    left_out = machine.too_large(case, machine.available_bytes(asked.device))
     if left_out:
         return Outcome(absent=[Absent(case.name, left_out)])
-    inputs, outcome = build(case, settings.device), Outcome()
-    everyone = providers_of(case, inputs, settings) if providers is None else providers
+    inputs, outcome = build(case, asked.device), Outcome()
+    everyone = providers_of(case, inputs, asked) if providers is None else providers
     there = [p for p in everyone if isinstance(p, Provider)]
-    passed, failed, outcome.refused = checked(case, there, inputs, settings.memory)
+    passed, failed, outcome.refused = checked(case, there, inputs, asked.memory)
     outcome.absent = [*(p for p in everyone if isinstance(p, Absent)), *failed]
     if outcome.refused:
         return outcome
     gemms, meter = roofs.gemms_of(case), machine.LoadMeter()
-    for mode in (m for m in case.modes if not settings.modes or m in settings.modes):
-        for launch in ("plain", "graph") if settings.device.type == "cuda" else ("plain",):
-            rows, absent = measure_mode(case, mode, launch, passed, inputs, settings, roofs, gemms)
+    for mode in (m for m in case.modes if asked.mode in ("", m)):
+        for launch in ("plain", "graph") if asked.device.type == "cuda" else ("plain",):
+            rows, absent = measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms)
             outcome.rows += rows
             outcome.absent += absent
     outcome.foreign = meter.stop()
@@ -269,7 +247,7 @@ def bench_case(case: Case, settings: Settings, roofs: Roofs, facts: dict, provid
     common = {
         **of_case(case), "eager_loss_error": eager.loss if eager else None,
         "eager_gradient_error": eager.gradient if eager else None, "foreign_cores": outcome.foreign, **facts,
-        "driver": machine.driver(settings.device),  # the clocks of a GPU that has just worked
+        "driver": machine.driver(asked.device),  # the clocks of a GPU that has just worked
     }  # fmt: skip
     outcome.rows = [{**row, **common, "absent": ""} for row in outcome.rows]
     return outcome
@@ -306,35 +284,35 @@ def show(case: Case, outcome: Outcome) -> None:
 # The run ------------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(asked: argparse.Namespace) -> int:
     """0: measured, and published unless told not to; 1: a check failed; 2: the machine was busy."""
-    chosen = chosen_cases(arguments)
-    if arguments.list:
+    chosen = chosen_cases(asked)
+    if asked.list:
         print("\n".join(f"{case.stem} {case.name}" for case in chosen))
         return 0
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    settings = settings_of(arguments)
-    facts = machine.facts(settings.device)
-    publishing = not (arguments.no_publish or arguments.force or (arguments.quick and not arguments.out))
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    facts = machine.facts(asked.device)
     results = machine.ROOT / "bench/results" if (machine.ROOT / "setup.py").is_file() else pathlib.Path("fastkd-bench")
-    folder = (arguments.out or results) / facts["device"]
-    if publishing:
+    folder: pathlib.Path | None = (asked.out or results) / facts["device"]
+    if asked.no_publish or asked.force or (asked.quick and not asked.out):
+        folder = None
+    else:
         atomic_write.probe(folder, "out")
         report.rows_of(folder)  # what is there already can be read, and so added to
     busy = machine.busy_reason(machine.load_before(), "before the run")
-    busy = busy or (machine.gpu_busy_reason(settings.device) if settings.device.type == "cuda" else "")
+    busy = busy or (machine.gpu_busy_reason(asked.device) if asked.device.type == "cuda" else "")
     if busy:
-        print(f"{busy}. " + ("Measuring anyway (--force); nothing is published." if arguments.force else
+        print(f"{busy}. " + ("Measuring anyway (--force); nothing is published." if asked.force else
               "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
-        if not arguments.force:
+        if not asked.force:
             return 2
-    return run_cases(chosen, settings, facts, folder if publishing else None)
+    return run_cases(chosen, asked, facts, folder)
 
 
-def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: pathlib.Path | None) -> int:
+def run_cases(chosen: Sequence[Case], asked: argparse.Namespace, facts: dict, folder: pathlib.Path | None) -> int:
     """Published in the folder where there is one."""
-    roofs = Roofs(settings.device, measure.make_timer(settings.device, cold=False))
+    roofs = Roofs(asked.device, measure.make_timer(asked.device, cold=False))
     print("  ".join(f"{name}={value}" for name, value in facts.items() if value != ""))
     rates = {case.dtype_text: roofs.gemm_rate(case.dtype) / 1e9 for case in chosen}
     gemms = (f"{dtype} GEMM {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
@@ -342,9 +320,9 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
     failed, busy, absent = [], [], []
     for case in chosen:
         try:
-            outcome = bench_case(case, settings, roofs, facts)
+            outcome = bench_case(case, asked, roofs, facts)
         except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
-            outcome = Outcome(refused=problem_of(error, settings.memory))
+            outcome = Outcome(refused=problem_of(error, asked.memory))
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
         absent += (missing := absent_rows(case, outcome.absent, facts))
@@ -361,20 +339,18 @@ def run_cases(chosen: Sequence[Case], settings: Settings, facts: dict, folder: p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
     try:
-        check_arguments(arguments)
-        if arguments.compare:
-            return compare.compare(*arguments.compare, arguments.tolerance)
-        if not arguments.list:
-            chosen_cases(arguments)  # mistakes are named before the process starts again
-        if arguments.against:
-            words = sys.argv[1:] if argv is None else argv
-            return compare.against(arguments.against, words, arguments.tolerance)
-        if not arguments.list:
-            machine.passive_threads(sys.orig_argv[1:])
-            machine.quote_library_path()
-        return run(arguments)
+        asked = parsed(argv)
+        if asked.compare:
+            return compare.compare(*asked.compare, asked.tolerance)
+        if asked.list:
+            return run(asked)
+        chosen_cases(asked)  # mistakes are named before the process starts again
+        if asked.against:
+            return compare.against(asked.against, sys.argv[1:] if argv is None else argv, asked.tolerance)
+        machine.passive_threads(sys.orig_argv[1:])
+        machine.quote_library_path()
+        return run(asked)
     except (ValueError, RuntimeError, OSError) as error:
         known = not isinstance(error, RuntimeError) or str(error).startswith("against: ")
         if not known or os.environ.get("FASTKD_TRACEBACK") == "1":

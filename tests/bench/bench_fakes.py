@@ -50,9 +50,9 @@ def fake_measure(monkeypatch):
     return timer
 
 
-def outcome_of(providers, timer, settings=None, **changes):
-    settings = settings or run.Settings(CPU, rounds=6)
-    return run.bench_case(toy_case(**changes), settings, roofline.Roofs(CPU, timer), FACTS, providers)
+def outcome_of(providers, timer, *argv, **changes):
+    asked = run.parsed(["--device", "cpu", "--rounds", "6", *argv])
+    return run.bench_case(toy_case(**changes), asked, roofline.Roofs(CPU, timer), FACTS, providers)
 
 
 ZERO = {name: kind() for name, kind in report.TYPES.items()}

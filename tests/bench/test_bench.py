@@ -204,7 +204,7 @@ def test_one_that_was_not_asked_for_is_named_as_such(fake_measure, monkeypatch):
     others = [provider("eager"), provider("other"), Absent("liger", "liger_kernel is not installed")]
     monkeypatch.setattr(run.baselines, "ours", lambda *_: [provider("fastkd")])
     monkeypatch.setattr(run.baselines, "rivals", lambda *_: others)
-    fewer = outcome_of(None, fake_measure, run.Settings(CPU, modes=("both",), rounds=6, rivals=("eager",)))
+    fewer = outcome_of(None, fake_measure, "--mode", "both", "--rivals", "eager")
     assert [row["provider"] for row in fewer.rows] == ["fastkd", "eager"]
     assert fewer.absent == [Absent("other", "not asked for"), Absent("liger", "liger_kernel is not installed")]
 
@@ -213,9 +213,7 @@ def test_running_out_of_memory_is_a_result(fake_measure):
     def hungry(x):
         return square(x) + torch.empty(2 << 30, dtype=torch.uint8)[0] * 0
 
-    outcome = outcome_of(
-        [provider("fastkd"), provider("eager", hungry)], fake_measure, run.Settings(CPU, rounds=6, memory=1)
-    )
+    outcome = outcome_of([provider("fastkd"), provider("eager", hungry)], fake_measure, "--memory", "1")
     assert {row["provider"] for row in outcome.rows} == {"fastkd"}
     assert outcome.absent == [Absent("eager", "out of memory at 1 GiB beyond its inputs")]
     torch.empty(2 << 30, dtype=torch.uint8)  # the limit is gone again
@@ -241,7 +239,7 @@ def test_a_case_that_dies_does_not_take_the_others_with_it(fake_measure, monkeyp
         return run.Outcome(absent=[Absent("eager", "not today")])
 
     monkeypatch.setattr(run, "bench_case", bench)
-    assert run.run_cases([toy_case(kind="reverse_kl"), toy_case()], run.Settings(CPU), FACTS, None) == 1
+    assert run.run_cases([toy_case(kind="reverse_kl"), toy_case()], run.parsed(["--device", "cpu"]), FACTS, None) == 1
     out = capsys.readouterr().out
     assert "reverse_kl-3x5-float32: no speed is shown, the check failed: out of memory" in out
     assert "eager (divergence): not today" in out

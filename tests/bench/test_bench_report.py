@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from bench_fakes import CASE, CPU, FACTS, absent, outcome_of, provider, rows_of, square, toy_case, written
+from bench_fakes import CASE, FACTS, absent, outcome_of, provider, rows_of, square, toy_case, written
 from fastkd.bench import machine, plots, report, run
 from fastkd.bench.baselines import Absent, Provider
 from fastkd.bench.cases import STEMS, listed
@@ -114,7 +114,7 @@ def test_nothing_is_published_on_a_busy_machine(foreign, code, said, tmp_path, f
     outcome.foreign = foreign
     monkeypatch.setattr(run, "bench_case", lambda *_: outcome)
     monkeypatch.setattr(plots, "draw", lambda folder: "")
-    assert run.run_cases([toy_case()], run.Settings(CPU), FACTS, tmp_path) == code
+    assert run.run_cases([toy_case()], run.parsed(["--device", "cpu"]), FACTS, tmp_path) == code
     assert said in capsys.readouterr().out and (tmp_path / "divergence.csv").exists() == (code == 0)
     assert code or report.read(tmp_path)[-1]["absent"] == report.NOT_ASKED
 
@@ -132,7 +132,7 @@ def test_what_is_published(load, flags, code, publishing, monkeypatch, tmp_path)
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(machine, "load_before", lambda: load)
     monkeypatch.setattr(run, "run_cases", lambda *arguments: seen.append(arguments[-1] is not None) or 0)
-    assert run.run(run.parser().parse_args(["divergence", "--device", "cpu", *flags])) == code
+    assert run.run(run.parsed(["divergence", "--device", "cpu", *flags])) == code
     assert seen == ([] if publishing is None else [publishing])
 
 
@@ -143,7 +143,7 @@ def test_a_case_that_does_not_fit_is_left_out_by_name(fake_measure, monkeypatch,
     assert "about 6 GiB" in machine.too_large(toy_case(**large, oracle=square), 5 * 2**30)
     monkeypatch.setattr(machine, "available_bytes", lambda device: 1)
     monkeypatch.setattr(plots, "draw", lambda folder: "")
-    assert run.run_cases([toy_case()], run.Settings(CPU), FACTS, tmp_path) == 0
+    assert run.run_cases([toy_case()], run.parsed(["--device", "cpu"]), FACTS, tmp_path) == 0
     (row,) = report.read(tmp_path)
     assert row["provider"] == CASE and row["absent"].startswith("left out: it needs about")
 
