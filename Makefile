@@ -1,8 +1,8 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
-# make bench   every hot path against its rivals, on this machine; make bench STEMS="divergence transport" some of them
+# make bench   every hot path beside its baselines, on this machine; make bench STEMS="divergence transport" some of them
 # make profile where the time of a training step goes; make profile METHODS=kd,bert_emd some methods
-# make readme  the README's figures and pictures from the CSV under bench/results
+# make performance  docs/performance.md and its pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
 # make fuzz    20,000 random cases of the ops against the oracles; about ten minutes, not yet silent (docs/numerics.md)
@@ -23,7 +23,7 @@ ASAN_TESTS ?= $(addprefix tests/ops/,test_kernels.py test_gemm.py test_raw_op_ar
     linear_divergence relation transport)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cu csrc/cpu/*/*.h csrc/cpu/*/*.cpp)
 
-.PHONY: test ci asan fuzz mutants demo bench profile readme gpu latest lock lint build format clean
+.PHONY: test ci asan fuzz mutants demo bench profile performance gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -54,8 +54,8 @@ profile: build
 	$(BIN)/python -m fastkd profile --from-config bert-base --method $(METHODS) --batch 4 --length 64 --steps 6 --no-trace \
 	    --out bench/results
 
-readme:
-	$(BIN)/python -m fastkd.bench.evidence.readme
+performance:
+	$(BIN)/python -m fastkd.bench.evidence.performance
 
 # The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
 # Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.

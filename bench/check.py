@@ -10,7 +10,7 @@ UPSTREAM = 0.37  # not 1, so that a gradient that forgets its upstream is notice
 LIMITS = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-6, 1e-5)}
 HALF_LIMIT = 1e-2
 HALF_LUCK = (1e-3, 2.0**-8)  # one seed: eager's bf16 loss can be right by chance; one ulp of a bf16 gradient
-SAME_JOB = (1e-3, 1e-2)  # a rival in float32 that is further off than this computes something else
+SAME_JOB = (1e-3, 1e-2)  # another provider that is further off than this in float32 computes something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,9 @@ def verdict(errors: Errors, allowed: tuple[float, float]) -> str:
     return " and ".join(problems)
 
 
-def verdict_on_ours(case: Case, errors: Errors, eager: Errors | None) -> str:
-    return verdict(errors, limits(case.dtype, eager))
-
-
-def verdict_on_rival(name: str, case: Case, call, inputs: Inputs, oracle: Oracle, errors: Errors) -> str:
-    """A rival may be imprecise in its own dtype (that is a column), but in float32 it must do the same job."""
+def verdict_on_other(provider, case: Case, inputs: Inputs, oracle: Oracle, errors: Errors) -> str:
+    """A baseline or a peer may be imprecise in its own dtype (that is a column), but in float32 it must do the same job."""
     half = case.dtype not in LIMITS
-    if half and name == "compile":  # the same function as eager: a second compilation proves nothing new
+    if half and provider.name == "compile":  # the same function as eager: a second compilation proves nothing new
         return ""
-    if half:
-        errors = errors_of(call, inputs.to(torch.float32), oracle)
-    return verdict(errors, SAME_JOB)
+    return verdict(errors_of(provider.call, inputs.to(torch.float32), oracle) if half else errors, SAME_JOB)

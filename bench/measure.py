@@ -1,4 +1,4 @@
-"""How a number comes about: tasks, timers, interleaved rounds, order statistics, peak memory.
+"""How a number comes about: tasks, timers, interleaved rounds, 95 % intervals, peak memory.
 
 A task has an untimed `prepare` and a timed `run`. Every call allocates its outputs afresh and drops them inside the
 timed region, as a training step does. Timers only know tasks, so that a fake one can stand in for a GPU.
@@ -6,17 +6,20 @@ timed region, as a training step does. Timers only know tasks, so that a fake on
 
 import ctypes
 import gc
-import statistics
-import threading
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
-from fastkd.bench.intervals import LEAST_SAMPLES, median_interval, quantile
 
 MODES = ("forward", "backward", "both", "loss_only")
-FLUSH_BYTES = 512 << 20  # twice the largest L2/L3 that we know of on a GPU; on a CPU the caches are asked
+FLUSH_BYTES = 512 << 20  # twice the largest L2/L3 that we know of
+LEAST_SAMPLES = 6  # the whole range of five samples holds the median in 93.75 % of cases only
+TAIL = 0.025  # outside a 95 % interval, at either end
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,45 @@ class Task:
 
 @dataclass(frozen=True)
 class Timing:
-    """Order statistics of one task, in milliseconds per call."""
+    """Milliseconds per call, `number` calls to a sample, in the order of the rounds."""
 
-    rounds: int
+    samples: tuple[float, ...]
     number: int
-    median: float
-    minimum: float
-    p20: float
-    p80: float
-    low: float  # 95 % interval of the median
-    high: float
-    samples: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+    def columns(self) -> dict:
+        """Of a row of the CSV."""
+        low, high = median_interval(self.samples)
+        p20, p80 = np.quantile(self.samples, (0.2, 0.8)).tolist()
+        return {
+            "rounds": len(self.samples), "calls_per_sample": self.number, "median_ms": self.median,
+            "minimum_ms": min(self.samples), "p20_ms": p20, "p80_ms": p80, "median_low_ms": low, "median_high_ms": high,
+        }  # fmt: skip
+
+
+def rank(count: int) -> int:
+    """How many samples may be dropped at either end so that the rest still holds the median with 95 % confidence: the
+    number below the median is binomial with probability 1/2."""
+    outside = np.cumsum([math.comb(count, i) * 0.5**count for i in range(count)])
+    return max(0, int((outside <= TAIL).sum()) - 1)
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Two order statistics; the whole range where the samples are too few for anything narrower."""
+    ordered, dropped = sorted(samples), rank(len(samples))
+    return ordered[dropped], ordered[-1 - dropped]
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """Of the ratio of two medians whose samples came in pairs, one of each per round: whole rounds are drawn again
+    (bootstrap, always the same draws), so that a slow moment of the machine, which hits both, cancels as it should."""
+    rounds = np.random.default_rng(0).integers(len(above), size=(draws, len(above)))
+    ratios = np.median(np.asarray(above)[rounds], -1) / np.median(np.asarray(below)[rounds], -1)  # [draws]
+    low, high = np.quantile(ratios, (TAIL, 1 - TAIL)).tolist()
+    return low, high
 
 
 def make_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
@@ -58,33 +89,10 @@ def make_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.T
     return Task(provider, {"forward": lambda _: call(), "both": both, "loss_only": loss_only}[mode])
 
 
-def summarise(seconds: Sequence[float], number: int) -> Timing:
-    """Seconds per call to a Timing in milliseconds."""
-    milliseconds = [1e3 * sample for sample in seconds]
-    low, high = median_interval(milliseconds)
-    return Timing(
-        rounds=len(milliseconds),
-        number=number,
-        median=statistics.median(milliseconds),
-        minimum=min(milliseconds),
-        p20=quantile(milliseconds, 0.2),
-        p80=quantile(milliseconds, 0.8),
-        low=low,
-        high=high,
-        samples=tuple(milliseconds),
-    )
-
-
-def nothing() -> None:
-    """The flush of a warm measurement."""
-
-
 class WallTimer:
     """Wall clock for CPU tasks. `flush` runs before every sample, outside of it."""
 
-    launch = "plain"
-
-    def __init__(self, flush: Callable = nothing, clock: Callable = time.perf_counter):
+    def __init__(self, flush: Callable = lambda: None, clock: Callable = time.perf_counter):
         self.flush, self.clock = flush, clock
 
     def sample(self, task: Task, number: int) -> float:
@@ -93,16 +101,13 @@ class WallTimer:
         start = self.clock()
         for i in range(number):
             task.run(states[i])
-        elapsed = self.clock() - start
-        return elapsed / number
+        return (self.clock() - start) / number
 
 
 class EventTimer:
     """CUDA events around every single call, the L2 flushed before each. `Event` and `synchronize` can be faked."""
 
-    launch = "plain"
-
-    def __init__(self, flush: Callable = nothing, event: Callable | None = None, synchronize: Callable | None = None):
+    def __init__(self, flush: Callable, event: Callable | None = None, synchronize: Callable | None = None):
         self.flush = flush
         self.event = event or (lambda: torch.cuda.Event(enable_timing=True))
         self.synchronize = synchronize or torch.cuda.synchronize
@@ -119,12 +124,6 @@ class EventTimer:
             pairs.append((start, end))
         self.synchronize()
         return 1e-3 * sum(start.elapsed_time(end) for start, end in pairs) / number
-
-
-class GraphTimer(EventTimer):
-    """The same events around the replay of captured graphs; `capture_task` makes such tasks."""
-
-    launch = "graph"
 
 
 def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
@@ -160,28 +159,12 @@ def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torc
         torch.cuda.set_stream(current)
 
 
-def make_flush(device: torch.device, size: int) -> Callable:
-    """A function that evicts the caches of the device by writing `size` bytes."""
-    buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
-    return lambda: buffer.zero_()
-
-
-def cache_bytes(path: str = "/sys/devices/system/cpu/cpu0/cache/index3/size") -> int:
-    """The last-level cache of this CPU, 32 MiB where the system does not say."""
-    try:
-        with open(path) as handle:
-            text = handle.read().strip()
-    except OSError:
-        return 32 << 20
-    return int(text.rstrip("KMG")) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1)
-
-
-def make_timer(device: torch.device, cold: bool, launch: str = "plain"):
-    """The timer of a device. A GPU is always measured cold; a CPU as the previous provider left it, or cold."""
-    if device.type == "cuda":
-        kind = GraphTimer if launch == "graph" else EventTimer
-        return kind(make_flush(device, FLUSH_BYTES))
-    return WallTimer(make_flush(device, 2 * cache_bytes()) if cold else nothing)
+def make_timer(device: torch.device, cold: bool):
+    """A GPU is always measured cold, its caches evicted by a write; a CPU as the previous provider left it, or cold."""
+    if not cold and device.type != "cuda":
+        return WallTimer()
+    buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+    return (EventTimer if device.type == "cuda" else WallTimer)(buffer.zero_)
 
 
 def cache_state(device: torch.device, cold: bool) -> str:
@@ -198,8 +181,7 @@ def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: 
     """A B C A B C …: `rounds` rounds, fewer (never under six) once `budget` seconds are spent. name -> Timing."""
     numbers = {task.provider: calls_per_sample(timer.sample(task, 1)) for task in tasks}
     samples = {task.provider: [] for task in tasks}
-    start = clock()
-    collecting = gc.isenabled()
+    start, collecting = clock(), gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -207,100 +189,42 @@ def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: 
             if done >= LEAST_SAMPLES and clock() - start > budget:
                 break
             for task in tasks:
-                samples[task.provider].append(timer.sample(task, numbers[task.provider]))
+                samples[task.provider].append(1e3 * timer.sample(task, numbers[task.provider]))
     finally:
         if collecting:
             gc.enable()
-    return {name: summarise(values, numbers[name]) for name, values in samples.items()}
-
-
-# Peak extra memory of one call, results included, inputs excluded -------------------------------------------------
-
-
-def status_bytes(field: str) -> int:
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def reset_peak() -> None:
-    """Hands the heap's free pages back, then restarts the kernel's high-water mark of this process (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as handle:
-        handle.write("5")
-
-
-def peak_by_kernel(task: Task) -> int:
-    state = task.prepare()
-    reset_peak()
-    before = status_bytes("VmRSS")
-    task.run(state)
-    return max(0, status_bytes("VmHWM") - before)
-
-
-def peak_by_sampling(task: Task, interval: float = 5e-4) -> int:
-    """Where the kernel keeps no mark that one can reset: a thread that reads the resident size."""
-    import psutil
-
-    process, done, seen = psutil.Process(), threading.Event(), []
-
-    def watch():
-        while not done.is_set():
-            seen.append(process.memory_info().rss)
-            time.sleep(interval)
-
-    state = task.prepare()
-    gc.collect()
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        task.run(state)
-    finally:
-        done.set()
-        watcher.join()
-    return max(0, max(seen, default=before) - before)
-
-
-def peak_on_cuda(task: Task) -> int:
-    state = task.prepare()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    task.run(state)
-    torch.cuda.synchronize()
-    return max(0, torch.cuda.max_memory_allocated() - before)
-
-
-KERNEL_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+    return {name: Timing(tuple(values), numbers[name]) for name, values in samples.items()}
 
 
 def count_launches(task: Task, device: torch.device) -> int | None:
     """Kernels that one call starts, counted by the profiler; None on a CPU, where nothing is launched."""
     if device.type != "cuda":
         return None
-    from torch.profiler import ProfilerActivity, profile
-
     state = task.prepare()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile() as profiler:
         task.run(state)
         torch.cuda.synchronize()
-    return sum(event.name in KERNEL_LAUNCHES for event in profiler.events())
+    return sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
 
 
 def peak_memory(task: Task, device: torch.device) -> tuple[int | None, str]:
-    """Bytes and how they were measured; None with the reason where this machine offers no way."""
+    """Bytes of one call, results included and inputs excluded, and how they were measured; None where there is no way."""
+    state = task.prepare()
     if device.type == "cuda":
-        return peak_on_cuda(task), "torch.cuda.max_memory_allocated"
-    try:
-        return peak_by_kernel(task), "VmHWM after clear_refs and malloc_trim"
-    except (OSError, AttributeError):
-        pass
-    try:
-        return peak_by_sampling(task), "resident size sampled every 0.5 ms"
-    except ImportError:
-        return None, "not measured: neither /proc nor psutil"
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        task.run(state)
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before), "torch.cuda.max_memory_allocated"
+    gc.collect()
+    try:  # Linux: the heap's free pages go back, and the kernel's high-water mark of this process starts again
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = psutil.Process().memory_info().rss
+        task.run(state)
+        peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    except (OSError, AttributeError, StopIteration):
+        return None, "not measured: this system keeps no high-water mark that can be reset"
+    return max(0, int(peak.split()[1]) * 1024 - before), "VmHWM after clear_refs and malloc_trim"

@@ -1,4 +1,4 @@
-"""Rivals that are packages or one more way of writing it: (name, package, needs a GPU, make) by stem.
+"""Peers, other people's packages or one more way of writing it: (name, package, needs a GPU, make) by stem.
 
 `make(case)` gives a function of (tensors, options), or the sentence that says why it does not do the same job here.
 """
@@ -7,23 +7,21 @@ import torch
 import torch.nn.functional as F
 from fastkd.bench import baselines
 from fastkd.bench.cases.case import Case
+from fastkd.bench.cases.linear_divergence import full_logits
 from torch.utils.checkpoint import checkpoint
 
 
 def liger_divergence(case: Case):
     """Liger-Kernel takes log-probabilities or probabilities: the softmaxes before it are ours to make."""
+    from liger_kernel import transformers as liger
+
+    before = torch.softmax if case.kind == "tvd" else torch.log_softmax
     if case.kind == "forward_kl":
-        from liger_kernel.transformers import LigerKLDIVLoss
-
-        loss, before = LigerKLDIVLoss(reduction="batchmean", log_target=True), torch.log_softmax
+        loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
     elif case.kind == "jsd":
-        from liger_kernel.transformers import LigerJSD
-
-        loss, before = LigerJSD(beta=0.5), torch.log_softmax
+        loss = liger.LigerJSD(beta=0.5)
     elif case.kind == "tvd":
-        from liger_kernel.transformers import LigerTVDLoss
-
-        loss, before = LigerTVDLoss(reduction="batchmean"), torch.softmax
+        loss = liger.LigerTVDLoss(reduction="batchmean")
     else:
         return f"Liger-Kernel has no {case.kind}"
 
@@ -64,40 +62,24 @@ def checkpointed_chunks(case: Case):
         total, rows = 0.0, x["student_hidden"].shape[0]
         for start in range(0, rows, 256):
             part = slice(start, start + 256)
+            sides = x["student_hidden"][part], x["student_head"], x["teacher_hidden"][part], x["teacher_head"]
             total = total + checkpoint(
-                chunk,
-                x["student_hidden"][part],
-                x["student_head"],
-                x["teacher_hidden"][part],
-                x["teacher_head"],
-                options["kind"],
-                options["temperature"],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )  # fmt: skip (the state of random numbers cannot be read while a graph is captured)
+                chunk, *sides, options["kind"], options["temperature"], use_reentrant=False, preserve_rng_state=False
+            )  # the state of random numbers cannot be read while a graph is captured
         return total / rows
 
     return run
 
 
-def auto_chunker(case: Case):
-    """Inductor's AutoChunker, where this torch has it."""
-    import torch._inductor.config as inductor
-
-    if not hasattr(inductor, "auto_chunker"):
-        return f"torch {torch.__version__} has no AutoChunker"
-    function = torch.compile(
-        baselines.linear_divergence.eager_case, dynamic=False, options={"auto_chunker.enable": True}
-    )
-    return lambda x, options: function(x, options)
-
-
 def cdist(case: Case):
+    if case.dtype != torch.float32:
+        return f"torch.cdist has no {case.dtype_text}"
+
     def run(x, options):
         sides = [torch.stack([layer.flatten() for layer in side]) for side in baselines.layer_cost.layers_of(x)]
         return (torch.cdist(*sides).square() / sides[0].shape[1] * x["flow"]).sum()
 
-    return run if case.dtype == torch.float32 else f"torch.cdist has no {case.dtype_text}"
+    return run
 
 
 class Tiled(torch.autograd.Function):
@@ -152,65 +134,21 @@ def cut_cross_entropy(case: Case):
     return run
 
 
-def full_logits(case: Case):
-    from fastkd.bench.cases import accuracy
-
-    return accuracy.full_logits(case)
-
-
-def linear_program(case: Case):
-    """SciPy's HiGHS, problem by problem."""
-    import numpy as np
-    from scipy.optimize import linprog
-
-    count, n, m = (case.shape[axis] for axis in "PNM")
-    if count * n * m > 4096:
-        return "problem after problem, so many would take minutes"
-    constraints = np.concatenate((np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))))
-
-    def run(x, options):
-        total = 0.0
-        for cost, a, b in zip(x["cost"], x["a"], x["b"], strict=True):
-            masses = torch.cat((a, b)).cpu().numpy()
-            flow = linprog(cost.detach().cpu().numpy().ravel(), A_eq=constraints, b_eq=masses, method="highs").x
-            total = total + (torch.from_numpy(flow).to(cost).view(n, m) * cost).sum()
-        return total
-
-    return run
-
-
-def refuse(reason: str):
-    return lambda case: reason
-
-
-NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1 % up)"
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
     "layer_cost": [
         ("eager stacked", "", False, lambda case: baselines.layer_cost.stacked_case),
         ("cdist", "", False, cdist),
     ],
-    ("layer_cost", "emd_step"): [("authors", "ot", False, lambda case: baselines.transport.authors_step_case)],
-    ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
-    "transport": [
-        ("authors", "ot", False, lambda case: baselines.transport.authors_case),
-        ("scipy", "scipy", False, linear_program),
-        ("pot batch", "ot", False, refuse(NOT_EXACT)),
-        ("linear_sum_assignment", "scipy", False, refuse("assignments only: square, equal masses")),
-    ],
-    ("contrast", "in_batch"): [
-        ("inf-cl-style", "", False, tiled_contrast),
-        ("cut-cross-entropy", "cut_cross_entropy", True, cut_cross_entropy),
-    ],
-    "contrast": [
-        ("cut-cross-entropy", "cut_cross_entropy", True, refuse("in-batch only: a positive is one of the words")),
-        ("inf-cl", "inf_cl", True, refuse("in-batch only: no bank without a gradient")),
-    ],
     "linear_divergence": [
         ("trl-style", "", False, checkpointed_chunks),
         ("liger", "liger_kernel", False, liger_linear),
-        ("autochunker", "", False, auto_chunker),
-        ("cut-cross-entropy", "cut_cross_entropy", False, refuse("hard labels only")),
-        ("linear_cross_entropy", "", False, refuse("hard labels, or the teacher's probabilities as a full tensor")),
+    ],
+    "transport": [("authors", "ot", False, lambda case: baselines.transport.authors_case)],
+    ("layer_cost", "emd_step"): [("authors", "ot", False, lambda case: baselines.transport.authors_step_case)],
+    ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
+    ("contrast", "in_batch"): [
+        ("inf-cl-style", "", False, tiled_contrast),
+        ("cut-cross-entropy", "cut_cross_entropy", True, cut_cross_entropy),
     ],
 }

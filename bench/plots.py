@@ -1,28 +1,17 @@
-"""Pictures of the committed CSV, stem by stem: how much faster per case, and how time and memory grow with size.
+"""Pictures of a device's CSV: an overview of the speed-ups, and how time and memory of a stem grow with size."""
 
-Every picture carries the digest of the rows it shows (PNG text `fastkd-rows`), so that a test can tell an old one; curves
-also that of the reasons at their ends (`fastkd-absent`).
-"""
-
-import hashlib
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-from fastkd.bench import results_io
+from fastkd.bench import report
+from fastkd.bench.cases import STEMS
+from fastkd.bench.report import Row
 
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
 COLOURS = {
-    "fastkd": "#0b7a5c",
-    "eager": "#8a8f98",
-    "compile": "#e08a1e",
-    "authors": "#b8433a",
-    "liger": "#4868b0",
-    "eager stacked": "#b9bdc4",
-    "trl-style": "#8b5aa8",
-    "cdist": "#5aa6c4",
-    "scipy": "#c46a9a",
-    "autochunker": "#a3a12f",
-}
+    "fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a", "liger": "#4868b0",
+    "eager stacked": "#b9bdc4", "trl-style": "#8b5aa8", "cdist": "#5aa6c4",
+}  # fmt: skip
 OTHER = "#6f7f5f"
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#c5cad1", "axes.labelcolor": SOFT,
@@ -31,18 +20,32 @@ STYLE = {
     "xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "font.size": 9.5, "legend.frameon": False,
     "legend.fontsize": 9, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
 }  # fmt: skip
-DIGEST, DIGEST_ABSENT = "fastkd-rows", "fastkd-absent"
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+BESIDE = ("eager", "compile", "authors")  # of whom the overview shows numbers
+MOST_PER_STEM = 4
 
 
 def colour(provider: str) -> str:
     return COLOURS.get(provider.split(":")[0], OTHER)
 
 
-def value(row: dict, name: str) -> float | None:
-    return float(row[name]) if row.get(name) else None
+def rank(provider: str) -> int:
+    name = provider.split(":")[0]
+    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
 
 
-def headline(rows: Sequence[dict]) -> list[dict]:
+def label_of(case: str) -> str:
+    """forward_kl-512x30522-float32 as it is read aloud."""
+    kind, shape, dtype = case.rsplit("-", 2)
+    return f"{kind} {shape.replace('x', '×')} {DTYPES.get(dtype, dtype)}"
+
+
+def times(ratio: float) -> str:
+    """Two decimals below 2, where a few percent matter."""
+    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+
+
+def headline(rows: Sequence[Row]) -> list[Row]:
     """One mode and one cache state per case: both passes where there is a backward, else forward; caches as they were
     left, flushed only where there is nothing else. Plain launches only."""
     plain = [row for row in rows if row["launch"] == "plain" and row["mode"] in ("both", "forward")]
@@ -53,51 +56,34 @@ def headline(rows: Sequence[dict]) -> list[dict]:
     return [row for row in plain if preference(row) == best[row["stem"], row["case"]]]
 
 
-def preference(row: dict) -> tuple:
+def preference(row: Row) -> tuple:
     return row["mode"] != "both", row["cache"].startswith("cold"), row["cache"]
 
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-
-
-def label_of(case: str) -> str:
-    """forward_kl-512x30522-float32 as it is read aloud."""
-    kind, shape, dtype = case.rsplit("-", 2)
-    return f"{kind} {shape.replace('x', '×')} {DTYPES.get(dtype, dtype)}"
-
-
-def digest(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
-
-
-def digest_of(rows: Iterable[dict]) -> str:
-    return digest(*(sorted(row.items()) for row in rows))
-
-
-def digest_of_absent(absent: Mapping[str, Mapping[str, str]]) -> str:
-    return digest(*(f"{case} {sorted(reasons.items())}" for case, reasons in sorted(absent.items())))
+def ready() -> str:
+    """Empty where matplotlib is there, else the sentence that says what to do."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no plots: matplotlib is not installed (pip install 'fastkd[bench]')"
+    matplotlib.use("Agg")
+    return ""
 
 
 def title(figure, text: str, rows: Sequence[dict]) -> None:
     """What it is, large at the left; where the numbers come from, small at the right."""
+    dates = sorted({row["date"][:10] for row in rows})
+    source = f"{rows[0]['device']} · torch {rows[0]['torch']} · {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.text(0.992, 0.992, source(rows), ha="right", va="top", fontsize=7.5, color="#7b8490")
+    figure.text(0.992, 0.992, source, ha="right", va="top", fontsize=7.5, color="#7b8490")
 
 
-def save(figure, path: pathlib.Path, rows: Sequence[dict], absent: Mapping | None = None) -> None:
+def save(figure, path: pathlib.Path) -> None:
     """The date of drawing stays out of the file: the same rows give the same picture."""
     import matplotlib.pyplot as plt
 
-    digests = {DIGEST: digest_of(rows), **({} if absent is None else {DIGEST_ABSENT: digest_of_absent(absent)})}
-    figure.savefig(path, dpi=140, metadata={**digests, "Software": None})
+    figure.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(figure)
-
-
-def source(rows: Sequence[dict]) -> str:
-    """Which machine, which torch, when."""
-    dates = sorted({row["date"][:10] for row in rows})
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return f"{rows[0]['device']} · torch {rows[0]['torch']} · {when}"
 
 
 def decimal_ticks(axis) -> None:
@@ -111,111 +97,142 @@ def decimal_ticks(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def modes_of(rows: Sequence[dict]) -> str:
-    names = {"both": "forward + backward", "forward": "forward"}
-    return " / ".join(dict.fromkeys(names[row["mode"]] for row in rows))
-
-
-def times(ratio: float) -> str:
-    """Two decimals below 2, where a few percent matter."""
-    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
-
-
-# One stem's cases -------------------------------------------------------------------------------------------------
-
-
-def speedups(rows: Sequence[dict], stem: str, path: pathlib.Path) -> bool:
-    """Bars from 1 (fastkd), one group per case: to the right a slower rival, to the left a faster one. Sweeps have
-    their own plot. False without data."""
+def draw(folder: pathlib.Path) -> str:
+    """Every picture of a device's rows; their names, or why there are none."""
+    if reason := ready():
+        return reason
     import matplotlib.pyplot as plt
 
-    chosen = [row for row in headline(rows) if not row["sweep"] and row["times_ours_median"]]
-    chosen = [row for row in chosen if not row["provider"].startswith("fastkd")]
+    rows = report.rows_of(folder)
+    with plt.rc_context(STYLE):
+        drawn = ["overview.png"] if overview(report.measured(rows), folder / "overview.png") else []
+        for stem in STEMS:
+            path = folder / f"{stem}_sweep.png"
+            drawn += [path.name] if sweep([row for row in rows if row["stem"] == stem], stem, path) else []
+    return " ".join(drawn)
+
+
+def leading(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The cases that stand for the device: a few of each stem, those with a goal where there are any, each kind before any
+    kind's second; a curve's points never."""
+    chosen: dict[str, dict[str, Row]] = {}
+    for row in headline(rows):
+        if not row["sweep"]:
+            chosen.setdefault(row["stem"], {})[row["case"]] = row
+    found = []
+    for stem, there in chosen.items():
+        cases = {
+            case: row["kind"]
+            for case, row in there.items()
+            if row["goal"] or not any(r["goal"] for r in there.values())
+        }
+        firsts = {kind: case for case, kind in reversed(cases.items())}.values()
+        kept = sorted(cases, key=lambda case, firsts=firsts: case not in firsts)[:MOST_PER_STEM]
+        found += [(stem, case) for case in cases if case in kept]
+    return found
+
+
+def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
+    """A line per case, a dot with its 95 % interval for each provider, the numbers in columns at the right; fastkd is at 1."""
+    import matplotlib.pyplot as plt
+
+    rows_by_case: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in headline(rows):
+        rows_by_case.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
+    chosen = [key for key in leading(rows) if "fastkd" in rows_by_case[key]]
     if not chosen:
         return False
-    cases = list(dict.fromkeys(row["case"] for row in chosen))
-    by_eager = {row["case"] for row in rows if row["provider"] == "fastkd" and row["by_eager"] == "True"}
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.2 * len(chosen) + 0.16 * len(cases)), layout="constrained")
-    axes.set_xscale("log")
-    position, ticks = 0.0, []
-    for case in cases:
-        group = [row for row in chosen if row["case"] == case]
-        for i, row in enumerate(group):
-            ratio_bar(axes, position + i, row)
-        ticks.append((position + (len(group) - 1) / 2, label_of(case) + (" †" if case in by_eager else "")))
-        position += len(group) + 0.8
-    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=3)
-    ends = [1.0, *(end for row in chosen for end in interval_of(row))]
-    spread = max(2.0, max(ends)) / min(ends)  # beyond the whiskers: room for their numbers
-    axes.set_xlim(min(ends) / spread ** (0.12 if min(ends) < 1 else 0.04), max(2.0, max(ends)) * spread**0.12)
+    size = (10, 1.2 + 0.33 * len(chosen))
+    figure, (axes, numbers) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(5, 2.2), sharey=True)
+    axes.set(xscale="log", ylim=(0.4, len(chosen) + 0.6))
+    numbers.set(xlim=(-0.6, len(BESIDE) - 0.4))
+    numbers.axis("off")
+    heights, labels = range(len(chosen), 0, -1), []
+    for y, key in zip(heights, chosen, strict=True):
+        there = rows_by_case[key]
+        labels.append(f"{key[0]}  {label_of(key[1])}{' †' if there['fastkd']['by_eager'] else ''}")
+        for column, name in enumerate(BESIDE):
+            ratio, style = there.get(name, {}).get("times_ours_median"), {"color": colour(name), "ha": "center"}
+            numbers.text(column, y, times(ratio) if ratio else "–", va="center", fontweight="bold", **style)
+            if ratio:
+                ends = [there[name][f"times_ours_{end}"] or ratio for end in ("low", "high")]
+                axes.plot(ends, [y, y], color=colour(name), linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axes.plot(ratio, y, "o", color=colour(name), markersize=8.5, markeredgecolor="white")
+            if y == len(chosen):
+                numbers.text(column, y + 0.75, name, **style)
+    axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2.5)
     decimal_ticks(axes.xaxis)
-    axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks], color=INK)
-    axes.set_ylim(position - 0.9, -0.9)
-    note = f"rival's time over fastkd's (green line), {modes_of(chosen)}; whisker: 95 % interval"
-    axes.set_xlabel(note + ("\n† fastkd is served by plain PyTorch here" if by_eager & set(cases) else ""))
-    title(figure, f"{stem}: how many times faster", rows)
-    legend_above(axes, sorted(dict.fromkeys(row["provider"] for row in chosen), key=rank))
-    axes.grid(False, axis="y")
+    axes.set_yticks(heights, labels, color=INK)
+    note = "     † served by plain PyTorch here" if any("†" in label for label in labels) else ""
+    axes.set_xlabel(f"time over fastkd's, the green line; shade: 95 % interval{note}")
     axes.tick_params(length=0, which="both")
-    save(figure, path, rows)
+    axes.grid(False, axis="y")
+    title(figure, "How many times faster, loss and gradient", rows)
+    save(figure, path)
     return True
 
 
-def legend_above(axes, rivals: Sequence[str], most: int = 7) -> None:
-    """From the figure's left edge, `most` to a line; an empty title of as many lines keeps the room."""
-    import matplotlib.pyplot as plt
-    from matplotlib.transforms import blended_transform_factory
-
-    handles = [plt.Line2D([], [], color=COLOURS["fastkd"], linewidth=3)]
-    handles += [plt.Rectangle((0, 0), 1, 1, color=colour(name)) for name in rivals]
-    where = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
-    legend = axes.legend(handles, ["fastkd", *rivals], loc="lower left", bbox_to_anchor=(0.005, 1), handlelength=1.4,
-                         bbox_transform=where, ncols=most, columnspacing=1.6, borderaxespad=0.3)  # fmt: skip
-    legend.set_in_layout(False)
-    axes.set_title(" " + "\n " * (len(rivals) // most), fontsize=13)
+def size_of(row: Row) -> int:
+    return int(row["sweep"].split("=")[1])
 
 
-def rank(provider: str) -> int:
-    name = provider.split(":")[0]
-    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
+def words_of(points: Sequence[Row]) -> tuple[str, str]:
+    """The name of a curve's axis, and what stays the same along it: "tokens L", and "examples 1, head width 64"."""
+    axes, letter = STEMS[points[0]["stem"]].AXES[points[0]["kind"]], points[0]["sweep"].split("=")[0]
+    sizes = zip(axes.values(), zip(*(row["shape"].split("x") for row in points), strict=True), strict=True)
+    fixed = [f"{word} {column[0]}" for word, column in sizes if len(set(column)) == 1]
+    return f"{axes[letter]} {letter}", ", ".join(fixed)
 
 
-def interval_of(row: dict) -> tuple[float, float, float]:
-    """Low end, median, high end of a rival's time over ours."""
-    ratio = value(row, "times_ours_median")
-    return value(row, "times_ours_low") or ratio, ratio, value(row, "times_ours_high") or ratio
-
-
-def ratio_bar(axes, position: float, row: dict) -> None:
-    low, ratio, high = interval_of(row)
-    axes.barh(position, ratio - 1, left=1, height=0.84, color=colour(row["provider"]))
-    axes.plot([low, high], [position, position], color=INK, linewidth=1.1, solid_capstyle="butt")
-    beyond, side = (max(high, 1.0) * 1.04, "left") if ratio >= 1 else (min(low, 1.0) / 1.04, "right")
-    axes.text(beyond, position, times(ratio), va="center", ha=side, fontsize=8.5)
-
-
-def ready() -> str:
-    """Empty where matplotlib is there, else the sentence that says what to do."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no plots: matplotlib is not installed (pip install 'fastkd[bench]')"
-    matplotlib.use("Agg")
-    return ""
-
-
-def draw(rows, stem: str, folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
-    """The plots of one stem, and a reason where there are none. Why a curve ends is in the JSON beside the CSV."""
-    from fastkd.bench import curves
-
-    reason = ready()
-    if reason or not rows:
-        return [], reason or f"no plots: {stem} has no rows"
+def sweep(rows: Sequence[Row], stem: str, path: pathlib.Path) -> bool:
+    """Log-log time and memory against each swept size, the floor dashed. False where no sweep has two points."""
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    bars, lines = folder / f"{stem}_speedup.png", folder / f"{stem}_sweep.png"
-    with plt.rc_context(STYLE):
-        absent = results_io.absent_of(folder / f"{stem}.json")
-        drawn = [(bars, speedups(rows, stem, bars)), (lines, curves.sweep(rows, stem, lines, absent))]
-    return [path for path, done in drawn if done], ""
+    groups: dict[tuple, list[Row]] = {}
+    for row in headline(report.measured(rows)):
+        if row["sweep"]:
+            groups.setdefault((row["sweep"].split("=")[0], row["kind"], row["dtype"]), []).append(row)
+    curves = [sorted(points, key=size_of) for points in groups.values() if len(set(map(size_of, points))) > 1]
+    reasons = {(row["case"], row["provider"]): row["absent"] for row in rows if row["absent"]}
+    if not curves:
+        return False
+    size = {"figsize": (9, 0.7 + 3.0 * len(curves)), "width_ratios": (3, 3, 1.75)}
+    figure, grid = plt.subplots(len(curves), 3, layout="constrained", squeeze=False, **size)
+    for (time, memory, beside), points in zip(grid, curves, strict=True):
+        draw_curves(time, memory, points, reasons)
+        beside.axis("off")
+        beside.legend(*time.get_legend_handles_labels(), loc="center left", borderaxespad=0)
+        time.set_title(f"{points[0]['kind']} {DTYPES[points[0]['dtype']]}, milliseconds")
+        memory.set_title("peak extra memory, MiB")
+        for axes, label in ((time, words_of(points)[0]), (memory, words_of(points)[1])):
+            axes.set_xlabel(label)
+    title(figure, f"{stem}: how time and memory grow", rows)
+    figure.supxlabel("shaded: 95 % interval of the median; floor: what copy bandwidth and GEMM rate allow at best",
+                     fontsize=8.5, color=SOFT)  # fmt: skip
+    save(figure, path)
+    return True
+
+
+def draw_curves(time, memory, points: Sequence[Row], reasons: dict[tuple[str, str], str]) -> None:
+    """One line per provider in both panels; in the legend why one ends early."""
+    sizes = sorted(set(map(size_of, points)))
+    for provider in sorted({row["provider"] for row in points}, key=lambda name: (rank(name), name)):
+        mine = [row for row in points if row["provider"] == provider]
+        beyond = next((row["case"] for row in points if size_of(row) > size_of(mine[-1])), None)
+        why = reasons.get((beyond, provider), "not measured").partition(":")[0].removesuffix(" beyond its inputs")
+        ours, xs = provider.startswith("fastkd"), [size_of(row) for row in mine]
+        style = {"color": colour(provider), "marker": "o", "markersize": 4.5, "linewidth": 3 if ours else 1.7,
+                 "zorder": 3 if ours else 2, "linestyle": ":" if provider.startswith("fastkd:") else "-"}  # fmt: skip
+        time.plot(xs, [row["median_ms"] for row in mine], label=provider + (f"\n✕ {why}" if beyond else ""), **style)
+        low, high = ([row[name] or row["median_ms"] for row in mine] for name in ("median_low_ms", "median_high_ms"))
+        time.fill_between(xs, low, high, color=colour(provider), alpha=0.18, linewidth=0)
+        memory.plot(xs, [row["peak_extra_mib"] or float("nan") for row in mine], **style)  # a logarithmic axis has no 0
+    floors = {size_of(row): row["floor_ms"] for row in points}
+    time.plot(sizes, [floors[size] for size in sizes], "--", color=INK, linewidth=1.2, label="floor")
+    for axes in (time, memory):
+        axes.set(yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size >> 10}k" if size >= 1024 and size % 1024 == 0 else str(size) for size in sizes])
+        axes.minorticks_off()
+        decimal_ticks(axes.yaxis)
+        axes.tick_params(length=0, which="both")

@@ -1,5 +1,6 @@
 """The roofs of this machine, measured first and in the same process: copy bandwidth, GEMM rate, the exact GEMMs."""
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -7,16 +8,12 @@ import torch
 from fastkd.bench.cases.case import Case, Gemm
 from fastkd.bench.measure import Task
 
-LEAST_COPY, MOST_COPY = 1 << 20, 1 << 30
 BATCH_BYTES = 4 << 30  # of a batched product, factors and all, that are there at once
 
 
 def copy_size(moved: float) -> int:
     """Bytes read plus written by the copy that stands for `moved` bytes: the next power of two, 1 MiB to 1 GiB."""
-    size = LEAST_COPY
-    while size < moved and size < MOST_COPY:
-        size *= 2
-    return size
+    return 1 << min(30, max(20, math.ceil(math.log2(moved))))
 
 
 def floor(flops: float, moved: float, copy_rate: float, gemm_rate: float) -> tuple[float, str]:

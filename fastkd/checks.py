@@ -170,6 +170,20 @@ def one_of(name: str, x, options: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {x!r}")
 
 
+def device(name: str, kinds: Sequence[str] = (), *, here: bool = True) -> torch.device:
+    """The device of that name, one of `kinds` where they are given; `here`: it must be usable, not only a name."""
+    try:
+        found = torch.device(name)
+        if here:
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each build of torch has its own way
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {name!r} cannot be used here: {why}; name cpu, cuda or cuda:N") from error
+    if kinds and found.type not in kinds:
+        raise ValueError(f"device: expected {' or '.join(kinds)}, got {name!r}")
+    return found
+
+
 def looks_are_free(x: Tensor) -> bool:
     """Whether looking at the values of `x` costs no synchronisation (or was asked for)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -1,18 +1,21 @@
-"""What a case is: its shapes, its inputs, the fewest FLOPs and bytes beside it. The cases themselves: cases.py.
+"""What a case is: its shapes, its inputs, and the fewest FLOPs and bytes beside it.
 
-Inputs are random and seeded, made on the CPU in float32 (so that every device sees the same numbers), then cast.
+The floors count work that nobody can avoid: every input read once, every result written once, `both` without a recompute;
+`backward` alone reads its inputs again. Inputs are random and seeded, made on the CPU in float32 (so that every device sees
+the same numbers), then cast.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from fastkd.bench.cli_errors import one_of
+from torch.utils.checkpoint import checkpoint
 
-REGISTRY: dict[str, Callable] = {}
-ON_GPU: dict[str, Callable] = {}  # on top, where there is a GPU: shapes that a CPU would take minutes for
-CLAIMS: dict[str, Callable] = {}  # beside them, everywhere
-SCALE: dict[str, Callable] = {}  # on top, with --scale: the far ends of the curves
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": torch.float16, "float64": torch.float64}
+PIECE = 512  # rows of a score matrix that an oracle holds at once
+AFTER = ("backward", "both")  # the modes of a product that only the gradient needs
+BOTH = {"modes": ("both",)}
 
 
 def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
@@ -21,13 +24,6 @@ def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.
 
 def unit(*size: int, generator: torch.Generator) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
-
-
-def functional():
-    """Imported late, so that the bench's own parts can be read and tested without the library."""
-    from fastkd import functional as public
-
-    return public
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +48,6 @@ class Gemm:
     batch: int = 1
     modes: tuple[str, ...] = ("forward", "both", "loss_only")
 
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.batch * self.rows * self.inner * self.columns
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -76,7 +68,7 @@ class Case:
     modes: tuple[str, ...] = ("forward", "backward", "both")
     sweep: str = ""  # the size on the x axis of the plot, where this case is a point of a curve
     quick: bool = False
-    goal: str = ""
+    goals: Mapping[str, float] = dataclasses.field(default_factory=dict)  # evidence/performance.py says what they mean
     label: str = ""  # the model whose shape this is
     oracle: Callable | None = None  # the float64 loss of the inputs, in pieces, where the reference would not fit
 
@@ -92,9 +84,13 @@ class Case:
     def name(self) -> str:
         return f"{self.kind}-{self.shape_text}-{self.dtype_text}"
 
+    @property
+    def goal(self) -> str:
+        return ", ".join(f"{what} {limit:g}" for what, limit in self.goals.items())
+
 
 class Inputs(dict):
-    """Named tensors (or lists of them), and the case's options as attributes of `options`."""
+    """Named tensors (or lists of them), and the case's options as `options`."""
 
     def __init__(self, tensors: Mapping, options: Mapping, leaf_names: tuple[str, ...]):
         super().__init__(tensors)
@@ -111,10 +107,7 @@ class Inputs(dict):
             wanted = dtype if tensor.is_floating_point() and (name not in keep or dtype == torch.float64) else None
             return tensor.detach().to(device=device, dtype=wanted).clone().requires_grad_(name in self.leaf_names)
 
-        moved = {
-            name: [move(name, t) for t in value] if isinstance(value, list) else move(name, value)
-            for name, value in self.items()
-        }
+        moved = {name: [move(name, t) for t in x] if isinstance(x, list) else move(name, x) for name, x in self.items()}
         return Inputs(moved, self.options, self.leaf_names)
 
 
@@ -124,29 +117,14 @@ def as_list(value) -> list:
 
 def build(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """The inputs of a case, in its dtype, on the device."""
-    generator = torch.Generator().manual_seed(seed)
-    raw = Inputs(case.make(case, generator), case.options, case.leaves)
+    raw = Inputs(case.make(case, torch.Generator().manual_seed(seed)), case.options, case.leaves)
     return raw.to(case.dtype, device, case.keep)
 
 
-def stem(name: str, registry: dict[str, Callable] = REGISTRY) -> Callable:
-    """Registers the function that yields the cases of a stem."""
-
-    def register(function: Callable) -> Callable:
-        registry[name] = function
-        return function
-
-    return register
-
-
-def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=False) -> Iterator[Case]:
-    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`; `scale` asks for the curves only."""
-    for registered in stems or REGISTRY:
-        one_of("stem", registered, REGISTRY)
-        tables = [REGISTRY, CLAIMS, *([ON_GPU] if gpu else []), *([SCALE] if scale else [])]
-        found = [case for table in tables if registered in table for case in table[registered]()]
-        for case in sorted(found, key=lambda case: not case.goal) if gpu else found:  # there, time may run out
-            wanted = (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype)
-            wanted = wanted and (case.quick or not quick) and (bool(case.sweep) or not scale)
-            if wanted and name in case.name:
-                yield case
+def by_rows(function: Callable, left: torch.Tensor, right: torch.Tensor, options: dict, piece: int | None = None):
+    """The mean of `function` in the reference, pieces of rows at a time, each recomputed for its gradient: whole, its
+    float64 graph would take 17 times the logits, which is more than any card has."""
+    options, piece = {**options, "reduction": "sum", "backend": "reference"}, piece or PIECE
+    sums = [checkpoint(function, *sides, use_reentrant=False, preserve_rng_state=False, **options)
+            for sides in zip(left.split(piece), right.split(piece), strict=True)]  # fmt: skip
+    return sum(sums) / len(left)

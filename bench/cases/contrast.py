@@ -4,12 +4,17 @@ A step moves bank rows. The batch's rows are where they move to already, so that
 state that the check saw.
 """
 
-from collections.abc import Iterator
-
 import torch
-from fastkd.bench.cases.case import Case, Gemm, Inputs, Work, functional, normal, unit
+from fastkd.bench.cases.case import AFTER, BF16, BOTH, FP32, Case, Gemm, Inputs, Work, by_rows, normal, unit
 
-FP32, BF16 = torch.float32, torch.bfloat16
+from fastkd import functional
+from fastkd.losses.codir import CoDIRLoss
+
+SIZES = {"B": "examples", "K": "negatives", "D": "width"}
+BANK = {**SIZES, "n": "bank rows"}
+STEP = {**BANK, "S": "input width"}
+AXES = {"info_nce": SIZES, "in_batch": {"B": "examples", "D": "width"}, "nce": BANK, "codir_step": STEP,
+        "codir_step_given": STEP}  # fmt: skip
 
 
 def make_queue(case: Case, generator) -> dict:
@@ -53,14 +58,26 @@ def make_step(case: Case, generator) -> dict:
 
 def ours_info_nce(inputs: Inputs, backend: str) -> torch.Tensor:
     sides = inputs["query"], inputs["positive"], inputs.get("bank")
-    return functional().info_nce_loss(*sides, backend=backend, **inputs.options)
+    return functional.info_nce_loss(*sides, backend=backend, **inputs.options)
 
 
 def ours_nce(inputs: Inputs, backend: str) -> torch.Tensor:
     """Both anchors against the other side's bank, as CoDIR does."""
-    more, public, index = {**inputs.options, "backend": backend}, functional(), inputs["index"]
-    teacher_anchor = public.nce_loss(inputs["query_t"], inputs["bank_s"], index, **more)
-    return teacher_anchor + public.nce_loss(inputs["query_s"], inputs["bank_t"], index, **more)
+    more, index = {**inputs.options, "backend": backend}, inputs["index"]
+    teacher_anchor = functional.nce_loss(inputs["query_t"], inputs["bank_s"], index, **more)
+    return teacher_anchor + functional.nce_loss(inputs["query_s"], inputs["bank_t"], index, **more)
+
+
+def nce_in_pieces(inputs: Inputs) -> torch.Tensor:
+    """A few examples at a time: each gathers its negatives."""
+
+    def side(anchor, bank):
+        def rows(query, index, **options):
+            return functional.nce_loss(query, inputs[bank], index, **options)
+
+        return by_rows(rows, inputs[anchor], inputs["index"], inputs.options, 4)
+
+    return side("query_t", "bank_s") + side("query_s", "bank_t")
 
 
 def ours_step(inputs: Inputs, backend: str) -> torch.Tensor:
@@ -72,8 +89,6 @@ def ours_step(inputs: Inputs, backend: str) -> torch.Tensor:
 
 def step_module(inputs: Inputs, backend: str) -> torch.nn.Module:
     """CoDIRLoss, the official preset, on the tensors of the inputs."""
-    from fastkd.losses.codir import CoDIRLoss
-
     (rows, d), options = inputs["bank_s"].shape, inputs.options
     with torch.device("meta"):
         loss = CoDIRLoss(inputs["f_s"].shape[1], inputs["f_t"].shape[1], rows, feat_dim=d, nce_k=options["k"],
@@ -92,68 +107,79 @@ def step_module(inputs: Inputs, backend: str) -> torch.nn.Module:
     return loss.train()
 
 
-def queue_case(batch: int, k: int, d: int, dtype: torch.dtype, **more) -> Case:
+def case(kind: str, *sizes: int, dtype=FP32, **more) -> Case:
+    shape = dict(zip(AXES[kind], sizes, strict=True))
+    build = {"info_nce": queue, "in_batch": in_batch, "nce": gather}.get(kind, step)
+    return Case("contrast", kind, shape, **build(shape, dtype, kind.endswith("given")), **more)
+
+
+def queue(shape: dict, dtype: torch.dtype, _) -> dict:
     """The bank is read once for loss and gradient together: attention with K = V = bank. dtype is the bank's."""
+    batch, k, d = shape.values()
     product, bank = 2.0 * batch * k * d, float(k * d * dtype.itemsize)
-    gemms = (Gemm(batch, d, k), Gemm(batch, k, d, 1, ("backward", "both")))
-    return Case(
-        "contrast", "info_nce", {"B": batch, "K": k, "D": d}, dtype, make_queue, ours_info_nce, ("query",),
-        flops=Work(product, 2 * product, 2 * product), bytes=Work(bank, bank, bank), gemms=gemms,
-        options={"temperature": 0.07}, keep=("query", "positive"), **more,
-    )  # fmt: skip
+    return {
+        "dtype": dtype, "make": make_queue, "ours": ours_info_nce, "leaves": ("query",),
+        "flops": Work(product, 2 * product, 2 * product), "bytes": Work(bank, bank, bank),
+        "gemms": (Gemm(batch, d, k), Gemm(batch, k, d, 1, AFTER)), "options": {"temperature": 0.07},
+        "keep": ("query", "positive"),
+    }  # fmt: skip
 
 
-def batch_case(batch: int, d: int, dtype: torch.dtype, **more) -> Case:
+def in_batch(shape: dict, dtype: torch.dtype, _) -> dict:
     """Both sides train. The scores are not kept, but the floor does not count forming them twice."""
+    batch, d = shape.values()
     product, side = 2.0 * batch * batch * d, float(batch * d * dtype.itemsize)
-    gemms = (Gemm(batch, d, batch), *2 * (Gemm(batch, batch, d, 1, ("backward", "both")),))
-    return Case(
-        "contrast", "in_batch", {"B": batch, "D": d}, dtype, make_batch, ours_info_nce, ("query", "positive"),
-        flops=Work(product, 2 * product, 3 * product), bytes=Work(2 * side, 4 * side, 4 * side), gemms=gemms,
-        options={"temperature": 0.07}, **more,
-    )  # fmt: skip
+    return {
+        "dtype": dtype, "make": make_batch, "ours": ours_info_nce, "leaves": ("query", "positive"),
+        "flops": Work(product, 2 * product, 3 * product), "bytes": Work(2 * side, 4 * side, 4 * side),
+        "gemms": (Gemm(batch, d, batch), *2 * (Gemm(batch, batch, d, 1, AFTER),)), "options": {"temperature": 0.07},
+    }  # fmt: skip
 
 
-def gather_case(batch: int, k: int, d: int, rows: int, **more) -> Case:
+def gather(shape: dict, _, __) -> dict:
     """Two banks; each gathered row is read once for loss and gradient together."""
+    batch, k, d, rows = shape.values()
     gathered = 2.0 * batch * (k + 1) * d
-    options = {"n_data": rows, "temperature": 0.07, "z": rows * 1.5}
-    return Case(
-        "contrast", "nce", {"B": batch, "K": k, "D": d, "n": rows}, FP32, make_banks, ours_nce,
-        ("query_s", "query_t"), flops=Work(2 * gathered, 2 * gathered, 4 * gathered),
-        bytes=Work(4 * gathered, 4 * gathered, 4 * gathered), options=options, **more,
-    )  # fmt: skip
+    return {
+        "dtype": FP32, "make": make_banks, "ours": ours_nce, "leaves": ("query_s", "query_t"),
+        "flops": Work(2 * gathered, 2 * gathered, 4 * gathered), "bytes": Work(*3 * (4 * gathered,)),
+        "options": {"n_data": rows, "temperature": 0.07, "z": rows * 1.5},
+    }  # fmt: skip
 
 
-STEP_LEAVES = ("f_s", "weight_s", "bias_s", "weight_t", "bias_t")
-
-
-def step_case(batch: int, k: int, d: int, rows: int, width: int, given: bool, **more) -> Case:
+def step(shape: dict, _, given: bool) -> dict:
     """Draw, project, gather, loss, gradients of the features and of both projections, banks updated."""
+    batch, k, d, rows, width = shape.values()
     gathered, product, weight = 2.0 * batch * (k + 1) * d, 2.0 * batch * width * d, 4.0 * width * d
-    gemms = (*2 * (Gemm(batch, width, d), Gemm(d, batch, width)), Gemm(batch, d, width))
-    flops, moved = 5 * product + 4 * gathered, 4 * weight + 12.0 * batch * width + 4 * gathered
-    options = {"k": k, "temperature": 0.07, "momentum": 0.5, "z": rows * 1.5, "given": given}
-    return Case(
-        "contrast", "codir_step_given" if given else "codir_step", {"B": batch, "K": k, "D": d, "n": rows, "S": width},
-        FP32, make_step, ours_step, STEP_LEAVES, flops=Work(flops, flops, flops), bytes=Work(moved, moved, moved),
-        gemms=gemms, options=options, modes=("both",), **more,
-    )  # fmt: skip
+    return {
+        "dtype": FP32, "make": make_step, "ours": ours_step, "leaves": ("f_s", "weight_s", "bias_s", "weight_t", "bias_t"),
+        "flops": Work(*3 * (5 * product + 4 * gathered,)),
+        "bytes": Work(*3 * (4 * weight + 12.0 * batch * width + 4 * gathered,)),
+        "gemms": (*2 * (Gemm(batch, width, d), Gemm(d, batch, width)), Gemm(batch, d, width)), "modes": ("both",),
+        "options": {"k": k, "temperature": 0.07, "momentum": 0.5, "z": rows * 1.5, "given": given},
+    }  # fmt: skip
 
 
 MNLI, SIX_LAYERS = 392702, 6 * 768  # examples, and what [CLS] of six layers makes
-
-
-def contrast_cases() -> Iterator[Case]:
-    yield queue_case(32, 65536, 128, FP32, goal="4x eager, 0.75x of its bare GEMMs")
-    yield queue_case(32, 65536, 128, BF16, goal="10x fp32 eager")
-    yield queue_case(256, 65536, 128, FP32)
-    yield queue_case(32, 4096, 128, FP32, quick=True)
-    yield gather_case(32, 4096, 128, 262144, goal="10x the authors' way, 65 % of the gather floor")
-    yield gather_case(32, 100, 128, 393216)
-    yield step_case(32, 100, 128, MNLI, SIX_LAYERS, False, goal="20x the authors' way, host sampling and all")
-    yield step_case(32, 100, 128, MNLI, SIX_LAYERS, True, goal="3x the authors' way, negatives given")
-    yield batch_case(2048, 256, FP32)
-    for k in (16384, 131072, 1048576):
-        yield queue_case(32, k, 256, FP32, sweep="K")
-    yield queue_case(32, 1048576, 256, BF16, sweep="K")
+CASES = [
+    case("info_nce", 32, 65536, 128, goals={"eager": 4, "gemms": 0.75}),
+    case("info_nce", 32, 65536, 128, dtype=BF16, goals={"eager": 10}),
+    case("info_nce", 256, 65536, 128),
+    case("info_nce", 32, 4096, 128, quick=True),
+    case("nce", 32, 4096, 128, 262144, goals={"authors": 10, "floor": 0.65}),
+    case("nce", 32, 100, 128, 393216),
+    case("codir_step", 32, 100, 128, MNLI, SIX_LAYERS, goals={"authors": 20}),
+    case("codir_step_given", 32, 100, 128, MNLI, SIX_LAYERS, goals={"authors": 3}),
+    case("in_batch", 2048, 256),
+    *(case("info_nce", 32, k, 256, sweep="K") for k in (16384, 131072, 1048576)),
+    case("info_nce", 32, 1048576, 256, dtype=BF16, sweep="K"),
+]
+ON_GPU = [
+    case("info_nce", 32, 65536, 768, dtype=BF16, goals={"floor": 0.65, "eager": 2.5, "compile": 1.8}),
+    case("info_nce", 256, 65536, 768, dtype=BF16, goals={"floor": 0.5}),
+    case("in_batch", 32768, 768, dtype=BF16, goals={"inf-cl-style": 3, "cut-cross-entropy": 1}),
+]
+SCALE = [
+    *(case("info_nce", b, 16384, 128, dtype=BF16, sweep="B", **BOTH) for b in (8, 32, 128, 512)),
+    *(case("nce", 32, k, 128, 262144, sweep="K", oracle=nce_in_pieces, **BOTH) for k in (1024, 8192, 65536)),
+]

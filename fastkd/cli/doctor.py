@@ -8,8 +8,7 @@ import sys
 import torch
 
 import fastkd
-from fastkd import backends
-from fastkd.bench import machine
+from fastkd import backends, checks
 
 PACKAGES = ("triton", "numpy", "transformers", "datasets", "accelerate", "safetensors", "liger-kernel", "POT")
 
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     options = parser.parse_args(argv)
     try:
-        machine.device_of(options.device)
+        checks.device(options.device)
     except ValueError as error:
         print(f"fastkd doctor: {error}", file=sys.stderr)
         return 2

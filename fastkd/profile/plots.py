@@ -26,7 +26,7 @@ def draw(folder: Path) -> tuple[list[Path], str]:
     with plt.rc_context(plots.STYLE), atomic_write.replacing(path) as scratch:
         figure = stacked(rows)
         plots.title(figure, "Where the time of a training step goes", records)
-        plots.save(figure, scratch, records)
+        plots.save(figure, scratch)
     return [path], ""
 
 

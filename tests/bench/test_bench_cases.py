@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from bench_fakes import CPU
 from fastkd.bench import baselines, check, roofline
 from fastkd.bench.baselines import Absent, Provider
+from fastkd.bench.cases import STEMS, contrast, divergence, gram, layer_cost, linear_divergence, listed, select, shapes
 from fastkd.bench.cases import case as case_module
-from fastkd.bench.cases import stems
-from fastkd.bench.cases.case import Gemm
+from fastkd.bench.cases.case import BF16, Gemm
 
-CPU = torch.device("cpu")
+MSE = divergence.case("mse", 3, 5)
 TINY = {"N": 7, "V": 41, "K": 5, "B": 4, "Ds": 12, "Dt": 20, "H": 2, "L": 9, "d": 8, "R": 3, "S": 6, "D": 10, "n": 50}
 TINY_BY_STEM = {
     "divergence": {"K": 20},
@@ -52,62 +53,58 @@ def test_roofs_count_reads_and_writes_and_measure_once():
     measured.copy_rate(1000.0)
     assert timer.samples == taken
     gemms = (Gemm(4, 5, 6), Gemm(4, 5, 6), Gemm(6, 4, 5, 2, ("backward", "both")))
-    case = dataclasses.replace(stems.divergence_case("mse", 3, 5, torch.float32), gemms=gemms)
+    case = dataclasses.replace(MSE, gemms=gemms)
     assert measured.gemms_of(case) == {"forward": 4.0, "backward": 2.0, "both": 6.0}
-    assert gemms[2].flops == 2 * 2 * 6 * 4 * 5
 
 
 def test_a_roof_measured_again_stays_the_best_that_was_seen():
     timer = CountingTimer({"roof": 0.5})
-    measured, case = roofline.Roofs(CPU, timer), stems.divergence_case("mse", 3, 5, torch.float32)
+    measured = roofline.Roofs(CPU, timer)
     for seconds, best in ((0.5, 0.5), (2.0, 0.5), (0.25, 0.25)):
         timer.seconds["roof"] = seconds
-        measured.again(case, "both")
+        measured.again(MSE, "both")
         assert measured.copy_rate(1000.0) == (1 << 20) / best
         assert measured.gemm_rate(torch.float32) == 2.0 * 2048**3 / best
 
 
 def test_declared_work_agrees_with_arithmetic_by_hand():
     """Figures of the physical floors, worked out independently: FLOPs over 788 TFLOP/s, bytes as they are."""
-    linear = stems.linear_case("forward_kl", 8192, 128256, 4096, 4096, torch.bfloat16)
+    linear = linear_divergence.case("forward_kl", 8192, 128256, 4096, 4096, BF16)
     assert linear.flops.forward / 788e12 == pytest.approx(21.8e-3, rel=5e-3)
     assert linear.flops.both / 788e12 == pytest.approx(43.7e-3, rel=5e-3)
-    assert sum(gemm.flops for gemm in linear.gemms) == linear.flops.both
-    divergence = stems.divergence_case("forward_kl", 8192, 128256, torch.bfloat16)
-    assert divergence.bytes.both / 4.3e12 == pytest.approx(1.47e-3, rel=5e-3)
-    queue = stems.queue_case(32, 65536, 768, torch.bfloat16)
+    assert sum(2 * gemm.batch * gemm.rows * gemm.inner * gemm.columns for gemm in linear.gemms) == linear.flops.both
+    rows = divergence.case("forward_kl", 8192, 128256, dtype=BF16)
+    assert rows.bytes.both / 4.3e12 == pytest.approx(1.47e-3, rel=5e-3)
+    queue = contrast.case("info_nce", 32, 65536, 768, dtype=BF16)
     assert queue.flops.both == pytest.approx(6.4e9, rel=1e-2) and queue.bytes.both == pytest.approx(101e6, rel=1e-2)
-    token = stems.gram_case("token", 32, 128, 768, 768, torch.bfloat16)
-    assert token.flops.forward == pytest.approx(0.8e9, rel=1e-2) and token.bytes.forward == pytest.approx(
-        12.6e6, rel=1e-2
-    )
-    layers = stems.layer_case(6, 12, 32, 128, 768, torch.float32)
-    assert layers.bytes.forward == 18 * 32 * 128 * 768 * 4
-    nce = stems.gather_case(32, 4096, 128, 262144)
-    assert nce.bytes.forward == pytest.approx(2 * 67e6, rel=1e-2)
+    token = gram.case("token", 32, 128, 768, 768, BF16)
+    assert token.flops.forward == pytest.approx(0.8e9, rel=1e-2)
+    assert token.bytes.forward == pytest.approx(12.6e6, rel=1e-2)
+    assert layer_cost.case("hidden", 6, 12, 32, 128, 768).bytes.forward == 18 * 32 * 128 * 768 * 4
+    assert contrast.case("nce", 32, 4096, 128, 262144).bytes.forward == pytest.approx(2 * 67e6, rel=1e-2)
 
 
 def test_the_floor_of_attention_is_the_cheaper_way():
     """Two student layers, three teachers, so four flows; by hand, one head."""
-    short = stems.attention_work(
+    short = layer_cost.attention_work(
         2, 3, 4, 8
     )  # scores: 2·4·4·8 = 256 FLOPs a layer, and the same for each of 2 gradients
     assert (short.forward, short.both) == (5 * 256, 5 * 256 + 2 * 2 * 256)
-    far = stems.attention_work(2, 3, 1024, 8)  # X^T Y: 2·1024·8·8 = 131072 FLOPs, half of that where Y is X
+    far = layer_cost.attention_work(2, 3, 1024, 8)  # X^T Y: 2·1024·8·8 = 131072 FLOPs, half of that where Y is X
     own, cross = 2 * 65536, 2 * 131072  # of queries and of keys
     assert far.forward == 5 * own + 6 * cross
     pulls = 2 * (2 + 4) * 131072  # q (k^T k), r (l^T k) of four flows, and the keys' side
     assert far.both == far.forward + pulls
     assert far.backward == 2 * own + 4 * cross + pulls  # of what the flows touch
-    many = stems.attention_work(20, 20, 64, 8)  # 400 pairs: scores forward, products backward
+    many = layer_cost.attention_work(20, 20, 64, 8)  # 400 pairs: scores forward, products backward
     assert many.forward == 40 * 2 * 64 * 64 * 8
     assert many.both == many.forward + min(2 * 20 * 2 * 64 * 64 * 8, (20 * 1 + 39 * 2 + 2 * 59) * 2 * 64 * 64)
-    case = stems.attention_case(3, 6, 1, 12, 2048, 64, torch.float32)
-    assert case.flops.both == 12 * stems.attention_work(3, 6, 2048, 64).both < case.gemms[0].flops / 3
+    case = layer_cost.case("attention", 3, 6, 1, 12, 2048, 64)
+    assert case.flops.both == 12 * layer_cost.attention_work(3, 6, 2048, 64).both < 12 * 9 * 2 * 2048 * 2048 * 64 / 3
 
 
 def test_sparse_flow_is_a_vertex_with_uniform_marginals():
-    flow = stems.sparse_flow(6, 12)
+    flow = layer_cost.sparse_flow(6, 12)
     assert (flow > 0).sum() <= 17
     assert torch.allclose(flow.sum(1), torch.full((6,), 1 / 6)) and torch.allclose(
         flow.sum(0), torch.full((12,), 1 / 12)
@@ -117,32 +114,51 @@ def test_sparse_flow_is_a_vertex_with_uniform_marginals():
 # Cases and rivals -------------------------------------------------------------------------------------------------
 
 
-def every_kind():
-    """One small case for each kind of each stem."""
-    found = {}
-    for case in case_module.select():
-        small = {axis: TINY_BY_STEM.get(case.stem, {}).get(axis, TINY.get(axis, 3)) for axis in case.shape}
-        found.setdefault((case.stem, case.kind), dataclasses.replace(case, shape=small, dtype=tiny_dtype(case)))
-    return list(found.values())
+def tiny(stem, kind):
+    axes = STEMS[stem].AXES[kind]
+    return STEMS[stem].case(kind, *(TINY_BY_STEM.get(stem, {}).get(axis, TINY.get(axis, 3)) for axis in axes))
 
 
-def tiny_dtype(case):
-    return torch.float64 if case.stem == "transport" else torch.float32
+EVERY_KIND = [pytest.param(tiny(stem, kind), id=f"{stem}-{kind}") for stem in STEMS for kind in STEMS[stem].AXES]
 
 
-def test_every_stem_has_cases_and_names_are_unique():
-    assert list(case_module.REGISTRY) == [
-        "divergence", "gram", "relation", "layer_cost", "transport", "contrast", "linear_divergence"
-    ]  # fmt: skip
-    for stem in case_module.REGISTRY:
-        names = [case.name for case in case_module.select([stem])]
-        assert len(names) == len(set(names)) and any(case.quick for case in case_module.select([stem]))
-    with pytest.raises(ValueError, match="stem: there is no 'gramm'; did you mean gram"):
-        list(case_module.select(["gramm"]))
+@pytest.mark.parametrize("stem", STEMS)
+def test_names_are_unique_over_all_lists(stem):
+    """A curve's point with the name of another case would replace it in the CSV."""
+    names = [case.name for case in listed(stem, gpu=True, scale=True)]
+    assert len(names) == len(set(names)) and any(case.quick for case in listed(stem))
+    goals = [
+        bool(case.goals) for case in listed(stem, gpu=True)
+    ]  # make gpu stops a stem's bench when its seconds are over
+    assert goals == sorted(goals, reverse=True) and goals[0]
+
+
+def test_curves_reach_far_and_only_when_asked():
+    far, ends = select(scale=True), {}
+    assert all(case.sweep for case in far)
+    for case in far:
+        ends[case.stem, case.sweep] = max(case.shape[case.sweep], ends.get((case.stem, case.sweep), 0))
+    asked = {("gram", "N"): 16384, ("relation", "L"): 16384, ("divergence", "V"): 262144, ("layer_cost", "N"): 48,
+             ("linear_divergence", "V"): 262144, ("contrast", "K"): 1048576}  # fmt: skip
+    assert asked.items() <= ends.items() and {("gram", "B"), ("relation", "B"), ("contrast", "B")} <= ends.keys()
+    assert not any(case.shape.get(case.sweep, 0) > 8000 and case.stem in ("gram", "relation") for case in select())
+
+
+def test_oracles_in_pieces_are_the_reference(monkeypatch):
+    monkeypatch.setattr(case_module, "PIECE", 4)  # 11 rows: two whole pieces and a short one
+    found = {case.stem: case for case in select(scale=True) if case.oracle}
+    assert found.keys() == {"gram", "relation", "linear_divergence", "contrast"}
+    sizes = {"B": 2, "N": 11, "H": 2, "L": 11, "d": 4, "R": 11, "V": 9, "Ds": 4, "Dt": 6, "K": 5, "D": 4, "n": 9}
+    for case in found.values():
+        small = dataclasses.replace(case, shape={axis: sizes[axis] for axis in case.shape})
+        inputs = case_module.build(small, CPU)
+        pieces, whole = (check.make_oracle(x, inputs) for x in (small, dataclasses.replace(small, oracle=None)))
+        torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(pieces.gradients, whole.gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_inputs_are_seeded_cast_and_only_leaves_have_gradients():
-    case = dataclasses.replace(stems.queue_case(4, 16, 8, torch.bfloat16))
+    case = contrast.case("info_nce", 4, 16, 8, dtype=BF16)
     first, again, other = (case_module.build(case, CPU, seed) for seed in (0, 0, 1))
     assert torch.equal(first["bank"], again["bank"]) and not torch.equal(first["bank"], other["bank"])
     assert first["bank"].dtype == torch.bfloat16 and first["query"].dtype == torch.float32
@@ -151,25 +167,26 @@ def test_inputs_are_seeded_cast_and_only_leaves_have_gradients():
     assert {tensor.dtype for tensor in wide.values()} == {torch.float64} and wide.leaves[0].is_leaf
 
 
-@pytest.mark.parametrize("case", every_kind(), ids=lambda case: f"{case.stem}-{case.kind}")
-def test_every_rival_does_the_same_job(case):
-    """In float32 (transport: float64) each rival agrees with the float64 reference, loss and gradients."""
+@pytest.mark.parametrize("case", EVERY_KIND)
+def test_every_other_provider_does_the_same_job(case):
+    """In float32 (transport: float64) each agrees with the float64 reference, loss and gradients."""
     inputs = case_module.build(case, CPU)
     oracle = check.make_oracle(case, inputs)
     names = []
-    for rival in baselines.rivals(case, CPU):
-        if isinstance(rival, Absent):
-            assert rival.reason
+    for other in baselines.rivals(case, CPU):
+        assert other.name in baselines.names()
+        if isinstance(other, Absent):
+            assert other.reason
             continue
-        names.append(rival.name)
-        if rival.name in ("compile", "liger", "autochunker"):  # a minute of compilation each; the bench checks them
+        names.append(other.name)
+        if other.name in ("compile", "liger", "autochunker"):  # a minute of compilation each; the bench checks them
             continue
-        errors = check.errors_of(rival.call, inputs, oracle)
-        assert check.verdict(errors, (1e-4, 1e-4)) == "", rival.name
+        errors = check.errors_of(other.call, inputs, oracle)
+        assert check.verdict(errors, (1e-4, 1e-4)) == "", other.name
     assert "eager" in names or case.kind in ("exact", "emd_step")  # PyTorch has no solver
 
 
-@pytest.mark.parametrize("case", every_kind(), ids=lambda case: f"{case.stem}-{case.kind}")
+@pytest.mark.parametrize("case", EVERY_KIND)
 def test_ours_passes_its_own_check(case):
     inputs = case_module.build(case, CPU)
     oracle = check.make_oracle(case, inputs)
@@ -177,10 +194,83 @@ def test_ours_passes_its_own_check(case):
     eager = check.errors_of(found["eager"].call, inputs, oracle) if "eager" in found else None
     for ours in baselines.ours(case, inputs):
         if isinstance(ours, Provider):
-            assert check.verdict_on_ours(case, check.errors_of(ours.call, inputs, oracle), eager) == "", ours.name
+            assert check.verdict(check.errors_of(ours.call, inputs, oracle), check.limits(case.dtype, eager)) == "", (
+                ours.name
+            )
 
 
 def test_what_is_not_there_is_named():
-    absent = {rival.name: rival.reason for rival in baselines.rivals(stems.top_k_case(4, 9, 2, torch.float32, None), CPU)
-              if isinstance(rival, Absent)}  # fmt: skip
-    assert "authors" in absent and "liger" in absent
+    absent = {other.name for other in baselines.rivals(tiny("divergence", "top_k"), CPU) if isinstance(other, Absent)}
+    assert {"authors", "liger"} <= absent
+
+
+# Shapes by name and from YAML ------------------------------------------------------------------------------------------
+
+
+def test_a_named_model_gives_every_stem():
+    found = shapes.select(["bert-large@16x512"], "", CPU)
+    assert {case.stem for case in found} == STEMS.keys() and {case.label for case in found} == {"bert-large@16x512"}
+    names = {"forward_kl-8192x30522-float32", "hidden-12x24x16x512x1024-float32", "exact-2x12x24-float64"}
+    assert names <= {case.name for case in found}
+    on_gpu = shapes.select(["llama-1b", "qwen-vocab"], "", torch.device("cuda"), stems=["linear_divergence"])
+    assert [case.name for case in on_gpu] == ["forward_kl-1024x128256x1024x2048-bfloat16",
+                                              "forward_kl-1024x151936x1792x3584-bfloat16"]  # fmt: skip
+    assert shapes.Shape(1, 8, 2, 10).student == (1, 4)
+
+
+YAML = """
+models:
+  mini: {layers: 2, width: 16, heads: 2, vocabulary: 50, batch: 2, length: 6, student_layers: 1, student_width: 8}
+cases:
+  divergence: [{kind: jsd, N: 5, V: 31, dtype: bfloat16}, {kind: top_k, N: 3, V: 40, K: 20}]
+  transport: [{P: 2, N: 3, M: 4}]
+"""
+
+
+def test_every_case_of_a_yaml_file_runs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(YAML)
+    found = shapes.select([str(path)], "", CPU)
+    assert len([case for case in found if case.label == "mini"]) == 9
+    assert [case.name for case in found[9:]] == ["jsd-5x31-bfloat16", "top_k-3x40x20-float32", "exact-2x3x4-float64"]
+    for case in found:
+        oracle = check.make_oracle(case, case_module.build(case, CPU))
+        assert oracle.loss.isfinite() and all(g.isfinite().all() for g in oracle.gradients), case.name
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_listed_case_can_be_asked_for(stem):
+    for case in listed(stem, gpu=True, scale=True):
+        assert shapes.case_from(stem, {**case.shape, "kind": case.kind}, "test", case.dtype).name == case.name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bert-bas", "shape: expected one of 'bert-base', .*got 'bert-bas'"),
+        ("gpt2@big", "expected gpt2@BATCHxLENGTH, such as gpt2@16x512"),
+        ("none.yaml", "none.yaml: no such file; name a shape"),
+        ("bert-base@0x5", "shape: bert-base@0x5: batch must be a whole number of at least 1, got 0"),
+        ("a: [", "not valid YAML"),
+        ("stems: {}", "expected `models:`, `cases:` or both"),
+        ("models: {x: {depth: 3}}", "model 'x': .* unexpected keyword argument 'depth'; it takes layers, width"),
+        ("models: [a]", "models: expected lines of name: .*, got \\['a'\\]"),
+        ("models: {x: 3}", "model 'x': expected {layers: 12, …}, got 3"),
+        ("models: {x: {layers: 2, width: 8, heads: 3, vocabulary: 9}}", "heads must divide the width, got 3 heads"),
+        ("cases: {gram: 5}", "expected a list under gram, got 5"),
+        ("cases: {gram: [5]}", "gram: expected a case such as {kind: fcd, …}, got 5"),
+        ("cases: {grams: [{B: 1}]}", "cases: expected one of .*got 'grams'"),
+        ("cases: {gram: [{kind: row}]}", "kind of gram: expected one of 'fcd'.*got 'row'"),
+        ("cases: {gram: [{B: 1, N: 2}]}", "gram fcd takes the sizes B, N, Ds, Dt"),
+        ("cases: {transport: [{P: 1, N: 2, M: -3}]}", "positive integers"),
+        (
+            "cases: {divergence: [{N: 1, V: 2, dtype: half}]}",
+            "dtype of divergence: expected one of 'float32'.*got 'half'",
+        ),
+    ],
+)
+def test_a_wrong_shape_is_answered(text, said, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        shapes.select([str(path) if ":" in text and "shape" not in said else text], "", CPU)

@@ -1,16 +1,18 @@
 """`make gpu` on a machine without one: the plan, what it leaves out when time is short, and that a red test means no speed."""
 
-import json
+import csv
 import subprocess
 import sys
 import tarfile
 
 import pytest
 import torch
-from fastkd.bench.cases.case import REGISTRY
+from fastkd.bench import run as bench_run
+from fastkd.bench.cases import STEMS
 from fastkd.bench.evidence import gpu, sanitizer_smoke
 
 from cases import ROOT
+from fastkd.cli import profile
 
 HERE = lambda tool: f"/usr/bin/{tool}"  # noqa: E731
 QUIET = lambda *_, **__: None  # noqa: E731
@@ -44,10 +46,10 @@ def outcomes_of(machine, seconds=570.0, which=HERE):
 def test_everything_runs_where_there_is_time():
     machine = Machine()
     found = outcomes_of(machine)
-    assert machine.ran == [stage.name for stage in gpu.plan()] and gpu.verdict(list(found.values())) == 0
+    assert machine.ran == [stage.name for stage in gpu.plan()]
     kinds = [stage.kind for stage in gpu.plan()]
     assert kinds.index("build") < kinds.index("test") < kinds.index("speed")
-    assert {name.removeprefix("bench: ") for name in found if name.startswith("bench: ")} >= set(REGISTRY)
+    assert {name.removeprefix("bench: ") for name in found if name.startswith("bench: ")} >= set(STEMS)
     assert {"profile: bert-base", "profile: llama-1b"} <= set(found)
 
 
@@ -76,7 +78,6 @@ def test_red_means_no_speed(failing):
     found = outcomes_of(machine)
     assert not [name for name in machine.ran if name.startswith(("bench", "profile"))]
     assert found["bench: gram"]["why"] == f"no speed on a red test ({failing})"
-    assert gpu.verdict(list(found.values())) == 1
 
 
 def test_a_tool_that_is_not_there_is_named():
@@ -95,7 +96,7 @@ def test_a_sanitizer_that_the_machine_does_not_let_in_is_left_out():
         machine.says = out
         found = outcomes_of(machine)
         assert found["memcheck on small cases"]["outcome"] == outcome and found["bench: gram"]["outcome"] == speed
-    assert "Device not supported" in gpu.outcome_of(gpu.sanitize("memcheck", 1, 1), 1, says[0], 1.0)["why"]
+    assert "Device not supported" in gpu.outcome_of(gpu.sanitize("memcheck"), 1, says[0], 1.0)["why"]
     assert gpu.outcome_of(gpu.plan()[0], 1, says[0], 1.0)["outcome"] == "failed"
 
 
@@ -109,13 +110,14 @@ def test_results_come_back_after_every_stage(tmp_path):
         (results / "gram.csv").write_text("a row\n")
         with tarfile.open(to / "make_gpu.tar.gz") as archive:
             names = archive.getnames()
-            log = json.load(archive.extractfile("bench/results/a-gpu/make_gpu.log.json"))
-        assert [entry["outcome"] for entry in log["stages"]] == [entry["outcome"] for entry in outcomes]
+            log = archive.extractfile("bench/results/a-gpu/make_gpu.csv").read().decode().splitlines()
+        told = [(row["stage"], row["outcome"], row["device"]) for row in csv.DictReader(log)]
+        assert told == [(entry["stage"], entry["outcome"], "a-gpu") for entry in outcomes]
         seen.append(names)
 
     found = gpu.run(gpu.plan(), 150.0, machine.execute, machine.clock, HERE, QUIET, kept)
     assert len(seen) == len(found) == len(gpu.plan()) and found[-1]["outcome"] == "left out"
-    assert {"README.md", "bench/results/a-gpu/gram.csv", "build/make_gpu/01-build.log"} <= set(seen[-1])
+    assert {"docs/performance.md", "bench/results/a-gpu/gram.csv", "build/make_gpu/01-build.log"} <= set(seen[-1])
     assert [path.name for path in to.iterdir()] == ["make_gpu.tar.gz"]
     gpu.keeper(results, logs, {}, "")(found, "")  # without OUT nothing is packed
 
@@ -145,10 +147,6 @@ def test_a_stopped_process_takes_its_children_with_it(tmp_path):
 
 def test_commands_of_the_plan_exist():
     """Every module and file that a stage names is there, and every option is one that it takes."""
-    from fastkd.bench import run as bench_run
-
-    from fastkd.cli import profile
-
     for stage in gpu.plan():
         words = list(stage.command)
         for word in words:
@@ -191,8 +189,8 @@ def test_the_makefile_calls_it():
 
 def test_small_cases_are_right_here_too(capsys):
     """What the sanitizer runs on a GPU, on this CPU."""
-    assert sanitizer_smoke.main(["--device", "cpu"]) == 0
+    assert sanitizer_smoke.main("cpu") == 0
     out = capsys.readouterr().out
-    for stem in REGISTRY:
+    for stem in STEMS:
         assert f"\n{stem} " in "\n" + out
     assert ", 0 wrong" in out

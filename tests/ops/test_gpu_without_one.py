@@ -13,8 +13,8 @@ import pytest
 import torch
 from bench_fakes import CPU, FakeTimer
 from fastkd.bench import check, measure, peers, roofline
+from fastkd.bench.cases import STEMS, linear_divergence
 from fastkd.bench.cases import case as case_module
-from fastkd.bench.cases import scale, stems
 from fastkd.bench.evidence import sanitizer_smoke
 
 from cases import ROOT
@@ -127,7 +127,7 @@ def test_a_product_that_does_not_fit_is_measured_in_parts(monkeypatch):
 
 def test_checkpointed_chunks_can_be_captured(monkeypatch):
     """The state of random numbers, on a GPU, cannot be read meanwhile."""
-    case = stems.linear_case("forward_kl", 300, 11, 4, 5, torch.float32)
+    case = linear_divergence.case("forward_kl", 300, 11, 4, 5)
     run, inputs = peers.checkpointed_chunks(case), case_module.build(case, CPU)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *_: pytest.fail("reads the state of random numbers"))
@@ -135,16 +135,16 @@ def test_checkpointed_chunks_can_be_captured(monkeypatch):
 
 
 GREAT = [(case.stem, case.name) for stem in ("divergence", "linear_divergence", "relation")
-         for case in case_module.ON_GPU[stem]()]  # fmt: skip
+         for case in STEMS[stem].ON_GPU]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stem", "name"), GREAT)
 def test_oracles_of_the_great_cases_keep_nothing_of_a_logit_s_size(stem, name, monkeypatch):
     """Sixteen times the logits in float64 is more than a GPU has; the numbers are those of the whole reference."""
-    monkeypatch.setattr(scale, "PIECE", 4)
+    monkeypatch.setattr(case_module, "PIECE", 4)
     sizes = {"N": 11, "R": 11, "V": 50, "Ds": 4, "Dt": 6, "B": 2, "H": 2, "L": 11, "d": 4}
     sizes |= {"R": 3} if stem == "relation" else {}
-    case = next(case for case in case_module.ON_GPU[stem]() if case.name == name)
+    case = next(case for case in STEMS[stem].ON_GPU if case.name == name)
     case = dataclasses.replace(case, shape={axis: sizes[axis] for axis in case.shape}, dtype=torch.float32)
     inputs, kept = case_module.build(case, CPU).to(torch.float64), []
     own = {x.untyped_storage().data_ptr() for value in inputs.values() for x in case_module.as_list(value)}

@@ -87,8 +87,9 @@ FORBIDDEN = {
     "fastkd/losses/*.py": ["fastkd.(ops|reference|kernels|backends|train|profile|bench|cli)"],
     "fastkd/train/**/*.py": ["fastkd.(ops|kernels|profile|bench|cli)"],
     "fastkd/profile/**/*.py": ["fastkd.(bench.evidence|cli)"],
-    "bench/*.py": ["fastkd.(profile|bench.evidence|cli)"],
-    "bench/cases/*.py": ["fastkd.(profile|bench.evidence|cli)"],
+    "fastkd/cli/doctor.py": ["fastkd.(bench|profile|train)"],
+    "bench/*.py": ["fastkd.(train|profile|bench.evidence|cli)"],
+    "bench/cases/*.py": ["fastkd.(train|profile|bench.(?!cases)|cli)"],
     "bench/baselines/*.py": ["fastkd.(profile|train|losses|bench.evidence|cli)"],
 }
 

@@ -1,0 +1,182 @@
+"""`make performance`: docs/performance.md and the pictures in it, from the CSV under bench/results alone. A device without
+results has no section, and nothing is estimated."""
+
+import json
+import pathlib
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from fastkd.bench import machine, plots, report
+from fastkd.bench.cases import STEMS, listed
+from fastkd.bench.report import Row, number
+
+from fastkd.profile import plots as profile_plots
+from fastkd.profile.results import KEY
+
+HEADINGS = ("hot path", "case", "ms", *(f"× {name}" for name in plots.BESIDE), "others", "of floor", "MiB / eager's",
+            "gradient error / eager's")  # fmt: skip
+HEAD = "# Performance\n\n" + textwrap.fill(
+    "Medians of interleaved rounds in one process, loss and gradient unless the case has a forward only; × is the provider's "
+    "time over fastkd's, with its 95 % interval; `authors` is the paper's released way of doing it, written by us; "
+    "of floor: the share of what copy bandwidth or GEMM rate, measured in the same process, allow; MiB: peak extra memory. "
+    "Every row's numbers were checked against float64 first. † served by plain PyTorch. `make bench` measures, "
+    "`make performance` writes this page.",
+    120,
+)  # fmt: skip
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *lines)), ""]
+
+
+def ratio_cell(row: Row | None) -> str:
+    """12.3× [11.8, 12.9]"""
+    if row is None or row["times_ours_median"] is None:
+        return "–"
+    low, high = row["times_ours_low"], row["times_ours_high"]
+    return f"**{plots.times(row['times_ours_median'])}**" + (f" [{low:.3g}, {high:.3g}]" if low and high else "")
+
+
+def case_line(stem: str, case: str, there: dict[str, Row]) -> tuple[str, ...]:
+    ours, eager = there["fastkd"], there.get("eager", {})
+    others = [f"{name} {plots.times(row['times_ours_median'])}" for name, row in there.items()
+              if name not in plots.BESIDE and not name.startswith("fastkd") and row["times_ours_median"]]  # fmt: skip
+
+    def beside_eager(name: str, form) -> str:
+        return " / ".join("–" if row.get(name) is None else form(row[name]) for row in (ours, eager))
+
+    return (
+        f"`{stem}`", plots.label_of(case) + (" †" if ours["by_eager"] else ""), number(ours["median_ms"]),
+        *(ratio_cell(there.get(name)) for name in plots.BESIDE), ", ".join(others) or "–", f"{ours['floor_share']:.0%}",
+        beside_eager("peak_extra_mib", number), beside_eager("gradient_error", lambda x: f"{x:.0e}"),
+    )  # fmt: skip
+
+
+def groups_of(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(stem, case) -> provider -> row; every case but the curves' points, in the order of the CSV."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in plots.headline(rows):
+        if not row["sweep"]:
+            groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
+    return {key: there for key, there in groups.items() if "fastkd" in there}
+
+
+def reached(what: str, there: dict[str, Row]) -> float | None:
+    """A goal's figure: share of the `floor`, at least; time over bare `gemms`, `memory` and gradient `error` over eager's, and
+    `launches`, at most; else that provider's time over ours, at least."""
+    ours, eager = there["fastkd"], there.get("eager", {})
+    column = {"memory": "peak_extra_mib", "error": "gradient_error"}.get(what)
+    if column:
+        return ours[column] / eager[column] if eager.get(column) else None
+    if what == "gemms":
+        return ours["median_ms"] / ours["gemms_ms"] if ours["gemms_ms"] else None
+    return ours.get({"floor": "floor_share"}.get(what, what), there.get(what, {}).get("times_ours_median"))
+
+
+def goal_lines(rows: Sequence[Row], why: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """What was asked of each case, and whether it was reached; a miss with its reason from why.json."""
+    groups, gpu = groups_of(rows), any(row["cuda"] for row in rows)
+    for case in (case for stem in STEMS for case in listed(stem, gpu)):
+        for what, limit in case.goals.items() if (case.stem, case.name) in groups else ():
+            value, least = (
+                reached(what, groups[case.stem, case.name]),
+                what not in ("gemms", "memory", "error", "launches"),
+            )
+            met = value is not None and (value >= limit if least else value <= limit)
+            verdict = "met" if met else f"missed: {why.get(f'{case.stem} {case.name}', 'no reason given yet')}"
+            yield (f"`{case.stem}`", plots.label_of(case.name), what, f"{'≥' if least else '≤'} {limit:g}", number(value),
+                   "not measured" if value is None else verdict)  # fmt: skip
+
+
+def beside_eager(rows: Sequence[Row]) -> list[Row]:
+    """Eager's rows, every mode, launch, cache state and size."""
+    return [row for row in rows if row["provider"] == "eager" and row["times_ours_median"]]
+
+
+def coverage(rows: Sequence[Row]) -> str:
+    """What a sentence about all rows speaks of, and what it cannot: of all that `fastkd bench`, also --scale, would measure."""
+    gpu = any(row["cuda"] for row in rows)
+    everything = {(case.stem, case.name) for stem in STEMS for case in listed(stem, gpu, scale=True)}
+    lacking = len(everything - {(row["stem"], row["case"]) for row in rows})
+    return f"{len(beside_eager(rows))} rows measured; {lacking} of {len(everything)} listed cases have none"
+
+
+def slower_than_eager(rows: Sequence[Row], limit: float = 0.95) -> list[str]:
+    """Cases and modes where eager takes less than `limit` of our time; all launches and cache states, curves too."""
+
+    def how(row: Row) -> str:
+        cold = row["cache"].startswith("cold") and not row["cuda"]  # a GPU is always measured cold
+        return f"{row['mode']}{'' if row['launch'] == 'plain' else ' graph'}{' cold' if cold else ''}"
+
+    return [f"{row['stem']} {plots.label_of(row['case'])} {how(row)} ({row['times_ours_median']:.2f}×)"
+            for row in beside_eager(rows) if row["times_ours_median"] < limit]  # fmt: skip
+
+
+def section(folder: pathlib.Path, where: str) -> Iterator[str]:
+    """One device; `where` is its folder, as seen from the page."""
+    everything = report.rows_of(folder)
+    rows = report.measured(everything)
+    newest = max(rows, key=lambda row: row["date"])
+    yield from (f"## {folder.name}", "")
+    versions = [f"torch {newest['torch']}", f"Python {newest['python']}", f"{newest['threads']} threads"]
+    versions += [f"CUDA {newest['cuda']}", f"driver and clocks {newest['driver']}"] if newest["cuda"] else []
+    commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in rows})
+    yield from (f"{', '.join(versions)}; commit {', '.join(commits)}; raw: [CSV]({where}).", "")
+    lines = [case_line(stem, case, there) for (stem, case), there in groups_of(rows).items()]
+    yield from (f"![How many times faster, case by case]({where}/overview.png)", *table(HEADINGS, lines))
+    slow = slower_than_eager(rows)
+    yield f"Slower than 0.95× eager: {len(slow)} of {coverage(rows)}." + (f" {'; '.join(slow)}." if slow else "")
+    reasons = folder / "why.json"
+    goals = goal_lines(rows, json.loads(reasons.read_text()) if reasons.exists() else {})
+    yield from ("", "### Goals", *table(("hot path", "case", "what", "asked", "reached", ""), list(goals)))
+    yield from ("### How time and memory grow", "")
+    yield from (f"![{stem}]({where}/{stem}_sweep.png)\n" for stem in STEMS if (folder / f"{stem}_sweep.png").exists())
+    yield from ("### Not measured here", "", *(f"- {line}" for line in report.absent(everything)), "")
+    yield from training_steps(folder, where)
+
+
+def training_steps(folder: pathlib.Path, where: str) -> Iterator[str]:
+    """Whole training steps, where they were profiled."""
+    steps = [row for row in report.read_rows(folder / f"{report.PROFILE}.csv") if row["phase"] == "step"]
+    if not steps:
+        return
+    ways, setups = list(dict.fromkeys(row["way"] for row in steps)), {}
+    for row in steps:
+        setups.setdefault(tuple(row[name] for name in KEY), {})[row["way"]] = row
+    yield from ("### A whole training step", "", "`fastkd profile`, milliseconds; in brackets the loss's share:")
+    lines = []
+    for there in setups.values():
+        first = next(iter(there.values()))
+        cells = [f"{number(float(there[w]['median_ms']))} ({float(there[w]['loss_share']):.0%})" if w in there else "–"
+                 for w in ways]  # fmt: skip
+        speed = f"{float(there[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in there else "–"
+        lines.append((profiled_model(first), f"`{first['method']}`", *cells, speed))
+    yield from table(("model", "method", *ways, "tokens/s"), lines)
+    yield f"![Where the time of a step goes]({where}/{report.PROFILE}.png)"
+
+
+def profiled_model(row: dict) -> str:
+    """bert-base 8×128 fp32 compiled and, unless it is classification, the task: what tells a setup from another."""
+    task = "" if row["task"] == "classification" else f" {row['task']}"
+    sizes = f" {row['batch']}×{row['length']} {plots.DTYPES[row['dtype']]}"
+    return row["model"] + sizes + task + (" compiled" if row["compiled"] == "True" else "")
+
+
+def main(root: pathlib.Path = machine.ROOT) -> int:
+    if reason := plots.ready():
+        print(reason, file=sys.stderr)
+        return 2
+    lines = [HEAD, ""]
+    for folder in sorted((root / "bench/results").glob("*")):
+        if report.rows_of(folder):
+            print(plots.draw(folder))
+            if (folder / f"{report.PROFILE}.csv").exists():
+                profile_plots.draw(folder)
+            lines += section(folder, f"../bench/results/{folder.name}")
+    (root / "docs/performance.md").write_text("\n".join(lines).rstrip() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
