@@ -3,12 +3,14 @@
 Kernels and references return one value per row or group; everything here happens on the device, without a look at it.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from fastkd import checks
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = get_args(checks.Reduction)
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:

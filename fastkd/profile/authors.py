@@ -208,7 +208,7 @@ def _entries(kind: str, log_q: Tensor, p: Tensor, t: Tensor, beta: float, alpha:
 
 
 def linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head, *, student_bias=None,
-                      teacher_bias=None, vocab=None, weights=None, memory="speed", **options):  # fmt: skip
+                      teacher_bias=None, vocab=None, weights=None, recompute_logits=False, **options):  # fmt: skip
     """GLMKD: both logits in full, the kept columns gathered."""
     if weights is not None:
         more = {"student_bias": student_bias, "teacher_bias": teacher_bias, "vocab": vocab, "weights": weights}
