@@ -228,7 +228,7 @@ class Sums:
             self.bias[:, 0] += grad.sum(0, dtype=torch.float32)
 
 
-def linear_divergence_speed(
+def linear_divergence_fwd_grad(
     weights: Tensor, hidden: Tensor, head: Tensor, bias: Tensor | None, t_hidden: Tensor | None, t_head: Tensor | None,
     t_bias: Tensor | None, indices: Tensor | None, log_probs: Tensor | None, tail: Tensor | None, mask: Tensor | None,
     labels: Tensor | None, kind: int, temperature: float, mix: float, factor: float, hard: float, scale: float, cap: float,

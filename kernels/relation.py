@@ -231,7 +231,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 def relation_fwd(
     xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None, mask: Tensor | None, causal: bool,
-    scale_s: float, scale_t: float, in_forward: bool,
+    scale_s: float, scale_t: float, gradient_in_forward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, L, d = xs.shape
     rows = torch.empty((B, H, L), dtype=torch.float32, device=xs.device)
@@ -249,7 +249,7 @@ def relation_fwd(
 
 def relation_bwd(
     grad: Tensor, xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None, mask: Tensor | None, stats: Tensor,
-    unit_x: Tensor, unit_y: Tensor, causal: bool, scale_s: float, scale_t: float,
+    unit_grad_x: Tensor, unit_grad_y: Tensor, causal: bool, scale_s: float, scale_t: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, L, d = xs.shape
     dx = torch.empty((B, H, L, d), dtype=_dtype(xs), device=xs.device)

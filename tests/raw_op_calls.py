@@ -120,10 +120,10 @@ def _gram_bwd(dtype, levels, row):
     return [torch.rand_like(x) for x in values], *question[:3], saved, *question[3:]
 
 
-def _gram_settle(dtype, levels, row):
-    question, likely = _gram(dtype, levels, row), ([0.5] * len(levels), True)
-    values, valid, found = OPS.gram_fwd_grad(*question, *likely)
-    return found, [torch.rand_like(x) for x in values], valid, *question, *likely
+def _gram_rescale_grads(dtype, levels, row):
+    question, expected = _gram(dtype, levels, row), ([0.5] * len(levels), True)
+    values, valid, found = OPS.gram_fwd_grad(*question, *expected)
+    return found, [torch.rand_like(x) for x in values], valid, *question, *expected
 
 
 def _relation(dtype, pairs: bool):
@@ -131,9 +131,9 @@ def _relation(dtype, pairs: bool):
     return normal(2, 2, 5, 3, dtype=dtype), ys, normal(2, 2, 5, 4), yt, mask(2, 5), (True, 0.5, 0.4)
 
 
-def _relation_bwd(dtype, pairs, in_forward):
+def _relation_bwd(dtype, pairs, gradient_in_forward):
     *inputs, options = _relation(dtype, pairs)
-    return normal(2, 2, 5), *inputs, *OPS.relation_fwd(*inputs, *options, in_forward)[1:], *options
+    return normal(2, 2, 5), *inputs, *OPS.relation_fwd(*inputs, *options, gradient_in_forward)[1:], *options
 
 
 def _transport(dtype, start: bool):
@@ -160,17 +160,17 @@ VALID: dict[str, list[Callable[[], tuple]]] = {
     "divergence_fwd": [lambda: _divergence(F32, 2), lambda: _divergence(BF16, 3)],
     "divergence_bwd": [lambda: _divergence_bwd(F32, 2), lambda: _divergence_bwd(BF16, 3)],
     "divergence_fwd_grad": [lambda: (*_divergence(F32, 0), True, 4.0), lambda: (*_divergence(F32, 6), False, 1.0)],
-    "divergence_settle": [lambda: (normal(3, 5), normal(3), mask(3), True, 4.0), lambda: (normal(3, 5), normal(3), None, False, 1.0)],
+    "divergence_rescale_grad": [lambda: (normal(3, 5), normal(3), mask(3), True, 4.0), lambda: (normal(3, 5), normal(3), None, False, 1.0)],
     "divergence_topk_fwd": [lambda: _topk(F32, 2), lambda: _topk(BF16, 3)],
     "divergence_topk_bwd": [lambda: _topk_bwd(F32, 0), lambda: _topk_bwd(BF16, 4)],
-    "linear_divergence_speed": [
+    "linear_divergence_fwd_grad": [
         lambda: (normal(3), *_linear(F32, False), True, True, True),
         lambda: (normal(3), *_linear(BF16, True), True, True, True),
     ],
     "linear_divergence_fwd": [lambda: _linear(F32, False), lambda: _linear(BF16, True)],
     "linear_divergence_bwd": [lambda: _linear_bwd(F32, False), lambda: _linear_bwd(BF16, True)],
     "linear_divergence_scale": [lambda: (normal(3, 5), _number(2.0, F32), normal(0)), lambda: (normal(3, 5), _number(1.0, F32), normal(0, dtype=BF16))],
-    "linear_divergence_settle": [lambda: (normal(3, 5), _number(2.0, F32)), lambda: (normal(3, 5, dtype=BF16), _number(1.0, F32))],
+    "linear_divergence_rescale_grad": [lambda: (normal(3, 5), _number(2.0, F32)), lambda: (normal(3, 5, dtype=BF16), _number(1.0, F32))],
     "gemm_nt": [lambda: (normal(3, 5), normal(4, 5), normal(3, 4), 0.5, 0), lambda: (normal(3, 5, dtype=BF16), normal(4, 5, dtype=BF16), None, 1.0, 0)],
     "layer_cost_fwd": [
         lambda: (layers(F32, 2, 2, 5, 3), layers(BF16, 3, 2, 5, 3), mask(2, 5), None),
@@ -205,7 +205,7 @@ VALID: dict[str, list[Callable[[], tuple]]] = {
     "gram_fwd": [lambda: (*_gram(F32, [0, 1], False), True), lambda: (*_gram(BF16, [2], False), True)],
     "gram_bwd": [lambda: _gram_bwd(F32, [0, 1], False), lambda: _gram_bwd(BF16, [0, 1], True)],
     "gram_fwd_grad": [lambda: (*_gram(F32, [0, 1], False), [0.5, 2.0], True), lambda: (*_gram(BF16, [1], True), [1.0], False)],
-    "gram_settle": [lambda: _gram_settle(F32, [0, 1], False), lambda: _gram_settle(BF16, [2], False)],
+    "gram_rescale_grads": [lambda: _gram_rescale_grads(F32, [0, 1], False), lambda: _gram_rescale_grads(BF16, [2], False)],
     "relation_fwd": [lambda: (*_relation(F32, True), True), lambda: (*_relation(BF16, False), False)],
     "relation_bwd": [lambda: _relation_bwd(F32, True, True), lambda: _relation_bwd(BF16, False, False)],
 }  # fmt: skip

@@ -91,8 +91,8 @@ def divergence(
     flat = None if counted is None else counted.reshape(-1)
     args = (kind, float(temperature), float(beta), float(alpha))
     factor = float(temperature) ** 2 if t_squared and kind != "mse" else 1.0
-    likely = (reduction == "mean", factor)
-    rows = divergence_op.divergence(student_logits.reshape(-1, vocab), teacher, flat, *args, backend, likely)  # [N]
+    expected = (reduction == "mean", factor)
+    rows = divergence_op.divergence(student_logits.reshape(-1, vocab), teacher, flat, *args, backend, expected)  # [N]
     if factor != 1.0:
         rows = rows * factor
     return reductions.reduce(rows.reshape(shape), counted, reduction)

@@ -119,8 +119,8 @@ def _correlations(students, teachers, mask, weights, grouping, row, normalize, e
     official = grouping == "official" and not row  # row by row, both groupings hold the same rows
     levels = tuple("official" if name == "sequence" and official else name for name in weights)
     share = len(students) if reduction == "mean" else 1
-    likely = None if reduction == "none" else ([w / share for w in weights.values()], reduction == "mean")
-    values, valid = gram.gram(students, teachers, mask, levels, row, normalize, eps, backend, likely)
+    expected = None if reduction == "none" else ([w / share for w in weights.values()], reduction == "mean")
+    values, valid = gram.gram(students, teachers, mask, levels, row, normalize, eps, backend, expected)
     total = []
     for k, weight in enumerate(weights.values()):
         rows = torch.stack(values[k :: len(levels)])  # [pairs, G]

@@ -10,9 +10,8 @@ from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
 
-# The forward leaves what the query's gradient is a multiple of, `direction` [B, D]: it costs one more use of bank rows
-# that are in the cache. Reading the bank again in the backward would double the time. The backward only scales, unless
-# the bank is trained too. NCE has no backward kernel at all.
+# The gradient is made in the forward: reading the bank again in the backward would double the time. The query's is a
+# multiple of `unit_grad` [B, D], so that the backward only rescales, unless the bank is trained too. NCE has no backward kernel.
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
@@ -20,27 +19,27 @@ UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("ba
 MOST_DRAWS = 8192  # in Triton every draw scans all others: beyond, the reference's sort is the shorter way
 
 
-def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, with_direction, scale=None):
+def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, gradient_in_forward, scale=None):
     rows = query.new_empty(query.shape[0], dtype=torch.float32)
-    return rows, _direction_fake(query, with_direction), torch.empty_like(rows), torch.empty_like(rows)
+    return rows, _unit_grad_fake(query, gradient_in_forward), torch.empty_like(rows), torch.empty_like(rows)
 
 
 def _bank_fake(query, bank, inverse_temperature, query_ids, bank_ids, lse, coefficient):
     return bank.new_empty(bank.shape, dtype=torch.float32)
 
 
-def _nce_fake(query, bank, index, shift, temperature, with_direction, scale=None):
-    return query.new_empty(query.shape[0], dtype=torch.float32), _direction_fake(query, with_direction)
+def _nce_fake(query, bank, index, shift, temperature, gradient_in_forward, scale=None):
+    return query.new_empty(query.shape[0], dtype=torch.float32), _unit_grad_fake(query, gradient_in_forward)
 
 
-def _direction_fake(query, wanted):
+def _unit_grad_fake(query, wanted):
     return query.new_empty((query.shape[0] if wanted else 0, query.shape[1]), dtype=torch.float32)
 
 
 def _pair_fake(query_a, query_b, bank_a, bank_b, index, z_a, z_b, noise, temperature, n_data):
     rows = query_a.new_empty(query_a.shape[0], dtype=torch.float32)
-    directions = (_direction_fake(query, True) for query in (query_a, query_b))
-    return rows, *directions, torch.empty_like(z_a), torch.empty_like(z_b)
+    unit_grads = (_unit_grad_fake(query, True) for query in (query_a, query_b))
+    return rows, *unit_grads, torch.empty_like(z_a), torch.empty_like(z_b)
 
 
 def _unit_linear_bwd_fake(grad, unit, length, x, weight, with_x):
@@ -73,25 +72,25 @@ class InfoNCE(backends.Function):
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
         inverse = inverse_temperature.to(query.device, torch.float64)
-        rows, direction, weight, lse = INFO_NCE[backend].fwd(
+        rows, unit_grad, weight, lse = INFO_NCE[backend].fwd(
             query, positive, bank, index, inverse, query_ids, bank_ids, wanted, *_given(scale)
         )
         of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
-        ctx.save_for_backward(query, inverse, direction, weight, *of_bank)
+        ctx.save_for_backward(query, inverse, unit_grad, weight, *of_bank)
         ctx.positive_dtype, ctx.temperature_dtype = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        query, inverse, direction, weight, *of_bank = ctx.saved_tensors
+        query, inverse, unit_grad, weight, *of_bank = ctx.saved_tensors
         to_query = to_positive = to_inverse = to_bank = None
         scaled = grad * inverse  # [B]
         if ctx.needs_input_grad[1]:
-            to_query = (direction * scaled[:, None]).to(query.dtype)
+            to_query = (unit_grad * scaled[:, None]).to(query.dtype)
         if ctx.needs_input_grad[2]:
             to_positive = (query * (scaled * -weight)[:, None]).to(ctx.positive_dtype)
         if ctx.needs_input_grad[3]:
-            slope = (query.double() * direction).sum(-1)  # [B]
+            slope = (query.double() * unit_grad).sum(-1)  # [B]
             to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
         if ctx.trains_bank:
             bank, lse, query_ids, bank_ids = of_bank
@@ -101,22 +100,22 @@ class InfoNCE(backends.Function):
 
 
 class NCE(backends.Function):
-    """The forward's direction is the gradient itself."""
+    """unit_grad is the gradient for an upstream gradient of 1."""
 
     function = "nce_loss"
 
     @staticmethod
     def forward(ctx, backend, query, bank, index, shift, temperature, scale):
         wanted = ctx.needs_input_grad[1]
-        rows, direction = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted, *_given(scale))
-        ctx.save_for_backward(direction)
+        rows, unit_grad = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted, *_given(scale))
+        ctx.save_for_backward(unit_grad)
         ctx.dtype = query.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        (direction,) = ctx.saved_tensors
-        return None, (direction * grad[:, None]).to(ctx.dtype), *[None] * 5
+        (unit_grad,) = ctx.saved_tensors
+        return None, (unit_grad * grad[:, None]).to(ctx.dtype), *[None] * 5
 
 
 class NCEPair(backends.Function):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.checks import KINDS
+from fastkd.ops.gradient_in_forward import HandedOver, can_hand_over, wants_gradient
 from fastkd.reference import divergence as reference
 from fastkd.reference.divergence_topk import divergence_topk as topk_reference
 
@@ -49,7 +50,7 @@ def _grad_fake(grad, student, *_):
 backends.fake("divergence_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 7, dtype=torch.float32)))
 backends.fake("divergence_bwd", _grad_fake)
 backends.fake("divergence_fwd_grad", lambda s, *rest: (_rows_fake(s), _grad_fake(None, s)))
-backends.fake("divergence_settle", lambda *_: None)
+backends.fake("divergence_rescale_grad", lambda *_: None)
 backends.fake("divergence_topk_fwd", lambda s, *rest: (_rows_fake(s), s.new_empty(s.shape[0], 7, dtype=torch.float32)))
 backends.fake("divergence_topk_bwd", _grad_fake)
 
@@ -73,33 +74,33 @@ class Divergence(backends.Function):
         return None, None, bwd(grad, student, *teacher, mask, stats, *ctx.options), *[None] * (4 + len(teacher))
 
 
-class DivergenceAtOnce(backends.Function):
-    """On the CPU, in float32: the gradient comes out of the pass that finds the value, for the upstream that is likely. The
-    first backward hands it over (settled, should another upstream come); a further one makes its own. Until then the graph holds
-    it beside the logits; where nobody can ask for it, Divergence makes the value alone."""
+class DivergenceGradientInForward(backends.Function):
+    """On the CPU, in float32: one pass over the logits finds value and gradient. Until the first backward the graph holds the
+    gradient beside the logits."""
 
     function = "divergence"
 
     @staticmethod
-    def forward(ctx, student, teacher, mask, options, likely):
-        rows, ctx.gradient = torch.ops.fastkd.divergence_fwd_grad(student, teacher, mask, *options, *likely)
+    def forward(ctx, student, teacher, mask, options, expected_upstream):
+        rows, gradient = torch.ops.fastkd.divergence_fwd_grad(student, teacher, mask, *options, *expected_upstream)
+        ctx.made = HandedOver(gradient)
         ctx.save_for_backward(student, teacher, mask)
-        ctx.options, ctx.likely = options, likely
+        ctx.options, ctx.expected_upstream = options, expected_upstream
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        student, teacher, mask = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None  # a reference kept here would make autograd copy it
-        if gradient is None:
-            _, gradient = torch.ops.fastkd.divergence_fwd_grad(student, teacher, mask, *ctx.options, *ctx.likely)
-        torch.ops.fastkd.divergence_settle(gradient, grad, mask, *ctx.likely)
+        inputs, expected = ctx.saved_tensors, ctx.expected_upstream
+        gradient = ctx.made.take(lambda: torch.ops.fastkd.divergence_fwd_grad(*inputs, *ctx.options, *expected)[1])
+        torch.ops.fastkd.divergence_rescale_grad(gradient, grad, inputs[2], *expected)
         return gradient, None, None, None, None
 
 
-def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, likely=(False, 1.0)) -> Tensor:
-    """One value per row of student [N, V], without the T² factor; masked rows give 0. likely: (mean, factor), the caller
-    will take the mean of the rows, or their sum, times factor; another use is as right, and a little slower."""
+def divergence(
+    student, teacher, mask, kind, temperature, beta, alpha, backend, expected_upstream=(False, 1.0)
+) -> Tensor:
+    """One value per row of student [N, V], without the T² factor; masked rows give 0. expected_upstream: (mean, factor), the
+    caller will take the mean of the rows, or their sum, times factor; any other upstream gradient is correct, but slower."""
     kind = without_mixture(kind, alpha)
     backend = backends.choose("divergence", backend, student)
     if backend == "reference":
@@ -112,15 +113,10 @@ def divergence(student, teacher, mask, kind, temperature, beta, alpha, backend, 
     if isinstance(teacher, TopK):
         return Divergence.apply(backend, "sparse", student, mask, *options, *kernel_form(teacher))
     teacher = kernel_dtype(teacher)
-    if _gradient_at_once(backend, student):
-        return DivergenceAtOnce.apply(student, teacher, mask, options, likely)
+    float32_on_cpu = backend == "cpu" and student.dtype == torch.float32  # half precision would be rounded twice
+    if float32_on_cpu and wants_gradient(student) and can_hand_over():
+        return DivergenceGradientInForward.apply(student, teacher, mask, options, expected_upstream)
     return Divergence.apply(backend, "dense", student, mask, *options, teacher)
-
-
-def _gradient_at_once(backend: str, student: Tensor) -> bool:
-    """In half precision the gradient would be rounded twice; a compiled graph cannot hand over what a forward left."""
-    wanted = student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return wanted and backend == "cpu" and student.dtype == torch.float32
 
 
 def without_mixture(kind: str, alpha: float) -> str:

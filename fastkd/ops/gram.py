@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.ops.gradient_in_forward import HandedOver, can_hand_over, wants_gradient
 from fastkd.reference import gram as reference
 
 LEVELS = ("token", "sequence", "official")
@@ -67,7 +68,7 @@ backends.fake("gram_bwd", _grads_fake)
 backends.fake(
     "gram_fwd_grad", lambda s, t, mask, levels, row, *_: (*_values_fake(s, mask, levels, row), _grads_fake([], s))
 )
-backends.fake("gram_settle", lambda *_: None)
+backends.fake("gram_rescale_grads", lambda *_: None)
 
 
 def _keep(ctx, mask, count, layers, valid, more) -> None:
@@ -100,52 +101,54 @@ class Gram(backends.Function):
         return None, None, None, None, None, *found, *[None] * ctx.count
 
 
-class GramAtOnce(backends.Function):
-    """On the CPU: the gradients of all levels in one, out of the pass that finds the values, for the upstream that is
-    likely. The first backward hands them over (settled, should another upstream come); a further one makes its own."""
+class GramGradientInForward(backends.Function):
+    """On the CPU: one pass finds the values and the gradients of all levels, added up."""
 
     function = "gram_correlation_loss"
 
     @staticmethod
-    def forward(ctx, options, likely, mask, count, *layers):
-        students, teachers = layers[:count], layers[count:]
-        values, valid, ctx.gradients = torch.ops.fastkd.gram_fwd_grad(students, teachers, mask, *options, *likely)
+    def forward(ctx, options, expected_upstream, mask, count, *layers):
+        args = (layers[:count], layers[count:], mask, *options, *expected_upstream)
+        values, valid, gradients = torch.ops.fastkd.gram_fwd_grad(*args)
+        ctx.made = HandedOver(gradients)
         _keep(ctx, mask, count, layers, valid, valid)
-        ctx.options, ctx.likely = options, likely
+        ctx.options, ctx.expected_upstream = options, expected_upstream
         return *values, *valid
 
     @staticmethod
     def backward(ctx, *grads):
         *layers, valid = _kept(ctx)
-        question = (*layers, *ctx.options)
-        gradients, ctx.gradients = ctx.gradients, None  # a reference kept here would make autograd copy them
-        if gradients is None:
-            _, _, gradients = torch.ops.fastkd.gram_fwd_grad(*question, *ctx.likely)
-        torch.ops.fastkd.gram_settle(gradients, grads[: len(grads) // 2], valid, *question, *ctx.likely)
+        args = (*layers, *ctx.options, *ctx.expected_upstream)
+        gradients = ctx.made.take(lambda: torch.ops.fastkd.gram_fwd_grad(*args)[2])
+        torch.ops.fastkd.gram_rescale_grads(gradients, grads[: len(grads) // 2], valid, *args)
         return None, None, None, None, *gradients, *[None] * ctx.count
 
 
 def gram(
-    students, teachers, mask, levels, row, normalize, eps, backend, likely=None
+    students, teachers, mask, levels, row, normalize, eps, backend, expected_upstream=None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """1 - rho of every term and whether it counts: per group [G], or per row of each group's matrix [G, R] (row).
-    likely: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or their mean;
-    another use is as right, and slower."""
+    expected_upstream: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or
+    their mean; any other upstream gradient is correct, but slower."""
     backend = backends.choose("gram", backend, students[0])
     if backend == "reference":
         sides = zip(students, teachers, strict=True)
         terms = [_by_reference(*side, mask, level, row, normalize, eps) for side in sides for level in levels]
         return [values for values, _ in terms], [valid for _, valid in terms]
     options = ([LEVELS.index(level) for level in levels], row, normalize, eps)
-    wanted = [s.requires_grad and torch.is_grad_enabled() for s in students]
+    wanted = [wants_gradient(s) for s in students]
+    float16 = any(
+        s.dtype == torch.float16 for s in students
+    )  # its range needs a scaler's factor, which is not known yet
+    in_forward = backend == "cpu" and not float16 and can_hand_over()
     found: dict = {}
     for with_gradient in (True, False):  # frozen students among others: a call of their own, without any gradient
         pairs = [i for i, wants in enumerate(wanted) if wants == with_gradient]
         if not pairs:
             continue
         layers = [_kernel_dtype(x[i]) for x in (students, teachers) for i in pairs]
-        if with_gradient and likely is not None and _gradient_at_once(backend, [students[i] for i in pairs]):
-            out = GramAtOnce.apply(options, likely, mask, len(pairs), *layers)
+        if with_gradient and expected_upstream is not None and in_forward:
+            out = GramGradientInForward.apply(options, expected_upstream, mask, len(pairs), *layers)
         else:
             out = Gram.apply(backend, options, with_gradient, mask, len(pairs), *layers)
         values, valid = out[: len(out) // 2], out[len(out) // 2 :]
@@ -160,13 +163,6 @@ def _by_reference(student, teacher, mask, level, row, normalize, eps):
     level = "token" if level == "token" else "sequence"
     with backends.full_precision(student):
         return reference.gram(student, teacher, mask, level, grouping, pearson, normalize, eps)
-
-
-def _gradient_at_once(backend: str, students) -> bool:
-    """float16's range needs a scaler's factor, which is not known yet; a compiled graph cannot hand over what a forward
-    left."""
-    half = any(s.dtype == torch.float16 for s in students)
-    return backend == "cpu" and not half and not torch.compiler.is_compiling()
 
 
 def _kernel_dtype(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.checks import KINDS
 from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form, without_mixture
+from fastkd.ops.gradient_in_forward import HandedOver, can_hand_over, wants_gradient
 from fastkd.reference import linear_divergence as reference
 
 
@@ -30,12 +31,12 @@ class Options(NamedTuple):
         return KINDS.index(self.kind), self.temperature, mix, self.factor, self.hard, scale, cap, t_scale, t_cap
 
 
-# speed(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the gradients of sum weights * rows;
-# `low`: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…) -> gradients. Those of
-# hidden and bias are float32, the head's has the head's dtype (speed: float32 for float16, which is not scaled yet).
-# inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
-SPEED = backends.kernels("linear_divergence", "linear_divergence_speed", "linear_divergence_scale")
-LOW = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
+# GRADIENT_IN_FORWARD: fwd(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the gradients of
+# sum weights * rows; RECOMPUTED: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…)
+# -> gradients. Those of hidden and bias are float32, the head's has the head's dtype (in the forward float32 for float16,
+# which is not scaled yet). inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
+GRADIENT_IN_FORWARD = backends.kernels("linear_divergence", "linear_divergence_fwd_grad", "linear_divergence_scale")
+RECOMPUTED = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
 _INPUTS = 11
 
 
@@ -51,7 +52,7 @@ def _rows_fake(hidden, width):
     return hidden.new_empty(hidden.shape[0], width, dtype=torch.float32)
 
 
-def _speed_fake(weights, hidden, head, *rest):
+def _fwd_grad_fake(weights, hidden, head, *rest):
     head_dtype = torch.bfloat16 if head.dtype == torch.bfloat16 else torch.float32
     return _rows_fake(hidden, 1), *_gradients_fake(hidden, head, *rest[-3:], head_dtype)
 
@@ -61,60 +62,58 @@ def _bwd_fake(grad, stats, hidden, head, *rest):
     return _gradients_fake(hidden, head, to_hidden, to_head, to_bias, head.dtype if to_head else torch.float32)
 
 
-backends.fake("linear_divergence_speed", _speed_fake)
+backends.fake("linear_divergence_fwd_grad", _fwd_grad_fake)
 backends.fake("linear_divergence_fwd", lambda h, *rest: (_rows_fake(h, 1), _rows_fake(h, 8)))
 backends.fake("linear_divergence_bwd", _bwd_fake)
 backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_like(x, dtype=like.dtype))
-backends.fake("linear_divergence_settle", lambda *_: None)
+backends.fake("linear_divergence_rescale_grad", lambda *_: None)
 
 
-class Speed(backends.Function):
-    """sum weights * rows, its gradients made in the forward, while the logits are there. The first backward hands them
-    over, so that there never are two; a further one makes its own. A compiled graph cannot do that (hands_over False)."""
+class LinearDivergenceGradientInForward(backends.Function):
+    """sum weights * rows, its gradients made while the logits are there."""
 
     function = "linear_divergence"
 
     @staticmethod
-    def forward(ctx, backend, numbers, wanted, hands_over, weights, *inputs):
-        rows, *gradients = SPEED[backend].fwd(weights, *inputs, *numbers, *wanted)
-        ctx.gradients = gradients if hands_over else None
-        ctx.save_for_backward(rows, *((weights, *inputs) if hands_over else gradients))
-        ctx.backend, ctx.numbers, ctx.wanted, ctx.hands_over = backend, numbers, wanted, hands_over
+    def forward(ctx, backend, numbers, wanted, hand_over, weights, *inputs):
+        rows, *gradients = GRADIENT_IN_FORWARD[backend].fwd(weights, *inputs, *numbers, *wanted)
+        ctx.made = HandedOver(gradients) if hand_over else None
+        ctx.save_for_backward(rows, *((weights, *inputs) if hand_over else gradients))
+        ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
         ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, torch.float32)
         return (rows[:, 0] * weights).sum()
 
     @staticmethod
     def backward(ctx, grad):
         rows, *saved = ctx.saved_tensors
-        gradients, ctx.gradients = (ctx.gradients, None) if ctx.hands_over else (saved, None)
-        if gradients is None:
-            _, *gradients = SPEED[ctx.backend].fwd(*saved, *ctx.numbers, *ctx.wanted)
+        made, fwd = ctx.made, GRADIENT_IN_FORWARD[ctx.backend].fwd
+        gradients = saved if made is None else made.take(lambda: fwd(*saved, *ctx.numbers, *ctx.wanted)[1:])
         scaled = [None, None, None]
         for i, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.wanted, strict=True)):
             if wanted:
-                scaled[i] = _times(gradients[i], grad, dtype, ctx.backend, ctx.hands_over)
+                scaled[i] = _rescaled(gradients[i], grad, dtype, ctx.backend, in_place=made is not None)
         to_bias = None if scaled[2] is None else scaled[2][:, 0]
         to_weights = grad * rows[:, 0] if ctx.needs_input_grad[4] else None
         return None, None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
 
 
-def _times(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place: bool) -> Tensor:
+def _rescaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place: bool) -> Tensor:
     if in_place and x.dtype == dtype:
-        if backend == "cpu":  # where a factor of 1 is seen, and costs nothing
-            torch.ops.fastkd.linear_divergence_settle(x, factor)
+        if backend == "cpu":  # which sees a factor of 1, the expected one, and returns at once
+            torch.ops.fastkd.linear_divergence_rescale_grad(x, factor)
             return x
         return x.mul_(factor)
-    return SPEED[backend].bwd(x, factor, x.new_empty(0, dtype=dtype))
+    return GRADIENT_IN_FORWARD[backend].bwd(x, factor, x.new_empty(0, dtype=dtype))
 
 
-class Low(backends.Function):
+class LinearDivergence(backends.Function):
     """Rows; keeps eight numbers of each, and makes the logits again in the backward."""
 
     function = "linear_divergence"
 
     @staticmethod
     def forward(ctx, backend, numbers, wanted, *inputs):
-        rows, stats = LOW[backend].fwd(*inputs, *numbers)
+        rows, stats = RECOMPUTED[backend].fwd(*inputs, *numbers)
         ctx.save_for_backward(stats, *inputs)
         ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
         return rows[:, 0]
@@ -122,7 +121,7 @@ class Low(backends.Function):
     @staticmethod
     def backward(ctx, grad):
         stats, *inputs = ctx.saved_tensors
-        hidden, head, bias = LOW[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
+        hidden, head, bias = RECOMPUTED[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
         found = (hidden.to(inputs[0].dtype), head.to(inputs[1].dtype), bias[:, 0])
         found = (x if wanted else None for x, wanted in zip(found, ctx.wanted, strict=True))
         return None, None, None, *found, *[None] * (_INPUTS - 3)
@@ -162,14 +161,16 @@ def linear_divergence(
         others = (None, None, None, *kernel_form(teacher))
     else:
         others = (*map(kernel_dtype, teacher[:2]), _bias(teacher[2]), None, None, None)
-    wanted = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student)
+    wanted = tuple(wants_gradient(x) for x in student)
     inputs = (hidden, kernel_dtype(head), _bias(bias), *others, mask, labels)
     # Without a gradient, what is streamed is as fast, unless the kind asks for a second look.
     streams = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
     if row_weights is not None and memory == "speed" and (any(wanted) or not streams):
-        hands_over = not torch.compiler.is_compiling()
-        return Speed.apply(backend, options.as_numbers(), wanted, hands_over, row_weights.float(), *inputs)
-    rows = Low.apply(backend, options.as_numbers(), wanted, *inputs)
+        hand_over = can_hand_over()
+        return LinearDivergenceGradientInForward.apply(
+            backend, options.as_numbers(), wanted, hand_over, row_weights.float(), *inputs
+        )
+    rows = LinearDivergence.apply(backend, options.as_numbers(), wanted, *inputs)
     return rows if row_weights is None else (rows * row_weights).sum()
 
 

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.ops.gradient_in_forward import wants_gradient
 from fastkd.reference import relation as reference
 
-# What a kernel looks like: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, in_forward) -> (rows [B, H, L], stats
-# [B, H, 4, L], unit_x, unit_y), and bwd(grad, xs, ys, xt, yt, mask, stats, unit_x, unit_y, causal, scale_s, scale_t) ->
-# gradients of xs and ys. y None: x itself, whose gradient is then all of it. in_forward: the gradients for upstream 1,
-# unit_x and unit_y, are made at once; without it they have no rows.
+# What a kernel looks like: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, gradient_in_forward) -> (rows [B, H, L],
+# stats [B, H, 4, L], unit_grad_x, unit_grad_y), and bwd(grad, xs, ys, xt, yt, mask, stats, unit_grad_x, unit_grad_y, causal,
+# scale_s, scale_t) -> gradients of xs and ys. y None: x itself, whose gradient is then all of it. Without
+# gradient_in_forward, unit_grad_x and unit_grad_y have no rows.
 KERNELS = backends.kernels("relation", "relation_fwd", "relation_bwd")
-WHOLE = 512  # keys, up to which csrc/cpu/relation/op.cpp can do that
+WHOLE = 512  # keys, up to which csrc/cpu/relation/op.cpp can make the gradient in the forward
 WIDEST = 128  # heads, in kernels/relation.py
 
 
@@ -21,11 +22,16 @@ def _gradient_fake(xs, wanted):
     return xs.new_empty((B, H, L if wanted else 0, d), dtype=dtype)
 
 
-def _rows_fake(xs, ys, xt, yt, mask, causal, scale_s, scale_t, in_forward):
+def _rows_fake(xs, ys, xt, yt, mask, causal, scale_s, scale_t, gradient_in_forward):
     B, H, L, _ = xs.shape
     rows = xs.new_empty((B, H, L), dtype=torch.float32)
     stats = xs.new_empty((B, H, 4, L), dtype=torch.float32)
-    return rows, stats, _gradient_fake(xs, in_forward), _gradient_fake(xs, in_forward and ys is not None)
+    return (
+        rows,
+        stats,
+        _gradient_fake(xs, gradient_in_forward),
+        _gradient_fake(xs, gradient_in_forward and ys is not None),
+    )
 
 
 def _grads_fake(grad, xs, ys, *_):
@@ -42,8 +48,8 @@ class Relation(backends.Function):
     function = "relation_kl_loss"
 
     @staticmethod
-    def forward(ctx, backend, xs, ys, xt, yt, mask, in_forward, *options):
-        rows, *kept = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, in_forward)
+    def forward(ctx, backend, xs, ys, xt, yt, mask, gradient_in_forward, *options):
+        rows, *kept = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, gradient_in_forward)
         ctx.save_for_backward(xs, ys, xt, yt, mask, *kept)
         ctx.backend, ctx.options = backend, options
         return rows
@@ -73,9 +79,8 @@ def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t, backend) -> Tensor:
         with backends.full_precision(xs):
             return reference.relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t)
     sides = (*_kernel_form(xs, ys), *_kernel_form(xt, yt))
-    with_gradient = (xs.requires_grad or ys.requires_grad) and torch.is_grad_enabled()
-    in_forward = with_gradient and backend == "cpu" and xs.shape[2] <= WHOLE
-    return Relation.apply(backend, *sides, mask, in_forward, causal, scale_s, scale_t)
+    gradient_in_forward = wants_gradient(xs, ys) and backend == "cpu" and xs.shape[2] <= WHOLE
+    return Relation.apply(backend, *sides, mask, gradient_in_forward, causal, scale_s, scale_t)
 
 
 def _chosen(wanted: str, x: Tensor, width: int) -> str:

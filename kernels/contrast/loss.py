@@ -3,13 +3,13 @@
 The maths. n_k = <q, bank_k> / T, p = <q, positive> / T. InfoNCE is attention with K = V = bank:
 
     lse = log sum_k e^n_k,   loss = softplus(lse - p),   w = sigmoid(lse - p),
-    direction = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d bank_k = w e^(n_k - lse) q / T.
+    unit_grad = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d bank_k = w e^(n_k - lse) q / T.
 
 NCE, with everything that is taken off a score in `shift`: u = <q, n> / T - shift,
 
-    loss = softplus(-u_0) + sum_k softplus(u_k),   direction = (sum_k sigmoid(u_k) bank_k - sigmoid(-u_0) bank_0) / T.
+    loss = softplus(-u_0) + sum_k softplus(u_k),   unit_grad = (sum_k sigmoid(u_k) bank_k - sigmoid(-u_0) bank_0) / T.
 
-Saved: `direction`, since a bank without a gradient need not be read again; per query w and, for a bank with one, lse.
+Saved: `unit_grad`, since a bank without a gradient need not be read again; per query w and, for a bank with one, lse.
 
 The passes. The bank (or a query's row of the index) is split among programs; each goes through its blocks once with a
 running maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order: how
@@ -19,7 +19,7 @@ Where query and bank have the same half precision the products run on tensor cor
 bfloat16 bank is split into a high and a low part there, and so are its weights; everything else is float32 without tf32.
 A row that is wider than a program has registers for goes in chunks: each sums one of them, and scores need them all.
 
-Rows with a scale: n_k and the weight of bank_k in the direction are multiplied by it, rows are not. float8 e4m3 rows are
+Rows with a scale: n_k and the weight of bank_k in unit_grad are multiplied by it, rows are not. float8 e4m3 rows are
 bfloat16, exactly, once they are read; so a float16 query is split as well. Chips before sm_89 cannot convert them: there
 they come as bytes, whose bits are moved into place.
 """
@@ -109,7 +109,7 @@ def scores_of(
 def shared_kernel(
     q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D,
     q_stride, bank_stride, blocks, splits,
-    HOW: tl.constexpr, DIRECTION: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
+    HOW: tl.constexpr, UNIT_GRAD: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of queries against one split of the bank; the weighted sum of one chunk of columns."""
@@ -133,7 +133,7 @@ def shared_kernel(
         weight = tl.exp(n - shift[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
         largest = top
-        if DIRECTION:
+        if UNIT_GRAD:
             if row_scale_ptr is not None:
                 weight = weight * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
             b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
@@ -142,7 +142,7 @@ def shared_kernel(
     if i_chunk == 0:
         tl.store(largest_ptr + o_out, largest, mask=m_b)
         tl.store(mass_ptr + o_out, mass, mask=m_b)
-    if DIRECTION:
+    if UNIT_GRAD:
         tl.store(sum_ptr + o_out[:, None] * D + o_d[None, :], total, mask=m_b[:, None] & (o_d < D)[None, :])
 
 
@@ -177,7 +177,7 @@ def bank_kernel(
 def gathered_kernel(
     q_ptr, bank_ptr, row_scale_ptr, index_ptr, scale_ptr, shift_ptr, query_ids, bank_ids, largest_ptr, mass_ptr,
     sum_ptr, B, K, D, count, q_stride, bank_stride, blocks, splits,
-    NCE: tl.constexpr, DIRECTION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    NCE: tl.constexpr, UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query against one split of the rows that its index names. A row that does not exist is a loss of NaN."""
     program = tl.program_id(0).to(tl.int64)
@@ -223,24 +223,24 @@ def gathered_kernel(
             mass = mass * shrink + tl.sum(weight, 0)
             total = total * shrink
             largest = top
-        if DIRECTION:
+        if UNIT_GRAD:
             total += tl.sum(b_k * weight[:, None], 0)
     o_out = i_split * B + i_b
     one = tl.arange(0, 1)
     tl.store(mass_ptr + o_out + one, mass)
     if not NCE:
         tl.store(largest_ptr + o_out + one, largest)
-    if DIRECTION:
+    if UNIT_GRAD:
         tl.store(sum_ptr + o_out * D + o_d, total * scale_high if NCE else total, mask=o_d < D)
 
 
 @triton.jit
 def merge_kernel(
-    q_ptr, positive_ptr, inverse_ptr, largest_ptr, mass_ptr, sum_ptr, loss_ptr, weight_ptr, lse_ptr, direction_ptr,
+    q_ptr, positive_ptr, inverse_ptr, largest_ptr, mass_ptr, sum_ptr, loss_ptr, weight_ptr, lse_ptr, unit_grad_ptr,
     B, D, q_stride, positive_stride, splits,
-    DIRECTION: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One query: its splits in order, then loss, w, lse and direction."""
+    """One query: its splits in order, then loss, w, lse and unit_grad."""
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, WIDTH)
     m_d = o_d < D
@@ -257,16 +257,16 @@ def merge_kernel(
         o_in = i_b + i_split * B
         factor = tl.exp(tl.load(largest_ptr + o_in) - shift)
         mass += factor * tl.load(mass_ptr + o_in)
-        if DIRECTION:
+        if UNIT_GRAD:
             mean += factor * tl.load(sum_ptr + o_in * D + o_d, mask=m_d, other=0.0)
     lse = largest + tl.log(mass)
     loss, weight = softplus_and_slope(tl.where(mass == 0, -1e30, lse - p))  # no negative left: 0
     tl.store(loss_ptr + i_b, loss)
     tl.store(weight_ptr + i_b, weight)
     tl.store(lse_ptr + i_b, lse)
-    if DIRECTION:
+    if UNIT_GRAD:
         mean = mean / tl.where(mass == 0, 1.0, mass)
-        tl.store(direction_ptr + i_b * D + o_d, weight * (mean - b_p), mask=m_d)
+        tl.store(unit_grad_ptr + i_b * D + o_d, weight * (mean - b_p), mask=m_d)
 
 
 def how(query: Tensor, bank: Tensor) -> int:
@@ -316,54 +316,56 @@ def _flat(x: Tensor | None) -> Tensor | None:
 class Partials:
     """What the splits leave: maxima and sums [S, B], weighted sums [S, B, D]."""
 
-    def __init__(self, query: Tensor, blocks: int, others: int, with_direction: bool):
+    def __init__(self, query: Tensor, blocks: int, others: int, gradient_in_forward: bool):
         B, D = query.shape
         self.splits = max(min(blocks, PROGRAMS // max(others, 1)), 1)
         empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)  # noqa: E731
         self.largest, self.mass = empty(self.splits, B), empty(self.splits, B)
-        self.sums = empty(self.splits, B, D) if with_direction else None
+        self.sums = empty(self.splits, B, D) if gradient_in_forward else None
 
 
 def info_nce_fwd(
     query: Tensor, positive: Tensor, bank: Tensor, index: Tensor | None, inverse_temperature: Tensor,
-    query_ids: Tensor | None, bank_ids: Tensor | None, with_direction: bool, scale: Tensor | None = None,
+    query_ids: Tensor | None, bank_ids: Tensor | None, gradient_in_forward: bool, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, D), query, positive, bank = query.shape, _rows(query), _rows(positive), _readable(bank)
     query_ids, bank_ids, scale, K = _flat(query_ids), _flat(bank_ids), _flat(scale), bank.shape[0]
     loss, weight, lse = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(3))
-    direction = torch.empty((B if with_direction else 0, D), dtype=torch.float32, device=query.device)
+    unit_grad = torch.empty((B if gradient_in_forward else 0, D), dtype=torch.float32, device=query.device)
     if B == 0:
-        return loss, direction, weight, lse
+        return loss, unit_grad, weight, lse
     if index is None:
         form = how(query, bank)
         launch = geometry(B, D, form, bank.dtype == torch.uint8)
         blocks, rows = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(B, launch["BLOCK_B"])
-        chunks = triton.cdiv(D, launch["WIDTH"]) if with_direction else 1
-        parts = Partials(query, blocks, rows * chunks, with_direction)
+        chunks = triton.cdiv(D, launch["WIDTH"]) if gradient_in_forward else 1
+        parts = Partials(query, blocks, rows * chunks, gradient_in_forward)
         shared_kernel[(parts.splits, rows, chunks)](
             query, bank, scale, inverse_temperature, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
             B, K, D, query.stride(0), bank.stride(0), blocks, parts.splits,
-            HOW=form, DIRECTION=with_direction, **launch,
+            HOW=form, UNIT_GRAD=gradient_in_forward, **launch,
         )  # fmt: skip
     else:
-        parts = _gathered(query, bank, scale, index, inverse_temperature, None, query_ids, bank_ids, with_direction)
+        parts = _gathered(
+            query, bank, scale, index, inverse_temperature, None, query_ids, bank_ids, gradient_in_forward
+        )
     merge_kernel[(B,)](
-        query, positive, inverse_temperature, parts.largest, parts.mass, parts.sums, loss, weight, lse, direction,
+        query, positive, inverse_temperature, parts.largest, parts.mass, parts.sums, loss, weight, lse, unit_grad,
         B, D, query.stride(0), positive.stride(0), parts.splits,
-        DIRECTION=with_direction, WIDTH=triton.next_power_of_2(D), num_warps=4,
+        UNIT_GRAD=gradient_in_forward, WIDTH=triton.next_power_of_2(D), num_warps=4,
     )  # fmt: skip
-    return loss, direction, weight, lse
+    return loss, unit_grad, weight, lse
 
 
-def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, with_direction) -> Partials:
+def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, gradient_in_forward) -> Partials:
     (B, D), index, count = query.shape, index.contiguous(), index.shape[1]
     launch = gathered_geometry(D, bank.dtype == torch.uint8)
     blocks = triton.cdiv(count, launch["BLOCK"])
-    parts = Partials(query, blocks, B, with_direction)
+    parts = Partials(query, blocks, B, gradient_in_forward)
     gathered_kernel[(parts.splits * B,)](
         query, bank, row_scale, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
         B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, parts.splits,
-        NCE=shift is not None, DIRECTION=with_direction, **launch,
+        NCE=shift is not None, UNIT_GRAD=gradient_in_forward, **launch,
     )  # fmt: skip
     return parts
 
@@ -386,7 +388,7 @@ def info_nce_bank_bwd(
 
 
 def nce_fwd(
-    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, with_direction: bool,
+    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, gradient_in_forward: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     query, bank, row_scale = _rows(query), _readable(bank), _flat(scale)
@@ -394,6 +396,6 @@ def nce_fwd(
         empty = query.new_empty(query.shape, dtype=torch.float32)
         return empty.sum(1), empty
     inverse = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
-    parts = _gathered(query, bank, row_scale, index, inverse, shift, None, None, with_direction)
-    direction = parts.sums.sum(0) if with_direction else query.new_empty((0, query.shape[1]), dtype=torch.float32)
-    return parts.mass.sum(0), direction
+    parts = _gathered(query, bank, row_scale, index, inverse, shift, None, None, gradient_in_forward)
+    unit_grad = parts.sums.sum(0) if gradient_in_forward else query.new_empty((0, query.shape[1]), dtype=torch.float32)
+    return parts.mass.sum(0), unit_grad

@@ -86,8 +86,8 @@ REFUSED = {
         "info_nce_fwd: query_ids, bank_ids: expected both or neither, got one of them",
     ),
     "gaps": (
-        lambda ops: ops.divergence_settle(X[0].t(), torch.ones(3), None, False, 1.0),
-        "divergence_settle: grad: expected a contiguous tensor, got one with gaps",
+        lambda ops: ops.divergence_rescale_grad(X[0].t(), torch.ones(3), None, False, 1.0),
+        "divergence_rescale_grad: grad: expected a contiguous tensor, got one with gaps",
     ),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) 
 }
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
-                                   double temperature, bool with_direction, std::optional<Tensor> scale) {
+                                   double temperature, bool gradient_in_forward, std::optional<Tensor> scale) {
   const Check check("nce_fwd");
   check_bank(check, query, bank, scale);
   check("index", index, kI64, "[B, K]", {query.size(0), kAny});
@@ -79,17 +79,19 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
   const int64_t width = query.size(1);
   if (scale) scale = torch::stable::contiguous(*scale);
   Tensor loss = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Float);
-  Tensor direction = torch::stable::new_empty(query, {with_direction ? query.size(0) : 0, width}, ScalarType::Float);
-  float *losses = loss.mutable_data_ptr<float>(), *directions = direction.mutable_data_ptr<float>();
+  Tensor unit_grad =
+      torch::stable::new_empty(query, {gradient_in_forward ? query.size(0) : 0, width}, ScalarType::Float);
+  float *losses = loss.mutable_data_ptr<float>(), *unit_grads = unit_grad.mutable_data_ptr<float>();
   const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
                  [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
                    rows.scales = scales_of(scale);
-                   losses[i] = float(gather.nce(rows, row, how, with_direction ? sum : nullptr));
-                   for (int64_t d = 0; with_direction && d < width; ++d) directions[i * width + d] = sum[d] * how.scale;
+                   losses[i] = float(gather.nce(rows, row, how, gradient_in_forward ? sum : nullptr));
+                   for (int64_t d = 0; gradient_in_forward && d < width; ++d)
+                     unit_grads[i * width + d] = sum[d] * how.scale;
                  });
-  return {loss, direction};
+  return {loss, unit_grad};
 }
 
 // Both anchors at once: half the sum of their losses, what either query's gradient is for upstream 1, and z as it is
@@ -119,17 +121,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   const double dropped = double(negatives) * (std::log(double(negatives) / double(n_data)) - std::log(noise));
   Tensor loss = torch::stable::new_empty(query_a, {count}, ScalarType::Float);
   std::vector<double> losses(2 * count);
-  Tensor direction[2] = {torch::stable::new_empty(query_a, {count, width}, ScalarType::Float),
+  Tensor unit_grad[2] = {torch::stable::new_empty(query_a, {count, width}, ScalarType::Float),
                          torch::stable::new_empty(query_b, {count, width}, ScalarType::Float)};
-  float* directions[2] = {direction[0].mutable_data_ptr<float>(), direction[1].mutable_data_ptr<float>()};
+  float* unit_grads[2] = {unit_grad[0].mutable_data_ptr<float>(), unit_grad[1].mutable_data_ptr<float>()};
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
   for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
     losses[side * count + i] = gather.nce(gathered, row, how[side], sum);
-    for (int64_t d = 0; d < width; ++d) directions[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
+    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
   });
   for (int64_t i = 0; i < count; ++i)
     loss.mutable_data_ptr<float>()[i] = float((losses[i] + losses[count + i]) / 2 - dropped);
-  return {loss, direction[0], direction[1], z[0], z[1]};
+  return {loss, unit_grad[0], unit_grad[1], z[0], z[1]};
 }
 
 }  // namespace
@@ -139,15 +141,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
                                                              const std::optional<Tensor>& query_ids,
                                                              const std::optional<Tensor>& bank_ids,
                                                              const std::optional<Tensor>& scale,
-                                                             double inverse_temperature, bool with_direction) {
+                                                             double inverse_temperature, bool gradient_in_forward) {
   const int64_t count = query.size(0), width = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {count}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(query, {count}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(query, {count}, ScalarType::Float);
-  Tensor direction = torch::stable::new_empty(query, {with_direction ? count : 0, width}, ScalarType::Float);
+  Tensor unit_grad = torch::stable::new_empty(query, {gradient_in_forward ? count : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
         *lses = lse.mutable_data_ptr<float>();
-  float* directions = direction.mutable_data_ptr<float>();
+  float* unit_grads = unit_grad.mutable_data_ptr<float>();
   const ScoreOptions how = options(inverse_temperature, 0);
   const ContrastTable& table = FASTKD_CHOOSE(contrast);
   const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
@@ -155,12 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
     rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
     float largest;
-    const double mass = gather.softmax(rows, row, how, &largest, with_direction ? sum : nullptr);
+    const double mass = gather.softmax(rows, row, how, &largest, gradient_in_forward ? sum : nullptr);
     float_row(table, positive, i, rows.scratch);
     finish_row(row, rows.scratch, width, inverse_temperature, largest, mass, sum,
-               {losses + i, weights + i, lses + i, with_direction ? directions + i * width : nullptr});
+               {losses + i, weights + i, lses + i, gradient_in_forward ? unit_grads + i * width : nullptr});
   });
-  return {loss, direction, weight, lse};
+  return {loss, unit_grad, weight, lse};
 }
 
 }  // namespace fastkd

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
                                                              const std::optional<Tensor>& query_ids,
                                                              const std::optional<Tensor>& bank_ids,
                                                              const std::optional<Tensor>& scale,
-                                                             double inverse_temperature, bool with_direction);
+                                                             double inverse_temperature, bool gradient_in_forward);
 
 namespace {
 
@@ -41,15 +41,15 @@ constexpr int64_t kMaxKeys = 256, kLeastBlocks = 8;
 struct Plan {
   const ContrastTable& table;
   const Gemm& gemm;
-  bool bfloat16, in_place, split_query, split_weights, with_direction;
+  bool bfloat16, in_place, split_query, split_weights, gradient_in_forward;
   int64_t queries, width, padded, bank_rows, panels, keys, blocks, groups, ranges, packed_bytes;
   int element;
   int64_t row_bytes, row_stride;  // of the bank
 
-  Plan(const Tensor& query, const Tensor& bank, bool scaled, bool with_direction)
+  Plan(const Tensor& query, const Tensor& bank, bool scaled, bool gradient_in_forward)
       : table(FASTKD_CHOOSE(contrast)),
         gemm(fastkd::gemm(scaled ? int(kFloat32) : element_of(bank))),
-        with_direction(with_direction) {
+        gradient_in_forward(gradient_in_forward) {
     element = element_of_bank(bank);
     queries = query.size(0), width = query.size(1), padded = padded_width(width), bank_rows = bank.size(0);
     bfloat16 = gemm.operand == kBFloat16;
@@ -74,7 +74,7 @@ struct Partials {
   int64_t panels, size;
   Partials(const Tensor& like, const Plan& plan) : panels(plan.panels), size(kPanel * plan.padded) {
     const int64_t count = plan.ranges * panels;
-    sums = torch::stable::new_empty(like, {plan.with_direction ? count * size : 0}, ScalarType::Float);
+    sums = torch::stable::new_empty(like, {plan.gradient_in_forward ? count * size : 0}, ScalarType::Float);
     states = torch::stable::new_empty(like, {count * int64_t(sizeof(PanelState) / 8)}, ScalarType::Double);
   }
   float* sum(int64_t range, int64_t panel) const {
@@ -141,7 +141,7 @@ struct Task {
       PanelState* state = partials.state(range, panel);
       std::fill(state->largest, state->largest + kPanel, -INFINITY);
       std::fill(state->sum, state->sum + kPanel, 0.);
-      if (plan.with_direction) std::fill_n(partials.sum(range, panel), kPanel * plan.padded, 0.f);
+      if (plan.gradient_in_forward) std::fill_n(partials.sum(range, panel), kPanel * plan.padded, 0.f);
     }
     const int64_t begin = range * plan.blocks / plan.ranges, end = (range + 1) * plan.blocks / plan.ranges;
     for (int64_t b = begin; b < end; ++b) {
@@ -178,10 +178,10 @@ struct Task {
     if (packed.low) plan.gemm.tile_direct(rows, stride, packed.low + panel * plan.packed_bytes, shape, out);
     if (bank_ids) plan.table.exclude(scores, keys, queries, query_ids + panel * kPanel, bank_ids + key);
     PanelState* state = partials.state(range, panel);
-    const bool units = plan.bfloat16 && plan.with_direction;
+    const bool units = plan.bfloat16 && plan.gradient_in_forward;
     uint32_t* rest = units && plan.split_weights ? low : nullptr;
     plan.table.softmax(scores, keys, queries, state, units ? high : nullptr, rest);
-    if (!plan.with_direction) return;
+    if (!plan.gradient_in_forward) return;
     float* sum = partials.sum(range, panel);
     ahead = ahead && plan.in_place;
     if (units)
@@ -207,7 +207,7 @@ void merge(const Plan& plan, const Partials& partials, int64_t i, double* larges
     const PanelState* state = partials.state(r, panel);
     const double scale = std::exp(state->largest[lane] - shift);
     *mass += scale * state->sum[lane];
-    if (plan.with_direction)
+    if (plan.gradient_in_forward)
       plan.table.add_scaled(partials.sum(r, panel) + lane * plan.padded, float(scale), plan.padded, mean);
   }
 }
@@ -216,13 +216,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, 
                                                            const Tensor& bank, const std::optional<Tensor>& query_ids,
                                                            const std::optional<Tensor>& bank_ids,
                                                            const std::optional<Tensor>& scale,
-                                                           double inverse_temperature, bool with_direction) {
-  const Plan plan(query, bank, scale.has_value(), with_direction);
+                                                           double inverse_temperature, bool gradient_in_forward) {
+  const Plan plan(query, bank, scale.has_value(), gradient_in_forward);
   Tensor loss = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor weight = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(query, {plan.queries}, ScalarType::Float);
-  Tensor direction =
-      torch::stable::new_empty(query, {with_direction ? plan.queries : 0, plan.width}, ScalarType::Float);
+  Tensor unit_grad =
+      torch::stable::new_empty(query, {gradient_in_forward ? plan.queries : 0, plan.width}, ScalarType::Float);
   Tensor floats = torch::stable::new_empty(query, {plan.queries, plan.padded}, ScalarType::Float);
   for (int64_t i = 0; i < plan.queries; ++i)
     float_row(plan.table, query, i, floats.mutable_data_ptr<float>() + i * plan.padded);
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, 
   });
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
         *lses = lse.mutable_data_ptr<float>();
-  float* directions = direction.mutable_data_ptr<float>();
+  float* unit_grads = unit_grad.mutable_data_ptr<float>();
   parallel_for(0, plan.queries, grain(plan.padded * plan.ranges), [&](int64_t i, int64_t end) {
     std::vector<float> wanted(plan.padded), mean(plan.padded);
     for (; i < end; ++i) {
@@ -246,16 +246,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_shared(const Tensor& query, 
       float_row(plan.table, positive, i, wanted.data());
       finish_row(floats.const_data_ptr<float>() + i * plan.padded, wanted.data(), plan.width, inverse_temperature,
                  largest, mass, mean.data(),
-                 {losses + i, weights + i, lses + i, with_direction ? directions + i * plan.width : nullptr});
+                 {losses + i, weights + i, lses + i, gradient_in_forward ? unit_grads + i * plan.width : nullptr});
     }
   });
-  return {loss, direction, weight, lse};
+  return {loss, unit_grad, weight, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, const Tensor& positive, const Tensor& bank,
                                                         std::optional<Tensor> index, const Tensor& inverse_temperature,
                                                         std::optional<Tensor> query_ids, std::optional<Tensor> bank_ids,
-                                                        bool with_direction, std::optional<Tensor> scale) {
+                                                        bool gradient_in_forward, std::optional<Tensor> scale) {
   const Check check("info_nce_fwd");
   check_bank(check, query, bank, scale);
   check("positive", positive, kFloating, "[B, D]", {query.size(0), query.size(1)});
@@ -269,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, con
   const double inverse = *inverse_temperature.const_data_ptr<double>();
   if (index)
     return info_nce_gathered(q, p, n, torch::stable::contiguous(*index), query_ids, bank_ids, scale, inverse,
-                             with_direction);
-  return info_nce_shared(q, p, n, query_ids, bank_ids, scale, inverse, with_direction);
+                             gradient_in_forward);
+  return info_nce_shared(q, p, n, query_ids, bank_ids, scale, inverse, gradient_in_forward);
 }
 
 }  // namespace
@@ -282,14 +282,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // log sum e^score of the negatives [B].
   m.def(
       "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
-      "Tensor? query_ids, Tensor? bank_ids, bool with_direction, Tensor? scale=None) -> "
+      "Tensor? query_ids, Tensor? bank_ids, bool gradient_in_forward, Tensor? scale=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_bank_bwd(Tensor query, Tensor bank, Tensor inverse_temperature, Tensor? query_ids, Tensor? bank_ids, "
       "Tensor lse, Tensor coefficient) -> Tensor");
   // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
   m.def(
-      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool with_direction, "
+      "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool gradient_in_forward, "
       "Tensor? scale=None) -> (Tensor, Tensor)");
   // Both anchors at once: half the sum of their rows [B], the gradients of both queries, z of both from now on.
   m.def(

@@ -54,7 +54,7 @@ struct InfoNceOut {
   float* loss;    // softplus(lse - p)
   float* weight;  // its derivative with respect to lse, minus that with respect to p
   float* lse;
-  float* direction;  // weight (mean of the negatives - positive) [D]; null if nobody asked
+  float* unit_grad;  // weight (mean of the negatives - positive) [D]; null if nobody asked
 };
 
 // mean: the weighted sum of the negatives, mass: the sum of their weights e^(score - largest).
@@ -68,9 +68,9 @@ inline void finish_row(const float* query, const float* positive, int64_t width,
   *out.loss = float((gap > 0 ? gap : 0) + std::log1p(e));
   *out.lse = float(lse);
   *out.weight = float(weight);
-  if (!out.direction) return;
+  if (!out.unit_grad) return;
   const float of_mean = mass == 0 ? 0.f : float(weight / mass), of_positive = float(weight);
-  for (int64_t d = 0; d < width; ++d) out.direction[d] = of_mean * mean[d] - of_positive * positive[d];
+  for (int64_t d = 0; d < width; ++d) out.unit_grad[d] = of_mean * mean[d] - of_positive * positive[d];
 }
 
 }  // namespace fastkd

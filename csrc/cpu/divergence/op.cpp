@@ -38,9 +38,9 @@ const float* float_row(const DivergenceTable& table, const Tensor& x, int elemen
   return table.as_floats(row, element, scratch.data(), columns);
 }
 
-// What the gradient of each row will most likely be multiplied with: `factor`, over the number of rows where their mean
-// is taken. Rounded as torch rounds it on the way back, so that a right guess is right to the last bit.
-float likely_upstream(const Tensor& student, const bool* kept, bool mean, double factor) {
+// The upstream gradient that each row may expect: `factor`, divided by the number of rows where their mean is taken.
+// Rounded as torch rounds it on the way back, so that it equals the one that comes to the last bit.
+float expected_upstream(const Tensor& student, const bool* kept, bool mean, double factor) {
   const int64_t rows = student.size(0);
   const int64_t count = kept ? std::count(kept, kept + rows, true) : rows;
   return (mean ? 1.f / float(count > 0 ? count : 1) : 1.f) * float(factor);
@@ -101,28 +101,29 @@ std::tuple<Tensor, Tensor> divergence_fwd_grad(const Tensor& student, const Tens
   use_huge_pages(grad);
   const auto [values, stats] =
       values_and_stats(student, teacher, kept, options(kind, temperature, mix), grad.mutable_data_ptr<float>(),
-                       likely_upstream(student, kept, mean, factor));
+                       expected_upstream(student, kept, mean, factor));
   return {values, grad};
 }
 
-// From the gradient for the likely upstream to that for the one which came: most often nothing is left to do.
-void divergence_settle(Tensor grad, const Tensor& upstream, std::optional<Tensor> mask, bool mean, double factor) {
-  const Check check("divergence_settle");
+// Rescales the gradient made for the expected upstream gradient to the one that came; most often they are equal.
+void divergence_rescale_grad(Tensor grad, const Tensor& upstream, std::optional<Tensor> mask, bool mean,
+                             double factor) {
+  const Check check("divergence_rescale_grad");
   check("grad", grad, kF32, "[N, V]", {kAny, kAny});
   check.contiguous("grad", grad);
   check("upstream", upstream, kF32, "[N]", {grad.size(0)});
   check("mask", mask, kBool, "[N]", {grad.size(0)});
   Tensor holder;
   const bool* kept = rows_kept(mask, &holder);
-  const float guess = likely_upstream(grad, kept, mean, factor);
+  const float expected = expected_upstream(grad, kept, mean, factor);
   const Tensor g = torch::stable::contiguous(upstream);
   const float* up = g.const_data_ptr<float>();
   float* out = grad.mutable_data_ptr<float>();
   const int64_t rows = grad.size(0), columns = grad.size(1);
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if ((kept && !kept[i]) || up[i] == guess) continue;
-      const float ratio = up[i] / guess;
+      if ((kept && !kept[i]) || up[i] == expected) continue;
+      const float ratio = up[i] / expected;
       for (int64_t j = i * columns; j < (i + 1) * columns; ++j) out[j] *= ratio;
     }
   });
@@ -172,12 +173,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def(
       "divergence_bwd(Tensor grad, Tensor s, Tensor t, Tensor? mask, Tensor stats, int kind, float temperature, "
       "float mix) -> Tensor");
-  // Rows [N] and at once the gradient of s for the upstream that is likely: factor, or factor / N (`mean`); then, for
+  // Rows [N] and the gradient of s for the expected upstream gradient: factor, or factor / N (`mean`); then, for
   // the upstream that came, what is left to do to it.
   m.def(
       "divergence_fwd_grad(Tensor s, Tensor t, Tensor? mask, int kind, float temperature, float mix, bool mean, "
       "float factor) -> (Tensor, Tensor)");
-  m.def("divergence_settle(Tensor(a!) grad, Tensor upstream, Tensor? mask, bool mean, float factor) -> ()");
+  m.def("divergence_rescale_grad(Tensor(a!) grad, Tensor upstream, Tensor? mask, bool mean, float factor) -> ()");
   // A sparse teacher; tail is the log-mass of the rest.
   m.def(
       "divergence_topk_fwd(Tensor s, Tensor indices, Tensor log_probs, Tensor? tail, Tensor? mask, int kind, "
@@ -190,6 +191,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence_fwd));
   m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence_fwd_grad));
-  m.impl("divergence_settle", TORCH_BOX(&fastkd::divergence_settle));
+  m.impl("divergence_rescale_grad", TORCH_BOX(&fastkd::divergence_rescale_grad));
   m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence_bwd));
 }

@@ -46,12 +46,12 @@ struct DivergenceTable {
   void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                    const DivergenceStats& stats, float upstream, float* grad);
   // The forward in parts: gather() for each part of the row, then conclude(); where that returns true, refine() for
-  // each part again, and settle().
+  // each part again, and finish().
   void (*gather)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums);
   bool (*conclude)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
   void (*refine)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
                  const DivergenceStats& stats, DivergenceSums* sums);
-  void (*settle)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
+  void (*finish)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
   // For the sparse teacher: parts of softmax(s / T). The sum is of e^((s - largest) / T), in double; log_sum and
   // lacking are T logsumexp(s / T) as two floats.
   float (*largest)(const float* s, int64_t columns);

@@ -230,7 +230,7 @@ void refine(const float* s, const float* t, int64_t columns, DivergenceOptions o
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
 
-void settle(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+void finish(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
   const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
   *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
   stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
@@ -282,7 +282,7 @@ float careful_forward(const float* s, const float* t, int64_t columns, Divergenc
   }
   if (again) {
     refine<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
-    settle(options, sums, stats, &value);
+    finish(options, sums, stats, &value);
   }
   return value;
 }
@@ -381,5 +381,5 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 
 extern const DivergenceTable FASTKD_TABLE(divergence);
 const DivergenceTable FASTKD_TABLE(divergence) = {forward_any,    backward_any, gather_any, conclude,
-                                                  refine_any,     settle,       largest,    sum_of_exponentials,
+                                                  refine_any,     finish,       largest,    sum_of_exponentials,
                                                   scaled_softmax, as_floats,    narrow};

@@ -288,8 +288,8 @@ Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optiona
 
 // What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
 // values that count for a mean.
-std::vector<Upstream> likely_upstream(const Question& asked, const Tensor& student, const std::vector<double>& weights,
-                                      bool mean) {
+std::vector<Upstream> expected_upstream(const Question& asked, const Tensor& student,
+                                        const std::vector<double>& weights, bool mean) {
   std::vector<Upstream> found(asked.levels.size());
   for (size_t k = 0; k < found.size(); ++k) {
     const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
@@ -318,23 +318,23 @@ std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors te
   check.length("weights", weights, int64_t(levels.size()));
   Tensors values, valid, grads;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    Aim aim = {{gradient_like(students[pair])}, likely_upstream(asked, students[pair], weights, mean)};
+    Aim aim = {{gradient_like(students[pair])}, expected_upstream(asked, students[pair], weights, mean)};
     all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
     grads.push_back(aim.out[0]);
   }
   return {values, valid, grads};
 }
 
-// Whether every upstream that counts is the likely one times the same number, up to a few roundings; that number.
-std::optional<float> common_factor(const std::vector<Upstream>& likely, const Tensor* came, const Tensor* valid) {
+// Whether every upstream that counts is the expected one times the same number, up to a few roundings; that number.
+std::optional<float> common_factor(const std::vector<Upstream>& expected, const Tensor* came, const Tensor* valid) {
   constexpr float kRoundings = 4e-7f;
   std::optional<float> factor;
-  for (size_t k = 0; k < likely.size(); ++k) {
+  for (size_t k = 0; k < expected.size(); ++k) {
     const float* up = came[k].const_data_ptr<float>();
     const bool* counts = valid[k].const_data_ptr<bool>();
     for (int64_t i = 0; i < came[k].numel(); ++i) {
       if (!counts[i]) continue;
-      const float ratio = up[i] / likely[k].all;
+      const float ratio = up[i] / expected[k].all;
       if (!factor) factor = ratio;
       if (!(std::abs(ratio - *factor) <= kRoundings * std::abs(*factor))) return std::nullopt;
     }
@@ -342,12 +342,12 @@ std::optional<float> common_factor(const std::vector<Upstream>& likely, const Te
   return !factor || std::abs(*factor - 1) <= kRoundings ? 1.f : *factor;
 }
 
-// From the gradients for the likely upstream to those for the one which came: most often nothing is left to do.
-void gram_settle(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
-                 std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
-                 std::vector<double> weights, bool mean) {
+// Rescales the gradients made for the expected upstream gradient to the one that came; most often they are equal.
+void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
+                        std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
+                        std::vector<double> weights, bool mean) {
   const Question asked = {mask, levels, row, normalize, eps};
-  const Check check("gram_settle");
+  const Check check("gram_rescale_grads");
   check_question(check, students, teachers, asked);
   check_terms(check, "grads", grads, kF32, students, asked);
   check_terms(check, "valid", valid, kBool, students, asked);
@@ -362,8 +362,8 @@ void gram_settle(Tensors found, Tensors grads, Tensors valid, Tensors students, 
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    const std::vector<Upstream> likely = likely_upstream(asked, students[pair], weights, mean);
-    const std::optional<float> factor = common_factor(likely, &grads[pair * terms], &valid[pair * terms]);
+    const std::vector<Upstream> expected = expected_upstream(asked, students[pair], weights, mean);
+    const std::optional<float> factor = common_factor(expected, &grads[pair * terms], &valid[pair * terms]);
     if (!factor) {
       torch::stable::copy_(found[pair], again(asked, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
       continue;
@@ -395,13 +395,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def(
       "gram_bwd(Tensor[] grads, Tensor[] students, Tensor[] teachers, Tensor? mask, Tensor[] saved, int[] levels, "
       "bool row, bool normalize, float eps) -> Tensor[]");
-  // At once the students' gradients, for the upstream that is likely: a level's weight, or (`mean`) that over the
+  // Also the students' gradients, for the expected upstream gradient: a level's weight, or (`mean`) that over the
   // number of values that count; then, for the upstream that came, what is left to do to them.
   m.def(
       "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
       "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
-      "gram_settle(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "gram_rescale_grads(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
       "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 }
 
@@ -409,5 +409,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("gram_fwd", TORCH_BOX(&fastkd::gram_fwd));
   m.impl("gram_bwd", TORCH_BOX(&fastkd::gram_bwd));
   m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram_fwd_grad));
-  m.impl("gram_settle", TORCH_BOX(&fastkd::gram_settle));
+  m.impl("gram_rescale_grads", TORCH_BOX(&fastkd::gram_rescale_grads));
 }

@@ -1,4 +1,4 @@
-// linear_divergence where speed counts: the gradient is formed in the forward, while the logits are there, so that
+// linear_divergence with the gradient in the forward: it is formed while the logits are there, so that
 // nothing is multiplied twice (3 Ds + Dt products of rows x words).
 //
 // All logits of a few rows at a time, in float32: head rows times hidden rows (the head is read where it lies, the few
@@ -146,7 +146,7 @@ struct Turned {
   }
 };
 
-struct Speed {
+struct FwdGrad {
   const Call& call;
   const float* const weight;
   const bool to_hidden, to_head, to_bias;
@@ -160,7 +160,7 @@ struct Speed {
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks
 
-  Speed(const Call& call, const float* weight, bool to_hidden, bool to_head, bool to_bias)
+  FwdGrad(const Call& call, const float* weight, bool to_hidden, bool to_head, bool to_bias)
       : call(call),
         weight(weight),
         to_hidden(to_hidden),
@@ -284,21 +284,21 @@ struct Speed {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_speed(const Tensor& weights, FASTKD_LINEAR_PARAMETERS,
-                                                                   bool to_hidden, bool to_head, bool to_bias) {
-  const Check check("linear_divergence_speed");
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_fwd_grad(const Tensor& weights, FASTKD_LINEAR_PARAMETERS,
+                                                                      bool to_hidden, bool to_head, bool to_bias) {
+  const Check check("linear_divergence_fwd_grad");
   FASTKD_LINEAR_CHECK(check);
   check("weights", weights, kF32, "[N]", {hidden.size(0)});
   const Call call = FASTKD_LINEAR_CALL;
   const Tensor w = torch::stable::contiguous(weights);
-  Speed speed(call, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);
-  speed.run();
-  return {speed.values, speed.hidden, speed.head, speed.bias};
+  FwdGrad pass(call, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);
+  pass.run();
+  return {pass.values, pass.hidden, pass.head, pass.bias};
 }
 
 }  // namespace
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("linear_divergence_speed", TORCH_BOX(&fastkd::linear_divergence_speed));
+  m.impl("linear_divergence_fwd_grad", TORCH_BOX(&fastkd::linear_divergence_fwd_grad));
 }

@@ -4,7 +4,7 @@
 // linear_divergence_bwd    the same blocks again, words outermost: the logits are made a second time (another Ds + Dt).
 //
 // Rows that do not count are left out before anything is multiplied. A sparse teacher has no head, and needs whole
-// rows. Where speed counts: linear_divergence/gradient_in_forward.cpp.
+// rows. With the gradient in the forward: linear_divergence/gradient_in_forward.cpp.
 #include "cpu/linear_divergence/args.h"
 
 namespace fastkd {
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> low_forward(const Call& call) {
       });
     for (int64_t i = 0; i < end - begin; ++i) {
       const int64_t n = block.kept[i];
-      if (again[i]) call.divergence.settle(call.options.soft, sums[i].soft, &stat[n].dense, value + n);
+      if (again[i]) call.divergence.finish(call.options.soft, sums[i].soft, &stat[n].dense, value + n);
       value[n] = call.add_labels(value[n], sums[i], stat + n);
     }
   });
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_divergence_bwd(const Tensor& grad, con
   return low_backward(FASTKD_LINEAR_CALL, grad, stats, to_hidden, to_head, to_bias);
 }
 
-// x * factor from `x` to `out`: what is left to do in the backward of the speed mode.
+// x * factor from `x` to `out`: what is left to the backward where the gradient was made in the forward.
 void scale(const Tensor& x, const Tensor& factor, Tensor out) {
   const int64_t columns = x.size(1), from_item = int64_t(x.element_size()), item = int64_t(out.element_size());
   const float by = *factor.const_data_ptr<float>();
@@ -228,8 +228,8 @@ Tensor linear_divergence_scale(const Tensor& x, const Tensor& factor, const Tens
   return out;
 }
 
-void linear_divergence_settle(Tensor x, const Tensor& factor) {
-  const Check check("linear_divergence_settle");
+void linear_divergence_rescale_grad(Tensor x, const Tensor& factor) {
+  const Check check("linear_divergence_rescale_grad");
   check("x", x, kFloating, "[N, D]", {kAny, kAny});
   check.contiguous("x", x);
   check("factor", factor, kF32, "[]", {});
@@ -242,25 +242,25 @@ void linear_divergence_settle(Tensor x, const Tensor& factor) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // The same from hidden [N, D] and head [V, D] of both sides (of the sparse teacher: indices, log_probs, tail), times
   // `factor`, plus `hard` times the cross-entropy with `labels`. scale and cap (0: none) shape the logits. Rows [N, 1];
-  // gradients (without rows unless asked for) of sum weights * rows (speed) or sum grad * rows (bwd): in float32, but
-  // the head's in its own dtype (speed: in float32 where that is float16, which is not scaled yet).
+  // gradients (without rows unless asked for) of sum weights * rows (fwd_grad) or sum grad * rows (bwd): in float32,
+  // but the head's in its own dtype (fwd_grad: in float32 where that is float16, which is not scaled yet).
 #define FASTKD_LINEAR_ARGUMENTS                                                                                   \
   "Tensor hidden, Tensor head, Tensor? bias, Tensor? t_hidden, Tensor? t_head, Tensor? t_bias, Tensor? indices, " \
   "Tensor? log_probs, Tensor? tail, Tensor? mask, Tensor? labels, int kind, float temperature, float mix, "       \
   "float factor, float hard, float scale, float cap, float t_scale, float t_cap"
-  m.def("linear_divergence_speed(Tensor weights, " FASTKD_LINEAR_ARGUMENTS
+  m.def("linear_divergence_fwd_grad(Tensor weights, " FASTKD_LINEAR_ARGUMENTS
         ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_divergence_fwd(" FASTKD_LINEAR_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("linear_divergence_bwd(Tensor grad, Tensor stats, " FASTKD_LINEAR_ARGUMENTS
         ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor)");
   // x * factor in the dtype of `like`, or in place.
   m.def("linear_divergence_scale(Tensor x, Tensor factor, Tensor like) -> Tensor");
-  m.def("linear_divergence_settle(Tensor(a!) x, Tensor factor) -> ()");
+  m.def("linear_divergence_rescale_grad(Tensor(a!) x, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("linear_divergence_fwd", TORCH_BOX(&fastkd::linear_divergence_fwd));
   m.impl("linear_divergence_bwd", TORCH_BOX(&fastkd::linear_divergence_bwd));
   m.impl("linear_divergence_scale", TORCH_BOX(&fastkd::linear_divergence_scale));
-  m.impl("linear_divergence_settle", TORCH_BOX(&fastkd::linear_divergence_settle));
+  m.impl("linear_divergence_rescale_grad", TORCH_BOX(&fastkd::linear_divergence_rescale_grad));
 }

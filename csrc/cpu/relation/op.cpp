@@ -136,14 +136,15 @@ void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::optional<Tensor> ys, const Tensor& xt,
                                                         std::optional<Tensor> yt, std::optional<Tensor> mask,
-                                                        bool causal, double scale_s, double scale_t, bool in_forward) {
+                                                        bool causal, double scale_s, double scale_t,
+                                                        bool gradient_in_forward) {
   check(Check("relation_fwd"), xs, ys, xt, yt, mask);
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
-  STD_TORCH_CHECK(!in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
+  STD_TORCH_CHECK(!gradient_in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
   Tensor values = fresh(xs, {B, H, L}, ScalarType::Float);
   Tensor stats = fresh(xs, {B, H, 4, L}, ScalarType::Float);
-  Tensor dx = fresh_gradient(of, in_forward), dy = fresh_gradient(of, in_forward && !of.self_s);
+  Tensor dx = fresh_gradient(of, gradient_in_forward), dy = fresh_gradient(of, gradient_in_forward && !of.self_s);
   RelationOut out = out_of(dx, dy);
   out.values = values.mutable_data_ptr<float>();
   out.stats = stats.mutable_data_ptr<float>();
@@ -162,17 +163,17 @@ bool same_for_all(const float* g, const Kept& kept) {
 
 std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, std::optional<Tensor> ys,
                                         const Tensor& xt, std::optional<Tensor> yt, std::optional<Tensor> mask,
-                                        const Tensor& stats, const Tensor& unit_x, const Tensor& unit_y, bool causal,
-                                        double scale_s, double scale_t) {
+                                        const Tensor& stats, const Tensor& unit_grad_x, const Tensor& unit_grad_y,
+                                        bool causal, double scale_s, double scale_t) {
   const Check op("relation_bwd");
   check(op, xs, ys, xt, yt, mask);
-  const int64_t B = xs.size(0), H = xs.size(1), made = unit_x.numel() ? xs.size(2) : kAny;
+  const int64_t B = xs.size(0), H = xs.size(1), made = unit_grad_x.numel() ? xs.size(2) : kAny;
   const unsigned gradient = dtype_of(xs) == kBF16 ? kBF16 : kF32;
   op("grad", grad, kF32, "[B, H, L]", {B, H, xs.size(2)});
   op("stats", stats, kF32, "[B, H, 4, L]", {B, H, 4, xs.size(2)});
-  op("unit_x", unit_x, gradient, "[B, H, L, d]", {B, H, made, xs.size(3)});
-  op("unit_y", unit_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
-  const Tensor of_queries = dense(stats), for_x = dense(unit_x), for_y = dense(unit_y);
+  op("unit_grad_x", unit_grad_x, gradient, "[B, H, L, d]", {B, H, made, xs.size(3)});
+  op("unit_grad_y", unit_grad_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
+  const Tensor of_queries = dense(stats), for_x = dense(unit_grad_x), for_y = dense(unit_grad_y);
   const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const RelationCall call = of.call();
   const Tensor g = torch::stable::contiguous(grad);
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   if (xs.size(2) > kWhole) out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
   const int64_t L = call.length, size = L * call.s.width;
   std::vector<char> scaled(of.pairs(), 0);
-  if (unit_x.numel()) {
+  if (unit_grad_x.numel()) {
     const auto scale = [&](const Tensor& unit, char* to, int64_t pair, float by) {
       if (!to) return;
       const int64_t at = pair * size * out.item;
@@ -213,13 +214,13 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
-  // gradients of xs and ys for upstream 1 (no rows of them unless in_forward).
+  // gradients of xs and ys for upstream 1 (no rows of them unless gradient_in_forward).
   m.def(
       "relation_fwd(Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, bool causal, float scale_s, "
-      "float scale_t, bool in_forward) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale_t, bool gradient_in_forward) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "relation_bwd(Tensor grad, Tensor xs, Tensor? ys, Tensor xt, Tensor? yt, Tensor? mask, Tensor stats, "
-      "Tensor unit_x, Tensor unit_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");
+      "Tensor unit_grad_x, Tensor unit_grad_y, bool causal, float scale_s, float scale_t) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {

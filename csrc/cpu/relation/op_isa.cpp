@@ -57,7 +57,7 @@ inline Share share(const Column& column, vfloat a, vfloat b) {
 }
 
 // The value of a query with these sums, and what is remembered of them.
-vfloat settle(const Share& sum, const Column& column, const RelationStats& of, int64_t lane) {
+vfloat value_of(const Share& sum, const Column& column, const RelationStats& of, int64_t lane) {
   const vfloat apart = sum.excess / sum.t;
   const vint near = magnitude(apart) < 0.5f;
   store(of.max_t + lane, column.max_t);
@@ -98,7 +98,7 @@ void statistics_of(const RelationTile& at, const RelationStats& of, float* value
     }
     sum.add(run);
   }
-  store(values + lane, settle(sum, column, of, lane));
+  store(values + lane, value_of(sum, column, of, lane));
 }
 
 void statistics(const RelationTile& at, bool keep, const RelationStats& of, float* values) {
@@ -214,7 +214,7 @@ void finish(const RelationSums& sums, int64_t count, const RelationStats& of, fl
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const Share sum = {load(sums.t + lane), load(sums.s + lane), load(sums.excess + lane), load(sums.bregman + lane),
                        load(sums.cross + lane)};
-    store(values + lane, settle(sum, {load(of.max_t + lane), load(of.max_s + lane)}, of, lane));
+    store(values + lane, value_of(sum, {load(of.max_t + lane), load(of.max_s + lane)}, of, lane));
   }
 }
 

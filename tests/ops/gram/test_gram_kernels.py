@@ -333,12 +333,12 @@ def test_compiled_equals_eager(backend, level):
 def test_opcheck(levels, row, dtype):
     sides = zip(*(anisotropic(12 + k, 3, 4, 5, 6, 1.0, dtype=dtype) for k in range(2)), strict=True)
     layers, mask = [list(side) for side in sides], torch.ones(3, 4, dtype=torch.bool)
-    question, likely = (*layers, mask, levels, row, True, 1e-6), ([0.5, 2.0][: len(levels)], True)
+    question, expected = (*layers, mask, levels, row, True, 1e-6), ([0.5, 2.0][: len(levels)], True)
     for wanted in (False, True):
         torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*question, wanted))
     values, valid, saved = torch.ops.fastkd.gram_fwd(*question, True)
     grads = [torch.rand_like(x) for x in values]
     torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *question[:3], saved, *question[3:]))
-    torch.library.opcheck(torch.ops.fastkd.gram_fwd_grad, (*question, *likely))
-    _, _, found = torch.ops.fastkd.gram_fwd_grad(*question, *likely)
-    torch.library.opcheck(torch.ops.fastkd.gram_settle, (found, grads, valid, *question, *likely))
+    torch.library.opcheck(torch.ops.fastkd.gram_fwd_grad, (*question, *expected))
+    _, _, found = torch.ops.fastkd.gram_fwd_grad(*question, *expected)
+    torch.library.opcheck(torch.ops.fastkd.gram_rescale_grads, (found, grads, valid, *question, *expected))

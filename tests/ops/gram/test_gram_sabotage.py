@@ -4,8 +4,8 @@
 """
 
 import pytest
-import test_gram_at_once
 import test_gram_features
+import test_gram_gradient_in_forward
 import test_gram_kernels
 import torch
 from test_gram_kernels import on_every_kernel
@@ -42,13 +42,13 @@ GRADIENT = {
     "features": lambda b: test_gram_features.test_float32(b, (2, 200, 24, 32), True),
     "features, outlier dimensions": lambda b: test_gram_features.test_outlier_dimensions(b, True, 200.0),
 }
-AT_ONCE = {
-    "both levels": (BOTH, False, True, "as was likely"),
-    "both levels, scaled": (BOTH, False, True, "likely times a scale"),
+IN_FORWARD = {
+    "both levels": (BOTH, False, True, "expected"),
+    "both levels, scaled": (BOTH, False, True, "expected, scaled"),
     "both levels, made again": (BOTH, False, True, UNEVEN),
-    "row by row": (BOTH, True, True, "as was likely"),
+    "row by row": (BOTH, True, True, "expected"),
     "row by row, made again": (BOTH, True, True, UNEVEN),
-    "official": (OFFICIAL, False, False, "as was likely"),
+    "official": (OFFICIAL, False, False, "expected"),
     "official, made again": (OFFICIAL, False, False, UNEVEN),
 }
 
@@ -84,12 +84,12 @@ def test_no_wrong_gradient_survives(backend, check, mutant, sabotage):
 
 @pytest.mark.skipif("cpu" not in ops.KERNELS, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("check", AT_ONCE)
-def test_no_wrong_gradient_made_at_once_survives(check, mutant, sabotage):
-    test_gram_at_once.test_any_upstream(*AT_ONCE[check], torch.float32)
+@pytest.mark.parametrize("check", IN_FORWARD)
+def test_no_wrong_gradient_in_the_forward_survives(check, mutant, sabotage):
+    test_gram_gradient_in_forward.test_any_upstream(*IN_FORWARD[check], torch.float32)
     sabotage("gradient", MUTANTS[mutant])
     with pytest.raises(AssertionError):
-        test_gram_at_once.test_any_upstream(*AT_ONCE[check], torch.float32)
+        test_gram_gradient_in_forward.test_any_upstream(*IN_FORWARD[check], torch.float32)
 
 
 @pytest.mark.parametrize("mutant", [name for name in MUTANTS if name != "one tile dropped"])

@@ -410,8 +410,8 @@ def test_opcheck(length):
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 def test_without_a_gradient_nothing_is_kept_for_one():
     xs, _, xt, _ = states(15, 2, 3, 9, 5, 6)
-    *_, unit_x, unit_y = KERNELS["cpu"].fwd(xs, None, xt, None, None, False, 0.5, 0.4, False)
-    assert unit_x.numel() == 0 and unit_y.numel() == 0
+    *_, unit_grad_x, unit_grad_y = KERNELS["cpu"].fwd(xs, None, xt, None, None, False, 0.5, 0.4, False)
+    assert unit_grad_x.numel() == 0 and unit_grad_y.numel() == 0
     assert not functional.relation_kl_loss([xs], [xt], backend="cpu").requires_grad
 
 

@@ -1,11 +1,11 @@
-"""gram's gradient made in the forward for the likely upstream: right for every other, and nobody else's memory."""
+"""gram's gradient in the forward: correct for every upstream gradient, by value (its other hazards: test_gradient_in_forward.py)."""
 
 import itertools
 
 import pytest
 import torch
 
-from cases import gradients, randn, relative_error
+from cases import randn, relative_error
 from fastkd.functional import gram_correlation_loss as loss
 from fastkd.ops import gram as ops
 from fastkd.reference import gram as reference
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif("cpu" not in ops.KERNELS, reason="the C++ kernel
 FORMS = [(levels, row) for levels in (["token"], ["sequence"], ["official"], ["token", "sequence"], ["token", "official"])
          for row in (False, True) if not (row and "official" in levels)]  # fmt: skip
 UPSTREAMS = {
-    "as was likely": lambda k, shape: torch.full(shape, (0.5, 2.0)[k] / shape.numel()),
-    "likely times a scale": lambda k, shape: torch.full(shape, 1024 * (0.5, 2.0)[k] / shape.numel()),
+    "expected": lambda k, shape: torch.full(shape, (0.5, 2.0)[k] / shape.numel()),
+    "expected, scaled": lambda k, shape: torch.full(shape, 1024 * (0.5, 2.0)[k] / shape.numel()),
     "levels in another ratio": lambda k, shape: torch.full(shape, (0.5, 3.0)[k] / shape.numel()),
     "every value its own": lambda k, shape: randn(*shape, seed=3 + k).float() + 1.5,
     "one level only": lambda k, shape: torch.full(shape, 1.0 - k),
@@ -50,9 +50,9 @@ def test_any_upstream(levels, row, masked, upstream, dtype):
     mask = torch.ones(5, 6, dtype=torch.bool)
     mask[0, :2] = mask[1, 3] = mask[3, 5] = False
     leaves = [s.clone().requires_grad_() for s in students]
-    likely = ([0.5, 2.0][: len(levels)], True)
+    expected = ([0.5, 2.0][: len(levels)], True)
     options = (mask if masked else None, tuple(levels), row, True, 1e-6)
-    values, _ = ops.gram(leaves, teachers, *options, "cpu", likely)
+    values, _ = ops.gram(leaves, teachers, *options, "cpu", expected)
     ups = [UPSTREAMS[upstream](k % len(levels), x.shape) for k, x in enumerate(values)]
     found = torch.autograd.grad(values, leaves, ups)
     expected = by_the_oracle(students, teachers, options[0], levels, row, ups)
@@ -71,13 +71,13 @@ def one_differs(up, by):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("row", [False, True])
 def test_upstreams_that_nearly_agree(row, which, by):
-    """One value of one level has an upstream of its own, so that no factor is common: all is made again, for what came."""
+    """One value of one level has an upstream gradient of its own, so that no factor is common: all gradients are recomputed."""
     students, teachers = layers()
     options = (["token", "sequence"], row, True, 1e-6)
     leaves = [s.clone().requires_grad_() for s in students]
     values, _ = ops.gram(leaves, teachers, None, *options, "cpu", ([0.5, 2.0], True))
-    likely = [UPSTREAMS["as was likely"](k % 2, x.shape) for k, x in enumerate(values)]
-    ups = [one_differs(up, by) if k % 2 == which else up for k, up in enumerate(likely)]
+    expected = [UPSTREAMS["expected"](k % 2, x.shape) for k, x in enumerate(values)]
+    ups = [one_differs(up, by) if k % 2 == which else up for k, up in enumerate(expected)]
     found = torch.autograd.grad(values, leaves, ups, retain_graph=True)
     levels = [ops.LEVELS.index(level) for level in options[0]]
     again = torch.ops.fastkd.gram_bwd(ups, students, teachers, None, [], levels, *options[1:])
@@ -85,51 +85,32 @@ def test_upstreams_that_nearly_agree(row, which, by):
     exact = by_the_oracle(students, teachers, None, options[0], row, ups)
     assert all(relative_error(x, y) <= 1e-5 for x, y in zip(found, exact, strict=True))
     if by >= 1.001:
-        other = by_the_oracle(students, teachers, None, options[0], row, likely)
+        other = by_the_oracle(students, teachers, None, options[0], row, expected)
         assert all(relative_error(x, y) > 2e-5 for x, y in zip(exact, other, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1 + 3e-6, 1.001, 65536.0])
-def test_a_common_factor_is_all_that_is_left_to_do(scale):
-    """What does not count has no say in it."""
+def test_gradients_are_rescaled_by_a_common_factor(scale):
+    """Values that do not count do not matter to it."""
     students, teachers = layers()
     mask = torch.ones(5, 6, dtype=torch.bool)
     mask[2, 1:] = False
-    question = (students, teachers, mask, [0], False, True, 1e-6)
-    _, valid, found = torch.ops.fastkd.gram_fwd_grad(*question, [1.0], True)
+    args = (students, teachers, mask, [0], False, True, 1e-6)
+    _, valid, found = torch.ops.fastkd.gram_fwd_grad(*args, [1.0], True)
     assert valid[0].tolist() == [True, True, False, True, True]
     made = [x.clone() for x in found]
     ups = [torch.full((5,), 0.25) for _ in students]
     for up in ups:
         up[2] = 7.0
     factor = torch.tensor(0.25 * scale) / 0.25
-    torch.ops.fastkd.gram_settle(
-        found, [torch.where(valid[0], up * scale, up) for up in ups], valid, *question, [1.0], True
+    torch.ops.fastkd.gram_rescale_grads(
+        found, [torch.where(valid[0], up * scale, up) for up in ups], valid, *args, [1.0], True
     )
     assert all(torch.equal(x, y * factor) for x, y in zip(found, made, strict=True))
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-3])
-@pytest.mark.parametrize("row", [False, True])
-def test_a_second_backward_makes_its_own(row, scale):
-    students, teachers = layers()
-    options = {"level": {"token": 1.0, "sequence": 2.0}, "pearson": "row" if row else "matrix", "backend": "cpu"}
-    leaves = [s.clone().requires_grad_() for s in students]
-    value = loss(leaves, teachers, **options)
-    first = torch.autograd.grad(value, leaves, torch.tensor(scale), retain_graph=True)
-    kept = [x.clone() for x in first]
-    for x in first:
-        x.mul_(3)
-    second = torch.autograd.grad(value, leaves, torch.tensor(scale))
-    for x, y in zip(second, kept, strict=True):
-        assert torch.equal(x, y)
-    single = gradients(lambda *s: loss(s, teachers, **options), *students)[1]
-    factor = (float(randn(seed=7)) + 1.5) / scale
-    assert all(relative_error(x, y / factor) <= 1e-6 for x, y in zip(kept, single, strict=True))
-
-
-def test_the_likely_upstream_is_what_a_mean_sends():
-    """Nothing is left to do in the backward then, so that the gradients of the forward are handed over untouched."""
+def test_the_expected_upstream_gradient_is_what_a_mean_sends():
+    """The gradients of the forward are then handed over as they are."""
     students, teachers = layers()
     mask = torch.ones(5, 6)
     mask[0, :4] = 0
@@ -138,9 +119,9 @@ def test_the_likely_upstream_is_what_a_mean_sends():
         level = {"token": 0.7, "sequence": 0.3}
         value = loss(leaves, teachers, level=level, pearson=pearson, mask=m, reduction=reduction, backend="cpu")
         node = value.grad_fn
-        while type(node).__name__ != "GramAtOnceBackward":
+        while type(node).__name__ != "GramGradientInForwardBackward":
             node = node.next_functions[0][0]
-        before = [g.clone() for g in node.gradients]
+        before = [g.clone() for g in node.made.gradients]
         for found, made in zip(torch.autograd.grad(value, leaves), before, strict=True):
             assert torch.equal(found, made)
 
