@@ -1,4 +1,4 @@
-"""`fastkd vocab`: counts a corpus, keeps the words that it needs, and writes what a student with fewer words is made of."""
+"""`fastkd vocab`: counts the tokens of a corpus, chooses a smaller vocabulary, and writes what a student with it needs."""
 
 import argparse
 import json
@@ -12,28 +12,28 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="fastkd vocab", description=__doc__)
     p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, or .jsonl")
     p.add_argument("--tokenizer", help="folder or name of the teacher's fast tokenizer; default: --model's")
-    p.add_argument("--model", help="folder or name of a model to shrink to the kept words as well")
-    p.add_argument("--teacher", help="whose embeddings say which kept word is nearest; default: --model")
+    p.add_argument("--model", help="folder or name of a model to shrink to the kept tokens as well")
+    p.add_argument("--teacher", help="model whose embeddings define the nearest kept token; default: --model")
     p.add_argument(
         "--output", required=True, type=Path, help="a new or empty folder for the map, the report, tokenizer and model"
     )
-    p.add_argument("--size", default="0.5", help="a fraction (0.5, 1.0) or a number of words (15000)")
+    p.add_argument("--size", default="0.5", help="a fraction (0.5, 1.0) or a number of tokens (15000)")
     p.add_argument("--multiple-of", type=int, default=128, help="the size is rounded up to it")
     p.add_argument(
         "--method",
         choices=("decoder", "cosine", "euclidean", "unk"),
-        help="what stands for a dropped word: "
-        "the nearest by dot product, cosine, distance, or the unknown word; default: decoder with a model",
+        help="what replaces a dropped token: the nearest kept one by dot product, cosine or distance, or the unknown token; "
+        "default: decoder with a model, else unk",
     )
     p.add_argument(
         "--dropped",
         choices=("spelled", "stand_in"),
         default="spelled",
-        help="what the tokenizer makes of a dropped word: it is spelled with kept pieces (tokenizer.json is all that it takes), "
-        "or becomes what stands for it (loaded with trust_remote_code=True)",
+        help="how the tokenizer writes a dropped token: spelled with kept tokens (a plain tokenizer.json), or as its "
+        "replacement (loaded with trust_remote_code=True)",
     )
-    p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words that are kept however rare they are, such "
-                   "as labels and verbalisers; special words always are")  # fmt: skip
+    p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words whose tokens are kept even if rare, such "
+                   "as labels and verbalisers; special tokens are always kept")  # fmt: skip
     p.add_argument("--text-column", default="text", help="of a .jsonl corpus")
     p.add_argument("--workers", type=int, default=1, help="processes that count")
     return p
@@ -82,13 +82,15 @@ def run(options) -> int:
             vocab.shrink(model, inplace=True).save_pretrained(scratch)
         found = write_report(scratch, vocab, counts, tokenizer)
     sizes = ", ".join(f"{mark} {size}" for mark, size in found["sizes_for"].items())
-    print(f"{found['words']} of {found['of']} words cover {found['covered']:.2%} of {found['tokens_counted']} tokens")
+    print(
+        f"{found['words']} of {found['of']} vocabulary entries cover {found['covered']:.2%} of {found['tokens_counted']} tokens"
+    )
     if found["may_be_lost"] and options.dropped == "spelled":
         print(
             f"at most {found['may_be_lost']} of these tokens hold a character that no kept token spells; a larger --size "
             "keeps more of them"
         )
-    print(f"words for a share of the corpus: {sizes}")
+    print(f"vocabulary sizes that cover a fraction of the corpus: {sizes}")
     print(f"written to {options.output}: {', '.join(sorted(x.name for x in options.output.iterdir()))}")
     return 0
 
@@ -107,16 +109,16 @@ def size_of(text: str) -> int | float:
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
-        raise ValueError(f"--size: expected a fraction such as 0.5 or a number of words, got {text!r}") from None
+        raise ValueError(f"--size: expected a fraction such as 0.5 or a number of tokens, got {text!r}") from None
 
 
 def always_kept(words: list[str], tokenizer) -> list[int]:
-    """Special words, added ones, whatever a single letter or byte is spelled with, and the words that were named."""
+    """Ids of special and added tokens, of single characters and bytes, and of the tokens of `words`."""
     ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ids |= {i for word, i in tokenizer.get_vocab().items() if len(word.removeprefix("##")) == 1}
+    ids |= {i for token, i in tokenizer.get_vocab().items() if len(token.removeprefix("##")) == 1}
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if backend.get("byte_fallback"):
-        ids |= {i for word, i in tokenizer.get_vocab().items() if word.startswith("<0x") and len(word) == 6}
+        ids |= {i for token, i in tokenizer.get_vocab().items() if token.startswith("<0x") and len(token) == 6}
     for word in words:
         ids |= {*tokenizer(word, add_special_tokens=False)["input_ids"]}
         ids |= {*tokenizer(" " + word, add_special_tokens=False)["input_ids"]}
@@ -144,7 +146,7 @@ def count(options, tokenizer, source):
 
 
 def _texts(files: list[str], column: str, read: list[int]) -> Iterator[str]:
-    """One text at a time; read[0] is how many bytes are behind."""
+    """One text at a time; read[0] counts the bytes read."""
     for file in files:
         if Path(file).suffix not in (".txt", ".jsonl"):
             raise ValueError(f"files: expected .txt or .jsonl, got {file}")

@@ -1,4 +1,4 @@
-"""What a command writes never takes the place of anything: a teacher, another day's result, a stranger's file."""
+"""A command never overwrites anything: not a teacher, nor an earlier result, nor somebody else's file."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_report_is_whole_and_replaces_nothing(tmp_path):
+def test_a_report_is_complete_and_replaces_no_file(tmp_path):
     page = report.write(tmp_path / "report", **WHOLE)
     before = contents(tmp_path)
     assert page.name in before and {"report.json", "comparison.png"} <= before.keys()
@@ -48,7 +48,7 @@ def test_a_report_keeps_the_models(tmp_path):
     assert (tmp_path / "report/teacher/x").exists() and (tmp_path / "report/student/x").exists()
 
 
-def test_no_gain_is_shown_that_lies_within_its_noise(tmp_path):
+def test_a_gain_within_its_standard_error_is_not_shown(tmp_path):
     alone = torch.tensor([1, 0, 1, 0] * 100) == 1
     better, same = alone.clone(), alone.clone()
     better[1:121:2] = True  # 60 of 400 rows are mended, and none is spoilt
@@ -64,14 +64,14 @@ def test_no_gain_is_shown_that_lies_within_its_noise(tmp_path):
         assert f"<div class='{class_}'><b>{shown[0]:+.1f} ± {shown[1]:.1f}</b>" in page
 
 
-def test_a_second_report_lies_beside_the_first(tmp_path):
+def test_a_second_report_gets_its_own_folder(tmp_path):
     (tmp_path / "report-3").mkdir()
     for name in ("report", "report-2", "report-3", "report-4"):
         assert atomic_write.vacant(tmp_path / "report") == tmp_path / name
         report.write(tmp_path / name, **WHOLE)
 
 
-def test_a_report_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_report_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.write(tmp_path / "report", **WHOLE)
@@ -98,7 +98,7 @@ def test_the_demo_refuses_before_it_trains(argv, said, tmp_path, monkeypatch, ca
     assert contents(tmp_path / "mine") == {"index.html": b"my page"}
 
 
-def test_a_file_that_came_meanwhile_stays(tmp_path):
+def test_a_file_created_meanwhile_is_kept(tmp_path):
     def fill():
         with atomic_write.filling(tmp_path / "new", "--output") as scratch:
             (scratch / "b").write_text("ours")
@@ -109,7 +109,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path):
     assert contents(tmp_path) == {"b": b"theirs"}
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("old")
 

@@ -1,4 +1,4 @@
-"""`fastkd distill` from files to an exported student and a report; the shipped data; and what wrong input is told."""
+"""`fastkd distill` from files to an exported student and a report; the packaged dataset; error messages for wrong input."""
 
 import csv
 import gzip
@@ -177,7 +177,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "sentence"), WRONG)
-def test_wrong_input_gets_one_sentence_before_training(changes, sentence, files, capsys):
+def test_wrong_input_raises_one_sentence_before_training(changes, sentence, files, capsys):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     save_pair(files / "teacher", "bert", "classification")
@@ -201,7 +201,7 @@ def test_wrong_input_gets_one_sentence_before_training(changes, sentence, files,
         ("method: !!python/object/apply:os.system ['true']", "is not plain YAML"),
     ],
 )
-def test_a_wrong_config_gets_one_sentence(text, sentence, tmp_path):
+def test_a_wrong_config_raises_one_sentence(text, sentence, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         arguments.parse(["--config", str(tmp_path / "run.yaml")])
@@ -215,14 +215,14 @@ def test_flags_win_over_the_config(tmp_path):
         arguments.parse(["--some_flag", "1", "--output_dir", str(tmp_path)])
 
 
-def test_no_space_is_said_before_training(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(distill.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match="checkpoints need about"):
         distill.check_space(tiny.model("bert"), tiny.arguments(tmp_path, save_strategy="steps"))
 
 
 @pytest.mark.parametrize("family", tiny.MORE_FAMILIES)
-def test_students_of_layers_hold_those_layers(family):
+def test_a_student_of_chosen_layers_has_their_weights(family):
     teacher = tiny.model(family, seed=4)
     order = (0, 3) if family == "modernbert" else (3, 0)  # its first layer is built differently
     made = student.from_layers(teacher, list(order))
@@ -238,7 +238,7 @@ def test_students_of_layers_hold_those_layers(family):
     assert student.from_config(teacher, "num_hidden_layers=1").config.num_hidden_layers == 1
 
 
-def test_the_shipped_set_is_split_by_its_words_alone():
+def test_the_packaged_dataset_is_split_by_a_hash_of_its_text():
     path = Path(data.__file__).parent.parent / "data" / "movie_reviews.tsv.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     found = {"train": set(), "validation": set(), "test": set()}
@@ -260,7 +260,7 @@ def test_the_shipped_set_is_split_by_its_words_alone():
         assert (path.parent / f"movie_reviews.{kind}").stat().st_size > 500
 
 
-def test_import_fastkd_leaves_transformers_alone():
+def test_import_fastkd_does_not_import_transformers():
     import subprocess
     import sys
 
@@ -268,7 +268,7 @@ def test_import_fastkd_leaves_transformers_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parents[2]).returncode == 0
 
 
-def test_the_shipped_set_is_a_data_set_like_any_other(files, capsys):
+def test_the_packaged_dataset_can_be_named_as_a_dataset(files, capsys):
     save_pair(files / "teacher", "bert", "classification")
     few = {"dataset": "movie-reviews", "train_file": None, "validation_file": None, "max_train_samples": 16}
     assert distill.main(flags(files, **few, max_eval_samples=16)) == 0, capsys.readouterr().err
@@ -276,7 +276,7 @@ def test_the_shipped_set_is_a_data_set_like_any_other(files, capsys):
     assert config["num_hidden_layers"] == 2
 
 
-def test_a_student_of_fewer_words_from_the_command_line(files, capsys):
+def test_a_student_with_a_smaller_vocabulary_from_the_command_line(files, capsys):
     """Saved as `fastkd vocab` saves it; the report says how much of the text its words cover."""
     from fastkd.vocab import VocabMap
 

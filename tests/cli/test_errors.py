@@ -99,7 +99,7 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_a_command_without_its_extra_says_which(capsys, monkeypatch):
+def test_a_command_names_the_extra_that_it_lacks(capsys, monkeypatch):
     from fastkd import cli
 
     def missing(name):
@@ -148,7 +148,7 @@ def test_scaled_half_precision_gradients_come_back():
     assert student.grad.dtype == torch.float16 and student.grad.isfinite().all() and student.grad.abs().sum() > 0
 
 
-def test_a_library_older_than_the_sources_says_so():
+def test_a_library_older_than_its_sources_is_reported():
     from fastkd import backends
 
     if backends.UNAVAILABLE["cpu"] is not None:

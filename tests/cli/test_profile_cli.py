@@ -1,4 +1,4 @@
-"""`fastkd profile` as it is called: what it writes, what it refuses to write over, and what it says of mistakes."""
+"""The command line of `fastkd profile`: its files, what it refuses to overwrite, its error messages."""
 
 import csv
 import json
@@ -118,7 +118,7 @@ def test_mistakes_are_named(argv, said, cli, monkeypatch):
 SHORT = ("--from-config", TINY["bert"], "--batch", "4", "--length", "12", "--steps", "6", "--ways", "fastkd")
 
 
-def test_setups_and_their_traces_are_kept_apart(cli, monkeypatch):
+def test_every_setup_has_its_own_trace(cli, monkeypatch):
     facts, run, said = machine.facts, session.run, []
     clocks = "550.54, 1980, 2619"
     monkeypatch.setattr(
@@ -135,7 +135,7 @@ def test_setups_and_their_traces_are_kept_apart(cli, monkeypatch):
     assert cli(*SHORT)[0] == 0 and len([*(folder / "traces").iterdir()]) == 2  # ours is replaced
 
 
-def test_out_is_looked_at_before_anything_is_measured(tmp_path, cli, monkeypatch, capsys):
+def test_the_output_folder_is_checked_before_anything_is_measured(tmp_path, cli, monkeypatch, capsys):
     monkeypatch.setattr(command, "profile", lambda *_: pytest.fail("it began to work"))
     (tmp_path / "file").write_text("mine")
     for out, said in (
@@ -153,7 +153,7 @@ def test_out_is_looked_at_before_anything_is_measured(tmp_path, cli, monkeypatch
     ).read_text() == "name,amount\nbread,3\n"
 
 
-def test_a_busy_machine_is_said_and_not_published(cli, monkeypatch):
+def test_results_of_a_busy_machine_are_not_published(cli, monkeypatch):
     monkeypatch.setattr(machine, "load_before", lambda: 1.5)
     code, out, _, folder = cli(*SHORT, "--no-trace")
     assert code == 2 and "other processes used 1.50 cores before the run" in out and "pass --force" in out
@@ -167,7 +167,7 @@ def test_a_busy_machine_is_said_and_not_published(cli, monkeypatch):
     assert not [*folder.iterdir()]
 
 
-def test_others_are_watched_during_the_timed_steps_only(monkeypatch):
+def test_other_processes_are_watched_during_the_timed_steps_only(monkeypatch):
     """What compiles before them is ours, though in other processes."""
     said = []
 
@@ -222,7 +222,7 @@ def test_all_methods_that_make_sense(cli, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(cli):
+def test_a_missing_gpu_is_named(cli):
     code, _, err, _ = cli("--from-config", "bert-base", "--device", "cuda")
     assert code == 2 and "torch finds no CUDA device here" in err
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture
 def teacher(tmp_path):
-    """A folder with a tokenizer and a small masked language model over its words."""
+    """A folder with a tokenizer and a small masked language model over its vocabulary."""
     tokenizer = trained("WordPiece")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -56,7 +56,7 @@ def test_from_a_corpus_to_a_student(teacher, tmp_path, workers, capsys):
     assert (out / "coverage.png").stat().st_size > 1000
 
 
-def test_without_a_model_the_unknown_word_stands_in(teacher, tmp_path):
+def test_without_a_model_the_unknown_token_replaces_dropped_tokens(teacher, tmp_path):
     out = tmp_path / "small"
     assert main(["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(out), "--size", "0.7"]) == 0
     vocab, old = VocabMap.load(out), transformers.AutoTokenizer.from_pretrained(teacher)
@@ -87,14 +87,14 @@ def test_stand_ins_in_the_tokenizer(teacher, tmp_path):
     assert spelled(texts)["input_ids"] == vocab.shrink_tokenizer(old)(texts)["input_ids"] != new(texts)["input_ids"]
 
 
-def test_counts_are_what_the_tokenizer_says():
+def test_counts_are_those_of_the_tokenizer():
     tokenizer = trained("BPE")
     counts = count_corpus([*TEXTS, RARE], tokenizer)
     ids = [i for text in [*TEXTS, RARE] for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert torch.equal(counts, torch.bincount(torch.tensor(ids), minlength=len(tokenizer)))
 
 
-def test_coverage_and_the_marked_sizes():
+def test_coverage_and_the_reported_sizes():
     counts = torch.tensor([1, 0, 80, 10, 5, 4])
     assert torch.allclose(coverage(counts), torch.tensor([0.8, 0.9, 0.95, 0.99, 1, 1], dtype=torch.float64))
     found = report(VocabMap([2, 3], 6), counts, trained("WordPiece"))
@@ -111,7 +111,7 @@ def test_mistakes(teacher, tmp_path, change, named, capsys):
 
 
 @pytest.mark.parametrize("source", ["--model", "--tokenizer", "--teacher"])
-def test_the_teacher_is_never_written_over(source, teacher, tmp_path, monkeypatch, capsys):
+def test_the_teacher_is_never_overwritten(source, teacher, tmp_path, monkeypatch, capsys):
     """Under any name: as it was given, by another path, through a link."""
     (tmp_path / "link").symlink_to(teacher)
     monkeypatch.chdir(tmp_path)
@@ -124,7 +124,7 @@ def test_the_teacher_is_never_written_over(source, teacher, tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in teacher.iterdir()} == before
 
 
-def test_what_is_in_the_folder_stays(teacher, tmp_path, capsys):
+def test_files_in_the_output_folder_are_kept(teacher, tmp_path, capsys):
     out = tmp_path / "small"
     out.mkdir()
     call = ["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(out)]
@@ -135,7 +135,7 @@ def test_what_is_in_the_folder_stays(teacher, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == written
 
 
-def test_a_vocabulary_that_fails_leaves_nothing(teacher, tmp_path, monkeypatch):
+def test_a_failed_run_leaves_no_folder(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(coverage_module, "write_report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["vocab", *corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "small")])

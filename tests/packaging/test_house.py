@@ -65,7 +65,7 @@ def test_kernels_unpack_one_tuple_at_a_time(path):
 
 
 @pytest.mark.parametrize("path", HOT_PATHS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_sum_into_a_tensor_waits_where_algorithms_are_deterministic(path):
+def test_no_deterministic_scatter_add_synchronises(path):
     """There, torch copies strides from the host for scatter_add, which waits for the device; for index_put_ it does not."""
     found = [
         f"{path.name}:{node.lineno}: .{node.func.attr}(): index_put_(…, accumulate=True) does the same"
@@ -121,7 +121,7 @@ def test_references_are_short():
         assert lines <= 100, f"{path.name} has {lines} lines; a definition fits on a page"
 
 
-def test_every_stem_stands_in_every_layer():
+def test_every_stem_has_its_file_in_every_layer():
     for stem in backends.STEMS:
         assert (ROOT / f"fastkd/reference/{stem}.py").exists()
         assert (ROOT / f"fastkd/ops/{stem}.py").exists()
@@ -136,11 +136,11 @@ def test_every_stem_stands_in_every_layer():
             ), f"{path} against backends.WRITTEN"
 
 
-def test_kernels_is_no_package():
+def test_kernels_is_not_a_package():
     assert not (ROOT / "kernels/__init__.py").exists(), "it would shadow Hugging Face's package of that name"
 
 
-def test_import_brings_nothing_but_torch():
+def test_import_fastkd_imports_only_torch():
     code = (
         "import sys, fastkd; "
         "print([m for m in ('triton', 'transformers', 'datasets', 'scipy', 'ot', 'matplotlib', 'rich') if m in sys.modules])"
@@ -161,7 +161,7 @@ def test_backend_that_cannot_run_says_why():
         fastkd.divergence(x.double(), x.double(), backend="cpu")
 
 
-def test_doctor_speaks_of_every_stem(capsys):
+def test_doctor_lists_every_stem(capsys):
     from fastkd.cli import main
 
     assert main(["doctor"]) == 0

@@ -1,4 +1,4 @@
-"""VocabMap: what is kept, what stands in for what is not, slices and their cache, files, and smaller models."""
+"""VocabMap: kept ids, replacements of dropped ones, slices and their cache, files, and shrunk models."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_counts_may_be_a_list_or_floats():
 
 
 @pytest.mark.parametrize("method", ["decoder", "cosine", "euclidean"])
-def test_a_dropped_id_becomes_the_nearest_kept_one(method):
+def test_a_dropped_id_becomes_the_nearest_kept_id(method):
     table = randn(10, 4, seed=1, dtype=torch.float32)
     vocab = VocabMap.from_counts(COUNTS, 4, multiple_of=1, embeddings=table, method=method)
     for i in range(10):
@@ -70,7 +70,7 @@ def test_the_methods_differ_and_decoder_is_the_default():
     assert stand_ins == {"decoder": 1, "cosine": 0, "euclidean": 0, None: 1}
 
 
-def test_unknown_words_by_one_id_which_is_then_kept():
+def test_all_dropped_tokens_as_one_id_which_is_kept():
     vocab = VocabMap.from_counts(COUNTS, 3, multiple_of=1, unk_id=6)
     assert vocab.kept_ids.tolist() == [6, 2, 3]
     assert vocab.encode([0, 2, 6, 9]) == [0, 1, 0, 0]
@@ -283,7 +283,7 @@ def tiny(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "classifier", "gpt2", "llama", "tied_llama", "bart"])
-def test_a_shrunk_model_says_the_same_about_the_kept_words(kind):
+def test_a_shrunk_model_gives_the_same_logits_of_kept_tokens(kind):
     model, vocab = tiny(kind), VocabMap(KEPT, WORDS, replacement=0)
     ids = torch.tensor([[7, 12, 20, 39], [3, 7, 7, 12]])
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_robertas_positions_still_start_behind_the_padding(tmp_path):
                 assert torch.allclose(other(vocab.encode(ids), attention_mask=mask).logits, wanted, atol=1e-6)
 
 
-def test_special_ids_move_with_their_words():
+def test_special_ids_follow_their_tokens():
     model, vocab = tiny("bart"), VocabMap(KEPT, WORDS)  # bos 0, pad 1, eos 2
     small = vocab.shrink(model)
     for config in (small.config, small.generation_config):

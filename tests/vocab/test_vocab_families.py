@@ -1,4 +1,4 @@
-"""A shrunk model of any family says the same about the kept words, and plain `from_pretrained` loads it as it was."""
+"""A shrunk model of any family gives the same logits of kept tokens, and plain `from_pretrained` loads it."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def logits(model, ids, mask):
 
 @every_family
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_shrunk_model_and_its_saved_self_say_the_same(kind, options, inplace, tmp_path):
+def test_a_shrunk_model_gives_the_same_logits_after_saving(kind, options, inplace, tmp_path):
     model = model_of(kind, options)
     vocab = VocabMap(PLACED if "MPNet" in kind or inplace else MOVED, WORDS)
     ids = torch.tensor([[7, 12, 20, 39, 33, 7], [3, 7, 12, 39, 1, 1], [20, 33, 1, 1, 1, 1]])

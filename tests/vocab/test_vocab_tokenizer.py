@@ -1,5 +1,5 @@
-"""A shrunk tokenizer: the new ids of VocabMap.encode where all words are kept, kept pieces or stand-ins elsewhere, through
-save and load."""
+"""A shrunk tokenizer: the new ids of VocabMap.encode where all tokens are kept, kept pieces or stand-ins elsewhere, before
+and after save and load."""
 
 import gzip
 import itertools
@@ -31,13 +31,13 @@ RARE = "zebra quizzes vex"
 
 
 def reviews():
-    """Some of the shipped movie reviews."""
+    """Some of the packaged movie reviews."""
     with gzip.open(Path(fastkd.__file__).parent / "data" / "movie_reviews.tsv.gz", "rt", encoding="utf-8") as lines:
         return [line.rstrip("\n").split("\t")[-1] for line in itertools.islice(lines, 1, 1500)]
 
 
 def trained(kind, texts=(*TEXTS, RARE), words=None):
-    """A tokenizer of this kind over these texts, and its special words."""
+    """A tokenizer of this kind over these texts, and its special tokens."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     if kind == "WordPiece":
@@ -64,7 +64,7 @@ def trained(kind, texts=(*TEXTS, RARE), words=None):
 
 
 def compressed(kind, method="unk"):
-    """(tokenizer, VocabMap that keeps the words of TEXTS, all single letters and special words)."""
+    """(tokenizer, VocabMap that keeps the tokens of TEXTS, all single letters and special tokens)."""
     tokenizer = trained(kind)
     size = len(tokenizer)
     counts = torch.zeros(size, dtype=torch.int64)
@@ -84,7 +84,7 @@ every_kind = pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])
 
 
 @every_kind
-def test_kept_words_get_their_new_ids_through_save_and_load(kind, tmp_path):
+def test_kept_tokens_get_their_new_ids_after_save_and_load(kind, tmp_path):
     tokenizer, vocab = compressed(kind)
     small = vocab.shrink_tokenizer(tokenizer)
     small.save_pretrained(tmp_path)
@@ -102,7 +102,7 @@ def test_kept_words_get_their_new_ids_through_save_and_load(kind, tmp_path):
 
 
 @every_kind
-def test_dropped_words_are_spelled_with_kept_ones(kind):
+def test_dropped_tokens_are_spelled_with_kept_ones(kind):
     tokenizer, vocab = compressed(kind)
     small = vocab.shrink_tokenizer(tokenizer)
     old, new = (x(RARE, add_special_tokens=False)["input_ids"] for x in (tokenizer, small))
@@ -195,7 +195,7 @@ def test_stand_ins_are_loaded_without_us(stand_in_folders, tmp_path):
         assert json.loads(line) == [[wanted, decoded, len(vocab)]] * 2
 
 
-def test_stand_ins_with_all_that_a_call_may_ask_for():
+def test_stand_ins_with_every_option_of_a_call():
     tokenizer, vocab = compressed("BPE", "decoder")
     new = vocab.shrink_tokenizer(tokenizer, dropped="stand_in")
     for side in ("right", "left"):

@@ -1,4 +1,4 @@
-"""A student whose vocabulary is a part of the teacher's: mapped by word, in what both read and in what they predict."""
+"""A student whose vocabulary is a subset of the teacher's: input ids and predictions are mapped token by token."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def tokenizer(words):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
 
 
-def test_words_are_found_by_name():
+def test_tokens_are_matched_by_name():
     teacher = tokenizer(["bad", "good", "film"])
     assert teacher_words(tokenizer(["bad", "good", "film"]), teacher) is None
     assert teacher_words(tokenizer(["good", "bad"]), teacher).tolist() == [0, 1, 2, 3, 4, 6, 5]
@@ -53,8 +53,8 @@ def trained(folder, student, teacher, task, words, **options):
     ("family", "task"),
     [("bert", "masked_lm"), ("gpt2", "causal_lm"), ("bert", "classification"), ("llama", "causal_lm")],
 )
-def test_the_teachers_own_part_has_nothing_to_learn(family, task, tmp_path):
-    """The student is the teacher with fewer words: it agrees with it exactly, once both speak of the same words."""
+def test_a_student_equal_to_the_teacher_has_zero_loss(family, task, tmp_path):
+    """The student is the teacher with a smaller vocabulary: mapped to it, both agree exactly."""
     teacher = tiny.model(family, task, seed=3)
     student = VocabMap(KEPT, tiny.VOCAB).shrink(teacher)
     assert trained(tmp_path / "mapped", student, teacher, task, KEPT) < 1e-10
@@ -69,8 +69,8 @@ def test_the_teachers_own_part_has_nothing_to_learn(family, task, tmp_path):
             trained(tmp_path / "unmapped", student, teacher, task, None)
 
 
-def test_padding_behind_the_last_word_is_left_out(tmp_path):
-    """Models of one tokenizer, padded differently: the ids that no word has are not compared."""
+def test_padding_rows_of_the_head_are_ignored(tmp_path):
+    """Models of one tokenizer, padded differently: ids without a token are not compared."""
     teacher = tiny.model("gpt2", "causal_lm", seed=3)
     student = tiny.model("gpt2", "causal_lm", seed=3)
     student.resize_token_embeddings(tiny.VOCAB + 4, mean_resizing=False)
@@ -79,7 +79,7 @@ def test_padding_behind_the_last_word_is_left_out(tmp_path):
     assert trained(tmp_path, student, teacher, "causal_lm", torch.arange(tiny.VOCAB)) < 1e-10
 
 
-def test_words_of_other_models_are_refused(tmp_path):
+def test_a_vocabulary_of_another_model_is_refused(tmp_path):
     teacher, student = tiny.model("bert", "masked_lm"), tiny.model("bert", "masked_lm")
     with pytest.raises(ValueError, match=r"words: .* they belong to other models"):
         trained(tmp_path, student, teacher, "masked_lm", torch.arange(tiny.VOCAB + 1))
