@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def renamed(**old: str | tuple[str, Callable]) -> Callable[[Callable[P, R]], Callable[P, R]]:
