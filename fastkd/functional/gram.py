@@ -83,15 +83,15 @@ def gram_correlation_loss(
         mask, hides_nothing = None, None if checks.looks_are_free(mask) else mask.all()
     options = (grouping, pearson == "row", normalize, float(eps), reduction, backend)
     if process_group is None or "sequence" not in weights:
-        found = _correlations(students, teachers, mask, weights, *options)
+        loss = _correlations(students, teachers, mask, weights, *options)
     else:  # at the sequence level the sequences of all ranks, at the token level those of this one
         gathered = [[distributed.gather_rows(x, process_group) for x in side] for side in (students, teachers, [mask])]
-        found = _correlations(*gathered[:2], gathered[2][0], {"sequence": weights["sequence"]}, *options)
+        loss = _correlations(*gathered[:2], gathered[2][0], {"sequence": weights["sequence"]}, *options)
         if "token" in weights:
-            found = found + _correlations(students, teachers, mask, {"token": weights["token"]}, *options)
+            loss = loss + _correlations(students, teachers, mask, {"token": weights["token"]}, *options)
     if hides_nothing is not None:
-        found = found * torch.where(hides_nothing, 1.0, torch.nan)
-    return found[0] if single and reduction == "none" else found
+        loss = loss * torch.where(hides_nothing, 1.0, torch.nan)
+    return loss[0] if single and reduction == "none" else loss
 
 
 def _paired_states(student, teacher, mask) -> tuple[list[Tensor], list[Tensor]]:
@@ -118,8 +118,8 @@ def _correlations(students, teachers, mask, weights, grouping, row, normalize, e
     """The weighted sum of the levels, each reduced over pairs and groups; unreduced [pairs, G] or (row) [pairs, G, R]."""
     official = grouping == "official" and not row  # row by row, both groupings hold the same rows
     levels = tuple("official" if name == "sequence" and official else name for name in weights)
-    share = len(students) if reduction == "mean" else 1
-    expected = None if reduction == "none" else ([w / share for w in weights.values()], reduction == "mean")
+    divisor = len(students) if reduction == "mean" else 1
+    expected = None if reduction == "none" else ([w / divisor for w in weights.values()], reduction == "mean")
     values, valid = gram.gram(students, teachers, mask, levels, row, normalize, eps, backend, expected)
     total = []
     for k, weight in enumerate(weights.values()):

@@ -117,12 +117,11 @@ def linear_divergence(
     if hard_weight:
         _check_labels(labels, counted, student_head.shape[0] if of_ranks is None else of_ranks.sum())
     _check_num_valid(num_valid, counted, student_hidden)
-    apart = (
-        bool(hard_weight) and vocab is not None and teacher_tokens == "all"
-    )  # labels are ids of the student's vocabulary
+    # With teacher_tokens="all" the divergence may be over the teacher's vocabulary; labels are ids of the student's.
+    separate_labels = bool(hard_weight) and vocab is not None and teacher_tokens == "all"
     options = linear_divergence_op.Options(
         kind, float(temperature), float(beta), float(alpha),
-        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if apart else float(hard_weight),
+        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if separate_labels else float(hard_weight),
         _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
     )  # fmt: skip
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
@@ -138,18 +137,18 @@ def linear_divergence(
         )  # [N]
         dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
         scale, shift = alignment.weighting(kind, mass, options.factor, dtype)
-    found = linear_divergence_op.linear_divergence(
+    loss = linear_divergence_op.linear_divergence(
         student, teacher, *flat, options, "low" if recompute_logits else "speed",
         row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
     )  # [N], or their weighted sum []  # fmt: skip
     if row_weights is None:
-        rows = found if scale is None else found * scale + shift
-        found = reductions.reduce(rows.reshape(shape), counted, reduction, weights)
+        rows = loss if scale is None else loss * scale + shift
+        loss = reductions.reduce(rows.reshape(shape), counted, reduction, weights)
     elif shift is not None:
-        found = found + (row_weights * shift).sum()
-    if not apart:
-        return found
-    return found + hard_weight * linear_divergence(
+        loss = loss + (row_weights * shift).sum()
+    if not separate_labels:
+        return loss
+    return loss + hard_weight * linear_divergence(
         student_hidden, student_head, _one_hot(labels, counted), student_bias=student_bias, weights=weights,
         recompute_logits=recompute_logits, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
         logit_softcap=options.caps[0] or None, reduction=reduction, backend=backend,

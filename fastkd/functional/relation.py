@@ -58,24 +58,24 @@ def relation_kl_loss(
         checks.positive("temperature", temperature)
     checks.flag("causal", causal)
     mask = reductions.as_bool(mask)
-    found = [
+    rows = [
         _relation_rows(f"[{i}]", s, t, heads, mask, causal, temperature, backend)  # [B, H, L]
         for i, (s, t) in enumerate(zip(student_relations, teacher_relations, strict=True))
     ]
     if reduction == "none":
-        for i, rows in enumerate(found):
+        for i, values in enumerate(rows):
             checks.same_shape(
                 f"student_relations[{i}]",
-                rows,
+                values,
                 "student_relations[0]",
-                found[0],
+                rows[0],
                 "pass heads= to split all relations alike",
             )
-        found = [torch.stack(found)]  # [R, B, H, L]
-    elif all(rows.shape == found[0].shape for rows in found):
-        found = [sum(found[1:], found[0])]  # the sum of their means is the mean of their sum
-    counted = [None if mask is None else mask[:, None, :].expand_as(rows) for rows in found]
-    losses = [reductions.reduce(rows, of_rows, reduction) for rows, of_rows in zip(found, counted, strict=True)]
+        rows = [torch.stack(rows)]  # [R, B, H, L]
+    elif all(values.shape == rows[0].shape for values in rows):
+        rows = [sum(rows[1:], rows[0])]  # the sum of their means is the mean of their sum
+    counted = [None if mask is None else mask[:, None, :].expand_as(values) for values in rows]
+    losses = [reductions.reduce(values, of_rows, reduction) for values, of_rows in zip(rows, counted, strict=True)]
     return sum(losses[1:], losses[0])
 
 

@@ -24,15 +24,15 @@ def aligned(vocab, teacher_tokens: str, kind: str, student: tuple, teacher: tupl
     """student, teacher: (head [V, D], bias [V] or None), over the student's and over the teacher's vocabulary."""
     checks.one_of("teacher_tokens", teacher_tokens, ("kept", "all"))
     if vocab is None:
-        found = Heads(student, teacher)
+        heads = Heads(student, teacher)
     elif teacher_tokens == "kept":
-        found = Heads(student, _kept_rows(vocab, *teacher))
+        heads = Heads(student, _kept_rows(vocab, *teacher))
     elif getattr(vocab, "has_stand_ins", False):
-        found = _with_stand_ins(vocab, student, teacher)
+        heads = _with_stand_ins(vocab, student, teacher)
     else:
-        found = _partial(vocab, kind, student, teacher)
-    _check_sizes(found.student[0].shape[0], found.teacher[0].shape[0])
-    return found
+        heads = _partial(vocab, kind, student, teacher)
+    _check_sizes(heads.student[0].shape[0], heads.teacher[0].shape[0])
+    return heads
 
 
 def _with_stand_ins(vocab, student: tuple, teacher: tuple) -> Heads:
