@@ -234,7 +234,7 @@ def _defined(op: str) -> bool:
 
 
 def support_table() -> str:
-    """What README.md shows, as Markdown."""
+    """The table in docs/api.md, as Markdown."""
     rows = ["| stem | " + " | ".join(BACKENDS[1:]) + " |", "|---|" + "---|" * len(BACKENDS[1:])]
     numbers = {part: f" [{i}]" for i, part in enumerate(PARTS, 1)}
     for stem in STEMS:

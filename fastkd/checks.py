@@ -1,23 +1,27 @@
-"""One wording for each mistake: which argument, what came, what to do.
+"""Checks of arguments. Each message names the argument, says what was passed, and says what to do.
 
-Shapes, dtypes, devices and Python numbers are always checked. What needs a look at a tensor's values is checked where a
-look costs nothing (on the CPU); on other devices it would synchronise, so it happens only under FASTKD_CHECK=1.
+Shapes, dtypes, devices and Python numbers are always checked. The values of tensors are checked on the CPU; on other
+devices reading them would synchronise, so they are checked there only under FASTKD_CHECK=1.
 """
 
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
+Backend = Literal["auto", "cuda", "triton", "cpu", "reference"]
+Reduction = Literal["mean", "sum", "none"]
+Kind = Literal["forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse"]
+KINDS = get_args(Kind)
 LARGEST = torch.finfo(torch.float32).max  # kernels take their numbers in float32
 CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECK", "0") == "1"
 
 
 def describe(x) -> str:
-    """What came, in the fewest words: a tensor's dtype and shape, a sequence's length, else the value itself."""
+    """A short description of a value: dtype, shape and device of a tensor, length of a sequence, else the value itself."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
     if isinstance(x, (list, tuple)):
@@ -50,7 +54,7 @@ def shaped(name: str, x, shape: Sequence[int], layout: str) -> None:
 
 
 def one_number(name: str, x) -> None:
-    """A tensor that holds a single floating number, which is not looked at."""
+    """A floating tensor with one element, whose value is not read."""
     if not isinstance(x, Tensor) or x.numel() != 1 or not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating tensor of one number, got {describe(x)}")
 
@@ -62,7 +66,7 @@ def integers(name: str, x, layout: str) -> None:
 
 
 def frozen(name: str, *xs: Tensor | None) -> None:
-    """A teacher gets no gradient from any of our losses; one that asks for it is a mistake worth hearing about."""
+    """No loss has a gradient for the teacher, so a teacher that requires grad is an error."""
     for x in xs:
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -130,7 +134,7 @@ def same_length(name: str, xs, other_name: str, others) -> None:
 
 
 def positive(name: str, x, *, learnable: bool = False) -> None:
-    """A Python number; `learnable`: or a floating tensor of one."""
+    """A Python number, or with `learnable` a floating tensor with one element."""
     if learnable and isinstance(x, Tensor):
         one_number(name, x)
         values(name, x, lambda: (x > 0).all(), "must be > 0")
@@ -185,14 +189,14 @@ def device(name: str, kinds: Sequence[str] = (), *, here: bool = True) -> torch.
 
 
 def looks_are_free(x: Tensor) -> bool:
-    """Whether looking at the values of `x` costs no synchronisation (or was asked for)."""
+    """Whether the values of `x` may be read: on the CPU, or anywhere under FASTKD_CHECK=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return x.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
 
 
 def values(name: str, x: Tensor, condition, wrong: str) -> None:
-    """Raise if `condition()` is false, where a look is free; elsewhere the kernels answer with NaN or a status."""
+    """Raise if `condition()` is false, where values may be read; elsewhere the kernels return NaN or a status."""
     if looks_are_free(x) and not bool(condition()):
         raise ValueError(f"{name}: {wrong}, got {describe(x)}")
 
@@ -206,7 +210,7 @@ def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
 
 
 def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
-    """Transport: the solver has looked at every number and says in `status` whether all was well; if not, say what."""
+    """Turn the solver's `status` into an error that says which input was wrong."""
     if not looks_are_free(cost) or not bool(status.any()):
         return
     values("cost", cost, cost.isfinite().all, "costs must be finite")
@@ -219,7 +223,7 @@ def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
-    """A layer of attention_costs, whichever of its two forms; returns the tensor that has the heads."""
+    """A layer of attention_costs, as scores or as (q, k); returns the scores or q, whose axis 1 is the heads."""
     if isinstance(x, Tensor):
         tensor(name, x, "[B, H, S, S]")
         if x.shape[-1] != x.shape[-2]:
@@ -256,27 +260,29 @@ def divergence_options(kind: str, temperature: float, beta: float, alpha: float)
         raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
 
 
-def topk(teacher, student: Tensor, kind: str, size: int | None = None) -> None:
-    """student: logits, or hidden states over a vocabulary of `size` words."""
+def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int) -> None:
+    """A sparse teacher, passed as the argument `name`, over the student's vocabulary of `size` tokens."""
     indices, log_probs, tail = teacher
-    integers("teacher.indices", indices, "[..., k]")
-    tensor("teacher.log_probs", log_probs, "[..., k]")
-    same_shape("teacher.log_probs", log_probs, "teacher.indices", indices)
-    name = "student_logits" if size is None else "student_hidden"
-    same_leading("teacher.indices", indices, name, student, student.dim() - 1)
-    same_device(**{name: student, "teacher.indices": indices, "teacher.log_probs": log_probs})
-    frozen("teacher.log_probs", log_probs)
-    words = student.shape[-1] if size is None else size
-    indices_in_range("teacher.indices", indices, words, "student's vocabulary")
+    integers(f"{name}.indices", indices, "[..., k]")
+    tensor(f"{name}.log_probs", log_probs, "[..., k]")
+    same_shape(f"{name}.log_probs", log_probs, f"{name}.indices", indices)
+    same_leading(f"{name}.indices", indices, student_name, student, student.dim() - 1)
+    same_device(**{student_name: student, f"{name}.indices": indices, f"{name}.log_probs": log_probs})
+    frozen(f"{name}.log_probs", log_probs)
+    indices_in_range(f"{name}.indices", indices, size, "student's vocabulary")
     if kind == "mse":
         raise ValueError("kind='mse' compares logits, and TopK has none; use soft_ce or forward_kl")
     if kind == "reverse_kl" and tail is None:
         raise ValueError("kind='reverse_kl' is infinite where the teacher has no mass; pass TopK(..., tail=True)")
     if isinstance(tail, Tensor):
-        mask("teacher.tail", tail, student.shape[:-1], "[...]")
+        mask(f"{name}.tail", tail, student.shape[:-1], "[...]")
         if not tail.is_floating_point():
-            raise ValueError(f"teacher.tail: expected the rest's log-mass in a floating dtype, got {describe(tail)}")
-        same_device(**{name: student, "teacher.tail": tail})
-        frozen("teacher.tail", tail)
+            raise ValueError(
+                f"{name}.tail: expected the log-mass of the remaining tokens in a floating dtype, got {describe(tail)}"
+            )
+        same_device(**{student_name: student, f"{name}.tail": tail})
+        frozen(f"{name}.tail", tail)
     elif tail is not None and tail is not True:
-        raise ValueError(f"teacher.tail: expected None, True or the rest's log-mass [...], got {describe(tail)}")
+        raise ValueError(
+            f"{name}.tail: expected None, True or the log-mass of the remaining tokens [...], got {describe(tail)}"
+        )

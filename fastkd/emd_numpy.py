@@ -1,11 +1,11 @@
-"""The transport solver for NumPy, under the names and in the shapes of `ot.emd` (POT) and `pyemd.emd_with_flow`.
+"""The transport solver for NumPy arrays, with the signatures of `ot.emd` (POT) and `pyemd.emd_with_flow`.
 
-For a single problem, or code that already speaks one of the two; batches, gradients and GPUs: `fastkd.transport`.
+Each call solves one problem; `fastkd.transport` has batches, gradients and GPUs.
 """
 
 try:
     from fastkd import _C
-except ImportError:  # not built: said when it is first needed
+except ImportError:  # not built; _solve raises
     _C = None
 
 _WRONG = {
@@ -35,10 +35,23 @@ def _solve(a, b, cost):
 
 
 def emd(a, b, M, log=False):
-    """The exact optimal flow [N, M] between masses a [N] and b [M] (uniform where None or empty) at costs M [N, M].
+    """Exact optimal transport between NumPy arrays, with the signature of `ot.emd` (POT).
 
-    Up to 64 x 64. log=True adds a dict with `cost` and the duals `u`, `v`: u_i + v_j <= M_ij, with equality where mass
-    flows."""
+    Args:
+        a: [N], masses. None or empty: uniform.
+        b: [M], masses of the same total. None or empty: uniform.
+        M: [N, M], costs; at most 64 x 64.
+        log: Also return a dict with `cost` and the duals `u` and `v` (u_i + v_j <= M_ij, with equality where mass flows).
+
+    Returns:
+        The optimal flow [N, M], or (flow, dict) with log=True.
+
+    Example:
+        >>> import numpy
+        >>> fastkd.emd(None, None, numpy.array([[0.0, 1.0], [1.0, 0.0]]))
+        array([[0.5, 0. ],
+               [0. , 0.5]])
+    """
     cost, flow, u, v = _solve(a, b, M)
     if not log:
         return flow
@@ -46,6 +59,19 @@ def emd(a, b, M, log=False):
 
 
 def emd_with_flow(first_histogram, second_histogram, distance_matrix):
-    """(value, flow as nested lists), as pyemd has it, for histograms of equal total over the same bins."""
+    """The earth mover's distance between two histograms, with the signature of `pyemd.emd_with_flow`.
+
+    Args:
+        first_histogram: [N], masses.
+        second_histogram: [N], masses of the same total.
+        distance_matrix: [N, N], costs; at most 64 x 64.
+
+    Returns:
+        (distance, flow as nested lists).
+
+    Example:
+        >>> fastkd.emd_with_flow([1.0, 0.0], [0.0, 1.0], [[0.0, 3.0], [3.0, 0.0]])
+        (3.0, [[0.0, 1.0], [0.0, 0.0]])
+    """
     cost, flow, _, _ = _solve(first_histogram, second_histogram, distance_matrix)
     return float((flow * cost).sum()), flow.tolist()

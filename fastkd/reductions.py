@@ -1,14 +1,16 @@
 """Masks, reductions and token counts: the only place that knows them.
 
-Kernels and references return one value per row or group; everything here happens on the device, without a look at it.
+Kernels and references return one value per row or group; everything here happens on the device, and no value is read on the host.
 """
+
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fastkd import checks
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = get_args(checks.Reduction)
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ LABELS = CLASSES, CLASSES.argsort(stable=True), torch.tensor([0, 3, 6, 9])
 def _logits(**more) -> dict:
     return {
         "student_logits": normal(3, 5).requires_grad_(),
-        "teacher": normal(3, 5),
+        "teacher_logits": normal(3, 5),
         "mask": mask(3),
         "temperature": 2.0,
         **more,
@@ -53,7 +53,7 @@ def _bank(**more) -> dict:
     }
 
 
-def _sides(*shape: int, names=("student", "teacher")) -> dict:
+def _sides(*shape: int, names=("student_hidden", "teacher_hidden")) -> dict:
     return {
         names[0]: [y.requires_grad_() for y in layers(torch.float32, 2, *shape)],
         names[1]: layers(torch.float32, 2, *shape),
@@ -61,33 +61,33 @@ def _sides(*shape: int, names=("student", "teacher")) -> dict:
 
 
 def _qkv() -> dict:
-    return {side: tuple(layers(torch.float32, 3, 2, 2, 5, 4)) for side in ("student", "teacher")}
+    return {side: tuple(layers(torch.float32, 3, 2, 2, 5, 4)) for side in ("student_qkv", "teacher_qkv")}
 
 
 # (arguments of the function), or of a loss (those of its constructor, those of its call)
 VALID: dict[str, list[Callable[[], tuple[dict, ...]]]] = {
     "divergence": [
         lambda: (_logits(kind="jsd", t_squared=True, beta=0.3, labels=ids(3, below=5), ignore_index=0, reduction="mean", backend="auto"),),
-        lambda: (_logits(kind="skew_kl", alpha=0.2, teacher=_topk(5), reduction="none"),),
+        lambda: (_logits(kind="skew_kl", alpha=0.2, teacher_logits=_topk(5), reduction="none"),),
     ],
     "linear_divergence": [
-        lambda: (_linear(hard_weight=0.5, memory="speed", logit_scale=(1.5, 1.0), logit_softcap=30.0, num_valid=3),),
-        lambda: (_linear(teacher_hidden=_topk(7), teacher_head=None, teacher_bias=None, memory="low", reduction="sum"),),
-        lambda: (_linear(vocab=torch.arange(7), teacher_words="kept", teacher_head=normal(9, 6), teacher_bias=None),),
+        lambda: (_linear(hard_weight=0.5, recompute_logits=False, logit_scale=(1.5, 1.0), logit_softcap=30.0, num_valid=3),),
+        lambda: (_linear(teacher_hidden=_topk(7), teacher_head=None, teacher_bias=None, recompute_logits=True, reduction="sum"),),
+        lambda: (_linear(vocab=torch.arange(7), teacher_tokens="kept", teacher_head=normal(9, 6), teacher_bias=None),),
     ],
     "gram_correlation_loss": [
         lambda: ({**_sides(4, 5, 3), "level": {"token": 1.0, "sequence": 0.5}, "mask": mask(4, 5), "normalize": True, "eps": 1e-6},),
         lambda: ({**_sides(4, 5, 3), "level": "sequence", "grouping": "official", "pearson": "row", "reduction": "none"},),
     ],
-    "layer_costs": [lambda: ({**_sides(2, 5, 3, names=("students", "teachers")), "mask": mask(2, 5), "clamp": -0.5},)],
+    "layer_costs": [lambda: ({**_sides(2, 5, 3), "mask": mask(2, 5), "clamp": -0.5},)],
     "attention_costs": [
-        lambda: ({"students": [(normal(2, 2, 5, 3), normal(2, 2, 5, 3))], "teachers": [(normal(2, 2, 5, 4), normal(2, 1, 5, 4))], "mask": mask(2, 5),
+        lambda: ({"student_attention": [(normal(2, 2, 5, 3), normal(2, 2, 5, 3))], "teacher_attention": [(normal(2, 2, 5, 4), normal(2, 1, 5, 4))], "mask": mask(2, 5),
                   "causal": True, "scale": 0.5, "heads": "mean"},),
-        lambda: (_sides(2, 2, 5, 5, names=("students", "teachers")),),
+        lambda: (_sides(2, 2, 5, 5, names=("student_attention", "teacher_attention")),),
     ],
     "relation_kl_loss": [
-        lambda: ({**_sides(2, 2, 5, 4), "heads": 4, "mask": mask(2, 5), "causal": False, "temperature": 2.0, "reduction": "mean"},),
-        lambda: ({"student": [(normal(2, 2, 5, 4), normal(2, 2, 5, 4))], "teacher": [(normal(2, 2, 5, 3), normal(2, 2, 5, 3))], "reduction": "none"},),
+        lambda: ({**_sides(2, 2, 5, 4, names=("student_relations", "teacher_relations")), "heads": 4, "mask": mask(2, 5), "causal": False, "temperature": 2.0, "reduction": "mean"},),
+        lambda: ({"student_relations": [(normal(2, 2, 5, 4), normal(2, 2, 5, 4))], "teacher_relations": [(normal(2, 2, 5, 3), normal(2, 2, 5, 3))], "reduction": "none"},),
     ],
     "transport": [
         lambda: ({"cost": torch.rand(2, 3, 4), "a": torch.full((3,), 1 / 3), "b": torch.full((2, 4), 0.25),
@@ -119,20 +119,20 @@ VALID: dict[str, list[Callable[[], tuple[dict, ...]]]] = {
         lambda: ({"bank": normal(9, 5), "index": ids(3, below=9), "rows": normal(3, 5), "momentum": 0.5},),
         lambda: ({"bank": normal(9, 5).to(FLOAT8), "index": ids(3, below=9), "rows": normal(3, 5, dtype=BF16), "momentum": 0.5, "scale": torch.rand(9)},),
     ],
-    "FCDLoss": [lambda: ({"alpha": 1.0, "beta": 0.5, "gamma": 0.1, "K": 4}, {**_sides(4, 5, 3, names=("fs", "ft")), "mask": mask(4, 5)})],
+    "FCDLoss": [lambda: ({"alpha": 1.0, "beta": 0.5, "gamma": 0.1, "K": 4}, {**_sides(4, 5, 3), "mask": mask(4, 5)})],
     "BertEMDLoss": [
         lambda: ({"n_student": 2, "n_teacher": 2, "weights": "softmax", "temperature": 2.0, "separate": True},
-                 {"student_attn": None, "teacher_attn": None, **_sides(2, 5, 3, names=("student_hidden", "teacher_hidden")), "mask": mask(2, 5)}),
+                 {"student_attention": None, "teacher_attention": None, **_sides(2, 5, 3), "mask": mask(2, 5)}),
     ],
     "CoDIRLoss": [
-        lambda: ({"s_dim": 4, "t_dim": 6, "n_data": 9, "feat_dim": 8, "nce_k": 5, "nce_t": 0.1, "nce_m": 0.5},
-                 {"f_s": normal(3, 4), "f_t": normal(3, 6), "idx": ids(3, below=9)}),
-        lambda: ({"s_dim": 4, "t_dim": 6, "n_data": 9, "feat_dim": 8, "preset": "paper", "pool": "mean"},
-                 {"f_s": normal(3, 5, 4), "f_t": normal(3, 5, 6), "idx": torch.zeros(3).long(), "contrast_idx": torch.zeros(3, 4).long(), "mask": mask(3, 5)}),
+        lambda: ({"student_dim": 4, "teacher_dim": 6, "n_data": 9, "feat_dim": 8, "nce_k": 5, "nce_t": 0.1, "nce_m": 0.5},
+                 {"student_hidden": normal(3, 4), "teacher_hidden": normal(3, 6), "idx": ids(3, below=9)}),
+        lambda: ({"student_dim": 4, "teacher_dim": 6, "n_data": 9, "feat_dim": 8, "preset": "paper", "pool": "mean"},
+                 {"student_hidden": normal(3, 5, 4), "teacher_hidden": normal(3, 5, 6), "idx": torch.zeros(3).long(), "contrast_idx": torch.zeros(3, 4).long(), "mask": mask(3, 5)}),
     ],
     "CRDLoss": [
         lambda: ({"opt": SimpleNamespace(s_dim=4, t_dim=6, n_data=9, feat_dim=8, nce_k=5, nce_t=0.1, nce_m=0.5)},
-                 {"f_s": normal(3, 4), "f_t": normal(3, 6), "idx": ids(3, below=9)}),
+                 {"student_hidden": normal(3, 4), "teacher_hidden": normal(3, 6), "idx": ids(3, below=9)}),
     ],
     "GLMDLoss": [
         lambda: ({"temperature": 2.0, "top_n": 3}, {"student_logits": normal(2, 3, 5), "teacher_logits": normal(2, 3, 5), "mask": mask(2, 3)}),
@@ -145,7 +145,7 @@ VALID: dict[str, list[Callable[[], tuple[dict, ...]]]] = {
     "MiniLMLoss": [lambda: ({"causal": True}, {**_qkv(), "mask": mask(2, 5)})],
     "MiniLMv2Loss": [lambda: ({"relation_heads": 4}, {**_qkv(), "mask": mask(2, 5)})],
     "NegativeQueue": [lambda: ({"size": 7, "dim": 5, "temperature": 0.1}, {"query": normal(3, 5), "key": normal(3, 5), "ids": ids(3, below=9)})],
-    "PKDLoss": [lambda: ({"strategy": "skip", "token": "last"}, {**_sides(2, 5, 3, names=("student_hidden", "teacher_hidden")), "mask": mask(2, 5)})],
+    "PKDLoss": [lambda: ({"strategy": "skip", "token": "last"}, {**_sides(2, 5, 3), "mask": mask(2, 5)})],
 }  # fmt: skip
 
 

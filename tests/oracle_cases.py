@@ -180,7 +180,7 @@ def linear(draw):
     if draw.maybe(0.3):
         rows["labels"], hard = torch.where(valid, draw.whole(vocab, *shape), -100), 0.7
     extra = {"weights": weights, "hard_weight": hard, "logit_softcap": cap, "logit_scale": logit_scale}
-    extra |= {"vocab": kept, "memory": draw.choice(["speed", "low"])}
+    extra |= {"vocab": kept, "recompute_logits": draw.choice([False, True])}
 
     def call(backend, h, w, *b):
         bias = {"student_bias": b[0] if b else None, "teacher_bias": None if bias_t is None else bias_t.to(h)}

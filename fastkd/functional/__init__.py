@@ -1,11 +1,12 @@
-"""The public functions, one file per hot path: check once, let the op choose its implementation, reduce. Here is the whole
-surface.
+"""The public functions, one file per hot path.
 
-Everywhere: a mask has 1 where something counts; student and teacher dtypes may differ; losses come back in float32
-(float64 for float64 inputs), gradients in the student's dtype; no gradient flows to the teacher.
-reduction="mean" is over what counts. backend="auto" takes the fastest implementation that runs here; see `fastkd doctor`.
-Kernels have a first derivative, in backward mode. backend="reference" has the others: create_graph=True, forward mode, and
-the transforms of torch.func.
+In all of them a mask is 1 where something counts, student and teacher may differ in dtype, losses are float32 (float64 for
+float64 inputs), gradients have the student's dtype, and no gradient flows to the teacher. reduction="mean" is the mean over
+what counts. backend="auto" takes the fastest implementation that runs here; `fastkd doctor` lists them. The kernels have
+first derivatives only; backend="reference" has second derivatives (create_graph=True), forward mode and torch.func as well.
+
+The functions that `fastkd` itself exports are losses. The others are the building blocks of CoDIR and BERT-EMD:
+nce_pair_loss, nce_partition, sample_negatives, unit_linear, update_bank, transport_with_cost_attention, CostAttention.
 """
 
 from fastkd.functional.contrast import (

@@ -1,9 +1,13 @@
-"""`divergence` from hidden states and heads, without the logits (GLMD)."""
+"""Divergences from hidden states and heads, without the logits in memory (GLMD)."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastkd import checks, reductions
+from fastkd import checks, deprecation, reductions
+from fastkd.checks import Backend, Kind, Reduction
+from fastkd.deprecation import renamed
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops import subset_mass, vocab_parallel
@@ -11,6 +15,7 @@ from fastkd.ops.divergence import TopK
 from fastkd.vocab import alignment
 
 
+@renamed(teacher_words="teacher_tokens", memory=("recompute_logits", deprecation.recompute_logits))
 @takes_inference_tensors
 def linear_divergence(
     student_hidden: Tensor,
@@ -21,10 +26,10 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab=None,
-    teacher_words: str = "kept",
+    teacher_tokens: Literal["kept", "all"] = "kept",
     weights: Tensor | None = None,
-    memory: str = "speed",
-    kind: str = "forward_kl",
+    recompute_logits: bool = False,
+    kind: Kind = "forward_kl",
     temperature: float = 1.0,
     t_squared: bool = True,
     beta: float = 0.5,
@@ -37,26 +42,52 @@ def linear_divergence(
     logit_scale: float | tuple[float, float] = 1.0,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
     process_group=None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """`divergence` between hidden @ head.T + bias of both sides. Hidden [..., D], heads [V, D], biases [V].
+    """`divergence` of two language models from their hidden states and heads; the logits are never all in memory.
 
-    In place of the teacher's hidden states a TopK may stand (no head is needed then). vocab (a VocabMap, or kept ids [Vs]):
-    the student's vocabulary is that subset of the teacher's, in that order. teacher_words: "kept" renormalises the teacher
-    over it; "all" keeps the probabilities p that it has over all of its words (slice padding off its head). What it gives to
-    a dropped word is then compared with the student's probability of the stand-in, where vocab is a VocabMap that has
-    stand-ins: a divergence over all words, the student's softmax too, since a dropped word has its stand-in's logit. With
-    kept ids (or a map without stand-ins) it counts nowhere: forward_kl sum p log(p/q), soft_ce and reverse_kl over the kept
-    words, q summing to 1 over them and p to less, as of a TopK without tail; forward_kl may then be negative, and a row's
-    gradient has the weight sum p. Labels are the student's ids, their cross-entropy is over its own words.
-    weights [...]: per row; "mean" is then sum(w row) / sum(w). hard_weight adds so much of the cross-entropy with `labels`.
-    Logits are softcap · tanh(scale · x / softcap), one number for both sides or (student, teacher).
-    memory: "speed" forms the gradient in the forward; "low" keeps eight numbers per row and makes the logits again; so
-    does reduction="none". num_valid: how many rows count at most, if known; a GPU then leaves the others out of its
-    products. process_group: heads and biases are this rank's shard of the words, in rank order, the same words on both
-    sides; hidden states are whole. Every rank gets the whole loss and hidden's whole gradient; `memory` and `num_valid`
-    change nothing there.
+    The logits of either side are hidden headᵀ + bias; the divergences are those of `divergence`.
+
+    Args:
+        student_hidden: [..., Ds].
+        student_head: [V, Ds], as `nn.Linear.weight`.
+        teacher_hidden: [..., Dt]; or a `TopK` over the student's vocabulary, which needs no teacher_head.
+        teacher_head: [V, Dt].
+        student_bias, teacher_bias: [V].
+        vocab: A `VocabMap`, or the kept ids [Vs]: the student's vocabulary is this subset of the teacher's, in this order.
+        teacher_tokens: With `vocab`, "kept" renormalises the teacher over the kept tokens; "all" keeps its probabilities
+            over its whole vocabulary. If the VocabMap has stand-ins, each dropped token then has its stand-in's logit in
+            the student, and the divergence is over the whole vocabulary. Otherwise the sum is over the kept tokens only
+            (kind "forward_kl", "reverse_kl" or "soft_ce"), and forward_kl may be negative. `labels` are the student's ids.
+        weights: [...], a weight for each row; "mean" is then Σ w · row / Σ w.
+        recompute_logits: False forms the gradient in the forward. True saves eight numbers per row instead and computes
+            the logits again in the backward: less memory, more time. reduction="none" always does so.
+        kind, temperature, t_squared, beta, alpha, mask, ignore_index: As for `divergence`.
+        num_valid: An upper bound on the number of rows that count, if known; on a GPU the other rows are then left out
+            of the matrix products.
+        labels: [...], token ids. Rows with `ignore_index` do not count.
+        hard_weight: Adds this much of the cross-entropy with `labels`.
+        logit_scale, logit_softcap: The logits are softcap · tanh(scale · x / softcap). A number for both sides, or
+            (student's, teacher's); no softcap where it is None.
+        process_group: The heads and biases are this rank's shard of the vocabulary, in rank order, with the same tokens
+            on both sides; hidden states are whole. Each rank returns the whole loss and the whole gradient of
+            `student_hidden`. recompute_logits and num_valid then have no effect.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
+
+    Returns:
+        A scalar, or [...] for reduction="none"; float32, or float64 for float64 inputs.
+
+    Example:
+        >>> student_hidden, teacher_hidden = torch.randn(2, 8, 32, requires_grad=True), torch.randn(2, 8, 64)
+        >>> student_head, teacher_head = torch.nn.Linear(32, 1000), torch.nn.Linear(64, 1000).requires_grad_(False)
+        >>> loss = fastkd.linear_divergence(
+        ...     student_hidden, student_head.weight, teacher_hidden, teacher_head.weight, temperature=2.0
+        ... )
+        >>> loss.backward()
+        >>> student_head.weight.grad.shape
+        torch.Size([1000, 32])
     """
     checks.tensor("student_hidden", student_hidden, "[..., D]")
     shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
@@ -64,18 +95,18 @@ def linear_divergence(
     if process_group is not None:
         _check_shards(sparse, vocab, backend)
     if sparse:
-        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_words)
+        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_tokens)
         teacher, heads = teacher_hidden.flattened(), alignment.Heads((student_head, student_bias), None)
     else:
         _check_teacher(teacher_hidden, teacher_head, teacher_bias, student_hidden)
         given = (student_head, student_bias), (teacher_head, teacher_bias)
-        heads = alignment.aligned(vocab, teacher_words, kind, *given)
+        heads = alignment.aligned(vocab, teacher_tokens, kind, *given)
         teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), *heads.teacher)
     checks.same_device(
         student_hidden=student_hidden, student_head=student_head, student_bias=student_bias, mask=mask, labels=labels,
         weights=weights,
     )  # fmt: skip
-    checks.one_of("memory", memory, ("speed", "low"))
+    checks.flag("recompute_logits", recompute_logits)
     checks.mask("weights", weights, shape, "[...]")
     checks.divergence_options(kind, temperature, beta, alpha)
     checks.one_of("reduction", reduction, reductions.REDUCTIONS)
@@ -86,10 +117,11 @@ def linear_divergence(
     if hard_weight:
         _check_labels(labels, counted, student_head.shape[0] if of_ranks is None else of_ranks.sum())
     _check_num_valid(num_valid, counted, student_hidden)
-    apart = bool(hard_weight) and vocab is not None and teacher_words == "all"  # labels are of the student's own words
+    # With teacher_tokens="all" the divergence may be over the teacher's vocabulary; labels are ids of the student's.
+    separate_labels = bool(hard_weight) and vocab is not None and teacher_tokens == "all"
     options = linear_divergence_op.Options(
         kind, float(temperature), float(beta), float(alpha),
-        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if apart else float(hard_weight),
+        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if separate_labels else float(hard_weight),
         _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
     )  # fmt: skip
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
@@ -105,26 +137,26 @@ def linear_divergence(
         )  # [N]
         dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
         scale, shift = alignment.weighting(kind, mass, options.factor, dtype)
-    found = linear_divergence_op.linear_divergence(
-        student, teacher, *flat, options, memory,
+    loss = linear_divergence_op.linear_divergence(
+        student, teacher, *flat, options, "low" if recompute_logits else "speed",
         row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
     )  # [N], or their weighted sum []  # fmt: skip
     if row_weights is None:
-        rows = found if scale is None else found * scale + shift
-        found = reductions.reduce(rows.reshape(shape), counted, reduction, weights)
+        rows = loss if scale is None else loss * scale + shift
+        loss = reductions.reduce(rows.reshape(shape), counted, reduction, weights)
     elif shift is not None:
-        found = found + (row_weights * shift).sum()
-    if not apart:
-        return found
-    return found + hard_weight * linear_divergence(
-        student_hidden, student_head, _certain(labels, counted), student_bias=student_bias, weights=weights,
-        memory=memory, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
+        loss = loss + (row_weights * shift).sum()
+    if not separate_labels:
+        return loss
+    return loss + hard_weight * linear_divergence(
+        student_hidden, student_head, _one_hot(labels, counted), student_bias=student_bias, weights=weights,
+        recompute_logits=recompute_logits, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
         logit_softcap=options.caps[0] or None, reduction=reduction, backend=backend,
     )  # fmt: skip
 
 
-def _certain(labels: Tensor, counted: Tensor | None) -> TopK:
-    """Labels as a teacher that is sure of them."""
+def _one_hot(labels: Tensor, counted: Tensor | None) -> TopK:
+    """Labels as a sparse teacher with one token per row."""
     ids = (labels if counted is None else labels.masked_fill(~counted, 0))[..., None]
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
 
@@ -134,20 +166,21 @@ def _check_shards(sparse: bool, vocab, backend: str) -> None:
         raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
     if vocab is not None:
         raise ValueError(
-            "vocab: ids are of the whole vocabulary; with process_group, pass each rank the kept rows of its shard"
+            "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
         )
     if backend not in ("auto", "reference"):
         raise RuntimeError(
-            f"linear_divergence: backend={backend!r} cannot run here: heads spread over ranks are computed in PyTorch"
+            f"linear_divergence: backend={backend!r} cannot run here: heads sharded over ranks are computed in PyTorch; "
+            "leave backend='auto'"
         )
 
 
-def _check_sparse(teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, teacher_words: str) -> None:
-    checks.topk(teacher, student_hidden, kind, size=student_head.shape[0])
-    if teacher_words != "kept":
+def _check_sparse(teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, tokens: str) -> None:
+    checks.topk("teacher_hidden", teacher, "student_hidden", student_hidden, kind, student_head.shape[0])
+    if tokens != "kept":
         raise ValueError(
-            f"teacher_words={teacher_words!r}: a TopK's log_probs are taken as given; make them over all words, and its "
-            "indices by vocab.encode"
+            f"teacher_tokens={tokens!r}: a TopK is used as given, so leave 'kept'; for all tokens, take log_probs over "
+            "the teacher's whole vocabulary and indices from vocab.encode"
         )
 
 
@@ -160,12 +193,12 @@ def _check_teacher(hidden: Tensor, head: Tensor | None, bias: Tensor | None, stu
     checks.same_device(student_hidden=student_hidden, teacher_hidden=hidden, teacher_head=head, teacher_bias=bias)
 
 
-def _check_labels(labels: Tensor | None, counted: Tensor, words) -> None:
+def _check_labels(labels: Tensor | None, counted: Tensor, size) -> None:
     if labels is None:
         raise ValueError("hard_weight: a cross-entropy needs labels [...]; pass labels=")
     checks.integers("labels", labels, "[...]")
-    known = lambda: ((labels >= 0) & (labels < words) | ~counted).all()  # noqa: E731 (where it is free)
-    where = f"lie in [0, {words})" if isinstance(words, int) else "be a word of one of the shards"
+    known = lambda: ((labels >= 0) & (labels < size) | ~counted).all()  # noqa: E731 (called only where values may be read)
+    where = f"lie in [0, {size})" if isinstance(size, int) else "be a token of one of the shards"
     checks.values("labels", labels, known, f"a label that counts must {where}")
 
 
@@ -174,11 +207,11 @@ def _check_num_valid(num_valid: int | None, counted: Tensor | None, student_hidd
         return
     if not (isinstance(num_valid, int) and 0 <= num_valid <= student_hidden.numel()):
         raise ValueError(
-            f"num_valid: expected how many rows of mask are 1, as an int, got {checks.describe(num_valid)}"
+            f"num_valid: expected the number of rows that count, as an int, got {checks.describe(num_valid)}"
         )
     if counted is not None:
         few = lambda: counted.sum() <= num_valid  # noqa: E731
-        checks.values("num_valid", counted, few, f"at most {num_valid} rows should count")
+        checks.values("num_valid", counted, few, f"at most {num_valid} rows may count")
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | None) -> None:
@@ -195,7 +228,7 @@ def _check_side(side: str, hidden: Tensor, head: Tensor | None, bias: Tensor | N
 
 
 def _both_sides(name: str, x, none: float) -> tuple[float, float]:
-    """(student's, teacher's); None is `none`."""
+    """(student's, teacher's), with None replaced by `none`."""
     pair = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected a number, or (student, teacher), got {checks.describe(x)}")

@@ -1,9 +1,10 @@
-"""Exact optimal transport, and the weights that move with it (BERT-EMD)."""
+"""Exact optimal transport, and BERT-EMD's update of the layer weights."""
 
 import torch
 from torch import Tensor
 
 from fastkd import checks
+from fastkd.checks import Backend
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import transport as transport_op
 from fastkd.ops.transport import CostAttention, TransportPlan
@@ -16,12 +17,29 @@ def transport(
     b: Tensor | None = None,
     *,
     warm_start: TransportPlan | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TransportPlan:
-    """Exact optimal transport, batched: min <flow, cost> with row sums a and column sums b (uniform when None).
+    """Exact optimal transport (the earth mover's distance), batched and differentiable.
 
-    cost [..., N, M], a [..., N], b [..., M] -> TransportPlan(value [...], flow [..., N, M], u [..., N], v [..., M],
-    status [...], 0 = optimal). Gradients: to the cost the flow, to the marginals the centred duals. warm_start is a hint.
+    min over F >= 0 of Σ F_ij cost_ij, with row sums Σ_j F_ij = a_i and column sums Σ_i F_ij = b_j.
+
+    Args:
+        cost: [..., N, M].
+        a: [..., N], the mass of each row. None: 1 / N.
+        b: [..., M], the mass of each column, with the same total as `a`. None: 1 / M.
+        warm_start: The plan of a similar problem, where the solver starts. It changes the time, not the optimum.
+        backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
+
+    Returns:
+        TransportPlan(value [...], flow [..., N, M], u [..., N], v [..., M], status [...]), where status 0 means optimal.
+        The gradient of value is the flow (to `cost`) and the centred duals (to `a` and `b`).
+
+    Example:
+        >>> cost = torch.rand(3, 4, 6, requires_grad=True)
+        >>> plan = fastkd.transport(cost)
+        >>> plan.value.sum().backward()
+        >>> torch.allclose(plan.flow.sum(-1), torch.full((3, 4), 0.25, dtype=plan.flow.dtype))
+        True
     """
     checks.tensor("cost", cost, "[..., N, M]")
     lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
@@ -48,10 +66,25 @@ def transport(
 
 @takes_inference_tensors
 def transport_with_cost_attention(
-    cost: Tensor, a: Tensor, b: Tensor, attention: CostAttention | None = None, *, backend: str = "auto"
+    cost: Tensor, a: Tensor, b: Tensor, attention: CostAttention | None = None, *, backend: Backend = "auto"
 ) -> tuple[TransportPlan, Tensor, Tensor]:
-    """`transport` of P kinds of cost [P, N, M] between N and M layers, and in the same launch the weights that a [P, N] and
-    b [P, M] move to (BERT-EMD): the cheaper a layer is to match, the heavier. `attention` says by which rule.
+    """`transport` between N and M layers, and BERT-EMD's new layer weights, in one launch.
+
+    Args:
+        cost: [P, N, M], P kinds of cost (attention, hidden states).
+        a: [P, N], the student layers' weights.
+        b: [P, M], the teacher layers' weights.
+        attention: The rule of the update, CostAttention(...): a layer's weight grows as its cost of matching falls.
+        backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
+
+    Returns:
+        (plan, new a [P, N], new b [P, M]).
+
+    Example:
+        >>> cost, a, b = torch.rand(2, 4, 12), torch.full((2, 4), 1 / 4), torch.full((2, 12), 1 / 12)
+        >>> plan, a, b = fastkd.functional.transport_with_cost_attention(cost, a, b)
+        >>> torch.allclose(a.sum(1), torch.ones(2, dtype=a.dtype))
+        True
     """
     checks.tensor("cost", cost, "[P, N, M]")
     if cost.shape[1] == 0:

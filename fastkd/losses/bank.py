@@ -1,19 +1,22 @@
-"""Negatives that outlive their batch: a bank with a row per example, and a queue of the last keys.
+"""Negatives from earlier batches: a bank with a row per example, and a queue of the last keys.
 
-Both hold unit rows without a gradient, on the device, in their state_dict. Take the loss first and the new rows after:
-nothing of the loss's backward needs what they overwrite. No call waits for the device.
+Both hold unit rows without a gradient, on the device, in their state_dict. Compute the loss first and write the new rows
+after it. No call waits for the device.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import checks, distributed, functional
+from fastkd.checks import Backend, Reduction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 class _Rows(nn.Module):
-    def __init__(self, count: int, dim: int, dtype: torch.dtype, backend: str, process_group):
+    def __init__(self, count: int, dim: int, dtype: torch.dtype, backend: Backend, process_group):
         super().__init__()
         checks.positive("dim", dim)
         if dtype not in DTYPES:
@@ -31,14 +34,25 @@ class _Rows(nn.Module):
 
 
 class MemoryBank(_Rows):
-    """A row for each of n_data examples; update(ids, x) moves rows towards x by 1 - momentum, and to unit length.
+    """A row for each of n_data examples; `update` moves rows towards new vectors and scales them to unit length.
 
-    process_group: every rank hands in its examples and all write all of them, in rank order, so that the banks stay the
-    same. Of equal ids the last counts; a row that is not finite is left out.
+    row = normalize(momentum · row + (1 - momentum) · x)
 
-    dtype float8_e4m3fn keeps rows in a quarter of float32's memory, with one scale for each in the buffer `scale`, which
-    info_nce_loss and nce_loss take beside `rows`. Rows move in float32 and are rounded again: to a sixteenth of an element
-    at most, so that a momentum near 1 would be rounded away. Such a module must not be cast (.half()).
+    Args:
+        n_data: The number of examples.
+        dim: Width of the rows.
+        momentum: In [0, 1).
+        dtype: torch.float8_e4m3fn stores rows in a quarter of float32's memory, with a factor for each in the buffer `scale`,
+            which `info_nce_loss` and `nce_loss` take beside `rows`. Rows are rounded to 8 bits at each update, so a momentum
+            near 1 is rounded away. Do not cast such a module (.half()).
+        backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
+        process_group: Every rank passes its own examples, and all ranks write all of them, in rank order.
+
+    Example:
+        >>> bank = fastkd.MemoryBank(n_data=50, dim=16)
+        >>> query, ids = torch.randn(4, 16, requires_grad=True), torch.tensor([0, 7, 9, 30])
+        >>> fastkd.info_nce_loss(query, bank(ids), bank.rows, exclude=(ids, torch.arange(50))).backward()
+        >>> bank.update(ids, query)
     """
 
     def __init__(
@@ -48,7 +62,7 @@ class MemoryBank(_Rows):
         *,
         momentum: float = 0.5,
         dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
+        backend: Backend = "auto",
         process_group=None,
     ):
         checks.positive("n_data", n_data)
@@ -58,24 +72,40 @@ class MemoryBank(_Rows):
         self.momentum = momentum
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The rows of the examples ids [...], [..., dim]; of an 8-bit bank in float32."""
+        """The rows of the examples ids [...]: [..., dim], of an 8-bit bank in float32."""
         return self.rows[ids] if self.scale is None else self.rows[ids].float() * self.scale[ids].unsqueeze(-1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def update(self, ids: Tensor, x: Tensor) -> None:
-        """Move the rows ids [B] towards x [B, dim]."""
+        """Move the rows ids [B] towards x [B, dim]. Of equal ids the last counts; a row that is not finite is not written."""
         ids, x = self._gather(ids, x)
         options = {"momentum": self.momentum, "scale": self.scale, "backend": self.backend}
         functional.update_bank(self.rows, ids, x, **options)
 
 
 class NegativeQueue(_Rows):
-    """The last `size` keys, as in MoCo: queue(query, key) is InfoNCE against them, queue.push(key) replaces the oldest.
+    """The last `size` keys, as in MoCo: `queue(query, key)` is InfoNCE against them, `queue.push(key)` replaces the oldest.
 
-    It begins full of random unit rows. With ids, keys of the query's own example are not among its negatives (ids are
-    any whole numbers >= 0). process_group: the keys of all ranks are pushed, in rank order, on every rank.
+    The queue begins with random unit rows.
 
-    dtype float8_e4m3fn keeps rows in a quarter of float32's memory, with one scale for each in the buffer `scale`.
+    Args:
+        size: The number of keys.
+        dim: Their width.
+        temperature: The temperature of InfoNCE.
+        learnable: Learn the temperature (its logarithm is the parameter).
+        dtype: torch.float8_e4m3fn stores keys in a quarter of float32's memory, with a factor for each in the buffer `scale`.
+        backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
+        process_group: The keys of all ranks are pushed on every rank, in rank order.
+
+    Example:
+        >>> queue = fastkd.NegativeQueue(size=100, dim=16)
+        >>> query, key = (torch.nn.functional.normalize(torch.randn(4, 16, requires_grad=True), dim=1) for _ in range(2))
+        >>> loss = queue(query, key)
+        >>> loss.backward()
+        >>> queue.push(key)
     """
 
     def __init__(
@@ -86,7 +116,7 @@ class NegativeQueue(_Rows):
         temperature: float = 0.07,
         learnable: bool = False,
         dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
+        backend: Backend = "auto",
         process_group=None,
     ):
         checks.positive("size", size)
@@ -98,8 +128,17 @@ class NegativeQueue(_Rows):
         self.log_temperature = nn.Parameter(log) if learnable else None
         self.temperature = float(temperature)
 
-    def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """InfoNCE of query [B, dim] with its key [B, dim] against the queue, both taken as they are."""
+    def forward(
+        self, query: Tensor, key: Tensor, ids: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """InfoNCE of each query with its key against the queue.
+
+        Args:
+            query: [B, dim], unit vectors.
+            key: [B, dim], unit vectors.
+            ids: [B], integers >= 0. Keys pushed with the query's id are not among its negatives.
+            reduction: "mean", "sum" or "none".
+        """
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
         return functional.info_nce_loss(
             query,
@@ -112,11 +151,16 @@ class NegativeQueue(_Rows):
             backend=self.backend,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     @torch.no_grad()
     def push(self, key: Tensor, ids: Tensor | None = None) -> None:
-        """The keys [B, dim], to unit length, in the place of the oldest. B need not divide the size, nor be below it.
+        """Replace the oldest keys by key [B, dim], scaled to unit length; one that is not finite is not written.
 
-        A key that is not finite leaves the row that it would have replaced.
+        Args:
+            key: [B, dim]; B may exceed the queue's size.
+            ids: [B], the ids of their examples.
         """
         checks.tensor("key", key, "[B, dim]")
         if ids is not None:
@@ -124,7 +168,7 @@ class NegativeQueue(_Rows):
             checks.same_leading("ids", ids, "key", key, 1)
         key, ids = self._gather(key, ids)
         size, count = self.rows.shape[0], key.shape[0]
-        newest = torch.arange(max(0, count - size), count, device=key.device)  # the others would be overwritten at once
+        newest = torch.arange(max(0, count - size), count, device=key.device)  # earlier ones would be overwritten
         place = (self.pointer + newest) % size
         written = key[newest].isfinite().all(1)
         options = {"momentum": 0.0, "scale": self.scale, "backend": self.backend}

@@ -1,4 +1,4 @@
-"""A smaller vocabulary for the student: the map, its tokenizer, what a corpus loses by it, and the heads that are compared."""
+"""A smaller vocabulary for the student: the map, its tokenizer, its coverage of a corpus, and the heads that are compared."""
 
 from fastkd.vocab.map import METHODS, VocabMap
 

@@ -1,4 +1,4 @@
-"""Which words of a teacher a student with fewer of them is compared with."""
+"""Which tokens of the teacher a student with a smaller vocabulary is compared with."""
 
 from typing import NamedTuple
 
@@ -8,39 +8,39 @@ from torch import Tensor
 
 from fastkd import checks
 
-# Where the teacher's mass on other words can be left out: these need a row's divergence over the kept words, and a number.
+# Kinds whose value over the kept tokens follows from the divergence over them and the teacher's mass on them.
 PARTIAL_KINDS = ("forward_kl", "reverse_kl", "soft_ce")
 
 
 class Heads(NamedTuple):
-    """Rows for the same words on both sides, and of a teacher that is compared on a part of its words which they are."""
+    """Rows for the same tokens on both sides, and the kept and dropped ids where the teacher has other tokens too."""
 
     student: tuple[Tensor, Tensor | None]  # head [V, D], bias [V]
     teacher: tuple[Tensor, Tensor | None]
     parts: tuple[Tensor, Tensor] | None = None  # kept and dropped ids
 
 
-def aligned(vocab, teacher_words: str, kind: str, student: tuple, teacher: tuple) -> Heads:
-    """student, teacher: (head [V, D], bias [V] or None), over the student's and over all words."""
-    checks.one_of("teacher_words", teacher_words, ("kept", "all"))
+def aligned(vocab, teacher_tokens: str, kind: str, student: tuple, teacher: tuple) -> Heads:
+    """student, teacher: (head [V, D], bias [V] or None), over the student's and over the teacher's vocabulary."""
+    checks.one_of("teacher_tokens", teacher_tokens, ("kept", "all"))
     if vocab is None:
-        found = Heads(student, teacher)
-    elif teacher_words == "kept":
-        found = Heads(student, _kept_rows(vocab, *teacher))
+        heads = Heads(student, teacher)
+    elif teacher_tokens == "kept":
+        heads = Heads(student, _kept_rows(vocab, *teacher))
     elif getattr(vocab, "has_stand_ins", False):
-        found = _with_stand_ins(vocab, student, teacher)
+        heads = _with_stand_ins(vocab, student, teacher)
     else:
-        found = _partial(vocab, kind, student, teacher)
-    _check_sizes(found.student[0].shape[0], found.teacher[0].shape[0])
-    return found
+        heads = _partial(vocab, kind, student, teacher)
+    _check_sizes(heads.student[0].shape[0], heads.teacher[0].shape[0])
+    return heads
 
 
 def _with_stand_ins(vocab, student: tuple, teacher: tuple) -> Heads:
     size, ours, theirs = vocab.original_size, student[0].shape[0], teacher[0].shape[0]
     if ours != len(vocab):
-        raise ValueError(f"student_head: expected the {len(vocab)} words that vocab keeps, got {ours}")
+        raise ValueError(f"student_head: expected the {len(vocab)} tokens that vocab keeps, got {ours}")
     if theirs < size:
-        raise ValueError(f"teacher_head: expected the {size} words that vocab was made for, got {theirs}")
+        raise ValueError(f"teacher_head: expected the {size} tokens that vocab was made for, got {theirs}")
     teacher = tuple(None if x is None else x[:size] for x in teacher)
     return Heads(tuple(_expanded(x, vocab.position_of) for x in student), teacher)
 
@@ -48,21 +48,21 @@ def _with_stand_ins(vocab, student: tuple, teacher: tuple) -> Heads:
 def _partial(vocab, kind: str, student: tuple, teacher: tuple) -> Heads:
     if kind not in PARTIAL_KINDS:
         raise ValueError(
-            f"kind={kind!r} compares two whole distributions, and of teacher_words='all' kept ids alone leave a part out; "
-            "give a VocabMap with a replacement, which says what stands for a dropped word, or teacher_words='kept'"
+            f"kind={kind!r} needs both distributions over the whole vocabulary, which teacher_tokens='all' has only with "
+            "stand-ins; pass a VocabMap with a replacement, or teacher_tokens='kept'"
         )
     rows = _kept_rows(vocab, *teacher)
     ids = vocab if isinstance(vocab, Tensor) else vocab.kept_ids
     size = teacher[0].shape[0] if isinstance(vocab, Tensor) else vocab.original_size
-    once = lambda: ids.unique().numel() == ids.numel()  # noqa: E731 (where it is free)
-    checks.values("vocab", ids, once, "with teacher_words='all', an id may be kept only once")
+    once = lambda: ids.unique().numel() == ids.numel()  # noqa: E731 (called only where values may be read)
+    checks.values("vocab", ids, once, "with teacher_tokens='all', an id may be kept only once")
     kept = torch.zeros(size, dtype=torch.bool, device=ids.device).index_fill(0, ids.long(), True)
     dropped = torch.nonzero_static(~kept, size=max(size - ids.shape[0], 0), fill_value=0)[:, 0]
     return Heads(student, rows, (ids, dropped) if len(dropped) else None)
 
 
 def weighting(kind: str, log_mass: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(a, b) [N]: with p the teacher's probabilities, of which the words compared have e^log_mass, and p' = p / e^log_mass,
+    """(a, b) [N]: with p the teacher's probabilities, of which the compared tokens have e^log_mass, and p' = p / e^log_mass,
     factor · sum p (log p - log q), sum -p log q or sum q (log q - log p) is a · (the same of p') + b."""
     mass = log_mass.exp()
     if kind == "reverse_kl":
@@ -75,8 +75,8 @@ def weighting(kind: str, log_mass: Tensor, factor: float, dtype: torch.dtype) ->
 
 
 def _expanded(x: Tensor | None, position_of: Tensor) -> Tensor | None:
-    """Rows of all words, a dropped one having its stand-in's. A stand-in's gradient is summed over many words: in float32,
-    and by an operation that is deterministic everywhere."""
+    """Rows of the whole vocabulary, where a dropped token has its stand-in's. A stand-in's gradient is a sum over many tokens:
+    in float32, and by an operation that is deterministic everywhere."""
     if x is None:
         return None
     wide = x if x.dtype == torch.float64 else x.float()
@@ -95,6 +95,6 @@ def _check_sizes(ours: int, theirs: int) -> None:
     if ours != theirs:
         low, high = sorted((ours, theirs))
         raise ValueError(
-            f"student_head has {ours} words and the teacher's {theirs}: ids {low} to {high - 1} are on one side only; if "
+            f"student_head has {ours} tokens and teacher_head {theirs}: ids {low} to {high - 1} are on one side only; if "
             f"the student's vocabulary is a subset, pass vocab=; if they are padding, slice both heads to [:{low}]"
         )

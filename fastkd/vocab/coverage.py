@@ -1,4 +1,4 @@
-"""How much of a corpus a smaller vocabulary covers: counting it, the numbers, the picture."""
+"""How much of a corpus a smaller vocabulary covers: the counts, the report and its plot."""
 
 import json
 import multiprocessing
@@ -46,8 +46,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def count_corpus(texts: Iterable[str], tokenizer, *, workers: int = 1, path: str | None = None, advance=None) -> Tensor:
-    """How often each id comes in `texts`, which are streamed: int64 [V]. With workers > 1, in so many processes, which load
-    the tokenizer from `path`. advance(n) is called after every n texts."""
+    """The number of occurrences of each token id in `texts`.
+
+    Args:
+        texts: The corpus, which is streamed.
+        tokenizer: A Hugging Face tokenizer.
+        workers: The number of processes.
+        path: The tokenizer's folder, from which each process loads it, with workers > 1.
+        advance: Called as advance(n) after every n texts.
+
+    Returns:
+        int64 [V].
+    """
     counts = torch.zeros(len(tokenizer), dtype=torch.int64)
     advance = advance or (lambda n: None)
     if workers == 1:
@@ -56,12 +66,12 @@ def count_corpus(texts: Iterable[str], tokenizer, *, workers: int = 1, path: str
             advance(len(batch))
         return counts
     if path is None:
-        raise ValueError("path: with workers > 1 each process loads the tokenizer itself; name its folder")
+        raise ValueError("path: with workers > 1 each process loads the tokenizer itself; pass its folder")
     with multiprocessing.get_context("spawn").Pool(workers, _start, (path,)) as pool:
         running = deque()
         for batch in _batches(texts):
             running.append(pool.apply_async(_count, (batch,)))
-            if len(running) > 2 * workers:  # the corpus is read as fast as it is counted
+            if len(running) > 2 * workers:  # do not read ahead of the counting
                 counts += _collect(running, advance)
         while running:
             counts += _collect(running, advance)
@@ -75,13 +85,13 @@ def _collect(running: deque, advance) -> Tensor:
 
 
 def coverage(counts: Tensor) -> Tensor:
-    """float64 [V]: the share of the corpus that the k + 1 most frequent words make."""
+    """float64 [V]: the fraction of the corpus that the k + 1 most frequent tokens cover, at position k."""
     ordered = counts.double().sort(descending=True).values
     return ordered.cumsum(0) / ordered.sum().clamp_min(1)
 
 
 def report(vocab, counts: Tensor, tokenizer) -> dict:
-    """What the map covers, how many words the marked shares would take, and what may not be spelled with the kept words."""
+    """What the map covers, how many tokens the marked fractions take, and how much may not be spelled with the kept tokens."""
     total, share = counts.sum().clamp_min(1), coverage(counts)
     sizes = {f"{mark:.0%}": int((share < mark - 1e-12).sum()) + 1 for mark in MARKS}
     return {
@@ -114,8 +124,8 @@ def write_report(folder: Path, vocab, counts: Tensor, tokenizer) -> dict:
         axes.annotate(
             f"{mark}: {size}", (size, 100 * float(share[size - 1])), xytext=(6, -12), textcoords="offset points"
         )
-    axes.axvline(found["words"], color="tab:red", label=f"kept: {found['words']} words, {found['covered']:.2%}")
-    axes.set(xlabel="words, most frequent first", ylabel="share of the corpus, %", ylim=(0, 102))
+    axes.axvline(found["words"], color="tab:red", label=f"kept: {found['words']} tokens, {found['covered']:.2%}")
+    axes.set(xlabel="tokens, most frequent first", ylabel="share of the corpus, %", ylim=(0, 102))
     axes.legend(loc="lower right")
     figure.savefig(folder / "coverage.png", dpi=150)
     pyplot.close(figure)

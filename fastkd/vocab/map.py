@@ -1,4 +1,4 @@
-"""VocabMap: a student's vocabulary as a part of its teacher's (GLMD's vocabulary compression)."""
+"""VocabMap: a student's vocabulary as a subset of its teacher's (GLMD's vocabulary compression)."""
 
 import copy
 import importlib.util
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastkd import checks
+from fastkd.vocab import models
 
 METHODS = ("decoder", "cosine", "euclidean", "unk")
 _STEM, _SUFFIXES = "vocab_map", (".safetensors", ".json")
@@ -22,12 +23,28 @@ _CONFIG_IDS = (
 
 
 class VocabMap(nn.Module):
-    """The kept ids of a vocabulary, in rank order, and the kept id that stands for each dropped one.
+    """A smaller vocabulary: the kept ids of the original one, and a kept id that stands in for each dropped one.
 
-    kept_ids [K]: the original id of each new id (rank). original_size: V. replacement: one kept original id for all
-    dropped ones, or per original id [V] the kept id to use (what stands at kept ids is ignored); None: a dropped id
-    has no stand-in, and `encode` refuses it. Buffers: kept_ids [K] (new id -> original), position_of [V] (original id
-    -> new, -1 without stand-in), kept [V] (True where kept).
+    A kept id's new id is its position in `kept_ids`.
+
+    Args:
+        kept_ids: [K], original ids, each once.
+        original_size: V, the number of original ids.
+        replacement: The stand-ins: one kept original id for all dropped ones, or [V] a kept original id for each (entries at
+            kept ids are ignored). None: dropped ids have no stand-in, and `encode` refuses them.
+
+    Attributes:
+        kept_ids: [K], the original id of each new id, a buffer.
+        position_of: [V], the new id of each original id, -1 without a stand-in, a buffer.
+        kept: [V], True where kept, a buffer.
+
+    Example:
+        >>> vocab = fastkd.VocabMap([0, 4, 2], original_size=6, replacement=0)
+        >>> vocab.encode([4, 2, 5])  # 5 is dropped, and 0 stands in for it
+        [1, 2, 0]
+        >>> counts = torch.tensor([9, 1, 5, 0, 7, 2])  # of each original id in a corpus
+        >>> fastkd.VocabMap.from_counts(counts, size=3, multiple_of=1, always_keep=[5]).kept_ids
+        tensor([5, 0, 4])
     """
 
     def __init__(self, kept_ids, original_size: int, replacement=None):
@@ -43,7 +60,7 @@ class VocabMap(nn.Module):
         kept = position_of >= 0  # [V]
         if int(kept.sum()) != len(kept_ids):
             ids, times = kept_ids.unique(return_counts=True)
-            raise ValueError(f"kept_ids: each id may be kept once, but {_some(ids[times > 1])} come more often")
+            raise ValueError(f"kept_ids: each id may occur once, but {_some(ids[times > 1])} occur more often")
         if replacement is not None:
             replacement = torch.as_tensor(replacement, device=kept_ids.device).long().expand(original_size)
             stand_in = torch.where(kept, torch.arange(original_size, device=kept_ids.device), replacement)
@@ -64,7 +81,7 @@ class VocabMap(nn.Module):
 
     @property
     def has_stand_ins(self) -> bool:
-        """Whether each dropped word has a kept one that stands for it."""
+        """Whether each dropped token has a stand-in."""
         return self._complete
 
     def __len__(self) -> int:
@@ -86,13 +103,22 @@ class VocabMap(nn.Module):
         method: str | None = None,
         unk_id: int | None = None,
     ) -> "VocabMap":
-        """Keep the ids in `always_keep`, then the most frequent; both sorted by count, ties by id. The ids in `in_place`
-        are always kept too, and keep their numbers, as some models want of the padding id.
+        """Keep the ids in `always_keep`, then the most frequent ones.
 
-        counts [V]: how often each id came in the corpus. size: a fraction of V, or a number of ids; rounded up to
-        `multiple_of` (the GEMM's tile), at most V. A dropped id becomes the kept id that is nearest in the teacher's
-        `embeddings` [V, D]: "decoder" by dot product (the authors'), "cosine", "euclidean"; or always `unk_id` ("unk").
-        method None: "decoder" with embeddings, else "unk" with unk_id, else dropped ids have no stand-in.
+        Args:
+            counts: [V], the number of occurrences of each id in a corpus.
+            size: The number of ids to keep, or a fraction of V; rounded up to `multiple_of`, at most V.
+            multiple_of: Round `size` up to a multiple of this, for fast matrix products.
+            always_keep: Ids to keep, whatever their counts.
+            in_place: Ids to keep with their numbers unchanged, as some models require of the padding id.
+            embeddings: [V, D], the teacher's input embeddings, from which stand-ins are chosen.
+            method: How a dropped id's stand-in is chosen: the kept id with the nearest embedding by dot product ("decoder",
+                as in the authors' code), by angle ("cosine") or by distance ("euclidean"); or always `unk_id` ("unk"). None:
+                "decoder" with embeddings, else "unk" with unk_id, else there are no stand-ins.
+            unk_id: The id of the unknown token.
+
+        Returns:
+            A VocabMap whose ids are sorted: those always kept first, then by count, ties by id.
         """
         counts = torch.as_tensor(counts)
         checks.tensor("counts", counts, "[V]", floating=False)
@@ -123,7 +149,11 @@ class VocabMap(nn.Module):
         return cls(kept_ids, total, _stand_ins(kept_ids, total, method, embeddings, unk_id))
 
     def encode(self, ids):
-        """Original ids -> new ids; negative ones (ignore_index) stay as they are. Tensors, lists or one int."""
+        """Original ids -> new ids; negative ones, such as ignore_index, stay as they are.
+
+        Args:
+            ids: A tensor, a list, or one int.
+        """
         if not isinstance(ids, Tensor):
             given = torch.as_tensor(ids, dtype=torch.int64, device=self.position_of.device)
             return self.encode(given).tolist()
@@ -131,15 +161,15 @@ class VocabMap(nn.Module):
         new = torch.where(ids < 0, ids, self.position_of[ids.clamp_min(0).long()].to(ids.dtype))
         if not self._complete:
             lost = (new < 0) & (ids >= 0)
-            message = "some are dropped from this vocabulary and have no stand-in; give VocabMap a replacement"
+            message = "some are dropped from this vocabulary and have no stand-in; pass VocabMap a replacement"
             checks.values("ids", ids, lambda: ~lost.any(), message)
         return new
 
     def slice_logits(self, logits: Tensor) -> Tensor:
-        """The kept columns, in rank order: logits [..., V] -> [..., K]. Padding beyond original_size is left out."""
+        """Logits [..., V] -> [..., K] of the kept tokens, in the order of `kept_ids`. Padding beyond V is left out."""
         if logits.shape[-1] < self.original_size:
             raise ValueError(
-                f"teacher_logits: expected the original vocabulary of {self.original_size} words (or more, padded), "
+                f"teacher_logits: expected the original vocabulary of {self.original_size} tokens (or more, padded), "
                 f"got {checks.describe(logits)}"
             )
         return logits[..., self.kept_ids]
@@ -147,26 +177,26 @@ class VocabMap(nn.Module):
     def check_student(self, name: str, logits: Tensor) -> None:
         if logits.shape[-1] != len(self):
             raise ValueError(
-                f"{name}: expected {len(self)} words, as vocab keeps, got {checks.describe(logits)}; "
+                f"{name}: expected {len(self)} tokens, as vocab keeps, got {checks.describe(logits)}; "
                 "shrink the student with vocab.shrink(model)"
             )
 
     def slice_head(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """A frozen head's kept rows, contiguous: weight [V, D], bias [V] -> [K, D], [K].
+        """The rows of a frozen head for the kept tokens: weight [V, D] -> [K, D], bias [V] -> [K], contiguous.
 
-        Cached until the storage or the version of the tensor changes; writing through `.data` changes neither.
+        The result is cached until the storage or the version of the tensor changes. Writing through `.data` changes neither.
         """
         checks.tensor("weight", weight, "[V, D]")
         if weight.shape[0] < self.original_size:
             raise ValueError(
-                f"weight: expected the teacher's head over {self.original_size} words, got {checks.describe(weight)}"
+                f"weight: expected the teacher's head over {self.original_size} tokens, got {checks.describe(weight)}"
             )
         return self._slice("weight", weight), None if bias is None else self._slice("bias", bias)
 
     def _slice(self, name: str, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or x.is_inference() or self.kept_ids.is_inference():
             return x.detach()[self.kept_ids]
-        storage = StorageWeakRef(x.untyped_storage())  # keeps its address from being used again, not its memory
+        storage = StorageWeakRef(x.untyped_storage())  # keeps the address from being reused without keeping the memory
         signs = (
             x.data_ptr(),
             x._version,
@@ -185,7 +215,7 @@ class VocabMap(nn.Module):
         return rows
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_slices": {}}  # caches are not copied, pickled or moved
+        return {**super().__getstate__(), "_slices": {}}  # the cache is not copied, pickled or moved
 
     def _apply(self, fn, recurse=True):
         self._slices.clear()
@@ -197,7 +227,11 @@ class VocabMap(nn.Module):
         self._slices.clear()
 
     def save(self, path) -> Path:
-        """Write to a folder (or a file *.safetensors, *.json): safetensors where it is installed, else JSON."""
+        """Write the map; returns the file.
+
+        Args:
+            path: A folder, or a file *.safetensors or *.json. In a folder, safetensors is used where it is installed.
+        """
         path = Path(path)
         if path.suffix not in _SUFFIXES:
             path.mkdir(parents=True, exist_ok=True)
@@ -215,7 +249,7 @@ class VocabMap(nn.Module):
 
     @classmethod
     def load(cls, path) -> "VocabMap":
-        """What `save` wrote, from the same path."""
+        """Read what `save` wrote to the same path."""
         path = Path(path)
         if path.is_dir():
             files = [path / (_STEM + suffix) for suffix in _SUFFIXES]
@@ -239,26 +273,30 @@ class VocabMap(nn.Module):
 
     @torch.no_grad()
     def shrink(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
-        """A Hugging Face model over the kept words: input and output embeddings (tied or not), bias, configuration.
+        """A Hugging Face model over the kept tokens, with its embeddings, head, bias and configuration cut down.
 
-        It speaks the new ids: feed it `encode(input_ids)`, and labels likewise. It is what `from_pretrained` makes of its
-        saved self. The given model stays as it is, unless inplace. The special ids of its configuration must be kept.
+        The new model takes new ids: pass it `encode(input_ids)`, and labels likewise. It equals what `from_pretrained` loads
+        from its saved files. The special ids of its configuration must be kept.
+
+        Args:
+            model: The model; it is not changed.
+            inplace: Change `model` itself.
         """
         embeddings = model.get_input_embeddings()
-        words, padding = embeddings.weight.shape[0], getattr(embeddings, "padding_idx", None)
-        if words < self.original_size:
-            raise ValueError(f"model: has {words} words, but this VocabMap was made for {self.original_size}")
+        size, padding = embeddings.weight.shape[0], getattr(embeddings, "padding_idx", None)
+        if size < self.original_size:
+            raise ValueError(f"model: has {size} tokens, but this VocabMap was made for {self.original_size}")
         special = {"padding_idx": padding} | {
-            name: getattr(c, name) for c in _configurations(model) for name in _CONFIG_IDS if hasattr(c, name)
+            name: getattr(c, name) for c in models.configurations(model) for name in _CONFIG_IDS if hasattr(c, name)
         }
         self._check_special({name: ids for name, ids in special.items() if ids is not None})
-        moved = set() if padding is None else _counting_from(model, padding)
+        moved = set() if padding is None else models.position_tables(model, padding)
         shift = 0 if padding is None else self.encode(padding) - padding
         config, generation = (self._encoded(c) for c in (model.config, getattr(model, "generation_config", None)))
         config.get_text_config().vocab_size = len(self)
         if moved:
             config.max_position_embeddings += shift
-        axes = _vocabulary_axes(model, words)
+        axes = models.vocabulary_axes(model, size)
         state = {}
         for name, x in model.state_dict().items():
             for axis in axes[name]:
@@ -267,13 +305,13 @@ class VocabMap(nn.Module):
                 old, x = x, x.new_zeros(x.shape[0] + shift, x.shape[1])
                 x[padding + shift :] = old[padding:]
             state[name] = x if inplace or axes[name] else x.clone()
-        small = _made_of(model, config, state)
+        small = models.build(model, config, state)
         if generation is not None:
             small.generation_config = generation
         if getattr(small.get_input_embeddings(), "padding_idx", None) != (None if padding is None else padding + shift):
             raise ValueError(
-                f"model: a {type(model).__name__} knows its padding id {padding} by number, and this VocabMap makes it "
-                f"{padding + shift}; let it keep its place: VocabMap.from_counts(..., in_place=[{padding}])"
+                f"model: a {type(model).__name__} has its padding id {padding} fixed, and this VocabMap makes it "
+                f"{padding + shift}; keep it with VocabMap.from_counts(..., in_place=[{padding}])"
             )
         if not inplace:
             return small
@@ -281,30 +319,39 @@ class VocabMap(nn.Module):
         return model
 
     def shrink_tokenizer(self, tokenizer, *, dropped: str = "spelled"):
-        """The fast tokenizer that emits the new ids, for `save_pretrained`. dropped: "spelled", it spells dropped words
-        with kept ones; or "stand_in", it gives `encode` of the ids that `tokenizer` gives, and transformers then loads it
-        with trust_remote_code=True."""
+        """A fast tokenizer that gives the new ids, for `save_pretrained`.
+
+        Args:
+            tokenizer: The original fast tokenizer.
+            dropped: What becomes of dropped tokens. "spelled": they are spelled with kept ones. "stand_in": they become their
+                stand-ins, as by `encode`; transformers then loads the tokenizer with trust_remote_code=True.
+        """
         from fastkd.vocab.tokenizer import shrink_tokenizer
 
         return shrink_tokenizer(self, tokenizer, dropped)
 
     def expand(self, x: Tensor, dim: int = -1) -> Tensor:
-        """From the kept words to all: x [..., K] -> [..., V], a dropped word having what its stand-in has."""
+        """Entries of the kept tokens -> entries of all: [..., K] -> [..., V]; a dropped token gets its stand-in's.
+
+        Args:
+            x: The tensor.
+            dim: The axis of size K.
+        """
         if not self._complete:
-            raise ValueError("expand: some words are dropped and have no stand-in; give VocabMap a replacement")
+            raise ValueError("expand: some tokens are dropped and have no stand-in; pass VocabMap a replacement")
         return x.index_select(dim, self.position_of.to(x.device))
 
     def _encoded(self, configuration):
         """A copy with the new ids; two names of one id (pad_index, pad_token_id) are both read before either is set."""
         new = copy.deepcopy(configuration)
-        for known in [] if new is None else {id(c): c for c in (new, _text(new))}.values():
+        for known in [] if new is None else {id(c): c for c in (new, models.text_part(new))}.values():
             old = {name: getattr(known, name) for name in _CONFIG_IDS if getattr(known, name, None) is not None}
             for name, ids in old.items():
                 setattr(known, name, self._encode_known(ids))
         return new
 
     def _encode_known(self, ids):
-        """An id or a list of ids of a configuration; what lies outside the vocabulary meant nothing before either."""
+        """An id or a list of ids of a configuration; ids outside the vocabulary are left as they are."""
         if isinstance(ids, (list, tuple)):
             return [self._encode_known(i) for i in ids]
         return self.encode(ids) if isinstance(ids, int) and 0 <= ids < self.original_size else ids
@@ -321,58 +368,8 @@ class VocabMap(nn.Module):
             )
 
 
-def _configurations(model) -> list:
-    """The model's configurations that hold special ids: its own, that of its text part, that of generation."""
-    generation = getattr(model, "generation_config", None)
-    unique = {id(c): c for c in (model.config, _text(model.config), generation) if c is not None}
-    return list(unique.values())
-
-
-def _text(configuration):
-    return configuration.get_text_config() if hasattr(configuration, "get_text_config") else configuration
-
-
-def _counting_from(model, padding: int) -> set[str]:
-    """RoBERTa and its kin count positions from the padding id: the names of their tables of positions."""
-    tables = {name: x for name, x in model.named_modules() if name.endswith("position_embeddings")}
-    return {f"{name}.weight" for name, x in tables.items() if getattr(x, "padding_idx", None) == padding}
-
-
-def _vocabulary_axes(model, words: int) -> dict[str, list[int]]:
-    """Which axes of the model's tensors follow the vocabulary: those that one more word makes longer."""
-    config = copy.deepcopy(model.config)
-    config.get_text_config().vocab_size = words + 1
-    with torch.device("meta"):
-        longer = {name: x.shape for name, x in type(model)(config).state_dict().items()}
-    return {
-        name: [axis for axis, n in enumerate(longer.get(name, x.shape)) if axis < x.dim() and n == x.shape[axis] + 1]
-        for name, x in model.state_dict().items()
-    }
-
-
-def _made_of(model, config, state: dict[str, Tensor]):
-    """A model of this configuration and these tensors, in the mode and with the trainable parameters of `model`."""
-    from transformers.initialization import no_init_weights
-
-    kind, before = type(model), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(model.dtype)
-        with no_init_weights(), model.device:
-            small = kind(config)
-        small.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"model: a {kind.__name__} of fewer words is not made of the same tensors: {error}") from error
-    finally:
-        torch.set_default_dtype(before)
-    small.tie_weights()
-    trained = {name: x.requires_grad for name, x in model.named_parameters(remove_duplicate=False)}
-    for name, x in small.named_parameters():
-        x.requires_grad_(trained[name])
-    return small.train(model.training)
-
-
 def _stand_ins(kept_ids: Tensor, total: int, method: str | None, embeddings: Tensor | None, unk_id: int | None):
-    """What `replacement` is for `method`: None, one id, or the nearest kept id of every id [V]."""
+    """The `replacement` of `method`: None, one id, or the nearest kept id for each id [V]."""
     if method is None:
         return None
     if method == "unk":

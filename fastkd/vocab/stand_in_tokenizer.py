@@ -1,6 +1,7 @@
-"""A tokenizer over a smaller vocabulary that cuts a text as the tokenizer it was made of does: a dropped word becomes the word
-that stands for it. save_pretrained puts this file beside it, and AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-loads both: it needs transformers alone.
+"""A tokenizer over a smaller vocabulary that splits a text as the original tokenizer does, and maps dropped tokens to stand-ins.
+
+save_pretrained puts this file beside it, and AutoTokenizer.from_pretrained(folder, trust_remote_code=True) loads both; only
+transformers is needed.
 """
 
 import json
@@ -16,16 +17,16 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 
 class StandInTokenizerFast(PreTrainedTokenizerFast):
-    """All but the cutting of texts, decoding too, is done by a tokenizer of the kept words, which is this one's tokenizer.json.
+    """Texts are split by the original tokenizer; everything else, decoding too, uses the tokenizer.json of the kept tokens.
 
-    stand_ins: {"tokenizer": the whole tokenizer's tokenizer.json, "new_ids": of each of its ids}.
+    stand_ins: {"tokenizer": the original tokenizer.json, "new_ids": the new id of each of its ids}.
     """
 
     vocab_files_names: ClassVar = {**PreTrainedTokenizerFast.vocab_files_names, "stand_ins_file": _FILE}
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
-        return kwargs  # tokenizer.json as it is; else a class with an __init__ gets only its words
+        return kwargs  # otherwise a class with an __init__ gets only the vocabulary, not tokenizer.json
 
     def __init__(self, *args, stand_ins=None, stand_ins_file=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -56,7 +57,9 @@ class StandInTokenizerFast(PreTrainedTokenizerFast):
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
         unknown = [str(token) for token in new_tokens if self._tokenizer.token_to_id(str(token)) is None]
         if unknown and hasattr(self, "_whole"):
-            raise ValueError(f"new_tokens: {unknown} would be words of no vocabulary map; add them before it is made")
+            raise ValueError(
+                f"new_tokens: {unknown} are in no VocabMap; add them to the tokenizer before making the map"
+            )
         return super()._add_tokens(new_tokens, special_tokens)
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):

@@ -381,7 +381,7 @@ def test_mistakes():
     criterion = bert_emd(2, 3)
     with pytest.raises(ValueError, match="embeddings not among them"):
         criterion(attn_s, attn_t, [*hidden_s, hidden_s[0]], hidden_t)
-    with pytest.raises(ValueError, match="teacher_attn"):
+    with pytest.raises(ValueError, match="teacher_attention"):
         criterion(attn_s, None, hidden_s, hidden_t)
     with pytest.raises(ValueError, match="project the student"):
         criterion(None, None, [x[..., :3] for x in hidden_s], hidden_t)

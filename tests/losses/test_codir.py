@@ -227,8 +227,8 @@ def test_cls_pooling_under_padding():
     loss = CoDIRLoss(6, 6, 5, feat_dim=3, nce_k=2)
     x = randn(2, 4, 6, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert torch.equal(loss.pooled("f_s", x, None), x[:, 0])
-    assert torch.equal(loss.pooled("f_s", x, mask), torch.stack([x[0, 2], x[1, 0]]))
+    assert torch.equal(loss.pooled("student_hidden", x, None), x[:, 0])
+    assert torch.equal(loss.pooled("student_hidden", x, mask), torch.stack([x[0, 2], x[1, 0]]))
 
 
 def test_crd_flattens_feature_maps():
@@ -269,14 +269,14 @@ def test_two_processes_are_one_with_the_whole_batch():
 
 def wrong(**changes):
     f_s, f_t, idx, contrast_idx = golden_step(0)
-    arguments = {"f_s": f_s, "f_t": f_t, "idx": idx, "contrast_idx": contrast_idx} | changes
+    arguments = {"student_hidden": f_s, "teacher_hidden": f_t, "idx": idx, "contrast_idx": contrast_idx} | changes
     return lambda: golden_loss()(**arguments)
 
 
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("s_dim", lambda: CoDIRLoss(0, 4, 9)),
+        ("student_dim", lambda: CoDIRLoss(0, 4, 9)),
         ("n_data", lambda: CoDIRLoss(4, 4, 1)),
         ("nce_t", lambda: CoDIRLoss(4, 4, 9, nce_t=0.0)),
         ("nce_k", lambda: CoDIRLoss(4, 4, 9, nce_k=0)),
@@ -286,15 +286,15 @@ def wrong(**changes):
         ("labels", lambda: golden_loss().set_labels(torch.zeros(20))),
         ("labels", lambda: golden_loss().set_labels(torch.zeros(19, dtype=torch.long))),
         ("labels", lambda: golden_loss().set_labels(torch.zeros(20, dtype=torch.long))),
-        ("f_s", wrong(f_s=det((4, 13), 1))),
-        ("f_s", wrong(f_s=det((3, 12), 1))),
-        ("f_s", wrong(f_s=[])),
-        ("mask", wrong(f_s=det((4, 2, 12), 1), mask=torch.ones(4, 3))),
-        ("f_t", wrong(f_t=det((4, 18), 1).requires_grad_())),
+        ("student_hidden", wrong(student_hidden=det((4, 13), 1))),
+        ("student_hidden", wrong(student_hidden=det((3, 12), 1))),
+        ("student_hidden", wrong(student_hidden=[])),
+        ("mask", wrong(student_hidden=det((4, 2, 12), 1), mask=torch.ones(4, 3))),
+        ("teacher_hidden", wrong(teacher_hidden=det((4, 18), 1).requires_grad_())),
         ("idx", wrong(idx=torch.tensor([1.0, 6, 11, 16]))),
         ("idx", wrong(idx=torch.tensor([1, 6, 11, 20]))),
         ("contrast_idx", wrong(contrast_idx=torch.zeros(4, 6, dtype=torch.long))),
-        ("index", wrong(contrast_idx=golden_step(0)[3][:, :1])),
+        ("contrast_idx", wrong(contrast_idx=golden_step(0)[3][:, :1])),
     ],
 )
 def test_mistakes_are_named(name, call):

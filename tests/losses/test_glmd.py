@@ -122,10 +122,10 @@ def test_from_hidden_is_the_loss_of_the_logits(vocab, options):
     hidden, head, bias = randn(B, S, 11, seed=4), randn(V, 11, seed=5), randn(V, seed=6)
     loss = GLMDLoss(vocab=vocab, **options)
     wanted, wanted_gradients = gradients(lambda *x: loss(F.linear(*x), F.linear(hidden, head, bias), MASK), *student)
-    for memory in ("speed", "low"):
+    for recompute in (False, True):
         value, got = gradients(
-            lambda h, w, b, memory=memory: loss.from_hidden(
-                h, w, hidden, head, student_bias=b, teacher_bias=bias, mask=MASK, memory=memory
+            lambda h, w, b, recompute=recompute: loss.from_hidden(
+                h, w, hidden, head, student_bias=b, teacher_bias=bias, mask=MASK, recompute_logits=recompute
             ),
             *student,
         )
@@ -166,7 +166,7 @@ def test_mistakes_in_the_constructor(options, named):
 
 
 def test_mistakes_in_the_call():
-    with pytest.raises(ValueError, match="vocab=VocabMap"):
+    with pytest.raises(ValueError, match="pass GLMDLoss a vocab"):
         GLMDLoss()(SMALL_STUDENT, TEACHER, MASK)
     with pytest.raises(ValueError, match="shrink"):
         GLMDLoss(vocab=VocabMap(KEPT, V))(STUDENT, TEACHER, MASK)
@@ -189,7 +189,7 @@ def test_a_teacher_over_all_words_meets_the_students_stand_ins(options):
     teacher_hidden, teacher_head = randn(2, 5, 6, seed=4), randn(9, 6, seed=5)  # padded: 8 words
     vocab = VocabMap([6, 1, 4], 8, replacement=4)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    loss = GLMDLoss(vocab=vocab, teacher_words="all", **options)
+    loss = GLMDLoss(vocab=vocab, teacher_tokens="all", **options)
     student, teacher = torch.nn.functional.linear(hidden, head, bias), teacher_hidden @ teacher_head.T
     place = [{6: 0, 1: 1, 4: 2}.get(i, 2) for i in range(8)]
     found, (grad,) = gradients(lambda x: loss(x, teacher, mask), student)

@@ -16,5 +16,5 @@ def test_projection_is_one_linear_with_bias_per_level():
     assert torch.equal(one(hidden[0]), one(hidden)[0]) and len(one(hidden)) == 3
     with pytest.raises(ValueError, match="expected 3 layers"):
         project(hidden[:2])
-    with pytest.raises(ValueError, match="ds"):
+    with pytest.raises(ValueError, match="student_dim"):
         Projection(0, 6)

@@ -145,7 +145,7 @@ def _nce_pair(student, others, backend):
 CASES = [
     *(_divergence(kind) for kind in ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")),
     Case("divergence", "topk", "divergence", _topk_inputs, _topk),
-    *(_linear(memory, memory=memory, kind="jsd") for memory in ("speed", "low")),
+    *(_linear(name, recompute_logits=name == "low", kind="jsd") for name in ("speed", "low")),
     _linear("rows", reduction="none"),
     _gram("token"),
     _gram("rows", level="sequence", pearson="row", reduction="none"),

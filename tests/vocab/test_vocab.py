@@ -209,7 +209,7 @@ def test_loading_what_is_not_there(tmp_path):
         (([1.0, 2.0], 10), "kept_ids"),
         (([1, 10], 10), "kept_ids"),
         (([1, -1], 10), "kept_ids"),
-        (([1, 2, 1], 10), "once, but 1 come"),
+        (([1, 2, 1], 10), "once, but 1 occur"),
         (([1, 2], 10, 3), "replacement"),
         (([1, 2], 10, 11), "replacement"),
         (([1, 2], 3, [0, 0, 0]), "replacement"),
@@ -362,5 +362,5 @@ def test_rows_that_pad_the_models_table_are_left_out():
 def test_mistakes_in_shrink():
     with pytest.raises(ValueError, match="always_keep"):
         VocabMap([7, 3, 2], WORDS).shrink(tiny("bart"))  # 0 and 1 are special
-    with pytest.raises(ValueError, match="40 words"):
+    with pytest.raises(ValueError, match="40 tokens"):
         VocabMap([7, 3, 2], 50).shrink(tiny("bert"))

@@ -84,7 +84,7 @@ def refusal(name: str, family: str, task: str | None = None) -> str | None:
 
 
 def table() -> str:
-    """The table method × family as the README shows it."""
+    """The table of methods and model families in docs/trainer.md."""
     head = ("method", *FAMILIES, "tasks")
     rows = [head, tuple("---" for _ in head)]
     for name, entry in METHODS.items():

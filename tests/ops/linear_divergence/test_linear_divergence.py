@@ -13,7 +13,7 @@ KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_memory = pytest.mark.parametrize("memory", ["speed", "low"])
+either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
 def sides(words=17, dtype=torch.float64, lead=(3, 4), seed=1):
@@ -38,13 +38,13 @@ def call(teacher, backend, **options):
 
 @every_backend
 @every_kind
-@every_memory
+@either_way
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_is_the_divergence_of_the_logits(kind, memory, reduction, backend):
+def test_is_the_divergence_of_the_logits(kind, recompute, reduction, backend):
     student, teacher = sides()
     options = {"kind": kind, "temperature": 2.5, "beta": 0.3, "alpha": 0.2, "reduction": reduction}
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
-    loss, got = gradients(call(teacher, backend, memory=memory, mask=mask, **options), *student)
+    loss, got = gradients(call(teacher, backend, recompute_logits=recompute, mask=mask, **options), *student)
     t = F.linear(*teacher)
     wanted, wanted_gradients = gradients(lambda *x: divergence(F.linear(*x), t, mask=mask, **options), *student)
     assert relative_error(loss, wanted) < 1e-12
@@ -91,12 +91,12 @@ def test_near_convergence_the_gradient_keeps_its_digits(dtype, backend):
 
 
 @every_backend
-@every_memory
-def test_weights_make_a_weighted_mean(memory, backend):
+@either_way
+def test_weights_make_a_weighted_mean(recompute, backend):
     student, teacher = sides()
     weights, mask = randn(3, 4, seed=9).abs(), torch.tensor([[1, 1, 0, 1]] * 3)
     rows = call(teacher, backend, reduction="none", mask=mask)(*student)
-    loss, got = gradients(call(teacher, backend, weights=weights, mask=mask, memory=memory), *student)
+    loss, got = gradients(call(teacher, backend, weights=weights, mask=mask, recompute_logits=recompute), *student)
     wanted, wanted_gradients = gradients(
         lambda *x: (call(teacher, backend, reduction="none", mask=mask)(*x) * weights).sum() / (weights * mask).sum(),
         *student,
@@ -107,18 +107,18 @@ def test_weights_make_a_weighted_mean(memory, backend):
 
 
 @every_backend
-@every_memory
-def test_masked_rows_that_hold_nan_reach_nothing(memory, backend):
+@either_way
+def test_masked_rows_that_hold_nan_reach_nothing(recompute, backend):
     student, teacher = sides()
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
-    wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, memory=memory), *student)
+    wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
     student[0][0, 2], teacher[0][1, 0] = torch.nan, torch.inf
-    loss, got = gradients(call(teacher, backend, mask=mask, memory=memory), *student)
+    loss, got = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
     assert torch.equal(loss, wanted)
     for x, y in zip(got, wanted_gradients, strict=True):
         assert torch.equal(x, y)
     assert (got[0][mask == 0] == 0).all()
-    loss, got = gradients(call(teacher, backend, mask=torch.zeros(3, 4), memory=memory), *student)
+    loss, got = gradients(call(teacher, backend, mask=torch.zeros(3, 4), recompute_logits=recompute), *student)
     assert loss == 0 and all((x == 0).all() for x in got)
 
 
@@ -156,7 +156,7 @@ def test_a_subset_vocabulary_slices_the_teachers_head(backend):
         ({"teacher_head": torch.zeros(7, 3, requires_grad=True)}, "teacher_head"),
         ({"student_bias": torch.zeros(6)}, "student_bias"),
         ({"weights": torch.zeros(3)}, "weights"),
-        ({"memory": "fast"}, "memory"),
+        ({"recompute_logits": "fast"}, "recompute_logits"),
         ({"temperature": 0}, "temperature"),
         ({"vocab": torch.tensor([0, 9])}, "vocab"),
     ],

@@ -17,7 +17,7 @@ HERE = [
 ]
 every_backend = pytest.mark.parametrize("backend", HERE)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_memory = pytest.mark.parametrize("memory", ["speed", "low"])
+either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
 def sides(rows, words, widths=(24, 40), dtype=torch.float32, noise=None, seed=1):
@@ -71,41 +71,41 @@ def size(backend, rows, words):
 
 @every_backend
 @every_kind
-@every_memory
+@either_way
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradients(kind, memory, reduction, backend):
+def test_loss_and_gradients(kind, recompute, reduction, backend):
     """More rows than a chunk holds, more words than a block, none of them a round number; some rows masked."""
     rows, words = size(backend, 307, 1777)
     student, teacher = sides(rows, words)
     mask = randn(rows, seed=3) > -0.5
     options = {"kind": kind, "temperature": 2.5, "beta": 0.3, "alpha": 0.2, "reduction": reduction, "mask": mask}
-    loss, *of = errors(student, teacher, backend, memory=memory, **options)
+    loss, *of = errors(student, teacher, backend, recompute_logits=recompute, **options)
     assert loss < 2e-6
     assert max(of) < 1e-5
 
 
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
-@every_memory
+@either_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "words", "widths"), [(1, 1, (1, 1)), (1, 33, (7, 129)), (5, 2, (31, 1)),
                                                        (65, 513, (97, 33)), (1030, 130, (5, 8)), (3, 4611, (8, 16))])  # fmt: skip
-def test_awkward_shapes(rows, words, widths, dtype, memory):
+def test_awkward_shapes(rows, words, widths, dtype, recompute):
     student, teacher = sides(rows, words, widths, dtype)
-    found = errors(student, teacher, "cpu", memory=memory, reduction="none", kind="soft_ce")
+    found = errors(student, teacher, "cpu", recompute_logits=recompute, reduction="none", kind="soft_ce")
     assert found[0] < 2e-6
     assert max(found[1:]) < (1e-5 if dtype == torch.float32 else 4e-3) or words == 1  # one word: all gradients are 0
 
 
 @every_backend
-@every_memory
+@either_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_near_convergence_the_gradient_keeps_its_digits(dtype, memory, backend):
+def test_near_convergence_the_gradient_keeps_its_digits(dtype, recompute, backend):
     """KL about 5e-3. What is left is the rounding of two float32 products, seen through their difference."""
     if backend == "triton" and backends.INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 wrongly")
     rows, words = size(backend, 300, 2000)
     student, teacher = sides(rows, words, (64, 64), dtype, noise=0.05)
-    found = errors(student, teacher, backend, memory=memory)
+    found = errors(student, teacher, backend, recompute_logits=recompute)
     assert found[0] < 2e-5
     assert max(found[1:]) < (2e-5 if dtype == torch.float32 else 4e-3)  # bfloat16: an ulp of the result
 
@@ -116,10 +116,10 @@ def eager(student, teacher, **options):
 
 
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
-@every_memory
-def test_bfloat16_gradients_are_ten_times_closer_than_eagers(memory):
+@either_way
+def test_bfloat16_gradients_are_ten_times_closer_than_eagers(recompute):
     student, teacher = sides(300, 2000, (64, 64), torch.bfloat16, noise=0.05)
-    ours = errors(student, teacher, "cpu", memory=memory)
+    ours = errors(student, teacher, "cpu", recompute_logits=recompute)
     exact = call(tuple(map(double, teacher)), "reference")
     _, wanted = gradients(exact, *map(double, student))
 
@@ -129,26 +129,26 @@ def test_bfloat16_gradients_are_ten_times_closer_than_eagers(memory):
 
 
 @every_backend
-@every_memory
+@either_way
 @every_kind
-def test_labels_caps_scales_and_weights(kind, memory, backend):
+def test_labels_caps_scales_and_weights(kind, recompute, backend):
     rows, words = size(backend, 70, 1601)
     student, teacher = sides(rows, words)
     labels = torch.arange(rows) * 37 % words
     labels[2] = -100
     options = {"kind": kind, "temperature": 1.7, "weights": randn(rows, seed=4).abs(), "labels": labels}
     options |= {"hard_weight": 0.4, "logit_scale": (0.8, 1.3), "logit_softcap": (3.0, None)}
-    loss, *of = errors(student, teacher, backend, memory=memory, **options)
+    loss, *of = errors(student, teacher, backend, recompute_logits=recompute, **options)
     assert loss < 2e-6
     assert max(of) < 1e-5
 
 
 @every_backend
-@every_memory
+@either_way
 @pytest.mark.parametrize("tail", [None, True])
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_kl", "jsd", "tvd", "soft_ce"])
 @pytest.mark.parametrize("shaped", [False, True])
-def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, memory, backend):
+def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, recompute, backend):
     rows, words = size(backend, 270, 1301)
     student, teacher = sides(rows, words)
     log_probs, indices = F.log_softmax(2 * F.linear(*(x.double() for x in teacher)), -1).topk(9)
@@ -156,20 +156,22 @@ def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, memory, backend):
     mask = randn(rows, seed=3) > -0.5
     options = {"kind": kind, "temperature": 1.5, "mask": mask, "labels": indices[:, 0], "hard_weight": 0.3}
     options |= {"logit_scale": (0.8, 1.0), "logit_softcap": (3.0, None)} if shaped else {}
-    loss, *of = errors(student, (sparse, None, None), backend, memory=memory, **options)
+    loss, *of = errors(student, (sparse, None, None), backend, recompute_logits=recompute, **options)
     assert loss < 2e-6
     assert max(of) < 1e-5
 
 
 @every_backend
-@every_memory
+@either_way
 @every_kind
-def test_a_student_that_has_learnt_nothing(kind, memory, backend):
+def test_a_student_that_has_learnt_nothing(kind, recompute, backend):
     """Far from the teacher, whose logits are larger: no worse than eager on logits of as much rounding."""
     rows, words = size(backend, 5, 8000)
     student, teacher = sides(rows, words)
     teacher = (3 * teacher[0], *teacher[1:])
-    found = errors(student, teacher, backend, kind=kind, memory=memory, reduction="none", alpha=1e-6, beta=0.3)
+    found = errors(
+        student, teacher, backend, kind=kind, recompute_logits=recompute, reduction="none", alpha=1e-6, beta=0.3
+    )
     loss, of_eager = gradients(lambda *student: eager(student, teacher, kind=kind, beta=0.3, alpha=1e-6), *student)
     true_loss, wanted = gradients(call(tuple(map(double, teacher)), "reference", kind=kind, reduction="none",
                                        alpha=1e-6, beta=0.3), *map(double, student))  # fmt: skip
@@ -178,30 +180,30 @@ def test_a_student_that_has_learnt_nothing(kind, memory, backend):
 
 
 @every_backend
-@every_memory
-def test_masked_rows_that_hold_nan_reach_nothing(memory, backend):
+@either_way
+def test_masked_rows_that_hold_nan_reach_nothing(recompute, backend):
     rows, words = size(backend, 300, 200)
     student, teacher = sides(rows, words)
     mask = torch.arange(rows) % 3 != 1
-    wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, memory=memory), *student)
+    wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
     student[0][4], teacher[0][7] = torch.nan, torch.inf
-    loss, found = gradients(call(teacher, backend, mask=mask, memory=memory), *student)
+    loss, found = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
     assert torch.equal(loss, wanted) and all(map(torch.equal, found, wanted_gradients))
     assert (found[0][~mask] == 0).all()
-    loss, found = gradients(call(teacher, backend, mask=torch.zeros(rows), memory=memory), *student)
+    loss, found = gradients(call(teacher, backend, mask=torch.zeros(rows), recompute_logits=recompute), *student)
     assert loss == 0 and all((x == 0).all() for x in found)
 
 
 @every_backend
-@every_memory
-def test_words_that_a_bias_of_minus_infinity_takes_away(memory, backend):
+@either_way
+def test_words_that_a_bias_of_minus_infinity_takes_away(recompute, backend):
     """The padding of a vocabulary; whole blocks of it."""
     rows, words = size(backend, 6, 1800)
     student, teacher = sides(rows, words)
     fewer = words * 2 // 3
     for side in (student, teacher):
         side[2][fewer:] = -torch.inf
-    loss, found = gradients(call(teacher, backend, memory=memory), *student)
+    loss, found = gradients(call(teacher, backend, recompute_logits=recompute), *student)
     less = [(h, w[:fewer], b[:fewer]) for h, w, b in (student, teacher)]
     wanted, wanted_gradients = gradients(call(less[1], "reference"), *less[0])
     assert relative_error(loss, wanted) < 2e-6
@@ -231,14 +233,14 @@ def test_what_is_frozen_costs_nothing_and_gets_nothing(backend):
 
 
 @every_backend
-@every_memory
-def test_two_runs_two_results_and_two_backwards(memory, backend):
+@either_way
+def test_two_runs_two_results_and_two_backwards(recompute, backend):
     """Bitwise the same twice; nothing returned is a buffer that another call, or another backward, writes to."""
     device = test_kernels.device_of(backend)
     student, teacher = sides(*size(backend, 300, 400))
     leaves = [x.to(device).requires_grad_() for x in student]
     run = lambda: linear_divergence(  # noqa: E731
-        leaves[0], leaves[1], teacher[0].to(device), teacher[1].to(device), student_bias=leaves[2], memory=memory,
+        leaves[0], leaves[1], teacher[0].to(device), teacher[1].to(device), student_bias=leaves[2], recompute_logits=recompute,
         backend=backend,
     )  # fmt: skip
     loss = run()
@@ -252,13 +254,13 @@ def test_two_runs_two_results_and_two_backwards(memory, backend):
 
 
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
-@every_memory
-def test_results_do_not_depend_on_the_number_of_threads(memory):
+@either_way
+def test_results_do_not_depend_on_the_number_of_threads(recompute):
     student, teacher = sides(300, 1700, dtype=torch.bfloat16)
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        loss, found = gradients(call(teacher, "cpu", memory=memory), *student)
+        loss, found = gradients(call(teacher, "cpu", recompute_logits=recompute), *student)
         results.append((loss, *found))
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
 
@@ -267,8 +269,8 @@ def test_results_do_not_depend_on_the_number_of_threads(memory):
 def test_compiled_equals_eager(backend):
     torch._dynamo.reset()
     student, teacher = sides(*size(backend, 20, 90))
-    for memory in ("speed", "low"):
-        plain = call(teacher, backend, memory=memory, mask=torch.arange(student[0].shape[0]) != 3)
+    for recompute in (False, True):
+        plain = call(teacher, backend, recompute_logits=recompute, mask=torch.arange(student[0].shape[0]) != 3)
         compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
         loss, found = gradients(plain, *student)
         other, other_found = gradients(compiled, *student)
@@ -284,9 +286,9 @@ def test_a_label_outside_the_vocabulary_is_named():
 
 
 @pytest.mark.parametrize("backend", [x for x in HERE if x.values == ("triton",)])
-@every_memory
+@either_way
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_chunks_of_rows_and_several_blocks_of_words(kind, memory, backend, monkeypatch):
+def test_chunks_of_rows_and_several_blocks_of_words(kind, recompute, backend, monkeypatch):
     """As the interpreter cannot have so many rows, chunks of four."""
     from fastkd.kernels import linear_divergence as kernels
 
@@ -294,21 +296,21 @@ def test_chunks_of_rows_and_several_blocks_of_words(kind, memory, backend, monke
     for rows, words in ((11, 130), (5, 2051)):
         student, teacher = sides(rows, words)
         options = {"kind": kind, "mask": torch.arange(rows) != 2, "labels": torch.arange(rows), "hard_weight": 0.2}
-        loss, *of = errors(student, teacher, backend, memory=memory, **options)
+        loss, *of = errors(student, teacher, backend, recompute_logits=recompute, **options)
         assert loss < 2e-6
         assert max(of) < 1e-5
 
 
 @every_backend
-@every_memory
+@either_way
 @pytest.mark.parametrize("spare", [0, 2])
-def test_the_number_of_rows_that_count_changes_nothing(spare, memory, backend):
+def test_the_number_of_rows_that_count_changes_nothing(spare, recompute, backend):
     student, teacher = sides(11, 40)
     mask = torch.arange(11) % 3 != 1
     for reduction in ("mean", "none"):
         options = {
             "mask": mask,
-            "memory": memory,
+            "recompute_logits": recompute,
             "reduction": reduction,
             "labels": torch.arange(11),
             "hard_weight": 0.5,
@@ -321,16 +323,16 @@ def test_the_number_of_rows_that_count_changes_nothing(spare, memory, backend):
 
 
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
-@every_memory
+@either_way
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("hidden", "head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
                                               (torch.float16, torch.bfloat16)], ids=str)  # fmt: skip
-def test_hidden_states_and_head_of_two_dtypes(hidden, head, masked, memory):
+def test_hidden_states_and_head_of_two_dtypes(hidden, head, masked, recompute):
     """Several chunks of rows, where the place for a row's gradient is narrower, or wider, than the row."""
     student, teacher = sides(400, 700, (25, 24))
     student = (student[0].to(hidden), student[1].to(head), student[2])
     mask = torch.arange(400) % 5 != 2 if masked else None
-    loss, *of = errors(student, teacher, "cpu", memory=memory, mask=mask)
+    loss, *of = errors(student, teacher, "cpu", recompute_logits=recompute, mask=mask)
     assert loss < 2e-6
     for error, dtype in zip(of, (hidden, head, torch.float32), strict=True):
         assert error < (1e-5 if dtype == torch.float32 else 4e-3)

@@ -29,12 +29,12 @@ import torch
 from fastkd import linear_divergence
 from fastkd.bench import measure
 
-def extra(rows, dtype, memory, teacher_words):
+def extra(rows, dtype, memory, teacher_tokens):
     dtype = getattr(torch, dtype)
     make = lambda *shape: torch.randn(shape).to(dtype)
     leaves = [make(rows, {WIDTH}).requires_grad_(), make({WORDS}, {WIDTH}).requires_grad_()]
-    options = {{"memory": memory, "teacher_words": teacher_words}}
-    if teacher_words == "all":
+    options = {{"recompute_logits": memory == "low", "teacher_tokens": teacher_tokens}}
+    if teacher_tokens == "all":
         options["vocab"] = torch.arange({WORDS}) * 4
     teacher = [make(rows, {WIDTH}), make({WORDS} * (4 if "vocab" in options else 1), {WIDTH})]
     task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, **options), leaves)
@@ -59,9 +59,9 @@ def measured(memory):
     return {tuple(case): mib for case, mib in json.loads(done.stdout)}
 
 
-def extra(rows, dtype, memory, teacher_words="kept"):
+def extra(rows, dtype, memory, teacher_tokens="kept"):
     """MiB at the peak of loss and gradients, less the gradients."""
-    return measured(memory)[rows, str(dtype).removeprefix("torch."), memory, teacher_words]
+    return measured(memory)[rows, str(dtype).removeprefix("torch."), memory, teacher_tokens]
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ KEPT = torch.tensor([21, 3, 7, 0, 12, 5, 9, 22, 1])
 STAND_INS = KEPT[torch.arange(WORDS) % len(KEPT)]
 OPTIONS = {"temperature": 1.7, "logit_scale": (0.9, 1.1), "logit_softcap": (6.0, 4.0)}
 every_backend = pytest.mark.parametrize("backend", ["reference", *kernels.HERE])
-every_memory = pytest.mark.parametrize("memory", ["speed", "low"])
+either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
 def sides(rows=ROWS, words=WORDS, kept=KEPT, dtype=torch.float64, **options):
@@ -54,7 +54,7 @@ def check(found, wanted, allowed):
 def both(kind, student, teacher, backend, kept=KEPT, vocab=None, **options):
     """(ours, written out), each loss and gradients."""
     vocab = kept if vocab is None else vocab
-    call = kernels.call(teacher, backend, kind=kind, vocab=vocab, teacher_words="all", **OPTIONS, **options)
+    call = kernels.call(teacher, backend, kind=kind, vocab=vocab, teacher_tokens="all", **OPTIONS, **options)
     mask, reduction = options.get("mask"), options.get("reduction", "mean")
 
     def written_out(*x):
@@ -67,13 +67,13 @@ def both(kind, student, teacher, backend, kept=KEPT, vocab=None, **options):
     return gradients(call, *student), gradients(written_out, *(x.double() for x in student))
 
 
-@every_memory
+@either_way
 @pytest.mark.parametrize("kind", LEFT_OUT)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_of_kept_ids_the_mass_outside_counts_nowhere(kind, reduction, memory):
+def test_of_kept_ids_the_mass_outside_counts_nowhere(kind, reduction, recompute):
     student, teacher = sides()
     mask, weights = randn(ROWS, seed=3) > -0.5, randn(ROWS, seed=4).abs()
-    options = {"mask": mask, "weights": weights, "memory": memory, "reduction": reduction}
+    options = {"mask": mask, "weights": weights, "recompute_logits": recompute, "reduction": reduction}
     check(*both(kind, student, teacher, "reference", **options), (1e-12, 1e-11))
     found, wanted = both(kind, student, teacher, "reference", vocab=VocabMap(KEPT, WORDS), **options)
     check(found, wanted, (1e-12, 1e-11))
@@ -82,16 +82,16 @@ def test_of_kept_ids_the_mass_outside_counts_nowhere(kind, reduction, memory):
 
 
 @every_backend
-@every_memory
+@either_way
 @pytest.mark.parametrize("kind", LEFT_OUT)
-def test_kernels_against_float64(kind, memory, backend):
+def test_kernels_against_float64(kind, recompute, backend):
     rows, words = kernels.size(backend, 150, 2777)
     kept = torch.randperm(words, generator=torch.Generator().manual_seed(0))[: words // 2]
     student, teacher = sides(rows, words, kept, torch.float32)
     mask = randn(rows, seed=3) > -0.5
     mask[0] = False
     for reduction in ("mean", "none"):
-        options = {"memory": memory, "mask": mask, "reduction": reduction}
+        options = {"recompute_logits": recompute, "mask": mask, "reduction": reduction}
         _, wanted = both(kind, student, teacher, backend, kept, **options)
         padded = [(side[0].index_fill(0, torch.tensor([0]), torch.nan), *side[1:]) for side in (student, teacher)]
         found, _ = both(kind, *padded, backend, kept, **options)
@@ -135,16 +135,16 @@ def test_is_what_a_sparse_teacher_without_a_tail_says(kind):
     check(both(kind, student, teacher, "reference")[0], wanted, (1e-12, 1e-11))
 
 
-@every_memory
+@either_way
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_word_meets_its_stand_in(kind, memory):
+def test_a_dropped_word_meets_its_stand_in(kind, recompute):
     """The student's softmax is over all words; padding of the teacher's head is none of them."""
     student, teacher = sides()
     vocab = VocabMap(KEPT, WORDS, replacement=STAND_INS)
     padded = (teacher[0], torch.cat([teacher[1], randn(3, 40)]), torch.cat([teacher[2], randn(3)]))
     mask = randn(ROWS, seed=3) > -0.5
     options = {"kind": kind, "temperature": 1.7, "mask": mask, "reduction": "none"}
-    call = kernels.call(padded, "reference", vocab=vocab, teacher_words="all", memory=memory, **options)
+    call = kernels.call(padded, "reference", vocab=vocab, teacher_tokens="all", recompute_logits=recompute, **options)
     place = [KEPT.tolist().index(i if i in KEPT else int(STAND_INS[i])) for i in range(WORDS)]
     t = F.linear(*teacher)
     wanted = gradients(lambda *x: divergence(F.linear(*x)[:, place], t, **options), *student)
@@ -157,7 +157,7 @@ def test_stand_ins_in_kernels(backend):
     kept = torch.randperm(words, generator=torch.Generator().manual_seed(0))[: words // 3]
     vocab = VocabMap(kept, words, replacement=int(kept[0]))
     student, teacher = sides(rows, words, kept, torch.float32)
-    options = {"kind": "jsd", "vocab": vocab, "teacher_words": "all"}
+    options = {"kind": "jsd", "vocab": vocab, "teacher_tokens": "all"}
     exact = kernels.call(tuple(map(kernels.double, teacher)), "reference", **options)
     wanted = gradients(exact, *map(kernels.double, student))
     check(gradients(kernels.call(teacher, backend, **options), *student), wanted, (2e-6, 1e-5))
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_stand_in_of_thousands_is_summed_in_float32():
 def test_hard_labels_are_the_students_over_its_own_words(vocab, reduction):
     student, teacher = sides()
     labels = torch.tensor([0, 8, -100, 3, 3, -100, 1])
-    options = {"vocab": vocab, "teacher_words": "all", "labels": labels, "reduction": reduction, **OPTIONS}
+    options = {"vocab": vocab, "teacher_tokens": "all", "labels": labels, "reduction": reduction, **OPTIONS}
     found = gradients(kernels.call(teacher, "reference", hard_weight=0.3, **options), *student)
 
     def apart(*x):
@@ -192,7 +192,7 @@ def test_all_words_kept_or_no_vocabulary_is_the_same_as_ever():
     student, teacher = sides(kept=torch.arange(WORDS))
     wanted = gradients(kernels.call(teacher, "reference"), *student)
     for vocab in (None, torch.arange(WORDS), VocabMap(torch.arange(WORDS), WORDS)):
-        found = gradients(kernels.call(teacher, "reference", vocab=vocab, teacher_words="all"), *student)
+        found = gradients(kernels.call(teacher, "reference", vocab=vocab, teacher_tokens="all"), *student)
         check(found, wanted, (0, 0))
 
 
@@ -200,7 +200,7 @@ def test_all_words_kept_or_no_vocabulary_is_the_same_as_ever():
 def test_compiled_equals_eager():
     student, teacher = sides(dtype=torch.float32)
     mask = randn(ROWS, seed=3) > -0.5
-    call = kernels.call(teacher, "cpu", vocab=KEPT, teacher_words="all", mask=mask)
+    call = kernels.call(teacher, "cpu", vocab=KEPT, teacher_tokens="all", mask=mask)
     check(gradients(torch.compile(call, fullgraph=True), *student), gradients(call, *student), (1e-6, 1e-5))
 
 
@@ -217,31 +217,31 @@ def test_a_kept_part_that_is_all_or_next_to_nothing(how_far):
     student, (hidden, head, bias) = sides(dtype=torch.float32)
     bias = bias.index_add(0, KEPT, torch.full((len(KEPT),), how_far))
     for kind in LEFT_OUT:
-        call = kernels.call((hidden, head, bias), "auto", kind=kind, vocab=KEPT, teacher_words="all")
+        call = kernels.call((hidden, head, bias), "auto", kind=kind, vocab=KEPT, teacher_tokens="all")
         loss, got = gradients(call, *student)
         exact = kernels.call(tuple(map(kernels.double, (hidden, head, bias))), "reference", kind=kind, vocab=KEPT,
-                             teacher_words="all")  # fmt: skip
+                             teacher_tokens="all")  # fmt: skip
         check((loss, got), gradients(exact, *map(kernels.double, student)), (1e-3, 1e-2))
 
 
 def test_glmd_from_hidden_states_is_the_public_one():
     student, teacher = sides()
     vocab = VocabMap(KEPT, WORDS, replacement=STAND_INS)
-    loss = GLMDLoss(2.0, vocab=vocab, teacher_words="all", normalize="tokens")
+    loss = GLMDLoss(2.0, vocab=vocab, teacher_tokens="all", normalize="tokens")
     shape = lambda x: x[None]  # noqa: E731
     found = loss.from_hidden(shape(student[0]), student[1], shape(teacher[0]), teacher[1], student_bias=student[2])
-    wanted = kernels.call((*teacher[:2], None), "auto", vocab=vocab, teacher_words="all", temperature=2.0)(*student)
+    wanted = kernels.call((*teacher[:2], None), "auto", vocab=vocab, teacher_tokens="all", temperature=2.0)(*student)
     assert torch.equal(found, wanted)
 
 
 def test_mistakes():
     student, teacher = sides()
-    call = lambda **x: kernels.call(teacher, "auto", **({"teacher_words": "all", "vocab": KEPT} | x))(*student)  # noqa: E731
+    call = lambda **x: kernels.call(teacher, "auto", **({"teacher_tokens": "all", "vocab": KEPT} | x))(*student)  # noqa: E731
     for kind in set(KINDS) - set(LEFT_OUT):
         with pytest.raises(ValueError, match="replacement"):
             call(kind=kind)
-    with pytest.raises(ValueError, match="teacher_words"):
-        call(teacher_words="some")
+    with pytest.raises(ValueError, match="teacher_tokens"):
+        call(teacher_tokens="some")
     with pytest.raises(ValueError, match="only once"):
         call(vocab=torch.zeros(9, dtype=torch.int64))
     with pytest.raises(ValueError, match="student_head"):
@@ -250,6 +250,6 @@ def test_mistakes():
         call(vocab=VocabMap(KEPT, 99, replacement=int(KEPT[0])))
     sparse = TopK(torch.zeros(ROWS, 1, dtype=torch.int64), torch.zeros(ROWS, 1))
     with pytest.raises(ValueError, match="encode"):
-        linear_divergence(*student[:2], sparse, teacher_words="all")
+        linear_divergence(*student[:2], sparse, teacher_tokens="all")
     with pytest.raises(ValueError, match="stand-in"):
-        GLMDLoss(vocab=VocabMap(KEPT, WORDS), teacher_words="all")
+        GLMDLoss(vocab=VocabMap(KEPT, WORDS), teacher_tokens="all")
