@@ -6,38 +6,89 @@ from torch import Tensor, nn
 from fastkd import checks, functional, reductions
 
 
-class HintonKDLoss(nn.Module):
-    """loss(student_logits [..., C], teacher_logits [..., C], labels [...], mask [...]).
+class PredictionLoss(nn.Module):
+    """soft · divergence(teacher, student) + hard · cross-entropy with the labels.
 
-    Both terms are means over the rows that count: those with mask 1 whose label is not ignore_index. Without labels
-    only alpha = 1 makes sense. One row per example in classification, per token in language modelling (shift first).
+    loss(student_logits [..., C], teacher_logits [..., C], labels [...], mask [...]). divergence: the options of
+    fastkd.divergence (kind, temperature, t_squared, beta, alpha). Both terms are means over the rows that count: those
+    with mask 1 whose label is not ignore_index. Labels are needed where hard > 0.
+    """
+
+    def __init__(
+        self, soft: float = 1.0, hard: float = 0.0, *, ignore_index: int = -100, backend: str = "auto", **divergence
+    ):
+        super().__init__()
+        for name, weight in (("soft", soft), ("hard", hard)):
+            checks.number(name, weight)
+        self.soft, self.hard, self.divergence = float(soft), float(hard), divergence
+        self.ignore_index, self.backend = ignore_index, backend
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        self._check_labels(labels)
+        soft = self.soft_term(student_logits, teacher_logits, labels, mask)
+        if not self.hard:
+            return soft if self.soft == 1 else self.soft * soft
+        return self.soft * soft + self.hard * self.hard_term(student_logits, labels, mask)
+
+    def soft_term(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The divergence alone, without its weight."""
+        return functional.divergence(
+            student_logits, teacher_logits, mask=mask, labels=labels, ignore_index=self.ignore_index,
+            backend=self.backend, **self.divergence,
+        )  # fmt: skip
+
+    def hard_term(self, student_logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The cross-entropy with the labels alone, without its weight."""
+        return hard_cross_entropy(student_logits, labels, mask, self.ignore_index)
+
+    def from_hidden(
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        **heads,
+    ) -> Tensor:
+        """The loss from hidden states [..., D] and heads [V, D], both terms in one pass over the vocabulary.
+
+        heads: student_bias, teacher_bias, logit_scale, logit_softcap, vocab, as functional.linear_divergence has them.
+        """
+        self._check_labels(labels)
+        return self.soft * functional.linear_divergence(
+            student_hidden, student_head, teacher_hidden, teacher_head, mask=mask, labels=labels,
+            hard_weight=self.hard / self.soft, ignore_index=self.ignore_index, backend=self.backend, **heads,
+            **self.divergence,
+        )  # fmt: skip
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if labels is None and self.hard:
+            raise ValueError(f"labels: needed for the cross-entropy, which has the weight {self.hard:g}")
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={x!r}" for name, x in {"soft": self.soft, "hard": self.hard, **self.divergence}.items()
+        )
+
+
+class HintonKDLoss(PredictionLoss):
+    """(1 - alpha) · cross-entropy + alpha · T² KL: PredictionLoss with the weights of Hinton's distillation.
+
+    One row per example in classification, per token in language modelling (shift first).
     """
 
     def __init__(
         self, alpha: float = 0.5, temperature: float = 2.0, *, ignore_index: int = -100, backend: str = "auto"
     ):
-        super().__init__()
         checks.positive("temperature", temperature)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: must lie in [0, 1], the share of the teacher's term, got {alpha!r}")
-        self.alpha, self.temperature, self.ignore_index, self.backend = alpha, temperature, ignore_index, backend
-
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        if labels is None and self.alpha < 1:
-            raise ValueError(f"labels: needed for the hard term, which alpha={self.alpha} weighs {1 - self.alpha:g}")
-        soft = functional.divergence(
-            student_logits, teacher_logits, temperature=self.temperature, mask=mask, labels=labels,
-            ignore_index=self.ignore_index, backend=self.backend,
-        )  # fmt: skip
-        if self.alpha == 1:
-            return soft
-        hard = hard_cross_entropy(student_logits, labels, mask, self.ignore_index)
-        return (1 - self.alpha) * hard + self.alpha * soft
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, temperature={self.temperature}"
+        super().__init__(alpha, 1 - alpha, ignore_index=ignore_index, backend=backend, temperature=temperature)
 
 
 def hard_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:

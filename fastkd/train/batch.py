@@ -7,13 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import functional
-from fastkd.losses.kd import hard_cross_entropy
+from fastkd.losses.kd import PredictionLoss, hard_cross_entropy
 
 from .states import States
 
 TASKS = ("classification", "regression", "masked_lm", "causal_lm", "cloze")
 WORD_TASKS = ("masked_lm", "causal_lm")
 SENTENCE_TASKS = ("classification", "regression", "cloze")
+
+
+class Term(NamedTuple):
+    """A part of the loss, and how much it weighs."""
+
+    value: Tensor
+    weight: float
 
 
 class Predictions(NamedTuple):
@@ -69,12 +76,36 @@ class Batch:
             return F.mse_loss(asked.student.float().squeeze(-1), asked.labels.float())
         return hard_cross_entropy(asked.student, asked.labels, asked.mask, -100)
 
-    def soft(self, temperature: float, kind: str = "forward_kl", **options) -> Tensor:
-        """The same against the teacher; in regression, the squared distance of the two outputs."""
+    def soft(self, loss: PredictionLoss, every_token: bool = False) -> Tensor:
+        """The same against the teacher; in regression, the squared distance of the two outputs. every_token: on all real
+        tokens, whether they have a label or not."""
+        if every_token:
+            return loss.soft_term(self.student.logits, self.teacher.logits, mask=self.mask)
         asked = self.predictions()
         if self.task == "regression":
-            return F.mse_loss(asked.student.float(), asked.teacher.float())
+            return functional.divergence(asked.student, asked.teacher, kind="mse") / self.classes()
         labels = asked.labels if self.task in WORD_TASKS else None
-        return functional.divergence(
-            asked.student, asked.teacher, kind=kind, temperature=temperature, mask=asked.mask, labels=labels, **options
-        )
+        return loss.soft_term(asked.student, asked.teacher, labels, asked.mask)
+
+    def distil(
+        self, loss: PredictionLoss, name: str = "soft", *, scale: float = 1.0, every_token: bool = False
+    ) -> dict[str, Term]:
+        """The terms of `loss` on what the task asks both models: `name` against the teacher, "hard" against the labels."""
+        terms = {}
+        if loss.soft:
+            terms[name] = Term(self.soft(loss, every_token), scale * loss.soft)
+        return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
+
+    def fine_tune(self, weight: float = 1.0) -> dict[str, Term]:
+        """The task's own loss as the one term."""
+        return {"hard": Term(self.hard(), weight)}
+
+    def classes(self) -> int:
+        """How many numbers the task asks for in each row."""
+        return self.task_logits(self.student).shape[-1]
+
+    def numbers(self) -> Tensor:
+        """The examples' numbers in the training set, [B]."""
+        if self.ids is None:
+            raise ValueError("example_id: the method needs to know which example is which, and the batch has none")
+        return self.ids

@@ -7,7 +7,6 @@ A third party adds one through the entry-point group `fastkd.methods`; the entry
 import ast
 import importlib
 import importlib.metadata
-import inspect
 from typing import NamedTuple
 
 from torch import nn
@@ -49,10 +48,10 @@ METHODS = {
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),
-    "forward_kl": Entry("divergences:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "reverse_kl": Entry("divergences:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "jsd": Entry("divergences:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "skew_kl": Entry("divergences:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "forward_kl": Entry("forward_kl:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "reverse_kl": Entry("reverse_kl:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "jsd": Entry("jsd:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "skew_kl": Entry("skew_kl:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
 }
 
 
@@ -160,11 +159,10 @@ def build(text: str, setup: Setup) -> Combined:
             if why_not is not None:
                 raise ValueError(f"method: {why_not}")
         weights[name] = float(options.pop("weight", 1.0))
-        known = {key for key, p in inspect.signature(kind.__init__).parameters.items() if key not in ("self", "setup")}
-        unknown = sorted(set(options) - known)
+        unknown = sorted(set(options) - kind.options())
         if unknown:
             raise ValueError(
-                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(known))}"
+                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(kind.options()))}"
             )
         methods[name] = kind(setup, **options)
     return Combined(methods, weights)
