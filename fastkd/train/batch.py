@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,11 +17,35 @@ WORD_TASKS = ("masked_lm", "causal_lm")
 SENTENCE_TASKS = ("classification", "regression", "cloze")
 
 
+# What a term can be a mean over. A mean over "batches" weighs every micro-batch alike: the terms that couple its samples.
+UNITS = ("examples", "labels", "tokens", "sequences", "positions", "pairs", "batches")
+
+
 class Term(NamedTuple):
-    """A part of the loss, and how much it weighs."""
+    """A part of the loss, how much it weighs, and which of UNITS it is a mean over."""
 
     value: Tensor
     weight: float
+    over: str = "batches"
+
+
+def count_units(task: str, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """How many of each of UNITS a micro-batch has: labels that count, real tokens, sequences of two real tokens or more (the
+    others have no relations), positions of the padded batch, pairs of them within a sequence."""
+    size, length = mask.shape
+    labelled = mask.new_zeros(()) if labels is None else labelled_rows(task, labels, mask).sum()
+    of_mask = labelled, mask.sum(), (mask.sum(1) > 1).sum()
+    rest = mask.new_tensor([size * length, size * length**2, 1], dtype=torch.float)
+    return torch.cat([rest.new_tensor([size]), torch.stack(of_mask).float(), rest])
+
+
+def labelled_rows(task: str, labels: Tensor, mask: Tensor) -> Tensor:
+    """Which of the task's predictions have a label that counts."""
+    if task == "regression":
+        return torch.ones_like(labels, dtype=torch.bool)
+    if task == "causal_lm":
+        return (labels[:, 1:] != -100) & (mask[:, 1:] != 0)
+    return labels != -100
 
 
 class Predictions(NamedTuple):
@@ -36,7 +61,8 @@ class Predictions(NamedTuple):
 class Batch:
     """mask [B, S] has 1 on real tokens. ids [B]: the examples' numbers in the training set. answers [C]: in cloze, the
     token that stands for each class; blank [B]: where its mask token is. progress: the share of training that is done.
-    advance: whether learned state (layer weights, banks) moves after this micro-batch."""
+    advance: whether learned state (layer weights, banks) moves after this micro-batch. shares: by how much a mean over each
+    of UNITS counts in the mean over the whole step, 1 where this batch is the step."""
 
     task: str
     student: States
@@ -48,6 +74,11 @@ class Batch:
     blank: Tensor | None = None
     progress: float = 0.0
     advance: bool = True
+    shares: dict[str, Tensor] | None = None
+
+    def of_step(self, term: Term) -> Tensor:
+        """What the term adds to its mean over the whole step, without its weight."""
+        return term.value if self.shares is None else term.value * self.shares[term.over]
 
     def predictions(self) -> Predictions:
         """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""
@@ -93,12 +124,13 @@ class Batch:
         """The terms of `loss` on what the task asks both models: `name` against the teacher, "hard" against the labels."""
         terms = {}
         if loss.soft:
-            terms[name] = Term(self.soft(loss, every_token), scale * loss.soft)
+            over = "tokens" if every_token else "labels" if self.task in WORD_TASKS else "examples"
+            terms[name] = Term(self.soft(loss, every_token), scale * loss.soft, over)
         return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
 
     def fine_tune(self, weight: float = 1.0) -> dict[str, Term]:
         """The task's own loss as the one term."""
-        return {"hard": Term(self.hard(), weight)}
+        return {"hard": Term(self.hard(), weight, "labels")}
 
     def classes(self) -> int:
         """How many numbers the task asks for in each row."""

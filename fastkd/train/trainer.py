@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from . import cache, states
 from .agreement import check_pair, teacher_labels
-from .batch import WORD_TASKS, Batch
+from .batch import UNITS, WORD_TASKS, Batch, count_units
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
@@ -24,7 +24,8 @@ class DistillTrainer(Trainer):
 
     The teacher is frozen and in eval mode, never wrapped, never saved. The method's learned pieces (projections, layer
     weights, banks) train with the student, are saved in every checkpoint, and never become part of the student.
-    Each term is logged as term/<method>/<name> with its weight; a mean over micro-batches, without a look at it before
+    The loss of a step is the mean over all that its micro-batches hold on all ranks, tokens or whatever a term is a mean
+    over, not a mean of their means. Each term is logged as term/<method>/<name> with its weight, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
     teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
@@ -32,7 +33,7 @@ class DistillTrainer(Trainer):
     data bear the student's ids.
     """
 
-    loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them
+    loss_is_scaled_for_ga = True  # by Batch.of_step
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class DistillTrainer(Trainer):
                     )  # fmt: skip
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
@@ -130,14 +131,23 @@ class DistillTrainer(Trainer):
         teacher = None
         if distils and self.method.teaches(progress):
             teacher = self._taught(inputs, extra["example_id"], progress)
-        mask = inputs.get("attention_mask")
         batch = Batch(
-            self.task, student, teacher, torch.ones_like(inputs["input_ids"]) if mask is None else mask, labels,
-            extra["example_id"], self.answers, extra["blank"], progress,
-            self.advance == "micro" or self.accelerator.sync_gradients,
+            self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
+            progress, self.advance == "micro" or self.accelerator.sync_gradients,
         )  # fmt: skip
-        loss = self._terms(batch) if distils else batch.hard()
+        if num_items_in_batch is not None and training:
+            own = count_units(self.task, batch.mask, labels)
+            batch.shares = dict(zip(UNITS, own / num_items_in_batch.clamp_min(1e-9), strict=True))
+        loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
         return (loss, {"loss": loss, "logits": batch.task_logits(student)}) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and how many of each of UNITS they hold: a rank's average, since ranks are averaged."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
+        return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
 
     @torch.no_grad()
     def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
@@ -166,11 +176,12 @@ class DistillTrainer(Trainer):
     def _terms(self, batch: Batch) -> Tensor:
         self.method.train()
         loss = 0.0
-        for name, (value, weight) in self.method(batch).items():
-            loss = loss + weight * value
+        for name, term in self.method(batch).items():
+            value = batch.of_step(term)
+            loss = loss + term.weight * value
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._weights[name] = weight
+            self._steps[name] = self._steps.get(name, 0) + self.accelerator.sync_gradients
+            self._weights[name] = term.weight
         return loss
 
     def evaluate_other(self, model, data=None) -> dict[str, float]:
@@ -189,12 +200,12 @@ class DistillTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
-            means = torch.stack([self._sums[n] / self._counts[n] for n in names])
+            means = torch.stack([self._sums[n] / max(self._steps[n], 1) for n in names])
             means = self.accelerator.reduce(means, "mean")
             for name, value in zip(names, means.tolist(), strict=True):  # the one look, where Trainer looks too
                 logs[f"term/{name}"] = value
                 logs[f"weight/{name}"] = self._weights[name]
-            self._sums, self._counts = {}, {}
+            self._sums, self._steps = {}, {}
         super().log(logs, start_time)
 
     # -- the method's learned pieces -----------------------------------------------------------------------------------
@@ -243,6 +254,12 @@ class DistillTrainer(Trainer):
         student.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+
+def real_tokens(inputs) -> Tensor:
+    """[B, S], 1 where a token is real: all of them where nobody says otherwise."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
 def arguments_of(model) -> set[str]:

@@ -176,8 +176,8 @@ def test_each_term_changes_the_result(name, term, tmp_path, monkeypatch):
         if muted:
             forward = trainer.method.forward
             zeroed = lambda batch, forward=forward: {  # noqa: E731
-                key: Term(value, 0.0 if key == f"{name}/{term}" else weight)
-                for key, (value, weight) in forward(batch).items()
+                key: part._replace(weight=0.0) if key == f"{name}/{term}" else part
+                for key, part in forward(batch).items()
             }
             monkeypatch.setattr(trainer.method, "forward", zeroed)
         trainer.train()

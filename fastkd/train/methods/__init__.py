@@ -128,8 +128,8 @@ class Combined(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Term]:
         terms = {}
         for name, method in self.methods.items():
-            for term, (value, weight) in method(batch).items():
-                terms[f"{name}/{term}"] = Term(value, weight * self.weights[name])
+            for part, term in method(batch).items():
+                terms[f"{name}/{part}"] = term._replace(weight=term.weight * self.weights[name])
         return terms
 
     def attention(self, side: str, progress: float | None = None) -> list[int]:

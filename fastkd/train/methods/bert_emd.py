@@ -24,7 +24,7 @@ class BertEMD(Method):
         self.loss.train(self.training and batch.advance)
         student, teacher = self.projection(list(batch.student.hidden)), list(batch.teacher.hidden)
         attention, hidden = self.loss(*self.scores(batch), student[1:], teacher[1:], batch.mask)
-        embedding = self.loss.embedding_loss(student[0], teacher[0], batch.mask)
-        values = {"attention": attention, "hidden": hidden, "embedding": embedding}
+        values = attention, hidden, self.loss.embedding_loss(student[0], teacher[0], batch.mask)
         terms = batch.distil(self.prediction, "prediction", scale=1 / batch.classes())
-        return terms | {name: Term(value, self.weights[name]) for name, value in values.items()}
+        over = {"attention": "pairs", "hidden": "tokens", "embedding": "tokens"}
+        return terms | {name: Term(x, self.weights[name], over[name]) for name, x in zip(over, values, strict=True)}

@@ -26,4 +26,4 @@ class CoDIR(Method):
         sides = {"student": batch.student.hidden[1:], "teacher": batch.teacher.hidden[1::2]}
         vectors = [self.loss.pooled(side, layers, batch.mask) for side, layers in sides.items()]
         contrast = self.once_per_step(batch, *vectors, batch.numbers())
-        return {**batch.distil(self.prediction), "contrast": Term(contrast.squeeze(), self.crd)}
+        return {**batch.distil(self.prediction), "contrast": Term(contrast.squeeze(), self.crd, "examples")}

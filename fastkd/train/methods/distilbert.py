@@ -19,4 +19,4 @@ class DistilBERT(Method):
 
     def forward(self, batch):
         cosine = cosine_distance(batch.student.hidden[-1], batch.teacher.hidden[-1], batch.mask)
-        return {**batch.distil(self.loss, every_token=True), "cosine": Term(cosine, self.alpha_cosine)}
+        return {**batch.distil(self.loss, every_token=True), "cosine": Term(cosine, self.alpha_cosine, "tokens")}

@@ -26,4 +26,5 @@ class FCD(Method):
             *[(batch.student.hidden[i], batch.teacher.hidden[j]) for i, j in self.pairs], strict=True
         )
         values = {name: loss(list(student), list(teacher), batch.mask) for name, loss in self.losses.items()}
-        return {name: Term(value, self.weights[name]) for name, value in values.items()}
+        over = {"token": "sequences", "sequence": "batches", "random": "batches"}  # the last two couple the batch
+        return {name: Term(value, self.weights[name], over[name]) for name, value in values.items()}

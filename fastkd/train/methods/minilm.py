@@ -20,4 +20,4 @@ class MiniLM(Method):
         if self.stage(batch.progress) == "task":
             return batch.fine_tune()
         (student,), (teacher,) = self.qkv(batch, "student"), self.qkv(batch, "teacher")
-        return {"relations": Term(self.loss(student, teacher, batch.mask), 1.0)}
+        return {"relations": Term(self.loss(student, teacher, batch.mask), 1.0, "tokens")}

@@ -24,4 +24,4 @@ class MiniLMv2(Method):
             return batch.fine_tune()
         # No score q·kᵀ is compared, so the queries stay as they were projected.
         (student,), (teacher,) = self.recorded(batch, "student"), self.recorded(batch, "teacher")
-        return {"relations": Term(self.loss(student[:3], teacher[:3], batch.mask), 1.0)}
+        return {"relations": Term(self.loss(student[:3], teacher[:3], batch.mask), 1.0, "tokens")}

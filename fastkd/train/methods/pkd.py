@@ -23,4 +23,4 @@ class PKD(Method):
 
     def forward(self, batch):
         patient = self.loss(list(batch.student.hidden[1:]), list(batch.teacher.hidden[1:]), batch.mask)
-        return {**batch.distil(self.prediction), "patient": Term(patient, self.beta)}
+        return {**batch.distil(self.prediction), "patient": Term(patient, self.beta, "examples")}

@@ -26,4 +26,4 @@ class TinyBERT(Method):
             return batch.distil(self.prediction, "prediction")
         student, teacher = self.projection(list(batch.student.hidden)), list(batch.teacher.hidden)
         attention, hidden = self.loss(*self.scores(batch), student, teacher, batch.mask)
-        return {"attention": Term(attention, 1.0), "hidden": Term(hidden, 1.0)}
+        return {"attention": Term(attention, 1.0, "pairs"), "hidden": Term(hidden, 1.0, "tokens")}
