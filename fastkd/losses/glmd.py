@@ -109,8 +109,12 @@ class GLMDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
         mask: Tensor | None = None,
         memory: str = "speed",
+        **shape,
     ) -> Tensor:
-        """The words stage from hidden states [B, S, D] and LM heads [V, D], whose logits are never all in memory."""
+        """The words stage from hidden states [B, S, D] and LM heads [V, D], whose logits are never all in memory.
+
+        shape: logit_scale and logit_softcap, as functional.linear_divergence has them.
+        """
         if self.top_n is not None:
             raise ValueError(
                 "top_n: needs the logits of a whole row at once; call the loss with logits, not from_hidden"
@@ -118,7 +122,7 @@ class GLMDLoss(nn.Module):
         value = functional.linear_divergence(
             student_hidden, student_head, teacher_hidden, teacher_head, student_bias=student_bias,
             teacher_bias=teacher_bias, vocab=self.vocab, teacher_words=self.teacher_words, memory=memory, mask=mask,
-            **self._kind(),
+            **self._kind(), **shape,
         )  # fmt: skip
         everything = self.vocab is not None and self.teacher_words == "all"
         words = self.vocab.original_size if everything else student_head.shape[0]

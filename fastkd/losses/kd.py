@@ -60,11 +60,15 @@ class PredictionLoss(nn.Module):
         heads: student_bias, teacher_bias, logit_scale, logit_softcap, vocab, as functional.linear_divergence has them.
         """
         self._check_labels(labels)
-        return self.soft * functional.linear_divergence(
+        if not self.soft:
+            raise ValueError("soft: is 0, so no teacher is needed; call hard_cross_entropy_from_hidden")
+        if self.hard:
+            heads["hard_weight"] = self.hard / self.soft
+        loss = functional.linear_divergence(
             student_hidden, student_head, teacher_hidden, teacher_head, mask=mask, labels=labels,
-            hard_weight=self.hard / self.soft, ignore_index=self.ignore_index, backend=self.backend, **heads,
-            **self.divergence,
+            ignore_index=self.ignore_index, backend=self.backend, **heads, **self.divergence,
         )  # fmt: skip
+        return loss if self.soft == 1 else self.soft * loss
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if labels is None and self.hard:
@@ -102,3 +106,14 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor | None, igno
     checks.indices_in_range("labels", target, logits.shape[-1], "classes")
     rows = nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")  # [N]
     return reductions.reduce(rows.reshape(labels.shape), counted, "mean")
+
+
+def hard_cross_entropy_from_hidden(
+    hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int, **shape
+) -> Tensor:
+    """The same from hidden states [..., D] and the head [V, D]. shape: student_bias, logit_scale, logit_softcap."""
+    checks.integers("labels", labels, "[...]")
+    counted = reductions.counted_rows(mask, labels, ignore_index, hidden.shape[:-1])
+    target = torch.where(counted, labels, 0).long()[..., None]
+    certain = functional.TopK(target, torch.zeros_like(target, dtype=torch.float32))  # a teacher that is sure of them
+    return functional.linear_divergence(hidden, head, certain, kind="soft_ce", mask=counted, **shape)

@@ -207,10 +207,10 @@ def _entries(kind: str, log_q: Tensor, p: Tensor, t: Tensor, beta: float, alpha:
     return beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
 
 
-def linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head, *, student_bias=None,
+def linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head=None, *, student_bias=None,
                       teacher_bias=None, vocab=None, weights=None, memory="speed", **options):  # fmt: skip
     """GLMKD: both logits in full, the kept columns gathered."""
-    if weights is not None:
+    if weights is not None or teacher_head is None or options.keys() & {"hard_weight", "logit_scale", "logit_softcap"}:
         more = {"student_bias": student_bias, "teacher_bias": teacher_bias, "vocab": vocab, "weights": weights}
         sides = (student_hidden, student_head, teacher_hidden, teacher_head)
         return functional.linear_divergence(*sides, **more, **{**options, "backend": "reference"})

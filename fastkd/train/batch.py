@@ -1,19 +1,22 @@
 """One micro-batch as a method sees it, and what its task asks of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.losses.kd import PredictionLoss, hard_cross_entropy
+from fastkd.losses.kd import PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
+from . import heads
+from .heads import Headless
 from .states import States
 
 TASKS = ("classification", "regression", "masked_lm", "causal_lm", "cloze")
 WORD_TASKS = ("masked_lm", "causal_lm")
+VOCABULARY_TASKS = (*WORD_TASKS, "cloze")
 SENTENCE_TASKS = ("classification", "regression", "cloze")
 
 
@@ -51,8 +54,8 @@ def labelled_rows(task: str, labels: Tensor, mask: Tensor) -> Tensor:
 class Predictions(NamedTuple):
     """What the task asks both models: student and teacher [..., C], labels [...], and which rows count (None: all)."""
 
-    student: Tensor
-    teacher: Tensor | None
+    student: Tensor | Headless
+    teacher: Tensor | Headless | None
     labels: Tensor | None
     mask: Tensor | None
 
@@ -82,51 +85,72 @@ class Batch:
 
     def predictions(self) -> Predictions:
         """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""
-        student = self.task_logits(self.student)
-        teacher = None if self.teacher is None else self.task_logits(self.teacher)
+        student = self._asked(self.student)
+        teacher = None if self.teacher is None else self._asked(self.teacher)
         if self.task == "causal_lm":
             labels = None if self.labels is None else self.labels[:, 1:]
             return Predictions(student, teacher, labels, self.mask[:, 1:])
         return Predictions(student, teacher, self.labels, None)
 
-    def task_logits(self, states: States) -> Tensor:
-        logits = states.logits
+    def _asked(self, states: States) -> Tensor | Headless:
+        x = states.predictions
         if self.task == "causal_lm":
-            return logits[:, :-1]
+            return x[:, :-1]
         if self.task == "cloze":
-            at_blank = logits.take_along_dim(self.blank[:, None, None], 1).squeeze(1)  # [B, V]
-            return at_blank[:, self.answers]  # [B, C]
-        return logits
+            at_blank = lambda x: x.take_along_dim(self.blank[:, None, None], 1).squeeze(1)  # noqa: E731 [B, V]
+            if isinstance(x, Headless):
+                return replace(x, hidden=at_blank(x.hidden)).of(self.answers).logits()
+            return at_blank(x)[:, self.answers]  # [B, C]
+        return x
+
+    def task_logits(self) -> Tensor:
+        """The student's logits for what the task asks, whole."""
+        x = self.predictions().student
+        return x.logits() if isinstance(x, Headless) else x
 
     def hard(self) -> Tensor:
         """The task's own loss, against the labels."""
-        asked = self.predictions()
-        if asked.labels is None:
+        student, _, labels, mask = self.predictions()
+        if labels is None:
             raise ValueError("labels: this term needs them, and the data set has none; choose --label-column")
         if self.task == "regression":
-            return F.mse_loss(asked.student.float().squeeze(-1), asked.labels.float())
-        return hard_cross_entropy(asked.student, asked.labels, asked.mask, -100)
+            return F.mse_loss(student.float().squeeze(-1), labels.float())
+        if not isinstance(student, Headless):
+            return hard_cross_entropy(student, labels, mask, -100)
+        scale, cap = student.finish
+        shape = {"student_bias": student.bias, "logit_scale": scale, "logit_softcap": cap}
+        return hard_cross_entropy_from_hidden(student.hidden, student.weight, labels, mask, -100, **shape)
 
-    def soft(self, loss: PredictionLoss, every_token: bool = False) -> Tensor:
-        """The same against the teacher; in regression, the squared distance of the two outputs. every_token: on all real
-        tokens, whether they have a label or not."""
-        if every_token:
-            return loss.soft_term(self.student.logits, self.teacher.logits, mask=self.mask)
+    def distil(self, loss: PredictionLoss, name: str = "soft", *, scale: float = 1.0) -> dict[str, Term]:
+        """The terms of `loss` on what the task asks both models: `name` against the teacher, "hard" against the labels. From
+        hidden states both are made in one pass, and are one term."""
+        if not loss.soft:
+            return self.fine_tune(scale * loss.hard)
         asked = self.predictions()
+        if isinstance(asked.student, Headless):
+            both = f"{name} + hard" if loss.hard else name
+            value = self.compared(loss, asked.student, asked.teacher, asked.mask, labels=asked.labels)
+            return {both: Term(value, scale, "labels")}
+        words = self.task in WORD_TASKS
         if self.task == "regression":
-            return functional.divergence(asked.student, asked.teacher, kind="mse") / self.classes()
-        labels = asked.labels if self.task in WORD_TASKS else None
-        return loss.soft_term(asked.student, asked.teacher, labels, asked.mask)
-
-    def distil(
-        self, loss: PredictionLoss, name: str = "soft", *, scale: float = 1.0, every_token: bool = False
-    ) -> dict[str, Term]:
-        """The terms of `loss` on what the task asks both models: `name` against the teacher, "hard" against the labels."""
-        terms = {}
-        if loss.soft:
-            over = "tokens" if every_token else "labels" if self.task in WORD_TASKS else "examples"
-            terms[name] = Term(self.soft(loss, every_token), scale * loss.soft, over)
+            value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
+        else:
+            value = loss.soft_term(asked.student, asked.teacher, asked.labels if words else None, asked.mask)
+        terms = {name: Term(value, scale * loss.soft, "labels" if words else "examples")}
         return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
+
+    def on_tokens(self, loss: nn.Module, headless: bool = True) -> Tensor:
+        """`loss` on the predictions of both models at every real token, whether it has a label or not."""
+        return self.compared(loss, self.student.predictions, self.teacher.predictions, self.mask, headless)
+
+    @staticmethod
+    def compared(loss, student, teacher, mask, headless: bool = True, **labels) -> Tensor:
+        """loss(student, teacher, mask=mask), from hidden states where both models ran without their heads."""
+        if headless and isinstance(student, Headless):
+            sides, options = heads.arguments(student, teacher)
+            return loss.from_hidden(*sides, mask=mask, **options, **labels)
+        sides = (x.logits() if isinstance(x, Headless) else x for x in (student, teacher))
+        return loss(*sides, mask=mask, **labels)
 
     def fine_tune(self, weight: float = 1.0) -> dict[str, Term]:
         """The task's own loss as the one term."""
@@ -134,7 +158,7 @@ class Batch:
 
     def classes(self) -> int:
         """How many numbers the task asks for in each row."""
-        return self.task_logits(self.student).shape[-1]
+        return self.predictions().student.shape[-1]
 
     def numbers(self) -> Tensor:
         """The examples' numbers in the training set, [B]."""

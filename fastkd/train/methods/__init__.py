@@ -140,6 +140,9 @@ class Combined(nn.Module):
     def hidden(self, progress: float) -> bool:
         return any(method.hidden and method.features(progress) for method in self.methods.values())
 
+    def predicts(self, progress: float) -> bool:
+        return any(method.predicts(progress) for method in self.methods.values())
+
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())
 

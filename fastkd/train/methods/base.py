@@ -56,6 +56,7 @@ class Method(nn.Module):
 
     Loss: type[nn.Module] | None = None
     hidden = False  # reads hidden states
+    features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
     stages: tuple[str, ...] = ("all",)
 
@@ -89,6 +90,10 @@ class Method(nn.Module):
     def features(self, progress: float) -> bool:
         """Whether hidden states and attention are read now; a second stage has no use for them."""
         return self.stage(progress) == self.stages[0]
+
+    def predicts(self, progress: float) -> bool:
+        """Whether predictions are read now; where nobody reads any, no head runs."""
+        return not (self.features_only and self.features(progress))
 
     def teaches(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""

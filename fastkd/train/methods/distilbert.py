@@ -15,8 +15,10 @@ class DistilBERT(Method):
     def __init__(self, setup, alpha_kl=5.0, alpha_mlm=2.0, alpha_cosine=1.0, temperature=2.0):
         super().__init__(setup)
         same_width(setup, "distilbert")
-        self.loss, self.alpha_cosine = PredictionLoss(alpha_kl, alpha_mlm, temperature=temperature), alpha_cosine
+        self.alpha_kl, self.alpha_mlm, self.alpha_cosine = alpha_kl, alpha_mlm, alpha_cosine
+        self.loss = PredictionLoss(temperature=temperature)
 
     def forward(self, batch):
         cosine = cosine_distance(batch.student.hidden[-1], batch.teacher.hidden[-1], batch.mask)
-        return {**batch.distil(self.loss, every_token=True), "cosine": Term(cosine, self.alpha_cosine, "tokens")}
+        soft = Term(batch.on_tokens(self.loss), self.alpha_kl, "tokens")
+        return {"soft": soft, **batch.fine_tune(self.alpha_mlm), "cosine": Term(cosine, self.alpha_cosine, "tokens")}

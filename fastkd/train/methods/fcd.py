@@ -8,7 +8,7 @@ from .base import Method, Setup, Term, uniform_map
 
 
 class FCD(Method):
-    hidden, stages = True, ("relations", "task")
+    hidden, features_only, stages = True, True, ("relations", "task")
 
     def __init__(self, setup: Setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", share=0.5):
         super().__init__(setup, share)

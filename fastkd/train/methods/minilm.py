@@ -6,7 +6,7 @@ from .base import Method, Setup, Term, same_heads
 
 
 class MiniLM(Method):
-    stages = ("relations", "task")
+    features_only, stages = True, ("relations", "task")
 
     def __init__(self, setup: Setup, share: float = 0.5):
         super().__init__(setup, share)

@@ -8,7 +8,7 @@ from .base import Method, Setup, Term, layer_number, same_relation_heads
 
 
 class MiniLMv2(Method):
-    stages = ("relations", "task")
+    features_only, stages = True, ("relations", "task")
 
     def __init__(self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.5):
         super().__init__(setup, share)
