@@ -36,10 +36,13 @@ def count_units(task: str, mask: Tensor, labels: Tensor | None) -> Tensor:
     """How many of each of UNITS a micro-batch has: labels that count, real tokens, sequences of two real tokens or more (the
     others have no relations), positions of the padded batch, pairs of them within a sequence."""
     size, length = mask.shape
-    labelled = mask.new_zeros(()) if labels is None else labelled_rows(task, labels, mask).sum()
-    of_mask = labelled, mask.sum(), (mask.sum(1) > 1).sum()
-    rest = mask.new_tensor([size * length, size * length**2, 1], dtype=torch.float)
-    return torch.cat([rest.new_tensor([size]), torch.stack(of_mask).float(), rest])
+    labelled = 0 if labels is None else labelled_rows(task, labels, mask).sum()
+    sequences = (mask.sum(1) > 1).sum()
+    counts = (size, labelled, mask.sum(), sequences, size * length, size * length**2, 1)  # in the order of UNITS
+    # torch.full, since a tensor made of Python's numbers would wait for the device.
+    return torch.stack(
+        [x.float() if isinstance(x, Tensor) else torch.full((), x, device=mask.device).float() for x in counts]
+    )
 
 
 def labelled_rows(task: str, labels: Tensor, mask: Tensor) -> Tensor:
