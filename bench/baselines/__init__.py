@@ -72,6 +72,7 @@ RELEASED = {  # functions of fastkd.functional, and the authors' way of each
     "gram_correlation_loss": gram.authors,
     "info_nce_loss": contrast.authors_info_nce,
     "layer_costs": layer_cost.authors,
+    "linear_divergence": linear_divergence.authors,
     "nce_loss": contrast.authors_nce,
     "nce_pair_loss": contrast.authors_nce_pair,
     "relation_kl_loss": relation.authors,

@@ -139,6 +139,7 @@ class GLMDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
         mask: Tensor | None = None,
         recompute_logits: bool = False,
+        **shape,
     ) -> Tensor:
         """The stage "words" from hidden states and heads; the logits are never all in memory. See `fastkd.linear_divergence`.
 
@@ -150,6 +151,7 @@ class GLMDLoss(nn.Module):
             student_bias, teacher_bias: [V].
             mask: [B, S], 1 = real token.
             recompute_logits: Compute the logits again in the backward: less memory, more time.
+            shape: logit_scale and logit_softcap, as for `fastkd.linear_divergence`.
 
         Returns:
             A scalar.
@@ -159,8 +161,7 @@ class GLMDLoss(nn.Module):
         value = functional.linear_divergence(
             student_hidden, student_head, teacher_hidden, teacher_head, student_bias=student_bias,
             teacher_bias=teacher_bias, vocab=self.vocab, teacher_tokens=self.teacher_tokens, recompute_logits=recompute_logits,
-            mask=mask,
-            **self._kind(),
+            mask=mask, **self._kind(), **shape,
         )  # fmt: skip
         everything = self.vocab is not None and self.teacher_tokens == "all"
         size = self.vocab.original_size if everything else student_head.shape[0]

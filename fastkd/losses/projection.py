@@ -1,6 +1,6 @@
 """The learned map from the student's width to the teacher's, trained beside the student and dropped afterwards."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ class Projection(nn.Module):
         teacher_dim: Width of the output.
         levels: The number of hidden states, with shared=False.
         shared: One layer for all hidden states, or one for each.
+        start: Initialise at random, as nn.Linear, or as the "identity", which needs equal widths.
 
     Example:
         >>> project = fastkd.Projection(16, 32)
@@ -24,12 +25,28 @@ class Projection(nn.Module):
     """
 
     @renamed(ds="student_dim", dt="teacher_dim")
-    def __init__(self, student_dim: int, teacher_dim: int, levels: int = 1, shared: bool = True):
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        levels: int = 1,
+        shared: bool = True,
+        *,
+        start: Literal["random", "identity"] = "random",
+    ):
         super().__init__()
         for name, number in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("levels", levels)):
             checks.positive(name, number)
         self.levels, self.shared = levels, shared
         self.linear = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in range(1 if shared else levels))
+        checks.one_of("start", start, ("random", "identity"))
+        if start == "identity" and student_dim != teacher_dim:
+            raise ValueError(
+                f"start: 'identity' needs equal widths of student and teacher, got {student_dim} and {teacher_dim}"
+            )
+        for linear in self.linear if start == "identity" else ():
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """The projected hidden states, [B, S, teacher_dim], as one tensor or a list of them.

@@ -17,7 +17,7 @@ from fastkd.train.batch import Batch
 from .timeline import Timeline
 
 WAYS = ("fastkd", "reference", "authors")
-HOT = (*RELEASED, "linear_divergence", "nce_partition", "sample_negatives", "unit_linear", "update_bank")
+HOT = (*RELEASED, "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 POT = importlib.util.find_spec("ot") is not None
 
 

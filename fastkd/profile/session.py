@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.autograd.grad_mode import set_multithreading_enabled
-from torch.utils._pytree import tree_leaves
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fastkd import atomic_write
@@ -58,8 +56,8 @@ class ProfiledTrainer(DistillTrainer):
     def _watch_backward(self, states) -> None:
         """Autograd works through what came last first: all of the loss, then the student, which begins when the first of
         its outputs is asked for its gradient."""
-        for x in tree_leaves(states):
-            if isinstance(x, Tensor) and x.grad_fn is not None:
+        for x in states.tensors():
+            if x.grad_fn is not None:
                 x.grad_fn.register_prehook(lambda grads: self.timeline.switch(LOSS_BACKWARD, STUDENT_BACKWARD))
 
     def _terms(self, batch):

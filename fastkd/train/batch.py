@@ -1,26 +1,64 @@
 """One micro-batch as a method sees it, and what its task asks of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.losses.kd import hard_cross_entropy
+from fastkd.losses.kd import PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
+from . import heads
+from .heads import Headless
 from .states import States
 
 TASKS = ("classification", "regression", "masked_lm", "causal_lm", "cloze")
 WORD_TASKS = ("masked_lm", "causal_lm")
+VOCABULARY_TASKS = (*WORD_TASKS, "cloze")
 SENTENCE_TASKS = ("classification", "regression", "cloze")
+
+
+# What a term can be a mean over. A mean over "batches" weighs every micro-batch alike: the terms that couple its samples.
+UNITS = ("examples", "labels", "tokens", "sequences", "positions", "pairs", "batches")
+
+
+class Term(NamedTuple):
+    """A part of the loss, how much it weighs, and which of UNITS it is a mean over."""
+
+    value: Tensor
+    weight: float
+    over: str = "batches"
+
+
+def count_units(task: str, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """How many of each of UNITS a micro-batch has: labels that count, real tokens, sequences of two real tokens or more (the
+    others have no relations), positions of the padded batch, pairs of them within a sequence."""
+    size, length = mask.shape
+    labelled = 0 if labels is None else labelled_rows(task, labels, mask).sum()
+    sequences = (mask.sum(1) > 1).sum()
+    counts = (size, labelled, mask.sum(), sequences, size * length, size * length**2, 1)  # in the order of UNITS
+    # torch.full, since a tensor made of Python's numbers would wait for the device.
+    return torch.stack(
+        [x.float() if isinstance(x, Tensor) else torch.full((), x, device=mask.device).float() for x in counts]
+    )
+
+
+def labelled_rows(task: str, labels: Tensor, mask: Tensor) -> Tensor:
+    """Which of the task's predictions have a label that counts."""
+    if task == "regression":
+        return torch.ones_like(labels, dtype=torch.bool)
+    if task == "causal_lm":
+        return (labels[:, 1:] != -100) & (mask[:, 1:] != 0)
+    return labels != -100
 
 
 class Predictions(NamedTuple):
     """What the task asks both models: student and teacher [..., C], labels [...], and which rows count (None: all)."""
 
-    student: Tensor
-    teacher: Tensor | None
+    student: Tensor | Headless
+    teacher: Tensor | Headless | None
     labels: Tensor | None
     mask: Tensor | None
 
@@ -29,7 +67,8 @@ class Predictions(NamedTuple):
 class Batch:
     """mask [B, S] has 1 on real tokens. ids [B]: the examples' numbers in the training set. answers [C]: in cloze, the
     token that stands for each class; blank [B]: where its mask token is. progress: the share of training that is done.
-    advance: whether learned state (layer weights, banks) moves after this micro-batch."""
+    advance: whether learned state (layer weights, banks) moves after this micro-batch. shares: by how much a mean over each
+    of UNITS counts in the mean over the whole step, 1 where this batch is the step."""
 
     task: str
     student: States
@@ -41,40 +80,91 @@ class Batch:
     blank: Tensor | None = None
     progress: float = 0.0
     advance: bool = True
+    shares: dict[str, Tensor] | None = None
+
+    def of_step(self, term: Term) -> Tensor:
+        """What the term adds to its mean over the whole step, without its weight."""
+        return term.value if self.shares is None else term.value * self.shares[term.over]
 
     def predictions(self) -> Predictions:
         """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""
-        student = self.task_logits(self.student)
-        teacher = None if self.teacher is None else self.task_logits(self.teacher)
+        student = self._asked(self.student)
+        teacher = None if self.teacher is None else self._asked(self.teacher)
         if self.task == "causal_lm":
             labels = None if self.labels is None else self.labels[:, 1:]
             return Predictions(student, teacher, labels, self.mask[:, 1:])
         return Predictions(student, teacher, self.labels, None)
 
-    def task_logits(self, states: States) -> Tensor:
-        logits = states.logits
+    def _asked(self, states: States) -> Tensor | Headless:
+        x = states.predictions
         if self.task == "causal_lm":
-            return logits[:, :-1]
+            return x[:, :-1]
         if self.task == "cloze":
-            at_blank = logits.take_along_dim(self.blank[:, None, None], 1).squeeze(1)  # [B, V]
-            return at_blank[:, self.answers]  # [B, C]
-        return logits
+            at_blank = lambda x: x.take_along_dim(self.blank[:, None, None], 1).squeeze(1)  # noqa: E731 [B, V]
+            if isinstance(x, Headless):
+                return replace(x, hidden=at_blank(x.hidden)).of(self.answers).logits()
+            return at_blank(x)[:, self.answers]  # [B, C]
+        return x
+
+    def task_logits(self) -> Tensor:
+        """The student's logits for what the task asks, whole."""
+        x = self.predictions().student
+        return x.logits() if isinstance(x, Headless) else x
 
     def hard(self) -> Tensor:
         """The task's own loss, against the labels."""
-        asked = self.predictions()
-        if asked.labels is None:
+        student, _, labels, mask = self.predictions()
+        if labels is None:
             raise ValueError("labels: this term needs them, and the data set has none; choose --label-column")
         if self.task == "regression":
-            return F.mse_loss(asked.student.float().squeeze(-1), asked.labels.float())
-        return hard_cross_entropy(asked.student, asked.labels, asked.mask, -100)
+            return F.mse_loss(student.float().squeeze(-1), labels.float())
+        if not isinstance(student, Headless):
+            return hard_cross_entropy(student, labels, mask, -100)
+        scale, cap = student.finish
+        shape = {"student_bias": student.bias, "logit_scale": scale, "logit_softcap": cap}
+        return hard_cross_entropy_from_hidden(student.hidden, student.weight, labels, mask, -100, **shape)
 
-    def soft(self, temperature: float, kind: str = "forward_kl", **options) -> Tensor:
-        """The same against the teacher; in regression, the squared distance of the two outputs."""
+    def distil(self, loss: PredictionLoss, name: str = "soft", *, scale: float = 1.0) -> dict[str, Term]:
+        """The terms of `loss` on what the task asks both models: `name` against the teacher, "hard" against the labels. From
+        hidden states both are made in one pass, and are one term."""
+        if not loss.soft:
+            return self.fine_tune(scale * loss.hard)
         asked = self.predictions()
+        if isinstance(asked.student, Headless):
+            both = f"{name} + hard" if loss.hard else name
+            value = self.compared(loss, asked.student, asked.teacher, asked.mask, labels=asked.labels)
+            return {both: Term(value, scale, "labels")}
+        words = self.task in WORD_TASKS
         if self.task == "regression":
-            return F.mse_loss(asked.student.float(), asked.teacher.float())
-        labels = asked.labels if self.task in WORD_TASKS else None
-        return functional.divergence(
-            asked.student, asked.teacher, kind=kind, temperature=temperature, mask=asked.mask, labels=labels, **options
-        )
+            value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
+        else:
+            value = loss.soft_term(asked.student, asked.teacher, asked.labels if words else None, asked.mask)
+        terms = {name: Term(value, scale * loss.soft, "labels" if words else "examples")}
+        return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
+
+    def on_tokens(self, loss: nn.Module, headless: bool = True) -> Tensor:
+        """`loss` on the predictions of both models at every real token, whether it has a label or not."""
+        return self.compared(loss, self.student.predictions, self.teacher.predictions, self.mask, headless)
+
+    @staticmethod
+    def compared(loss, student, teacher, mask, headless: bool = True, **labels) -> Tensor:
+        """loss(student, teacher, mask=mask), from hidden states where both models ran without their heads."""
+        if headless and isinstance(student, Headless):
+            sides, options = heads.arguments(student, teacher)
+            return loss.from_hidden(*sides, mask=mask, **options, **labels)
+        sides = (x.logits() if isinstance(x, Headless) else x for x in (student, teacher))
+        return loss(*sides, mask=mask, **labels)
+
+    def fine_tune(self, weight: float = 1.0) -> dict[str, Term]:
+        """The task's own loss as the one term."""
+        return {"hard": Term(self.hard(), weight, "labels")}
+
+    def classes(self) -> int:
+        """How many numbers the task asks for in each row."""
+        return self.predictions().student.shape[-1]
+
+    def numbers(self) -> Tensor:
+        """The examples' numbers in the training set, [B]."""
+        if self.ids is None:
+            raise ValueError("example_id: the method needs to know which example is which, and the batch has none")
+        return self.ids

@@ -8,16 +8,21 @@ Gradient checkpointing: only the first forward records; what backward recomputes
 kind (transformers' default) keeps the recorded tensors in the graph; the reentrant kind would not, and is refused.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .heads import Finish, Headless, taken_off
 
 ATTENTION = "fastkd"
 # What a call may be given that makes the scores something else than scale·q·kᵀ under a mask.
@@ -43,13 +48,31 @@ class QKV(NamedTuple):
         return self.q if math.isclose(factor, 1.0) else self.q * factor, self.k, self.v
 
 
-class States(NamedTuple):
-    """hidden: N + 1 levels [B, S, D], embeddings first. qkv: every layer asked for (0-based); keys and values may have
-    fewer, grouped heads. None where it was not asked for."""
+@dataclass(frozen=True)
+class States:
+    """predictions: logits, or what they are made of. hidden: N + 1 levels [B, S, D], embeddings first. qkv: every layer
+    asked for (0-based); keys and values may have fewer, grouped heads. None where it was not asked for."""
 
-    logits: Tensor
+    predictions: Tensor | Headless | None
     hidden: tuple[Tensor, ...] | None = None
     qkv: dict[int, QKV] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, made now where the model ran without its head."""
+        return self.predictions.logits() if isinstance(self.predictions, Headless) else self.predictions
+
+    def over(self, tokens) -> "States":
+        """Predictions over these tokens of the vocabulary, or these labels."""
+        x = self.predictions
+        return replace(self, predictions=x.of(tokens) if isinstance(x, Headless) else x[..., tokens])
+
+    def tensors(self) -> list[Tensor]:
+        """All that the model put out."""
+        x = self.predictions
+        first = [x.hidden if isinstance(x, Headless) else x]
+        found = [*first, *(self.hidden or ()), *(x for layer in (self.qkv or {}).values() for x in layer)]
+        return [x for x in found if isinstance(x, Tensor)]
 
 
 class _Recorder:
@@ -162,27 +185,94 @@ def forget_attention(model: nn.Module) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def read(model: nn.Module, inputs: dict, *, hidden: bool = False, layers: Sequence[int] = ()) -> States:
+def read(
+    model: nn.Module,
+    inputs: dict,
+    *,
+    hidden: bool = False,
+    layers: Sequence[int] = (),
+    finish: Finish | None = None,
+    predictions: bool = True,
+    depth: int | None = None,
+) -> States:
     """One forward of `model` (wrapped by DDP or not: it is called as it is), and what was asked for of it.
 
     layers: which layers' queries, keys and values (0-based); `record_attention` must have been called on the model.
+    finish: what heads.find said of the model; its head is then not run. predictions=False: nobody reads any.
+    depth: the layers above so many do not run; for a reader of queries, keys and values only.
     """
+    inside = extract_model_from_parallel(model, keep_torch_compile=False)
     recorder = _Recorder(layers) if len(layers) else None
-    before = _recorder.set(recorder)
-    try:
-        options = {"output_hidden_states": True} if hidden else {}
+    options = {"output_hidden_states": True} if hidden else {}
+    with contextlib.ExitStack() as stack:
+        taken = None if finish is None else stack.enter_context(taken_off(inside, finish))
+        if depth is not None:
+            stack.enter_context(_shortened(inside, depth))
+
+        def pass_out(module, args, outputs) -> dict:
+            made = outputs.logits if taken is None else taken[0]
+            return {
+                "predictions": made if predictions else None, "hidden": outputs.hidden_states if hidden else None,
+                "qkv": None if recorder is None else recorder.kept,
+            }  # fmt: skip
+
+        # All that is read passes through the wrapper, which looks for the parameters that its outputs depend on.
+        hooked = not is_compiled_module(getattr(model, "module", model))  # compiled code does not look at hooks again
+        if hooked:
+            stack.callback(inside.register_forward_hook(pass_out).remove)
+        stack.callback(_recorder.reset, _recorder.set(recorder))
         outputs = model(**inputs, **options, return_dict=True)
-    finally:
-        _recorder.reset(before)
-    states = outputs.hidden_states if hidden else None
-    if hidden and not states:
+        outputs = outputs if hooked else pass_out(model, (), outputs)
+    if hidden and not outputs["hidden"]:
         raise RuntimeError(
             f"{_name(model)} returned no hidden states, although they were asked for; it cannot be distilled"
         )
-    return States(outputs.logits, states, None if recorder is None else _recorded(model, recorder, layers))
+    if recorder is not None:
+        _check_recorded(model, recorder, layers)
+    return States(**outputs)
 
 
-def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> dict[int, QKV]:
+def layer_list(model: nn.Module) -> str:
+    """The name of the module list that holds the model's layers."""
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model)]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: cannot tell which of its module lists {lists} holds the {depth(model)} layers; make "
+            "the student by configuration instead (--student-config)"
+        )
+    return lists[0]
+
+
+def stop_after(model: nn.Module, layers: Sequence[int]) -> int | None:
+    """The depth at which a forward may end for a reader of these layers' queries, keys and values; None: it must not.
+
+    Compared once with a whole forward, on a few tokens.
+    """
+    least = max(layers, default=-1) + 1
+    if not 0 < least < depth(model):
+        return None
+    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)}
+    with torch.no_grad(), contextlib.suppress(Exception):  # whatever a model's code makes of fewer layers
+        whole, short = (read(model, inputs, layers=layers, depth=stop).qkv for stop in (None, least))
+        if all(torch.equal(x, y) for i in layers for x, y in zip(whole[i][:3], short[i][:3], strict=True)):
+            return least
+    return None
+
+
+@contextlib.contextmanager
+def _shortened(model: nn.Module, depth: int):
+    """The model without its upper layers meanwhile."""
+    path, _, name = layer_list(model).rpartition(".")
+    parent = model.get_submodule(path)
+    whole = getattr(parent, name)
+    setattr(parent, name, whole[:depth])
+    try:
+        yield
+    finally:
+        setattr(parent, name, whole)
+
+
+def _check_recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> None:
     if recorder.calls == 0:
         raise RuntimeError(
             f"{_name(model)}: no attention layer was seen, so this method would have nothing to learn from; call "
@@ -201,7 +291,6 @@ def _recorded(model: nn.Module, recorder: _Recorder, layers: Sequence[int]) -> d
             f"{_name(model)}: queries and keys were recorded without a gradient, as reentrant gradient checkpointing does; "
             "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    return found
 
 
 def _name(model: nn.Module) -> str:

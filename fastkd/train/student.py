@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from .states import depth
+from .states import depth, layer_list
 
 # The kind of model that a task is trained with.
 AUTO = {
@@ -42,17 +42,6 @@ def parse_layers(text: str, layers: int) -> list[int]:
             f"layers, 0 to {layers - 1}; {', '.join(map(str, outside))} is out of range"
         )
     return chosen
-
-
-def layer_list(model: nn.Module) -> str:
-    """The name of the module list that holds the model's layers."""
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model)]
-    if len(lists) != 1:
-        raise ValueError(
-            f"{type(model).__name__}: cannot tell which of its module lists {lists} holds the {depth(model)} layers; make "
-            "the student by configuration instead (--student-config)"
-        )
-    return lists[0]
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 
-from . import cache, states
+from . import cache, heads, states
 from .agreement import check_pair, teacher_labels
-from .batch import WORD_TASKS, Batch
+from .batch import UNITS, VOCABULARY_TASKS, Batch, count_units
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
@@ -24,7 +25,8 @@ class DistillTrainer(Trainer):
 
     The teacher is frozen and in eval mode, never wrapped, never saved. The method's learned pieces (projections, layer
     weights, banks) train with the student, are saved in every checkpoint, and never become part of the student.
-    Each term is logged as term/<method>/<name> with its weight; a mean over micro-batches, without a look at it before
+    The loss of a step is the mean over all that its micro-batches hold on all ranks, tokens or whatever a term is a mean
+    over, not a mean of their means. Each term is logged as term/<method>/<name> with its weight, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
     teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
@@ -32,7 +34,7 @@ class DistillTrainer(Trainer):
     data bear the student's ids.
     """
 
-    loss_is_scaled_for_ga = False  # our losses are means over the micro-batch: Trainer has to divide them
+    loss_is_scaled_for_ga = True  # by Batch.of_step
 
     def __init__(
         self,
@@ -62,12 +64,15 @@ class DistillTrainer(Trainer):
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel, self.taught = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
+        self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
+        self._loss_only, self._stop_after = False, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         if teacher is not None:
             self.method = self._method(model, teacher, method)
             if teacher_cache:
                 cache.check_method(self.method, task)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
+            self._stop_after = states.stop_after(self.teacher, self.method.attention("teacher"))
             if teacher_cache:
                 size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
                 with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
@@ -75,9 +80,10 @@ class DistillTrainer(Trainer):
                         teacher_cache, self.teacher, self.train_dataset, self.data_collator, accepts, task, size,
                         self.args.device, self.words,
                     )  # fmt: skip
+        self._take_heads_off(compile_teacher)
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
@@ -113,6 +119,20 @@ class DistillTrainer(Trainer):
             )
         return torch.compile(teacher)
 
+    def _take_heads_off(self, compiled: bool) -> None:
+        """Of both models, or of neither: what is compared is of one kind. FSDP and DeepSpeed gather a weight only within its
+        module's forward, and compiled code does not see that a module's forward is another now."""
+        if self.task not in VOCABULARY_TASKS:
+            return
+        compiled = compiled or self.args.torch_compile or is_compiled_module(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or compiled:
+            heads.logger.warning("all logits are made in each step, since FSDP, DeepSpeed or torch.compile is in use")
+            return
+        models = {"student": self.model, **({} if self.teacher is None else {"teacher": self.teacher})}
+        found = {side: heads.find(model) for side, model in models.items()}
+        if None not in found.values():
+            self._finish |= found
+
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -125,58 +145,80 @@ class DistillTrainer(Trainer):
         student = self._states(model, inputs, "student", progress, distils)
         if self.model is self.teacher:  # evaluate_other
             student = self._in_students_terms(student)
-        elif distils and self.words is not None and self.task in (*WORD_TASKS, "cloze"):
-            student = student._replace(logits=student.logits[..., : len(self.words)])
+        elif distils and self.words is not None and self.task in VOCABULARY_TASKS and student.predictions is not None:
+            student = student.over(slice(len(self.words)))
         teacher = None
         if distils and self.method.teaches(progress):
             teacher = self._taught(inputs, extra["example_id"], progress)
-        mask = inputs.get("attention_mask")
         batch = Batch(
-            self.task, student, teacher, torch.ones_like(inputs["input_ids"]) if mask is None else mask, labels,
-            extra["example_id"], self.answers, extra["blank"], progress,
-            self.advance == "micro" or self.accelerator.sync_gradients,
+            self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
+            progress, self.advance == "micro" or self.accelerator.sync_gradients,
         )  # fmt: skip
-        loss = self._terms(batch) if distils else batch.hard()
-        return (loss, {"loss": loss, "logits": batch.task_logits(student)}) if return_outputs else loss
+        if num_items_in_batch is not None and training:
+            own = count_units(self.task, batch.mask, labels)
+            batch.shares = dict(zip(UNITS, own / num_items_in_batch.clamp_min(1e-9), strict=True))
+        loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
+        if not return_outputs:
+            return loss
+        return loss, {"loss": loss} if self._loss_only else {"loss": loss, "logits": batch.task_logits()}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and how many of each of UNITS they hold: a rank's average, since ranks are averaged."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
+        return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
 
     @torch.no_grad()
     def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
         if self.taught is not None:
-            teacher = states.States(self.taught[example_id])
-        else:
-            teacher = self._states(self.teacher, inputs, "teacher", progress, True)
-        return self._in_students_terms(teacher)
+            return self._in_students_terms(states.States(self.taught[example_id]))
+        return self._in_students_terms(self._states(self.teacher, inputs, "teacher", progress, True))
 
     def _in_students_terms(self, teacher: states.States) -> states.States:
-        """Its labels, or words, in the student's order."""
-        if self.words is not None and self.task in (*WORD_TASKS, "cloze"):
-            return teacher._replace(logits=teacher.logits[..., self.words])
-        return teacher if self.relabel is None else teacher._replace(logits=teacher.logits[..., self.relabel])
+        """Its labels, or tokens, in the student's order."""
+        order = self.words if self.task in VOCABULARY_TASKS else self.relabel
+        return teacher if order is None or teacher.predictions is None else teacher.over(order)
 
     def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
         if self.words is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
+        finish = self._finish[side] if reads or model.training or self._loss_only else None
         if not reads:
-            return states.read(model, inputs)
+            return states.read(model, inputs, finish=finish)
+        hidden, layers = self.method.hidden(progress), self.method.attention(side, progress)
+        predictions = self.method.predicts(progress)
         return states.read(
-            model, inputs, hidden=self.method.hidden(progress), layers=self.method.attention(side, progress)
-        )
+            model, inputs, hidden=hidden, layers=layers, finish=finish, predictions=predictions,
+            depth=self._stop_after if side == "teacher" and not (hidden or predictions) else None,
+        )  # fmt: skip
 
     def _terms(self, batch: Batch) -> Tensor:
         self.method.train()
         loss = 0.0
-        for name, (value, weight) in self.method(batch).items():
-            loss = loss + weight * value
+        for name, term in self.method(batch).items():
+            value = batch.of_step(term)
+            loss = loss + term.weight * value
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._weights[name] = weight
+            self._steps[name] = self._steps.get(name, 0) + self.accelerator.sync_gradients
+            self._weights[name] = term.weight
         return loss
 
     def evaluate_other(self, model, data=None) -> dict[str, float]:
         """`evaluate` of another model, the teacher for example, on the same data and in the same way; not logged."""
-        own, accepts = self.model, self._accepts["student"]
+        own, accepts, finish = self.model, self._accepts["student"], self._finish["student"]
         self.model = self.model_wrapped = model
+        if finish is not None and model is not own:
+            self._finish["student"] = self._finish["teacher"] if model is self.teacher else heads.find(model)
         self._accepts["student"] = arguments_of(model)
         self.log = lambda *_, **__: None
         try:
@@ -184,17 +226,17 @@ class DistillTrainer(Trainer):
         finally:
             del self.log
             self.model = self.model_wrapped = own
-            self._accepts["student"] = accepts
+            self._accepts["student"], self._finish["student"] = accepts, finish
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             names = sorted(self._sums)
-            means = torch.stack([self._sums[n] / self._counts[n] for n in names])
+            means = torch.stack([self._sums[n] / max(self._steps[n], 1) for n in names])
             means = self.accelerator.reduce(means, "mean")
             for name, value in zip(names, means.tolist(), strict=True):  # the one look, where Trainer looks too
                 logs[f"term/{name}"] = value
                 logs[f"weight/{name}"] = self._weights[name]
-            self._sums, self._counts = {}, {}
+            self._sums, self._steps = {}, {}
         super().log(logs, start_time)
 
     # -- the method's learned pieces -----------------------------------------------------------------------------------
@@ -243,6 +285,12 @@ class DistillTrainer(Trainer):
         student.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+
+def real_tokens(inputs) -> Tensor:
+    """[B, S], 1 where a token is real: all of them where nobody says otherwise."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
 def arguments_of(model) -> set[str]:

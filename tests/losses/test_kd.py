@@ -7,7 +7,7 @@ from fastkd.bench.baselines.divergence import eager
 
 from cases import gradients, randn
 from fastkd.losses.distilbert import DistilBERTLoss
-from fastkd.losses.kd import HintonKDLoss
+from fastkd.losses.kd import HintonKDLoss, PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
 
 def test_hinton_is_its_formula():
@@ -42,6 +42,30 @@ def test_hinton_counts_only_labelled_unmasked_tokens():
     assert torch.allclose(gradient[rows], wanted_gradient[rows], rtol=1e-12) and (gradient[~rows] == 0).all()
     loss, (gradient,) = gradients(lambda x: HintonKDLoss()(x, t, labels, torch.zeros(2, 4)), s)
     assert loss == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    "loss", [HintonKDLoss(0.3, 3.0), HintonKDLoss(1.0), PredictionLoss(hard=0.5, kind="jsd", beta=0.2, temperature=2.0)]
+)
+def test_from_hidden_states_both_terms_are_those_of_the_logits(loss):
+    h, w, b, g, v = randn(2, 4, 6), randn(9, 6, seed=1), randn(9, seed=2), randn(2, 4, 5, seed=3), randn(9, 5, seed=4)
+    labels, mask = torch.tensor([[1, -100, 2, 0], [3, 8, -100, 4]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    logits = lambda h, w, b: 0.5 * F.linear(h, w, b)  # noqa: E731
+    wanted = gradients(lambda *x: loss(logits(*x), F.linear(g, v), labels, mask), h, w, b)
+    found = gradients(
+        lambda h, w, b: loss.from_hidden(h, w, g, v, labels, mask, student_bias=b, logit_scale=(0.5, 1.0)), h, w, b
+    )
+    for ours, theirs in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    hard = gradients(lambda *x: hard_cross_entropy(logits(*x), labels, mask, -100), h, w, b)
+    found = gradients(
+        lambda h, w, b: hard_cross_entropy_from_hidden(h, w, labels, mask, -100, student_bias=b, logit_scale=0.5),
+        h,
+        w,
+        b,
+    )
+    for ours, theirs in zip((found[0], *found[1]), (hard[0], *hard[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_hinton_in_bfloat16_returns_float32():

@@ -44,7 +44,9 @@ def trained(folder, student, teacher, task, words, **options):
         labels = torch.where(labels >= 0, labels % len(KEPT), labels)
         data = data.remove_columns("labels").add_column("labels", labels.tolist())
     args = tiny.arguments(folder, per_device_train_batch_size=4, learning_rate=0.0)
-    trainer = DistillTrainer(student, teacher, "kd", task=task, args=args, train_dataset=data, words=words, **options)
+    trainer = DistillTrainer(
+        student, teacher, "kd:alpha=1", task=task, args=args, train_dataset=data, words=words, **options
+    )
     trainer.train()
     return next(entry for entry in trainer.state.log_history if "term/kd/soft" in entry)["term/kd/soft"]
 

@@ -7,7 +7,6 @@ A third party adds one through the entry-point group `fastkd.methods`; the entry
 import ast
 import importlib
 import importlib.metadata
-import inspect
 from typing import NamedTuple
 
 from torch import nn
@@ -49,10 +48,10 @@ METHODS = {
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),
-    "forward_kl": Entry("divergences:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "reverse_kl": Entry("divergences:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "jsd": Entry("divergences:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "skew_kl": Entry("divergences:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "forward_kl": Entry("forward_kl:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "reverse_kl": Entry("reverse_kl:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "jsd": Entry("jsd:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "skew_kl": Entry("skew_kl:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
 }
 
 
@@ -129,8 +128,8 @@ class Combined(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Term]:
         terms = {}
         for name, method in self.methods.items():
-            for term, (value, weight) in method(batch).items():
-                terms[f"{name}/{term}"] = Term(value, weight * self.weights[name])
+            for part, term in method(batch).items():
+                terms[f"{name}/{part}"] = term._replace(weight=term.weight * self.weights[name])
         return terms
 
     def attention(self, side: str, progress: float | None = None) -> list[int]:
@@ -140,6 +139,9 @@ class Combined(nn.Module):
 
     def hidden(self, progress: float) -> bool:
         return any(method.hidden and method.features(progress) for method in self.methods.values())
+
+    def predicts(self, progress: float) -> bool:
+        return any(method.predicts(progress) for method in self.methods.values())
 
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())
@@ -160,11 +162,10 @@ def build(text: str, setup: Setup) -> Combined:
             if why_not is not None:
                 raise ValueError(f"method: {why_not}")
         weights[name] = float(options.pop("weight", 1.0))
-        known = {key for key, p in inspect.signature(kind.__init__).parameters.items() if key not in ("self", "setup")}
-        unknown = sorted(set(options) - known)
+        unknown = sorted(set(options) - kind.options())
         if unknown:
             raise ValueError(
-                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(known))}"
+                f"method: {name} has no option {', '.join(unknown)}; it has weight, {', '.join(sorted(kind.options()))}"
             )
         methods[name] = kind(setup, **options)
     return Combined(methods, weights)

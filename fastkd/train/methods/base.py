@@ -1,20 +1,17 @@
 """What a method is: what it reads of the two models, and which terms it makes of it."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fastkd.train.batch import Batch
+from fastkd.train.batch import Batch, Term
 from fastkd.train.states import QKV
 
 DECODERS = ("gpt2", "llama", "qwen2")
-
-
-class Term(NamedTuple):
-    value: Tensor
-    weight: float
+_OURS = ("setup", "causal", "process_group", "backend")  # arguments that are no options of a method
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,17 @@ class Setup:
 
 class Method(nn.Module):
     """A method is a module: what it learns is in its parameters and buffers, which are saved for resuming and never
-    become part of the student. Subclasses set what they read, and return their terms from `forward`.
+    become part of the student. Subclasses set what they read, and return their terms from `forward`. Where `Loss` is set,
+    the keyword arguments of that loss are options of the method too, and reach its __init__ as **options.
 
     stages: a method that learns features first and the task afterwards has two; `share` is the first one's part of
     training. Combined with other methods there is one stage, and the task is the others' business.
     """
 
+    Loss: type[nn.Module] | None = None
     hidden = False  # reads hidden states
+    features_only = False  # its first stage reads no predictions
+    every_layer = False  # reads the queries, keys and values of all layers
     stages: tuple[str, ...] = ("all",)
 
     def __init__(self, setup: Setup, share: float = 1.0):
@@ -64,10 +65,19 @@ class Method(nn.Module):
         if not 0 <= share <= 1:
             raise ValueError(f"share: the first stage's part of training must lie in [0, 1], got {share!r}")
         self.setup, self.share, self.alone = setup, share, True
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """The names of this method's options."""
+        own = list(inspect.signature(cls).parameters.values())
+        of_loss = [] if cls.Loss is None else inspect.signature(cls.Loss).parameters.values()
+        own += [p for p in of_loss if p.kind is p.KEYWORD_ONLY]
+        return {p.name for p in own if p.kind is not p.VAR_KEYWORD and p.name not in _OURS}
 
     def attention(self, side: str) -> Sequence[int]:
         """The layers (0-based) of the "student" or the "teacher" whose queries, keys and values are read."""
-        return ()
+        return range(getattr(self.setup, side).layers) if self.every_layer else ()
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
@@ -81,9 +91,24 @@ class Method(nn.Module):
         """Whether hidden states and attention are read now; a second stage has no use for them."""
         return self.stage(progress) == self.stages[0]
 
+    def predicts(self, progress: float) -> bool:
+        """Whether predictions are read now; where nobody reads any, no head runs."""
+        return not (self.features_only and self.features(progress))
+
     def teaches(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""
         return self.stage(progress) != "task"
+
+    def once_per_step(self, batch: Batch, *inputs: Tensor) -> Tensor:
+        """self.loss(*inputs), whose learned state moves once per step, with the rows of all of its micro-batches."""
+        whole_step = batch.advance and not self.seen
+        value = self.loss.train(self.training and whole_step)(*inputs)
+        if self.training and not whole_step:
+            self.seen.append(tuple(x.detach() for x in inputs))
+            if batch.advance:
+                self.loss.train()(*map(torch.cat, zip(*self.seen, strict=True)))
+                self.seen.clear()
+        return value
 
     def recorded(self, batch: Batch, side: str) -> list[QKV]:
         """The layers that `attention` names, as the model has them."""
@@ -93,6 +118,10 @@ class Method(nn.Module):
     def qkv(self, batch: Batch, side: str) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The same with the queries rescaled, so that q·kᵀ/√d are the model's own scores."""
         return [layer.normalized() for layer in self.recorded(batch, side)]
+
+    def scores(self, batch: Batch) -> list[list[tuple[Tensor, Tensor]]]:
+        """The same without the values, of both models."""
+        return [[(q, k) for q, k, _ in self.qkv(batch, side)] for side in ("student", "teacher")]
 
 
 def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
@@ -104,6 +133,26 @@ def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
             "choose --student-layers so, or another method"
         )
     return [(i, i * (m // n)) for i in range(1, n + 1)]
+
+
+def inner_layers(setup: Setup, name: str) -> None:
+    if setup.student.layers < 2:
+        raise ValueError(
+            f"{name}: compares inner layers, so the student needs two at least, got {setup.student.layers}"
+        )
+
+
+def layer_number(name: str, layer: int | None, layers: int) -> int:
+    """`layer` (1-based) of the teacher, the last where it is None."""
+    if layer is not None and not 1 <= layer <= layers:
+        raise ValueError(f"{name}: teacher_layer={layer} is not among the teacher's layers 1 to {layers}")
+    return layers if layer is None else layer
+
+
+def has_labels(setup: Setup, name: str, needed: bool) -> bool:
+    if needed and setup.labels is None:
+        raise ValueError(f"{name}: negatives=label needs labels, and the task {setup.task} has none; see in_batch")
+    return setup.labels is not None
 
 
 def same_width(setup: Setup, name: str) -> None:
@@ -122,3 +171,14 @@ def same_heads(setup: Setup, name: str, heads: str | None = None) -> None:
                 "" if name == "minilm" else f", or {name}:heads=mean, which averages the scores over the heads"
             )
         )  # fmt: skip
+
+
+def same_relation_heads(setup: Setup, name: str, relation_heads: int) -> None:
+    for side in ("student", "teacher"):
+        model = getattr(setup, side)
+        for what, width in (("query", model.width), ("key", model.width // model.heads * model.key_heads)):
+            if width % relation_heads:
+                raise ValueError(
+                    f"{name}: relation_heads={relation_heads} does not divide the {side}'s {what} width {width}; "
+                    f"pass a divisor of both models' widths, as {name}:relation_heads=…"
+                )

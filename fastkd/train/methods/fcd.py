@@ -1,8 +1,6 @@
-"""FCD (Huang, Guo, Wang; NeurIPS 2023): the student's tokens shall resemble each other as the teacher's do.
-
-alpha · token + beta · sequence + gamma · random, on the last layers ("last") or on all of the student's ("uniform").
-The released loss has no task term: relations first, then plain fine-tuning, `share` of training for the former.
-"""
+"""FCD (Huang, Guo, Wang; NeurIPS 2023): alpha · token + beta · sequence + gamma · random, relations among the tokens of the
+last layers ("last") or of all of the student's ("uniform"). The released loss has no task term: relations first, then plain
+fine-tuning, `share` of training for the former."""
 
 from fastkd.losses.fcd import FCDLoss
 
@@ -10,32 +8,23 @@ from .base import Method, Setup, Term, uniform_map
 
 
 class FCD(Method):
-    hidden = True
-    stages = ("relations", "task")
+    hidden, features_only, stages = True, True, ("relations", "task")
 
-    def __init__(
-        self,
-        setup: Setup,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        gamma: float = 0.0,
-        K: int = 128,
-        layers: str = "last",
-        share: float = 0.5,
-    ):
+    def __init__(self, setup: Setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", share=0.5):
         super().__init__(setup, share)
         if layers not in ("last", "uniform"):
             raise ValueError(f"fcd: layers must be 'last' or 'uniform', got {layers!r}")
         self.pairs = uniform_map(setup, "fcd") if layers == "uniform" else [(-1, -1)]
-        weights = {"token": (1, 0, 0), "sequence": (0, 1, 0), "random": (0, 0, 1)}
-        self.weights = {"token": alpha, "sequence": beta, "random": gamma}
-        self.losses = {name: FCDLoss(*weights[name], K=K) for name, weight in self.weights.items() if weight > 0}
+        weights = {"token": alpha, "sequence": beta, "random": gamma}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.losses = {name: FCDLoss(*(float(name == other) for other in weights), K=K) for name in self.weights}
 
     def forward(self, batch):
         if self.stage(batch.progress) == "task":
-            return {"hard": Term(batch.hard(), 1.0)}
-        student = [batch.student.hidden[i] for i, _ in self.pairs]
-        teacher = [batch.teacher.hidden[j] for _, j in self.pairs]
-        return {
-            name: Term(loss(student, teacher, batch.mask), self.weights[name]) for name, loss in self.losses.items()
-        }
+            return batch.fine_tune()
+        student, teacher = zip(
+            *[(batch.student.hidden[i], batch.teacher.hidden[j]) for i, j in self.pairs], strict=True
+        )
+        values = {name: loss(list(student), list(teacher), batch.mask) for name, loss in self.losses.items()}
+        over = {"token": "sequences", "sequence": "batches", "random": "batches"}  # the last two couple the batch
+        return {name: Term(value, self.weights[name], over[name]) for name, value in values.items()}

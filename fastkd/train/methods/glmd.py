@@ -24,5 +24,6 @@ class GLMD(Method):
     def forward(self, batch):
         if self.stage(batch.progress) == "soft" and self.setup.task == "cloze":
             asked = batch.predictions()
-            return {"soft": Term(self.loss(asked.student, asked.teacher, stage="soft"), 1.0)}
-        return {"words": Term(self.loss(batch.student.logits, batch.teacher.logits, batch.mask), 1.0)}
+            return {"soft": Term(self.loss(asked.student, asked.teacher, stage="soft"), 1.0, "examples")}
+        words = batch.on_tokens(self.loss, headless=self.loss.top_n is None)
+        return {"words": Term(words, 1.0, self.loss.normalize)}

@@ -6,7 +6,7 @@ from .base import Method, Setup, Term, same_heads
 
 
 class MiniLM(Method):
-    stages = ("relations", "task")
+    features_only, stages = True, ("relations", "task")
 
     def __init__(self, setup: Setup, share: float = 0.5):
         super().__init__(setup, share)
@@ -18,5 +18,6 @@ class MiniLM(Method):
 
     def forward(self, batch):
         if self.stage(batch.progress) == "task":
-            return {"hard": Term(batch.hard(), 1.0)}
-        return {"relations": Term(self.loss(*self.qkv(batch, "student"), *self.qkv(batch, "teacher"), batch.mask), 1.0)}
+            return batch.fine_tune()
+        (student,), (teacher,) = self.qkv(batch, "student"), self.qkv(batch, "teacher")
+        return {"relations": Term(self.loss(student, teacher, batch.mask), 1.0, "tokens")}

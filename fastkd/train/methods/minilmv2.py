@@ -1,32 +1,19 @@
 """MiniLMv2 (Wang et al., 2021): Q-Q, K-K and V-V relations of one layer, re-split into common heads; then fine-tuning.
-
-The student's last layer learns from the teacher's last, or from `teacher_layer` (1-based): for a large teacher the
-authors take one above its middle, 21 of 24.
-"""
+The student's last layer learns from the teacher's last, or from `teacher_layer` (1-based): for a large teacher the authors
+take one above its middle, 21 of 24."""
 
 from fastkd.losses.minilm import MiniLMv2Loss
 
-from .base import Method, Setup, Term
+from .base import Method, Setup, Term, layer_number, same_relation_heads
 
 
 class MiniLMv2(Method):
-    stages = ("relations", "task")
+    features_only, stages = True, ("relations", "task")
 
     def __init__(self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.5):
         super().__init__(setup, share)
-        for side in ("student", "teacher"):
-            model = getattr(setup, side)
-            for what, width in (("query", model.width), ("key", model.width // model.heads * model.key_heads)):
-                if width % relation_heads:
-                    raise ValueError(
-                        f"minilmv2: relation_heads={relation_heads} does not divide the {side}'s {what} width {width}; "
-                        "pass a divisor of both models' widths, as minilmv2:relation_heads=…"
-                    )
-        self.teacher_layer = setup.teacher.layers if teacher_layer is None else teacher_layer
-        if not 1 <= self.teacher_layer <= setup.teacher.layers:
-            raise ValueError(
-                f"minilmv2: teacher_layer={teacher_layer} is not among the teacher's layers 1 to {setup.teacher.layers}"
-            )
+        same_relation_heads(setup, "minilmv2", relation_heads)
+        self.teacher_layer = layer_number("minilmv2", teacher_layer, setup.teacher.layers)
         self.loss = MiniLMv2Loss(relation_heads, causal=setup.student.causal)
 
     def attention(self, side):
@@ -34,7 +21,7 @@ class MiniLMv2(Method):
 
     def forward(self, batch):
         if self.stage(batch.progress) == "task":
-            return {"hard": Term(batch.hard(), 1.0)}
+            return batch.fine_tune()
         # No score q·kᵀ is compared, so the queries stay as they were projected.
         (student,), (teacher,) = self.recorded(batch, "student"), self.recorded(batch, "teacher")
-        return {"relations": Term(self.loss(student[:3], teacher[:3], batch.mask), 1.0)}
+        return {"relations": Term(self.loss(student[:3], teacher[:3], batch.mask), 1.0, "tokens")}

@@ -1,8 +1,9 @@
 """TinyBERT (Jiao et al., 2020): student layer l learns attention scores and hidden states of teacher layer l·M/N.
 
-First attention + hidden (embeddings among them, through one trained projection), then soft cross entropy at T = 1.
+First attention + hidden (embeddings among them, through one trained projection), then soft cross-entropy at T = 1.
 """
 
+from fastkd.losses.kd import PredictionLoss
 from fastkd.losses.projection import Projection
 from fastkd.losses.tinybert import TinyBERTLoss
 
@@ -10,25 +11,19 @@ from .base import Method, Setup, Term, same_heads, uniform_map
 
 
 class TinyBERT(Method):
-    hidden = True
-    stages = ("intermediate", "prediction")
+    hidden, every_layer, features_only, stages = True, True, True, ("intermediate", "prediction")
 
     def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
         super().__init__(setup, share)
         same_heads(setup, "tinybert", heads)
         uniform_map(setup, "tinybert")
-        self.temperature = temperature
+        self.prediction = PredictionLoss(kind="soft_ce", temperature=temperature)
         self.projection = Projection(setup.student.width, setup.teacher.width)
         self.loss = TinyBERTLoss(causal=setup.student.causal, heads=heads)
 
-    def attention(self, side):
-        return range(getattr(self.setup, side).layers)
-
     def forward(self, batch):
         if self.stage(batch.progress) == "prediction":
-            return {"prediction": Term(batch.soft(self.temperature, "soft_ce"), 1.0)}
-        attention, hidden = self.loss(
-            [(q, k) for q, k, _ in self.qkv(batch, "student")], [(q, k) for q, k, _ in self.qkv(batch, "teacher")],
-            self.projection(list(batch.student.hidden)), list(batch.teacher.hidden), batch.mask,
-        )  # fmt: skip
-        return {"attention": Term(attention, 1.0), "hidden": Term(hidden, 1.0)}
+            return batch.distil(self.prediction, "prediction")
+        student, teacher = self.projection(list(batch.student.hidden)), list(batch.teacher.hidden)
+        attention, hidden = self.loss(*self.scores(batch), student, teacher, batch.mask)
+        return {"attention": Term(attention, 1.0, "pairs"), "hidden": Term(hidden, 1.0, "tokens")}
