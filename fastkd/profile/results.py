@@ -1,5 +1,6 @@
 """What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as rows, tables and files."""
 
+import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from fastkd import atomic_write
-from fastkd.bench import machine, plots, report
+from fastkd.bench import machine, report
 from fastkd.bench.intervals import median_interval, ratio_interval
 
 from .timeline import LOSS_BACKWARD, OUTSIDE, STUDENT_BACKWARD, Step
@@ -119,8 +120,8 @@ def sums(shares: dict[str, float]) -> str:
 def trace_of(folder: Path, setup: dict) -> Path:
     """One file per setup: readable, and the digest tells apart what the words do not."""
     words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
-    sizes = f"{setup['batch']}x{setup['length']}-{setup['dtype']}"
-    return folder / "traces" / f"{words}-{sizes}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
+    digest = hashlib.sha256(repr([setup[name] for name in KEY]).encode()).hexdigest()[:6]
+    return folder / "traces" / f"{words}-{setup['batch']}x{setup['length']}-{setup['dtype']}-{digest}.json"
 
 
 def read(folder: Path) -> pd.DataFrame:
