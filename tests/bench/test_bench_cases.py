@@ -1,4 +1,4 @@
-"""The bench's cases: floors against arithmetic by hand, inputs, and rivals that really do the same job."""
+"""The bench's cases: floors against arithmetic by hand, inputs, and providers that really do the same job."""
 
 import dataclasses
 
@@ -111,7 +111,7 @@ def test_sparse_flow_is_a_vertex_with_uniform_marginals():
     )
 
 
-# Cases and rivals -------------------------------------------------------------------------------------------------
+# Cases and providers ----------------------------------------------------------------------------------------------
 
 
 def tiny(stem, kind):
