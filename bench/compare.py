@@ -65,15 +65,8 @@ class Change:
         sides = (f"{report.number(row['times_ours_median'])}×" for row in (self.before, self.after))
         memory = " → ".join(map(report.number, self.memory)) + (" grew" if self.grew(tolerance) else "")
         interval = report.interval(*self.interval or (None, None))
-        return (
-            self.where,
-            self.before["provider"],
-            *sides,
-            f"{self.ratio:.2f}",
-            interval,
-            self.verdict(tolerance),
-            memory,
-        )
+        name = self.before["provider"]
+        return self.where, name, *sides, f"{self.ratio:.2f}", interval, self.verdict(tolerance), memory
 
 
 def changes(a: Sequence[report.Row], b: Sequence[report.Row]) -> tuple[list[Change], list[str]]:

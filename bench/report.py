@@ -128,8 +128,8 @@ def absent(rows: Iterable[Row]) -> list[str]:
 
 # The table --------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("provider", "mode", "median ms", "95 %", "× ours", "95 %", "× (min)", "of floor", "rate", "× GEMMs",
-            "extra MiB", "loss error", "gradient error", "match")  # fmt: skip
+HEADINGS = ("provider", "mode", "median ms", "95 %", "× ours", "95 %", "× (min)", "of floor", "× GEMMs", "extra MiB",
+            "loss error", "gradient error")  # fmt: skip
 
 
 def number(value: float | None) -> str:
@@ -145,13 +145,6 @@ def interval(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{number(low)}–{number(high)}"
 
 
-def rate(row: Row) -> str:
-    """What was reached of the roof that bounds this case: bytes or FLOPs that nobody can avoid, per second."""
-    if row["floor_bound"] == "copy":
-        return f"{number(row['bytes'] / row['median_ms'] * 1e-6)} GB/s"
-    return f"{number(row['flops'] / row['median_ms'] * 1e-6)} GFLOP/s"
-
-
 def line(row: Row) -> tuple[str, ...]:
     served = f" → {row['served_by']}" if row["served_by"] and ":" not in row["provider"] else ""
     return (
@@ -163,12 +156,10 @@ def line(row: Row) -> tuple[str, ...]:
         "" if row["provider"] == "fastkd" else interval(row["times_ours_low"], row["times_ours_high"]),
         number(row["times_ours_minimum"]),
         f"{row['floor_share']:.0%}",
-        rate(row),
         number(row["median_ms"] / row["gemms_ms"]) if row["gemms_ms"] else "–",
         number(row["peak_extra_mib"]),
         f"{row['loss_error']:.0e}",
         f"{row['gradient_error']:.0e}",
-        "✓" if row["match"] else "✗",
     )
 
 

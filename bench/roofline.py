@@ -33,7 +33,7 @@ class Roofs:
     """Remembers the best rate it has seen; always warm-cache numbers, the harder yardstick.
 
     A machine has slow minutes. `again` measures anew, so that a roof from one of them does not stand over a fast case.
-    The random numbers are its own: the device's generator may be left unusable by a rival whose graph capture failed.
+    The random numbers are its own: the device's generator may be left unusable by a provider whose graph capture failed.
     """
 
     def __init__(self, device: torch.device, timer):

@@ -1,6 +1,6 @@
 """contrast's cases: a queue, in-batch negatives, gathered rows, and a whole step of CoDIR's loss.
 
-A step moves bank rows. The batch's rows are where they move to already, so that every call of every rival finds the
+A step moves bank rows. The batch's rows are where they move to already, so that every call of every provider finds the
 state that the check saw.
 """
 

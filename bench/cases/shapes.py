@@ -95,25 +95,21 @@ def case_from(stem: str, entry: dict, where: str, dtype: torch.dtype) -> Case:
 
 
 def from_yaml(path: pathlib.Path, dtype: torch.dtype) -> Iterator[Case]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ValueError(f"{path}: reading YAML needs pyyaml (pip install 'fastkd[bench]')") from error
+    import yaml  # of fastkd[bench]
+
     try:
         found = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; name a shape ({', '.join(SHAPES)}) or a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    parts = {"models": "name: {layers: 12, …}", "cases": "stem: [{kind: …}, …]"}
-    if not isinstance(found, dict) or not found or set(found) - set(parts):
-        raise ValueError(f"{path}: expected `models:`, `cases:` or both at the top, got {found!r:.80}")
-    for part, under in parts.items():
-        if not isinstance(found.get(part) or {}, dict):
-            raise ValueError(f"{path}: {part}: expected lines of {under}, got {found[part]!r:.80}")
-    for name, entry in (found.get("models") or {}).items():
+    parts = [found.get(part) or {} for part in ("models", "cases")] if isinstance(found, dict) else []
+    if not parts or set(found) - {"models", "cases"} or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: expected `models:` with lines of name: {{layers: 12, …}}, `cases:` with lines of "
+                         f"stem: [{{kind: …}}, …], or both; got {found!r:.80}")  # fmt: skip
+    for name, entry in parts[0].items():
         yield from cases_of(name, shape_of(f"{path}: model {name!r}", entry), dtype)
-    for stem, entries in (found.get("cases") or {}).items():
+    for stem, entries in parts[1].items():
         checks.one_of(f"{path}: cases", stem, list(STEMS))
         if not isinstance(entries, list):
             raise ValueError(f"{path}: cases: expected a list under {stem}, got {entries!r}")

@@ -28,7 +28,6 @@ PROFILES = (("bert-base", 32, 128), ("llama-1b", 1, 512))  # model, batch, lengt
 PY = sys.executable
 SANITIZER = "compute-sanitizer"
 NO_DEVICE = "Device not supported"  # what it says on a virtual machine that hides what it needs
-PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 LARGEST = "two_to_the_31"  # a test that takes 20 GB
 
 
@@ -89,7 +88,7 @@ def plan() -> list[Stage]:
 
 def execute(stage: Stage, seconds: float) -> tuple[int | None, str]:
     """(exit status, last lines); None where the time ran out. The stage's own children end with it."""
-    environment = {**os.environ, **stage.environment, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PATH": PATH}
+    environment = {**os.environ, **stage.environment, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         stage.command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -100,10 +99,6 @@ def execute(stage: Stage, seconds: float) -> tuple[int | None, str]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return None, process.communicate()[0]
-
-
-def which_tool(tool: str) -> str | None:
-    return shutil.which(tool, path=PATH)
 
 
 def leave_out(stage: Stage, left: float, red: Sequence[str], which: Callable) -> str:
@@ -128,7 +123,8 @@ def outcome_of(stage: Stage, status: int | None, out: str, took: float) -> dict:
 
 
 def run(stages: Sequence[Stage], seconds: float, run_stage: Callable = execute, clock: Callable = time.monotonic,
-        which: Callable = which_tool, show: Callable = print, keep: Callable = lambda *_: None) -> list[dict]:  # fmt: skip
+        which: Callable = shutil.which, show: Callable = print,
+        keep: Callable = lambda *_: None) -> list[dict]:  # fmt: skip
     """Stage after stage until the time is up; what became of each. keep(outcomes, output): after each."""
     end, red, outcomes = clock() + seconds, [], []
     for stage in stages:
@@ -144,10 +140,8 @@ def run(stages: Sequence[Stage], seconds: float, run_stage: Callable = execute, 
         show("– {stage}: {outcome} in {seconds:.0f} s {why}".format(**outcome), flush=True)
         outcomes.append(outcome)
         keep(outcomes, out)
-        if (stage.kind == "build" and outcome["outcome"] != "ok") or (
-            stage.kind == "test" and outcome["outcome"] == "failed"
-        ):
-            red.append(stage.name)
+        bad = {"build": ("failed", "stopped", "left out"), "test": ("failed",)}.get(stage.kind, ())
+        red += [stage.name] if outcome["outcome"] in bad else []
     return outcomes
 
 
@@ -176,19 +170,6 @@ def keeper(folder: pathlib.Path, logs: pathlib.Path, facts: dict, to: str = "") 
     return keep
 
 
-def print_plan(stages: Sequence[Stage], seconds: float) -> None:
-    print(f"make gpu, in {seconds:.0f} s:")
-    for i, stage in enumerate(stages, 1):
-        words = " ".join([*(f"{k}={v}" for k, v in stage.environment.items()), *map(shown, stage.command)])
-        print(
-            f"{i:3}. {stage.name}: at most {stage.most:.0f} s, not begun with less than {stage.least:.0f}\n       $ {words}"
-        )
-    print("What comes late is left out first; a stage that runs past its seconds is stopped, and its results stay.")
-    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none visible'}")
-    print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda or 'no'}")
-    print(*(f"{tool}: {which_tool(tool) or 'not on PATH'}" for tool in ("nvcc", SANITIZER, "nvidia-smi")), sep="\n")
-
-
 def shown(word: str) -> str:
     return "python" if word == PY else word.replace(str(machine.ROOT) + os.sep, "")
 
@@ -200,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     arguments = parser.parse_args(argv)
     stages = plan()
-    print_plan(stages, arguments.seconds)
+    for i, stage in enumerate(stages, 1):
+        words = " ".join([*(f"{k}={v}" for k, v in stage.environment.items()), *map(shown, stage.command)])
+        print(f"{i:3}. {stage.name}: {stage.least:.0f} to {stage.most:.0f} s\n       $ {words}")
     if arguments.dry_run:
         print("dry run: nothing was run")
         return 0
@@ -210,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(LOGS, ignore_errors=True)
     facts = machine.facts(torch.device("cuda"))
     folder = RESULTS / facts["device"]
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     outcomes = run(stages, arguments.seconds, keep=keeper(folder, LOGS, facts, os.environ.get("OUT", "")))
     lines = [(o["stage"], o["outcome"], f"{o['seconds']:.0f}", o["why"]) for o in outcomes]
     report.show_table(("stage", "outcome", "seconds", "why"), lines, "\nmake gpu", 2)

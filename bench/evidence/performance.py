@@ -89,28 +89,16 @@ def goal_lines(rows: Sequence[Row], why: dict[str, str]) -> Iterator[tuple[str, 
                    "not measured" if value is None else verdict)  # fmt: skip
 
 
-def beside_eager(rows: Sequence[Row]) -> list[Row]:
-    """Eager's rows, every mode, launch, cache state and size."""
-    return [row for row in rows if row["provider"] == "eager" and row["times_ours_median"]]
-
-
-def coverage(rows: Sequence[Row]) -> str:
-    """What a sentence about all rows speaks of, and what it cannot: of all that `fastkd bench`, also --scale, would measure."""
+def slower_than_eager(rows: Sequence[Row], limit: float = 0.95) -> str:
+    """Where eager takes less than `limit` of our time; every mode, launch, cache state and size; and what has no row."""
+    beside = [row for row in rows if row["provider"] == "eager" and row["times_ours_median"]]
+    slow = [f"{row['stem']} {plots.label_of(row['case'])} {row['mode']} {row['launch']}, {row['cache']} "
+            f"({row['times_ours_median']:.2f}×)" for row in beside if row["times_ours_median"] < limit]  # fmt: skip
     gpu = any(row["cuda"] for row in rows)
     everything = {(case.stem, case.name) for stem in STEMS for case in listed(stem, gpu, scale=True)}
     lacking = len(everything - {(row["stem"], row["case"]) for row in rows})
-    return f"{len(beside_eager(rows))} rows measured; {lacking} of {len(everything)} listed cases have none"
-
-
-def slower_than_eager(rows: Sequence[Row], limit: float = 0.95) -> list[str]:
-    """Cases and modes where eager takes less than `limit` of our time; all launches and cache states, curves too."""
-
-    def how(row: Row) -> str:
-        cold = row["cache"].startswith("cold") and not row["cuda"]  # a GPU is always measured cold
-        return f"{row['mode']}{'' if row['launch'] == 'plain' else ' graph'}{' cold' if cold else ''}"
-
-    return [f"{row['stem']} {plots.label_of(row['case'])} {how(row)} ({row['times_ours_median']:.2f}×)"
-            for row in beside_eager(rows) if row["times_ours_median"] < limit]  # fmt: skip
+    found = f"{len(slow)} of {len(beside)} rows measured; {lacking} of {len(everything)} listed cases have none."
+    return f"Slower than {limit}× eager: {found}" + (f" {'; '.join(slow)}." if slow else "")
 
 
 def section(folder: pathlib.Path, where: str) -> Iterator[str]:
@@ -125,8 +113,7 @@ def section(folder: pathlib.Path, where: str) -> Iterator[str]:
     yield from (f"{', '.join(versions)}; commit {', '.join(commits)}; raw: [CSV]({where}).", "")
     lines = [case_line(stem, case, there) for (stem, case), there in groups_of(rows).items()]
     yield from (f"![How many times faster, case by case]({where}/overview.png)", *table(HEADINGS, lines))
-    slow = slower_than_eager(rows)
-    yield f"Slower than 0.95× eager: {len(slow)} of {coverage(rows)}." + (f" {'; '.join(slow)}." if slow else "")
+    yield slower_than_eager(rows)
     reasons = folder / "why.json"
     goals = goal_lines(rows, json.loads(reasons.read_text()) if reasons.exists() else {})
     yield from ("", "### Goals", *table(("hot path", "case", "what", "asked", "reached", ""), list(goals)))

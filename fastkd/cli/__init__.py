@@ -7,7 +7,7 @@ import sys
 COMMANDS = {
     "distill": "distil a teacher into a student: --method, data, a report at the end",
     "demo": "a complete distillation on real text, with a real teacher, in under ten minutes",
-    "bench": "every hot path against its rivals, on this machine",
+    "bench": "every hot path beside its baselines and peers, on this machine",
     "profile": "where the time of a training step goes, ours beside the reference and the authors' way",
     "vocab": "count a corpus and write a smaller vocabulary: a map, a report, a tokenizer and a model",
     "doctor": "versions, what is built, and for every stem which implementation runs here and why the others do not",

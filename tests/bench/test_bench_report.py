@@ -236,7 +236,7 @@ def test_the_page_is_written_from_the_csv(checkout):
         assert line in text.splitlines()
     count = sum(len(listed(stem, scale=True)) for stem in STEMS)
     slow = f"Slower than 0.95× eager: 1 of 4 rows measured; {count - 1} of {count} listed cases have none."
-    assert f"{slow} divergence forward_kl 3×5 fp32 both (0.50×).\n" in text
+    assert f"{slow} divergence forward_kl 3×5 fp32 both plain, as the previous provider left it (0.50×).\n" in text
     assert "## empty" not in text and "<details>" not in text
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {"overview.png", "divergence_sweep.png", "profile.png"}
