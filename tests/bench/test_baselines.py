@@ -15,6 +15,7 @@ def relation_pair(heads=2):
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 LOGITS = (randn(2, 5, 11, seed=1), randn(2, 5, 11, seed=2))
+STATES_AND_HEADS = (randn(2, 5, 6, seed=1), randn(11, 6, seed=2), randn(2, 5, 8, seed=3), randn(11, 8, seed=4))
 HIDDEN = ([randn(2, 5, 6, seed=i) for i in (1, 2)], [randn(2, 5, 6, seed=i) for i in (3, 4, 5)])
 HEADS = tuple(
     [(randn(2, h, 5, 4, seed=s + i), randn(2, 2, 5, 4, seed=s + 10 + i)) for i in range(n)]
@@ -25,6 +26,9 @@ QUERY, BANK, INDEX = randn(4, 6, seed=1), randn(20, 6, seed=2), torch.arange(24)
 CALLS = [
     *[("divergence", LOGITS, {"kind": kind, "temperature": 2.0, "mask": MASK}) for kind in checks.KINDS],
     ("divergence", LOGITS, {"labels": torch.tensor([[1, -100, 2, 3, 4]] * 2), "t_squared": False}),
+    ("linear_divergence", STATES_AND_HEADS, {"kind": "jsd", "temperature": 2.0, "mask": MASK}),
+    ("linear_divergence", STATES_AND_HEADS, {"vocab": torch.arange(11), "labels": torch.tensor([[1, -100, 2, 3, 4]] * 2),
+                                             "hard_weight": 0.5, "mask": MASK}),
     ("gram_correlation_loss", HIDDEN[0], {"level": "token"}),
     ("gram_correlation_loss", HIDDEN[0], {"level": "sequence", "grouping": "official"}),
     ("gram_correlation_loss", HIDDEN[0], {"level": "token", "pearson": "row", "normalize": False}),
