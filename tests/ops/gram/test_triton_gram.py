@@ -165,13 +165,13 @@ def test_four_launches_whatever_the_number_of_pairs(monkeypatch):
     from fastkd.kernels.gram import in_cache
 
     counts = {}
-    for name in ("whole_forward_kernel", "whole_backward_kernel"):
+    for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(in_cache, name, Counter(getattr(in_cache, name), counts))
     sides = [[x.to(DEVICE) for x in anisotropic(10 + k, 4, 6, 20, 12, 1.0)] for k in range(3)]
     students, teachers = ([side[k] for side in sides] for k in (0, 1))
     level = {"token": 1.0, "sequence": 2.0}
     found = gradients(lambda *s: loss(s, teachers, level=level), *students)
-    assert counts == {"whole_forward_kernel": 2, "whole_backward_kernel": 2}
+    assert counts == {"forward_kernel": 2, "backward_kernel": 2}
     true = gradients(
         lambda *s: loss(s, [t.double() for t in teachers], "reference", level=level), *(s.double() for s in students)
     )
@@ -356,10 +356,10 @@ def test_opcheck(long):
     torch.library.opcheck(torch.ops.fastkd.gram_bwd_triton, backward, test_utils=checks)
 
 
-def test_the_op_knows_what_a_program_holds():
+def test_the_op_and_the_kernel_agree_on_what_is_in_cache():
     from fastkd.kernels.gram import rows
 
-    assert {half: rows.longest(half) for half in (True, False)} == ops.WHOLE
+    assert {half: rows.longest(half) for half in (True, False)} == ops.IN_CACHE_ROWS
 
 
 MUTANTS = {

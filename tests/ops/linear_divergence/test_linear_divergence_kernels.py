@@ -287,11 +287,11 @@ def test_a_label_outside_the_vocabulary_is_named():
 @pytest.mark.parametrize("backend", [x for x in HERE if x.values == ("triton",)])
 @every_memory
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_chunks_of_rows_and_several_blocks_of_words(kind, memory, backend, monkeypatch):
+def test_chunks_of_rows_and_several_blocks_of_columns(kind, memory, backend, monkeypatch):
     """As the interpreter cannot have so many rows, chunks of four."""
     from fastkd.kernels import linear_divergence as kernels
 
-    monkeypatch.setattr(kernels, "ROWS", {"speed": 4, "low": 4})
+    monkeypatch.setattr(kernels, "ROWS", {False: 4, True: 4})
     for rows, words in ((11, 130), (5, 2051)):
         student, teacher = sides(rows, words)
         options = {"kind": kind, "mask": torch.arange(rows) != 2, "labels": torch.arange(rows), "hard_weight": 0.2}
