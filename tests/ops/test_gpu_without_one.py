@@ -210,7 +210,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(arguments, monkeypa
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     seen = []
-    launch = backends._where_its_tensors_are(lambda *_: seen.append(current[0]))
+    launch = backends._on_the_tensors_device(lambda *_: seen.append(current[0]))
     launch(*eval(f"({arguments},)", {"x": x}))
     assert seen == [1] and current == [0]
 

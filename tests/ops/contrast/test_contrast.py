@@ -273,7 +273,7 @@ def test_draws_follow_seed_step_and_place():
     assert all(((first == x).float().mean(1) < 0.1).all() for x in others)
 
 
-def test_random_words_are_splitmix64():
+def test_random_bits_are_splitmix64():
     """Against Python's integers, which do not wrap."""
 
     def mix(x):
@@ -282,11 +282,11 @@ def test_random_words_are_splitmix64():
         return x ^ (x >> 31)
 
     state, index = torch.tensor([2**61 + 12345, 7]), torch.tensor([11, 5])
-    words = contrast_draw.random_words(index, 3, state)
+    bits = contrast_draw.random_bits(index, 3, state)
     for b in range(2):
         stream = mix((mix((mix((mix(2**61 + 12345) + 7) % 2**64) + b) % 2**64) + int(index[b])) % 2**64)
         for k in range(3):
-            assert words[b, k] == mix((stream + (k + 1) * 0x9E3779B97F4A7C15) % 2**64) & (2**63 - 1)
+            assert bits[b, k] == mix((stream + (k + 1) * 0x9E3779B97F4A7C15) % 2**64) & (2**63 - 1)
 
 
 # ---- the bank

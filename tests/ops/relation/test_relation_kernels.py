@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import cases
 from cases import ROOT, gradients, randn, relative_error
 from fastkd import backends, functional
-from fastkd.ops.relation import KERNELS, WHOLE
+from fastkd.ops.relation import KERNELS, MOST_KEYS
 
 INTERPRETED = pytest.mark.skipif(backends.INTERPRETED, reason="slow in the interpreter; shorter ones go there")
 
@@ -68,7 +68,7 @@ def errors(case, tensors, backend, **options):
 
 
 # Where every kernel has a path of its own; the interpreter takes only the short ones.
-LENGTHS = [50] if backends.INTERPRETED else [50, WHOLE + 10]
+LENGTHS = [50] if backends.INTERPRETED else [50, MOST_KEYS + 10]
 
 
 def some_masked(B, L):
@@ -97,7 +97,7 @@ def test_every_case(case, masked, constant, backend):
 @pytest.mark.parametrize("case", ["self", "causal self", "pair", "causal pair"])
 def test_beyond_what_fits_in_scratch(case, masked, heads, backend):
     """On both sides of the border, where threads share a head and where each has its own."""
-    for L in (WHOLE, WHOLE + 77):
+    for L in (MOST_KEYS, MOST_KEYS + 77):
         mask = some_masked(3, L)[[0, 2]] if masked else None
         tensors = states(2, 2 if masked else 1, heads, L, 4, 6)
         loss_error, grad_error = errors(case, tensors, backend, mask=mask)
@@ -209,7 +209,7 @@ def test_extreme_scores(backend):
 @pytest.mark.parametrize("case", ["self", "pair"])
 def test_a_flat_side_against_a_sharp_one(case, student, teacher, backend):
     """Hundreds of keys: the sums of the two softmaxes lie so far apart that their difference would lose digits."""
-    for length in [200] if backends.INTERPRETED else [300, WHOLE + 77]:
+    for length in [200] if backends.INTERPRETED else [300, MOST_KEYS + 77]:
         tensors = states(12, 1, 1 if backends.INTERPRETED else 17, length, 16, 16)
         tensors = [student * x for x in tensors[:2]] + [teacher * x for x in tensors[2:]]
         assert max(errors(case, tensors, backend)) <= 2e-6
@@ -277,9 +277,9 @@ def test_one_query_whose_upstream_differs(case, length, backend):
 @pytest.mark.parametrize("tokens", ["alike", "one towers", "one is nothing"])
 def test_own_scores_that_say_nothing_of_the_largest(tokens, backend):
     """A token's score with itself is no guide where another token is much larger: scores then go another way."""
-    tensors = states(13, 1, 2, WHOLE + 77, 8, 8)
+    tensors = states(13, 1, 2, MOST_KEYS + 77, 8, 8)
     for x in tensors:
-        x[..., WHOLE // 2, :] *= {"alike": 1.0, "one towers": 300.0, "one is nothing": 0.0}[tokens]
+        x[..., MOST_KEYS // 2, :] *= {"alike": 1.0, "one towers": 300.0, "one is nothing": 0.0}[tokens]
     value, (grad, _) = run("self", tensors, backend)
     oracle, (true_grad, _) = run("self", [x.double() for x in tensors], "reference")
     reference, (reference_grad, _) = run("self", tensors, "reference")
@@ -396,14 +396,14 @@ def test_compiled_equals_eager(case, backend):
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
-@pytest.mark.parametrize("length", [5, WHOLE + 3])
+@pytest.mark.parametrize("length", [5, MOST_KEYS + 3])
 def test_opcheck(length):
     xs, ys, xt, yt = states(14, 2, 3, length, 5, 6)
     mask = torch.ones(2, length, dtype=torch.bool)
     for y, other in ((None, None), (ys, yt)):
         sides = (xs, y, xt, other, mask)
-        torch.library.opcheck(torch.ops.fastkd.relation_fwd, (*sides, True, 0.5, 0.4, length <= WHOLE))
-        rows, *kept = torch.ops.fastkd.relation_fwd(*sides, True, 0.5, 0.4, length <= WHOLE)
+        torch.library.opcheck(torch.ops.fastkd.relation_fwd, (*sides, True, 0.5, 0.4, length <= MOST_KEYS))
+        rows, *kept = torch.ops.fastkd.relation_fwd(*sides, True, 0.5, 0.4, length <= MOST_KEYS)
         torch.library.opcheck(torch.ops.fastkd.relation_bwd, (torch.rand_like(rows), *sides, *kept, True, 0.5, 0.4))
 
 
