@@ -5,6 +5,7 @@
 
 import torch
 import torch.nn.functional as F
+from fastkd.bench import baselines
 from fastkd.bench.cases.case import Case
 from torch.utils.checkpoint import checkpoint
 
@@ -54,11 +55,10 @@ def liger_linear(case: Case):
 
 def checkpointed_chunks(case: Case):
     """TRL's shape: 256 tokens at a time in fp32, under activation checkpointing."""
-    from fastkd.bench import baselines
 
     def chunk(student, head, teacher, teacher_head, kind, temperature):
         logits = F.linear(student.float(), head.float()), F.linear(teacher.float(), teacher_head.float())
-        return baselines.divergence_of(*logits, kind, temperature) * student.shape[0]
+        return baselines.divergence.eager(*logits, kind, temperature).sum()
 
     def run(x, options):
         total, rows = 0.0, x["student_hidden"].shape[0]
@@ -83,58 +83,21 @@ def checkpointed_chunks(case: Case):
 def auto_chunker(case: Case):
     """Inductor's AutoChunker, where this torch has it."""
     import torch._inductor.config as inductor
-    from fastkd.bench import baselines
 
     if not hasattr(inductor, "auto_chunker"):
         return f"torch {torch.__version__} has no AutoChunker"
-    function = torch.compile(baselines.eager_linear, dynamic=False, options={"auto_chunker.enable": True})
+    function = torch.compile(
+        baselines.linear_divergence.eager_case, dynamic=False, options={"auto_chunker.enable": True}
+    )
     return lambda x, options: function(x, options)
 
 
-def stacked(case: Case):
-    from fastkd.bench import baselines
-
-    return baselines.stacked_layer_cost
-
-
 def cdist(case: Case):
-    from fastkd.bench import baselines
-
     def run(x, options):
-        sides = [torch.stack([layer.flatten() for layer in side]) for side in baselines.layers_of(x)]
+        sides = [torch.stack([layer.flatten() for layer in side]) for side in baselines.layer_cost.layers_of(x)]
         return (torch.cdist(*sides).square() / sides[0].shape[1] * x["flow"]).sum()
 
     return run if case.dtype == torch.float32 else f"torch.cdist has no {case.dtype_text}"
-
-
-def emd_loop(case: Case):
-    """BERT-EMD's way: every problem copied to the host, solved there in float64, its flow copied back."""
-    import ot
-
-    def run(x, options):
-        total = 0.0
-        for cost, a, b in zip(x["cost"], x["a"], x["b"], strict=True):
-            flow = ot.emd(*(tensor.detach().cpu().numpy().astype("float64") for tensor in (a, b, cost)))
-            total = total + (torch.from_numpy(flow).to(cost) * cost).sum()
-        return total
-
-    return run
-
-
-def emd_step(case: Case):
-    """BERT-EMD's way: a loop of MSEs into one matrix, its copy to the host, a solver there, and the flow's way back."""
-    import ot
-    from fastkd.bench import baselines
-
-    n, m = case.shape["N"], case.shape["M"]
-    masses = [1 / n] * n, [1 / m] * m
-
-    def run(x, options):
-        matrix = baselines.authors_matrix(x)[:n, n:]
-        flow = ot.emd(*masses, matrix.detach().cpu().numpy().astype("float64"))
-        return (torch.from_numpy(flow).to(matrix) * matrix).sum()
-
-    return run
 
 
 class Tiled(torch.autograd.Function):
@@ -223,11 +186,14 @@ def refuse(reason: str):
 NOT_EXACT = "Sinkhorn and proximal iterations: not the exact plan (errors from 1 % up)"
 MORE = {
     "divergence": [("liger", "liger_kernel", True, liger_divergence)],
-    "layer_cost": [("eager stacked", "", False, stacked), ("cdist", "", False, cdist)],
-    ("layer_cost", "emd_step"): [("authors", "ot", False, emd_step)],
+    "layer_cost": [
+        ("eager stacked", "", False, lambda case: baselines.layer_cost.stacked_case),
+        ("cdist", "", False, cdist),
+    ],
+    ("layer_cost", "emd_step"): [("authors", "ot", False, lambda case: baselines.transport.authors_step_case)],
     ("linear_divergence", "subset"): [("full logits", "", False, full_logits)],
     "transport": [
-        ("authors", "ot", False, emd_loop),
+        ("authors", "ot", False, lambda case: baselines.transport.authors_case),
         ("scipy", "scipy", False, linear_program),
         ("pot batch", "ot", False, refuse(NOT_EXACT)),
         ("linear_sum_assignment", "scipy", False, refuse("assignments only: square, equal masses")),

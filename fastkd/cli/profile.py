@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="", help="cpu or cuda; the GPU where there is one")
     add("--dtype", default="", help="float32 or bfloat16 (autocast); bfloat16 on a GPU")
     add("--threads", type=int, default=0, help="CPU threads; torch's default without it")
-    add("--out", type=Path, default=Path("fastkd-profile"), help="<out>/<device>/profile.csv, .json, .png and traces/")
+    add("--out", type=Path, default=Path("fastkd-profile"), help="<out>/<device>/profile.csv, profile.png and traces/")
     add("--force", action="store_true", help="measure on a busy machine: prints and traces, publishes no number")
     add("--no-trace", action="store_true", help="no Chrome trace (they are some megabytes each)")
     return result
@@ -89,11 +89,13 @@ def check(arguments) -> None:
 
 
 def run(arguments) -> int:
+    import pandas as pd
     import torch
     from transformers.utils import logging
 
+    from fastkd import atomic_write
     from fastkd.bench import machine
-    from fastkd.profile import models, plots, publish, results
+    from fastkd.profile import models, plots, results
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -103,7 +105,8 @@ def run(arguments) -> int:
     family = models.config_for(name_of(arguments), bool(arguments.from_config)).model_type
     setups = [setup_of(arguments, method, family, device) for method in methods_of(arguments, family)]
     folder = arguments.out / machine.device_name(device)
-    publish.check(folder, [publish.trace_of(folder, setup) for setup in setups if not arguments.no_trace])
+    atomic_write.probe(folder, "out")
+    results.read(folder)  # refuses a table that is not ours before anything is measured
     if busy(device, arguments.force):
         return 2
     everything, left_out, refused = [], [], []
@@ -116,16 +119,16 @@ def run(arguments) -> int:
             left_out.append(f"{setup['method']}: {first_line(error)}")
             continue
         results.print_table(rows)
-        everything += rows
-        reason = machine.busy_reason(rows[0].foreign_cores, "while this was profiled")
+        everything.append(rows)
+        reason = machine.busy_reason(rows["foreign_cores"].iloc[0], "while this was profiled")
         if not reason and not arguments.force:
-            publish.write(rows, folder)
+            results.write(rows, folder)
         refused += [f"{setup['method']}: {reason}"] if reason else []
-    if len({row.method for row in everything}) > 1:
-        results.print_summary(everything)
+    if len(everything) > 1:
+        results.print_summary(pd.concat(everything))
     if len(refused) < len(setups) - len(left_out) and not arguments.force:
         drawn, reason = plots.draw(folder)
-        print(f"\n{folder / 'profile.csv'}, profile.json", *(path.name for path in drawn), reason)
+        print(f"\n{folder / 'profile.csv'}", *(path.name for path in drawn), reason)
     if everything and not arguments.no_trace:
         print(f"traces for Perfetto: {folder / 'traces'}")
     for text in (*(f"left out: {text}" for text in left_out), *(f"not published: {text}" for text in refused)):
@@ -181,12 +184,12 @@ def setup_of(arguments, method: str, family: str, device) -> dict:
     }  # fmt: skip
 
 
-def profile(arguments, setup: dict, device, folder: Path) -> list:
-    """One method: models made afresh, so that each starts alike."""
+def profile(arguments, setup: dict, device, folder: Path):
+    """The rows of one method; models are made afresh, so that each starts alike."""
     import torch
 
     from fastkd.bench import machine
-    from fastkd.profile import models, publish, results, session
+    from fastkd.profile import models, results, session
 
     name, task = name_of(arguments), setup["task"]
     teacher, student = models.pair(name, bool(arguments.from_config), arguments.student_layers, task)
@@ -196,7 +199,7 @@ def profile(arguments, setup: dict, device, folder: Path) -> list:
     steps, foreign = session.run(
         teacher, student, models.first_stage(setup["method"]), task, data, plan, batch=arguments.batch, device=device,
         half=setup["dtype"] == "bfloat16", compiled=arguments.compile,
-        trace=None if arguments.no_trace else publish.trace_of(folder, setup),
+        trace=None if arguments.no_trace else results.trace_of(folder, setup),
     )  # fmt: skip
     facts = {name: value for name, value in machine.facts(device).items() if name in results.COLUMNS}  # clocks at work
     return results.rows_of(steps, facts, {**setup, "foreign_cores": foreign})

@@ -1,22 +1,25 @@
-"""The three ways a step can compute its losses: ours, our reference (plain PyTorch), the authors'. They take turns, step by
-step, in one training run: same model, same data, same moments of the machine."""
+"""The three implementations that can compute a step's losses: ours, our reference (plain PyTorch), the authors'. They take
+turns, step by step, in one training run: same model, same data, same moments of the machine."""
 
 import contextlib
+import importlib.util
+import inspect
 from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_map_only
 
 from fastkd import functional
+from fastkd.bench.baselines import RELEASED
 from fastkd.train.batch import Batch
 
-from . import authors
 from .timeline import Timeline
 
 WAYS = ("fastkd", "reference", "authors")
-HOT = (
-    "attention_costs", "divergence", "gram_correlation_loss", "info_nce_loss", "layer_costs", "linear_divergence",
-    "nce_loss", "nce_pair_loss", "nce_partition", "relation_kl_loss", "sample_negatives", "transport", "unit_linear",
-    "update_bank",
-)  # fmt: skip
+HOT = (*RELEASED, "linear_divergence", "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 HARD = "hard labels"
+POT = importlib.util.find_spec("ot") is not None
 
 
 def name_of(function: str, options: dict) -> str:
@@ -27,26 +30,37 @@ def name_of(function: str, options: dict) -> str:
     return f"{function} ({detail})" if detail else function
 
 
+def authors(name: str, args: tuple, options: dict) -> Callable | None:
+    """A call of what was released, in float32 at least; None where that does not know what is asked for."""
+    if name not in RELEASED or (name.startswith("transport") and not POT):
+        return None
+    given = {key: value for key, value in options.items() if key != "backend" and value is not None}
+    try:
+        inspect.signature(RELEASED[name]).bind(*args, **given)
+    except TypeError:
+        return None
+    half = (torch.float16, torch.bfloat16)
+    args, given = tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in half else x, (args, given))
+    return lambda: RELEASED[name](*args, **given)
+
+
 class Switchboard:
     """While installed, every hot path is a phase of the timeline, and is computed in the way `way` says."""
 
     def __init__(self, timeline: Timeline):
         self.timeline, self.way = timeline, WAYS[0]
-        self.ours = {name: getattr(functional, name) for name in HOT}
-        self.seen: set[str] = set()
 
     def _routed(self, name: str) -> Callable:
-        ours, theirs = self.ours[name], getattr(authors, name, None) if name in authors.WRITTEN else None
+        ours = getattr(functional, name)
 
         def call(*args, **options):
-            if self.timeline.now.startswith("loss: ") and self.timeline.now[6:].split(" (")[0] in self.ours:
-                return ours(*args, **options)  # a hot path within a hot path, or the authors' way falling back on ours
+            if self.timeline.now.removeprefix("loss: ").split(" (")[0] in HOT:
+                return ours(*args, **options)  # a hot path within a hot path
             with self.timeline.phase(f"loss: {name_of(name, options)}"):
-                if self.way == "authors" and theirs is not None:
-                    return theirs(*args, **options)
-                if self.way != "fastkd":
-                    options["backend"] = "reference"
-                return ours(*args, **options)
+                theirs = authors(name, args, options) if self.way == "authors" else None
+                if theirs is not None:
+                    return theirs()
+                return ours(*args, **options if self.way == "fastkd" else {**options, "backend": "reference"})
 
         return call
 
@@ -58,12 +72,6 @@ class Switchboard:
             with self.timeline.phase(f"loss: {HARD}"):
                 return hard(batch)
 
-        for name in HOT:
-            setattr(functional, name, self._routed(name))
-        Batch.hard = timed_hard
-        try:
+        routes = {name: self._routed(name) for name in HOT}
+        with mock.patch.multiple(functional, **routes), mock.patch.object(Batch, "hard", timed_hard):
             yield self
-        finally:
-            Batch.hard = hard
-            for name, function in self.ours.items():
-                setattr(functional, name, function)

@@ -12,7 +12,7 @@ from fastkd.train.methods import METHODS, find, parse, refusal
 from fastkd.train.methods.base import DECODERS
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0}
+LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_key_value_heads": 8}
 CONFIGS = {  # model type, and what differs from its defaults
     "bert-base": ("bert", {}),
     "bert-large": ("bert", LARGE),
@@ -20,45 +20,38 @@ CONFIGS = {  # model type, and what differs from its defaults
     "distilbert": ("distilbert", {}),
     "modernbert": ("modernbert", {}),
     "gpt2": ("gpt2", {}),
-    "llama-1b": ("llama", {
-        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 8192, "tie_word_embeddings": True, **LLAMA,
-    }),
-    "llama-8b": ("llama", {
-        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, **LLAMA,
-    }),
-    "qwen-0.5b": ("qwen2", {
-        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
-    }),
+    "llama-1b": ("llama", {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+                           "tie_word_embeddings": True, **LLAMA}),
+    "llama-8b": ("llama", {"intermediate_size": 14336, **LLAMA}),
+    "qwen-0.5b": ("qwen2", {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                            "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
 def config_of(text: str):
     """ "bert-base", "bert-base:num_hidden_layers=4,hidden_size=128", or a folder or file with a config.json."""
     name, _, changes = text.partition(":")
-    if name not in CONFIGS:
-        if not Path(name).exists():
-            close = difflib.get_close_matches(name, CONFIGS, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(
-                f"from-config: there is no {name!r}; {hint}there are {', '.join(CONFIGS)}, or a config.json"
-            )
+    if name in CONFIGS:
+        config = AutoConfig.for_model(CONFIGS[name][0], **CONFIGS[name][1])
+    elif Path(name).exists():
         config = AutoConfig.from_pretrained(name)
     else:
-        kind, options = CONFIGS[name]
-        config = AutoConfig.for_model(kind, **options)
+        there = f"there are {', '.join(CONFIGS)}, or a config.json"
+        raise ValueError(f"from-config: there is no {name!r}; {meant(name, CONFIGS)}{there}")
     for change in filter(None, changes.split(",")):
         key, equals, value = (part.strip() for part in change.partition("="))
         if not equals:
             raise ValueError(f"from-config: expected option=value after {name}:, got {change!r}")
-        if key.startswith("_") or not hasattr(config, key) or callable(getattr(config, key)):
-            close = difflib.get_close_matches(key, config.to_dict(), 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"from-config: {type(config).__name__} has no {key!r}{hint}")
+        known = {*config.to_dict(), *config.attribute_map}
+        if key not in known:
+            raise ValueError(f"from-config: {type(config).__name__} has no {key!r}; {meant(key, known)}".rstrip("; "))
         setattr(config, key, value_of(key, value, getattr(config, key)))
     return config
+
+
+def meant(name: str, there) -> str:
+    close = difflib.get_close_matches(name, there, 1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def value_of(key: str, text: str, before):
@@ -67,10 +60,8 @@ def value_of(key: str, text: str, before):
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float)),
-             str: ("a word", str)}  # fmt: skip
-    wanted, allowed = kinds.get(type(before), ("", object))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and type(before) in (int, float)):
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}.get(type(before))
+    if wanted and type(value) is not type(before) and not (type(before) is float and type(value) is int):
         raise ValueError(f"from-config: {key} is {wanted} such as {json.dumps(before)}, got {text!r}")
     if type(before) is int and before > 0 and value < 1 and not key.endswith("_id"):
         raise ValueError(f"from-config: {key} is at least 1, got {text}")
@@ -83,20 +74,18 @@ def config_for(name: str, from_config: bool):
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"teacher: {name} is no model that can be had here ({reason}); --from-config needs none"
-        ) from error
+        reason = f"{name} is no model that can be had here ({str(error).strip().splitlines()[0]})"
+        raise ValueError(f"teacher: {reason}; --from-config needs none") from error
 
 
 def task_for(method: str, family: str) -> str:
     """The task that this method and family are usually trained on."""
     tasks = [METHODS[name].tasks for name, _ in parse(method) if name in METHODS]
     wanted = ("causal_lm", "classification") if family in DECODERS else ("classification", "masked_lm")
-    for task in wanted:
-        if all(task in allowed for allowed in tasks):
-            return task
-    raise ValueError(f"method: {method} has no task that suits {family}; choose --task")
+    suiting = [task for task in wanted if all(task in allowed for allowed in tasks)]
+    if not suiting:
+        raise ValueError(f"method: {method} has no task that suits {family}; choose --task")
+    return suiting[0]
 
 
 def sensible_methods(family: str) -> list[str]:
@@ -117,20 +106,18 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
     """Teacher and student; the student keeps some of the teacher's layers."""
     torch.manual_seed(seed)
     auto = students.AUTO[task]
-    if from_config:
-        config = config_of(name)
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0
-        try:
-            teacher = auto.from_config(config, attn_implementation="sdpa")
-        except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
-            raise ValueError(
-                f"from-config: no model can be built of {name}: {type(error).__name__}: {error}"
-            ) from error
-    else:
+    if not from_config:
         teacher = auto.from_pretrained(name, attn_implementation="sdpa")
         if getattr(teacher.config, "pad_token_id", None) is None:
             teacher.config.pad_token_id = teacher.config.get_text_config().eos_token_id or 0
+        return teacher, students.from_layers(teacher, layers)
+    config = config_of(name)
+    config.pad_token_id = getattr(config, "pad_token_id", None) or 0
+    try:
+        teacher = auto.from_config(config, attn_implementation="sdpa")
+    except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"from-config: no model can be built of {name}: {reason}") from error
     return teacher, students.from_layers(teacher, layers)
 
 
@@ -149,7 +136,7 @@ class Rows:
         return {name: column[key] for name, column in self.columns.items()}
 
 
-def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int = 0) -> Rows:
+def tokens(config, task: str, batch: int, length: int, seed: int = 0) -> Rows:
     """Random ids, no padding: every step has batch × length tokens."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or length
@@ -157,15 +144,12 @@ def tokens(config, task: str, batch: int, length: int, rows: int = 0, seed: int 
         limit -= 2  # its positions begin after the padding index
     if length > limit:
         raise ValueError(f"length: {config.model_type} has {limit} positions, so {length} tokens do not fit")
-    rows = max(rows, 8 * batch, 512)
+    rows = max(8 * batch, 512)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(5, text.vocab_size - 1), text.vocab_size, (rows, length), generator=generator)
     columns = {"input_ids": ids.tolist(), "attention_mask": [[1] * length] * rows, "example_id": list(range(rows))}
     if task == "classification":
-        columns["labels"] = [i % 2 for i in range(rows)]
-    else:
-        hidden = (
-            torch.zeros(ids.shape, dtype=torch.bool) if task == "causal_lm" else torch.arange(length)[None] % 7 != 3
-        )
-        columns["labels"] = ids.masked_fill(hidden, -100).tolist()
-    return Rows(columns)
+        return Rows({**columns, "labels": [i % 2 for i in range(rows)]})
+    if task == "masked_lm":
+        ids[:, torch.arange(length) % 7 != 3] = -100
+    return Rows({**columns, "labels": ids.tolist()})

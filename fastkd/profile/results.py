@@ -1,61 +1,27 @@
-"""What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as rows and tables."""
+"""What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as rows, tables and files."""
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
-from fastkd.bench import report
+import pandas as pd
+
+from fastkd import atomic_write
+from fastkd.bench import machine, plots, report
 from fastkd.bench.intervals import median_interval, ratio_interval
 
 from .timeline import LOSS_BACKWARD, OUTSIDE, STUDENT_BACKWARD, Step
 
-STEP = "step"
+STEP = "step"  # the phase that is the whole; its share is the sum of its parts
 ORDER = ("data", "teacher forward", "student forward", "loss", LOSS_BACKWARD, STUDENT_BACKWARD, "optimizer", OUTSIDE)
 ALLOWED_GAP = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One phase of one way; the phase "step" is the whole, whose share is the sum of its parts."""
-
-    model: str
-    method: str
-    task: str
-    way: str
-    phase: str
-    steps: int
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    share: float
-    peak_mib: float | None
-    times_ours: float | None
-    times_ours_low: float | None
-    times_ours_high: float | None
-    loss_share: float | None
-    tokens_per_second: float | None
-    examples_per_second: float | None
-    batch: int
-    length: int
-    dtype: str
-    compiled: bool
-    foreign_cores: float | None
-    device: str
-    threads: int
-    driver: str
-    torch: str
-    cuda: str
-    commit: str
-    dirty: bool
-    date: str
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 KEY = ("model", "method", "task", "batch", "length", "dtype", "compiled")
-
-
-def is_loss(phase: str) -> bool:
-    return phase.startswith("loss")
+COLUMNS = (
+    *("model", "method", "task", "way", "phase", "steps", "median_ms", "low_ms", "high_ms", "share", "peak_mib"),
+    *("times_ours", "times_ours_low", "times_ours_high", "loss_share", "tokens_per_second", "examples_per_second"),
+    *("batch", "length", "dtype", "compiled", "foreign_cores", "device", "threads", "driver", "torch", "cuda"),
+    *("commit", "dirty", "date"),
+)
 
 
 def group(phase: str) -> str:
@@ -63,10 +29,9 @@ def group(phase: str) -> str:
     return "loss" if phase.startswith("loss: ") else phase
 
 
-def phases_of(steps: Sequence[Step]) -> list[str]:
-    """In the order in which a step goes through them."""
-    seen = dict.fromkeys(phase for step in steps for phase in step.seconds)
-    return sorted(seen, key=lambda phase: (ORDER.index(group(phase)) if group(phase) in ORDER else 99, phase))
+def place(phase: str) -> tuple:
+    """Where it stands in the order in which a step goes through its phases; the step itself is last."""
+    return (ORDER.index(group(phase)) if group(phase) in ORDER else len(ORDER), phase == STEP, phase)
 
 
 def accounted(steps: Sequence[Step]) -> float:
@@ -75,65 +40,77 @@ def accounted(steps: Sequence[Step]) -> float:
     return sum(sum(step.seconds.values()) for step in timed) / sum(step.wall for step in timed)
 
 
-def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> list[Row]:
-    """`setup`: model, method, task, batch, length, dtype, compiled; `facts`: the machine's columns."""
-    ways = list(dict.fromkeys(step.way for step in steps))
-    timed = {way: [step for step in steps if (step.way, step.mode) == (way, "time")] for way in ways}
-    first = [1e3 * step.wall for step in timed[ways[0]]]
-    rows = []
-    for way in ways:
-        walls = [1e3 * step.wall for step in timed[way]]
+def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
+    """A row per way and phase. `setup`: the columns of KEY; `facts`: the machine's."""
+    timed = {way: [s for s in steps if (s.way, s.mode) == (way, "time")] for way in dict.fromkeys(s.way for s in steps)}
+    first, rows = [1e3 * step.wall for step in next(iter(timed.values()))], []
+    for way, mine in timed.items():
+        walls = [1e3 * step.wall for step in mine]
         whole = statistics.median(walls)
-        peaks: dict[str, int] = {}
-        for step in steps:
-            if step.way == way:
-                for phase, peak in step.peaks.items():
-                    peaks[phase] = max(peak, peaks.get(phase, 0))
-        common = {**setup, "way": way, "steps": len(walls), **facts}
-        blank = dict.fromkeys(("times_ours", "times_ours_low", "times_ours_high", "loss_share", "tokens_per_second",
-                               "examples_per_second"))  # fmt: skip
-        share_of_loss = statistics.median(
-            sum(seconds for phase, seconds in step.seconds.items() if is_loss(phase)) / step.wall for step in timed[way]
-        )
-        low, high = median_interval(walls)
-        times = (whole / statistics.median(first), *ratio_interval(walls, first))
-        rows.append(Row(
-            phase=STEP, median_ms=whole, low_ms=low, high_ms=high, share=accounted(timed[way]),
-            peak_mib=max(peaks.values()) / 2**20 if peaks else None, times_ours=times[0], times_ours_low=times[1],
-            times_ours_high=times[2], loss_share=share_of_loss, examples_per_second=1e3 * setup["batch"] / whole,
-            tokens_per_second=1e3 * setup["batch"] * setup["length"] / whole, **common,
-        ))  # fmt: skip
-        for phase in phases_of(timed[way]):
-            samples = [1e3 * step.seconds.get(phase, 0.0) for step in timed[way]]
-            low, high = median_interval(samples)
-            share = statistics.median(step.seconds.get(phase, 0.0) / step.wall for step in timed[way])
-            peak = peaks[phase] / 2**20 if phase in peaks else None
-            rows.append(Row(phase=phase, median_ms=statistics.median(samples), low_ms=low, high_ms=high, share=share,
-                            peak_mib=peak, **blank, **common))  # fmt: skip
-    return rows
+        peaks = pd.DataFrame([step.peaks for step in steps if step.way == way]).max() / 2**20
+        parts = 1e3 * pd.DataFrame([step.seconds for step in mine]).fillna(0.0)  # [steps, phases]
+        shares = parts.div(walls, axis=0)
+        low, high = ratio_interval(walls, first)
+        rows.append({
+            **spread(walls), "way": way, "phase": STEP, "share": accounted(mine), "peak_mib": peaks.max(),
+            "times_ours": whole / statistics.median(first), "times_ours_low": low, "times_ours_high": high,
+            "loss_share": shares.filter(regex="^loss").sum(axis=1).median(),
+            "tokens_per_second": 1e3 * setup["batch"] * setup["length"] / whole,
+            "examples_per_second": 1e3 * setup["batch"] / whole,
+        })  # fmt: skip
+        for phase in sorted(parts, key=place):
+            share, peak = shares[phase].median(), peaks.get(phase)
+            rows.append({**spread(parts[phase]), "way": way, "phase": phase, "share": share, "peak_mib": peak})
+    return pd.DataFrame([{**row, **setup, **facts} for row in rows], columns=COLUMNS)
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """One line per phase, a pair of columns per way."""
-    ways = list(dict.fromkeys(row.way for row in rows))
-    by_phase: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        by_phase.setdefault(row.phase, {})[row.way] = row
-    order = [phase for phase in by_phase if phase != STEP]
-    order.sort(key=lambda phase: (ORDER.index(group(phase)) if group(phase) in ORDER else 99, phase))
+def spread(milliseconds: Sequence[float]) -> dict:
+    low, high = median_interval(milliseconds)
+    return {"steps": len(milliseconds), "median_ms": statistics.median(milliseconds), "low_ms": low, "high_ms": high}
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def print_table(rows: pd.DataFrame) -> None:
+    """One line per phase, three columns per way."""
+    ways, cells = list(rows["way"].unique()), {}
+    for row in rows.itertuples():
+        cells[row.phase, row.way] = report.number(row.median_ms), f"{row.share:.0%}", number(row.peak_mib)
+    phases = sorted(rows["phase"].unique(), key=place)
+    lines = [(phase, *(x for way in ways for x in cells.get((phase, way), ("–", "", "")))) for phase in phases]
+    one = next(rows.itertuples())
+    title = f"\n{one.model} · {one.method} · {one.task} · {one.batch}×{one.length} tokens · {one.dtype}"
     headings = ("phase", *(text for way in ways for text in (f"{way} ms", "share", "peak MiB")))
-    lines = [cells(phase, by_phase[phase], ways) for phase in [*order, STEP]]
-    first = rows[0]
-    title = f"\n{first.model} · {first.method} · {first.task} · {first.batch}×{first.length} tokens · {first.dtype}"
-    title += " · compiled" if first.compiled else ""
+    title += " · compiled" if one.compiled else ""
     report.show_table(headings, lines, title, 1, [len(lines) - 1], [len(lines) - 2])
-    for way in ways:
-        step = by_phase[STEP][way]
-        beside = "" if way == ways[0] else f" · {times(step)} as long as {ways[0]}"
-        print(f"  {way}: {report.number(step.median_ms)} ms [{report.interval(step.low_ms, step.high_ms)}], "
-              f"{step.tokens_per_second:,.0f} tokens/s, {step.examples_per_second:,.1f} examples/s, "
-              f"the loss is {step.loss_share:.0%} of the step{beside}")  # fmt: skip
-    print(f"  {sums({way: by_phase[STEP][way].share for way in ways})}")
+    steps = rows[rows["phase"] == STEP]
+    for row in steps.itertuples():
+        beside = "" if row.way == ways[0] else f" · {times(row)} as long as {ways[0]}"
+        print(f"  {row.way}: {report.number(row.median_ms)} ms [{report.interval(row.low_ms, row.high_ms)}], "
+              f"{row.tokens_per_second:,.0f} tokens/s, {row.examples_per_second:,.1f} examples/s, "
+              f"the loss is {row.loss_share:.0%} of the step{beside}")  # fmt: skip
+    print(f"  {sums(dict(zip(steps['way'], steps['share'], strict=True)))}")
+
+
+def print_summary(rows: pd.DataFrame) -> None:
+    """One line per method, after all of them."""
+    steps, lines = rows[rows["phase"] == STEP], []
+    for method, there in steps.groupby("method", sort=False):
+        first, *others = there.itertuples()
+        speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
+        lines.append((method, report.number(first.median_ms), *speed, *map(times, others)))
+    ours, *others = steps["way"].unique()
+    headings = ("method", f"{ours} ms", "tokens/s", "loss", *(f"{way}, as long" for way in others))
+    report.show_table(headings, lines, "\nall methods", 1)
+
+
+def number(value) -> str:
+    return "–" if pd.isna(value) else report.number(value)
+
+
+def times(step) -> str:
+    return f"{step.times_ours:.2f}× [{report.interval(step.times_ours_low, step.times_ours_high)}]"
 
 
 def sums(shares: dict[str, float]) -> str:
@@ -145,39 +122,32 @@ def sums(shares: dict[str, float]) -> str:
     )
 
 
-def print_summary(rows: Sequence[Row]) -> None:
-    """One line per method, after all of them."""
-    steps = [row for row in rows if row.phase == STEP]
-    ways = list(dict.fromkeys(row.way for row in steps))
-    lines = []
-    for method in dict.fromkeys(row.method for row in steps):
-        there = {row.way: row for row in steps if row.method == method}
-        first = there[ways[0]]
-        others = [times(there[way]) for way in ways[1:]]
-        lines.append(
-            (
-                method,
-                report.number(first.median_ms),
-                f"{first.tokens_per_second:,.0f}",
-                f"{first.loss_share:.0%}",
-                *others,
-            )
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def trace_of(folder: Path, setup: dict) -> Path:
+    """One file per setup: readable, and the digest tells apart what the words do not."""
+    words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
+    return folder / "traces" / f"{words}-{plots.digest(*(setup[name] for name in KEY))[:6]}.json"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """profile.csv as text, or no rows where there is none."""
+    path = folder / f"{report.PROFILE}.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if strange := set(rows) - set(COLUMNS) or set(KEY) - set(rows):
+        raise ValueError(
+            f"out: {path} is no table of `fastkd profile` ({', '.join(sorted(strange))}); choose another --out"
         )
-    headings = ("method", f"{ways[0]} ms", "tokens/s", "loss", *(f"{way}, as long" for way in ways[1:]))
-    report.show_table(headings, lines, "\nall methods", 1)
+    return rows
 
 
-def times(step: Row) -> str:
-    return f"{step.times_ours:.2f}× [{report.interval(step.times_ours_low, step.times_ours_high)}]"
-
-
-def cells(phase: str, there: dict[str, Row], ways: Sequence[str]) -> tuple[str, ...]:
-    found = [phase]
-    for way in ways:
-        row = there.get(way)
-        found += (
-            ["–", "", ""]
-            if row is None
-            else [report.number(row.median_ms), f"{row.share:.0%}", report.number(row.peak_mib)]
-        )
-    return tuple(found)
+def write(rows: pd.DataFrame, folder: Path) -> None:
+    """profile.csv; the same setup measured before is replaced, the rest is kept."""
+    new = rows.map(lambda value: "" if pd.isna(value) else report.as_text(value))
+    old, key = read(folder), list(KEY)
+    kept = old[~pd.MultiIndex.from_frame(old[key]).isin(pd.MultiIndex.from_frame(new[key]))]
+    with atomic_write.replacing(folder / f"{report.PROFILE}.csv") as scratch:
+        pd.concat([kept, new]).to_csv(scratch, index=False, columns=COLUMNS)

@@ -1,6 +1,5 @@
 """A short training run under the timeline: DistillTrainer as it is, with a phase around each of its parts."""
 
-import contextlib
 import functools
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from fastkd.bench import machine
 from fastkd.train.trainer import DistillTrainer
 
 from .implementations import WAYS, Switchboard
-from .publish import TRACED
 from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
 
 
@@ -36,35 +34,14 @@ class Plan:
         return [(way, mode) for mode in rounds for way in self.ways]
 
 
-class TimedLoader:
-    """A loader, waiting for which is the phase "data"."""
-
-    def __init__(self, loader, timeline: Timeline):
-        self.loader, self.timeline = loader, timeline
-
-    def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            with self.timeline.phase("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __getattr__(self, name):
-        return getattr(self.loader, name)
-
-
 class ProfiledTrainer(DistillTrainer):
     """DistillTrainer whose data, forwards, losses, backward and optimizer are phases."""
 
     timeline: Timeline
 
-    def get_train_dataloader(self):
-        return TimedLoader(super().get_train_dataloader(), self.timeline)
+    def get_batch_samples(self, *args, **kwargs):
+        with self.timeline.phase("data"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def _prepare_inputs(self, inputs):
         with self.timeline.phase("data"):
@@ -95,12 +72,13 @@ class ProfiledTrainer(DistillTrainer):
 
 
 class Turns(TrainerCallback):
-    """Begins and ends the steps, and times what Trainer gives no method to override for."""
+    """Begins and ends the steps, and times what Trainer gives no method to override for. `profiler` records the traced
+    ones, which come last."""
 
     def __init__(self, trainer: ProfiledTrainer, plan: Plan, board: Switchboard, profiler):
         self.trainer, self.board, self.profiler = trainer, board, profiler
         self.left = plan.steps()
-        self.meter, self.foreign = None, None
+        self.meter, self.foreign, self.mode = None, None, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         timeline, trainer = self.trainer.timeline, self.trainer
@@ -117,21 +95,19 @@ class Turns(TrainerCallback):
     def _next(self) -> None:
         timeline = self.trainer.timeline
         timeline.end()
+        before = self.mode
+        self.board.way, self.mode = self.left.pop(0) if self.left else (self.board.way, "")
         self._watch_others()
-        if not self.left:
-            return
-        way, mode = self.left.pop(0)
-        self.board.way = way
-        if mode == "trace" and self.profiler is not None and not self.profiler.running:
+        if self.mode == "trace" and before != "trace" and self.profiler is not None:
             self.profiler.start()
-        timeline.begin_step(way, mode)
+        if self.mode:
+            timeline.begin_step(self.board.way, self.mode)
 
     def _watch_others(self) -> None:
         """Others' load, during the timed steps alone: before them compilers run, and those are ours."""
-        timing = bool(self.left) and self.left[0][1] == "time"
-        if timing and self.meter is None:
+        if self.mode == "time" and self.meter is None:
             self.meter = machine.LoadMeter()
-        elif not timing and self.meter is not None and self.foreign is None:
+        elif self.mode != "time" and self.meter is not None and self.foreign is None:
             self.foreign = self.meter.stop()
 
 
@@ -146,33 +122,11 @@ def timed(timeline: Timeline, function, phase: str):
     return call
 
 
-class Tracer:
-    """torch.profiler around the last steps, one Chrome trace (Perfetto reads it) for all ways."""
-
-    def __init__(self, path: Path, device: torch.device):
-        from torch.profiler import ProfilerActivity, profile
-
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        self.path, self.running = path, False
-        self.profiler = profile(activities=activities)
-
-    def start(self) -> None:
-        self.profiler.start()
-        self.profiler.add_metadata(TRACED, self.path.stem)
-        self.running = True
-
-    def stop(self) -> None:
-        if self.running:
-            self.profiler.stop()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write.replacing(self.path) as scratch:
-                self.profiler.export_chrome_trace(str(scratch))
-
-
 def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: int, device: torch.device,
         half: bool = False, compiled: bool = False, trace: Path | None = None) -> tuple[list[Step], float | None]:  # fmt: skip
-    """The steps of one method, all ways, and others' load meanwhile; random order, AdamW, clipping, as by default."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    """The steps of one method, all ways, and others' load meanwhile; random order, AdamW, clipping, as by default. `trace`:
+    one Chrome trace (Perfetto reads it) for all ways."""
+    with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=len(plan.steps()), save_strategy="no",
             report_to="none", disable_tqdm=True, logging_strategy="no", use_cpu=device.type == "cpu", bf16=half,
@@ -184,12 +138,14 @@ def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: in
             trainer.model_wrapped = trainer.model = torch.compile(trainer.model)
         trainer.remove_callback(PrinterCallback)
         trainer.timeline = Timeline(args.device)
-        tracer = Tracer(trace, args.device) if trace is not None and plan.trace else None
-        board = stack.enter_context(Switchboard(trainer.timeline).installed())
-        turns = Turns(trainer, plan, board, tracer)
-        trainer.add_callback(turns)
-        trainer.train()
-        trainer.timeline.end()
-        if tracer is not None:
-            tracer.stop()
-        return trainer.timeline.steps, turns.foreign
+        profiler = torch.profiler.profile() if trace is not None and plan.trace else None
+        with Switchboard(trainer.timeline).installed() as board:
+            turns = Turns(trainer, plan, board, profiler)
+            trainer.add_callback(turns)
+            trainer.train()
+    if profiler is not None:
+        profiler.stop()
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write.replacing(trace) as scratch:
+            profiler.export_chrome_trace(str(scratch))
+    return trainer.timeline.steps, turns.foreign

@@ -13,12 +13,11 @@ import torch
 
 LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
 OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule, bookkeeping
-MODES = ("warm", "time", "memory", "trace")
 
 
 @dataclass
 class Step:
-    """One training step: seconds and, in a memory step, the highest bytes by phase."""
+    """One training step: seconds and, in a memory step, the highest bytes by phase. mode: warm, time, memory or trace."""
 
     way: str
     mode: str
@@ -27,8 +26,8 @@ class Step:
     wall: float = 0.0
 
 
-class HostClock:
-    """Of a CPU: marks are seconds."""
+class Host:
+    """Marks are seconds; memory is the kernel's high-water mark of this process (Linux), elsewhere not known."""
 
     def mark(self):
         return time.perf_counter()
@@ -39,26 +38,7 @@ class HostClock:
     def wait(self) -> None:
         pass
 
-
-class DeviceClock:
-    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step."""
-
-    def mark(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, a, b) -> float:
-        return 1e-3 * a.elapsed_time(b)
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
-
-
-class HostMemory:
-    """The kernel's high-water mark of this process (Linux); elsewhere peaks are not known."""
-
-    def start_step(self) -> None:
+    def clean(self) -> None:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -72,11 +52,22 @@ class HostMemory:
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-class DeviceMemory:
-    """What torch's allocator handed out; waiting is fine here, memory steps are not timed."""
+class Device:
+    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step. Memory is
+    what torch's allocator handed out; waiting is fine there, memory steps are not timed."""
 
-    def start_step(self) -> None:
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, a, b) -> float:
+        return 1e-3 * a.elapsed_time(b)
+
+    def wait(self) -> None:
         torch.cuda.synchronize()
+
+    clean = wait
 
     def peak_and_reset(self) -> int:
         torch.cuda.synchronize()
@@ -89,10 +80,8 @@ class Timeline:
     """`begin_step(way, mode)`, then phases, then `begin_step` again or `end`. `steps` are the finished ones."""
 
     def __init__(self, device: torch.device):
-        on_gpu = device.type == "cuda"
-        self.clock = DeviceClock() if on_gpu else HostClock()
-        self.memory = DeviceMemory() if on_gpu else HostMemory()
-        self.nvtx, self.thread = on_gpu, threading.get_ident()
+        self.nvtx, self.thread = device.type == "cuda", threading.get_ident()
+        self.meter = Device() if self.nvtx else Host()
         self.steps: list[Step] = []
         self.step: Step | None = None
         self.stack, self.marks, self.ranges = [OUTSIDE], [], []
@@ -105,9 +94,9 @@ class Timeline:
         self.end()
         self.step = Step(way, mode)
         if mode == "memory":
-            self.memory.start_step()
-            self.memory.peak_and_reset()
-        self.marks = [(OUTSIDE, self.clock.mark())]
+            self.meter.clean()
+            self.meter.peak_and_reset()
+        self.marks = [(OUTSIDE, self.meter.mark())]
         self.started = time.perf_counter()
 
     def end(self) -> None:
@@ -115,10 +104,10 @@ class Timeline:
         if self.step is None:
             return
         self._cut(OUTSIDE)
-        self.clock.wait()
+        self.meter.wait()
         self.step.wall = time.perf_counter() - self.started
         for (name, a), (_, b) in zip(self.marks, self.marks[1:], strict=False):
-            self.step.seconds[name] = self.step.seconds.get(name, 0.0) + self.clock.seconds(a, b)
+            self.step.seconds[name] = self.step.seconds.get(name, 0.0) + self.meter.seconds(a, b)
         self.steps.append(self.step)
         self.step = None
 
@@ -127,10 +116,10 @@ class Timeline:
         if self.step is None:
             return
         if self.step.mode == "memory":
-            peak, before = self.memory.peak_and_reset(), self.marks[-1][0]
+            peak, before = self.meter.peak_and_reset(), self.marks[-1][0]
             if peak is not None:
                 self.step.peaks[before] = max(peak, self.step.peaks.get(before, 0))
-        self.marks.append((name, self.clock.mark()))
+        self.marks.append((name, self.meter.mark()))
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -163,7 +152,6 @@ class Timeline:
         shown = contextlib.ExitStack()
         if self.tracing and threading.get_ident() == self.thread:
             if self.nvtx:
-                torch.cuda.nvtx.range_push(name)
-                shown.callback(torch.cuda.nvtx.range_pop)
+                shown.enter_context(torch.cuda.nvtx.range(name))
             shown.enter_context(torch.profiler.record_function(name))
         return shown

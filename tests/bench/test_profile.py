@@ -1,7 +1,7 @@
-"""`fastkd profile`: every part of a step is where it belongs, the parts add up, and the authors' way computes our number."""
+"""`fastkd profile`: every part of a step is where it belongs, and the parts add up."""
 
+import contextlib
 import time
-from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cases import randn
 
 pytest.importorskip("transformers")
 
-from fastkd.profile import authors, implementations, models, results, session, timeline
+from fastkd.profile import implementations, models, plots, results, session, timeline
 from fastkd.profile.timeline import Step, Timeline
 from fastkd.train.methods import METHODS
 
@@ -37,27 +37,14 @@ def steps_of(method: str, family: str = "bert", plan=None, **changes) -> list[St
 # The timeline -----------------------------------------------------------------------------------------------------
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 0.0
-
-    def mark(self):
-        return self.now
-
-    def seconds(self, a, b):
-        return b - a
-
-    def wait(self):
-        pass
-
-
 def test_time_belongs_to_the_innermost_phase(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: now)
     line = Timeline(CPU)
-    line.clock = clock = FakeClock()
-    monkeypatch.setattr(timeline.time, "perf_counter", lambda: clock.now)
 
     def spend(seconds):
-        clock.now += seconds
+        nonlocal now
+        now += seconds
 
     line.begin_step("fastkd", "time")
     spend(1)
@@ -84,28 +71,18 @@ def test_phases_outside_a_step_are_ignored():
     assert line.steps == []
 
 
-class FakeRange:
-    """Ranges of a trace, as they open and close."""
-
-    said: ClassVar[list[str]] = []
-
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        self.said.append(f"({self.name}")
-
-    def __exit__(self, *_):
-        self.said.append(f"{self.name})")
-
-
 def test_ranges_follow_a_switch(monkeypatch):
     """In torch.profiler and in Nsight: what the switch begins is a range of its own, and each closes in its turn."""
-    nvtx: list[str] = []
-    monkeypatch.setattr(FakeRange, "said", [])
-    monkeypatch.setattr(torch.profiler, "record_function", FakeRange)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", nvtx.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: nvtx.append("pop"))
+    said: dict[str, list[str]] = {"profiler": [], "nvtx": []}
+
+    @contextlib.contextmanager
+    def spoken(where, name):
+        said[where].append(f"({name}")
+        yield
+        said[where].append(f"{name})")
+
+    monkeypatch.setattr(torch.profiler, "record_function", lambda name: spoken("profiler", name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: spoken("nvtx", name))
     line = Timeline(CPU)
     line.nvtx = True
     for mode in ("time", "trace"):
@@ -116,25 +93,19 @@ def test_ranges_follow_a_switch(monkeypatch):
             line.switch("loss backward", "student backward")
             line.switch("loss backward", "student backward")
     line.end()
-    assert FakeRange.said == ["(loss backward", "(inner", "inner)", "loss backward)",
-                              "(loss backward", "loss backward)", "(student backward", "student backward)"]  # fmt: skip
-    assert nvtx == ["loss backward", "inner", "pop", "pop", "loss backward", "pop", "student backward", "pop"]
+    assert said["profiler"] == said["nvtx"] == [
+        "(loss backward", "(inner", "inner)", "loss backward)", "(loss backward", "loss backward)", "(student backward",
+        "student backward)"]  # fmt: skip
 
 
 # A training run ---------------------------------------------------------------------------------------------------
 
 
-def sensible():
-    for name in METHODS:
-        for family in TINY:
-            if name in models.sensible_methods(family):
-                yield name, family
-
-
+SENSIBLE = [(name, family) for name in METHODS for family in TINY if name in models.sensible_methods(family)]
 SMALL = {"minilmv2": "minilmv2:relation_heads=4", "codir": "codir:nce_k=8"}
 
 
-@pytest.mark.parametrize(("name", "family"), sensible())
+@pytest.mark.parametrize(("name", "family"), SENSIBLE)
 def test_every_method_is_profiled(name, family):
     """All three ways, and everything a step consists of has its phase."""
     steps = steps_of(SMALL.get(name, name), family)
@@ -250,82 +221,28 @@ def test_a_traced_backward_has_one_thread(monkeypatch):
     assert found == [True, False]
 
 
-def test_ours_are_put_back_and_two_stage_methods_distil():
+def test_ours_are_put_back():
     before = {name: getattr(fastkd.functional, name) for name in implementations.HOT}
     with implementations.Switchboard(Timeline(CPU)).installed():
         assert all(getattr(fastkd.functional, name) is not function for name, function in before.items())
     assert all(getattr(fastkd.functional, name) is function for name, function in before.items())
+
+
+def test_a_method_of_two_stages_distils():
     assert models.first_stage("fcd + kd:alpha=0.3") == "fcd:share=1.0 + kd:alpha=0.3"
     assert models.first_stage("tinybert:share=0.5") == "tinybert:share=0.5"
-    with pytest.raises(ZeroDivisionError), implementations.Switchboard(Timeline(CPU)).installed():
-        raise ZeroDivisionError
-    assert all(getattr(fastkd.functional, name) is function for name, function in before.items())
 
 
-# The authors' way -------------------------------------------------------------------------------------------------
+def test_the_authors_way_of_half_precision_is_in_float32():
+    """A teacher is in bfloat16 on a GPU; what nobody released is refused."""
+    student, teacher = randn(2, 3, 4, dtype=torch.float32), randn(2, 3, 4, seed=1, dtype=torch.bfloat16)
+    call = implementations.authors("layer_costs", ([student], [teacher]), {"mask": None, "backend": "auto"})
+    assert torch.equal(call(), torch.nn.functional.mse_loss(student, teacher.float()).view(1, 1))
+    assert implementations.authors("layer_costs", ([student], [teacher]), {"order": 2}) is None
+    assert implementations.authors("update_bank", (), {}) is None
 
 
-def relation_pair(heads=2):
-    return [randn(2, heads, 5, 4, seed=i) for i in (1, 2)], [randn(2, heads, 5, 6, seed=i) for i in (3, 4)]
-
-
-MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-LOGITS = (randn(2, 5, 11, seed=1), randn(2, 5, 11, seed=2))
-HIDDEN = ([randn(2, 5, 6, seed=i) for i in (1, 2)], [randn(2, 5, 6, seed=i) for i in (3, 4, 5)])
-HEADS = tuple(
-    [(randn(2, h, 5, 4, seed=s + i), randn(2, 2, 5, 4, seed=s + 10 + i)) for i in range(n)]
-    for h, s, n in ((2, 1, 2), (4, 3, 3), (2, 6, 3))
-)
-NCE = {"n_data": 20, "temperature": 0.2, "z": 30.0}
-QUERY, BANK, INDEX = randn(4, 6, seed=1), randn(20, 6, seed=2), torch.arange(24).view(4, 6) % 20
-SAME = [
-    *[("divergence", LOGITS, {"kind": kind, "temperature": 2.0, "mask": MASK}) for kind in fastkd.checks.KINDS],
-    ("divergence", LOGITS, {"labels": torch.tensor([[1, -100, 2, 3, 4]] * 2), "t_squared": False}),
-    ("gram_correlation_loss", HIDDEN[0], {"level": "token"}),
-    ("gram_correlation_loss", HIDDEN[0], {"level": "sequence", "grouping": "official"}),
-    ("gram_correlation_loss", HIDDEN[0], {"level": "token", "pearson": "row", "normalize": False}),
-    ("gram_correlation_loss", (HIDDEN[0], HIDDEN[1][:2]), {"level": {"token": 0.5, "sequence": 2.0}}),
-    ("relation_kl_loss", relation_pair(), {"mask": MASK}),
-    ("relation_kl_loss", relation_pair(), {"causal": True, "heads": 1}),
-    ("layer_costs", HIDDEN, {"mask": MASK}),
-    ("layer_costs", HIDDEN, {"clamp": -0.3}),
-    ("attention_costs", (HEADS[0], HEADS[2]), {"mask": MASK}),
-    ("attention_costs", HEADS[:2], {"causal": True, "heads": "mean"}),
-    ("transport", (randn(3, 4, 5, seed=1).abs(),), {}),
-    ("nce_loss", (QUERY, BANK, INDEX), NCE),
-    ("nce_pair_loss", ((QUERY, QUERY.flip(0)), (BANK, BANK.flip(0)), INDEX),
-     {**NCE, "z": (torch.tensor(0.0), torch.tensor(30.0))}),
-    ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK), {"temperature": 0.3}),
-    ("info_nce_loss", (QUERY, randn(4, 6, seed=5), BANK, INDEX), {"temperature": 0.3}),
-    ("linear_divergence", (randn(7, 6, seed=1), randn(9, 6, seed=2), randn(7, 5, seed=3), randn(12, 5, seed=4)),
-     {"vocab": torch.tensor([0, 2, 3, 4, 6, 7, 8, 10, 11]), "kind": "reverse_kl"}),
-]  # fmt: skip
-
-
-def leaf_of(x):
-    while isinstance(x, (list, tuple)):
-        x = x[0]
-    return x
-
-
-@pytest.mark.parametrize(("name", "args", "options"), SAME, ids=lambda x: x if isinstance(x, str) else "")
-def test_the_authors_way_computes_our_number(name, args, options):
-    leaf = leaf_of(args[0]).requires_grad_()
-    found = []
-    for function, more in ((getattr(fastkd.functional, name), {"backend": "reference"}), (getattr(authors, name), {})):
-        value = function(*args, **options, **more)
-        value = value.value if name == "transport" else value[0] if name == "nce_pair_loss" else value
-        found.append((value.detach(), torch.autograd.grad(value.square().sum(), leaf)[0]))
-    leaf.requires_grad_(False)
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(theirs.float(), ours.float(), rtol=2e-4, atol=2e-5)
-
-
-def test_everything_the_authors_wrote_is_tried_above():
-    assert {name for name, _, _ in SAME} == set(authors.WRITTEN)
-
-
-# Models -----------------------------------------------------------------------------------------------------------
+# Models and results -----------------------------------------------------------------------------------------------
 
 
 def test_configs_by_name_are_what_they_say():
@@ -336,3 +253,72 @@ def test_configs_by_name_are_what_they_say():
     }  # fmt: skip
     configs = {name: models.config_of(name).get_text_config() for name in models.CONFIGS}
     assert {name: (config.num_hidden_layers, config.hidden_size) for name, config in configs.items()} == sizes
+
+
+PHASES = ("data", "student forward", "loss: divergence", "loss: hard labels")
+FACTS = {"device": "box", "torch": "2", "cuda": "13.0", "date": "2026-01-01", "foreign_cores": None}
+SETUPS = [{}, {"length": 512}, {"batch": 8}, {"dtype": "bfloat16"}, {"compiled": True}, {"task": "masked_lm"},
+          {"method": "fcd"}, {"model": "tiny, student 0,1"}]  # fmt: skip
+
+
+def setup_of(**changes) -> dict:
+    return {"model": "tiny", "method": "kd", "task": "classification", "batch": 4, "length": 64, "dtype": "float32",
+            "compiled": False, **changes}  # fmt: skip
+
+
+def rows(**changes):
+    """Two ways of one setup; every phase takes a millisecond, the step four, and the authors' twice that."""
+    steps = [Step(way, "time", dict.fromkeys(PHASES, ms / 1e3), {}, 4 * ms / 1e3)
+             for _ in range(6) for way, ms in (("fastkd", 1), ("authors", 2))]  # fmt: skip
+    steps.append(Step("fastkd", "memory", dict.fromkeys(PHASES, 1.0), dict.fromkeys(PHASES, 3 << 20), 4.0))
+    return results.rows_of(steps, FACTS, setup_of(**changes))
+
+
+def test_rows_are_arithmetic(capsys):
+    found = rows()
+    assert list(found["phase"]) == [*("step", "data", "student forward", "loss: divergence", "loss: hard labels")] * 2
+    step, authors = (found[(found["way"] == way) & (found["phase"] == "step")].iloc[0] for way in ("fastkd", "authors"))
+    assert (step["median_ms"], step["share"], step["loss_share"], step["peak_mib"]) == pytest.approx((4, 1, 0.5, 3))
+    assert (step["tokens_per_second"], step["examples_per_second"]) == pytest.approx((64e3, 1e3))
+    assert (authors["times_ours"], authors["times_ours_low"], authors["times_ours_high"]) == pytest.approx((2, 2, 2))
+    results.print_table(found)
+    results.print_summary(found)
+    out = capsys.readouterr().out
+    assert "loss: divergence" in out and "2.00× [2–2] as long as fastkd" in out and "the loss is 50% of the step" in out
+
+
+def test_every_setup_stands_for_itself(tmp_path):
+    """In the CSV, with a trace of its own, and in the picture."""
+    pytest.importorskip("matplotlib")
+    for changes in (*SETUPS, *SETUPS):  # the second time replaces the first
+        results.write(rows(**changes), tmp_path)
+    kept = results.read(tmp_path)
+    assert len(kept) == len(SETUPS) * len(rows()) and set(kept["cuda"]) == {"13.0"}
+    assert len({results.trace_of(tmp_path, setup_of(**changes)) for changes in SETUPS}) == len(SETUPS)
+    figure = plots.stacked(kept)
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert labels.count("authors") == len(SETUPS) and len(labels) == 2 * len(SETUPS)
+    assert {"kd · fastkd", "kd · masked_lm · fastkd", "kd · compiled · fastkd", "fcd · fastkd"} <= set(labels)
+    lengths = [patch.get_x() + patch.get_width() for axes in figure.axes for patch in axes.patches]
+    assert max(lengths) == pytest.approx(8)
+    assert plots.draw(tmp_path) == ([tmp_path / "profile.png"], "") and (tmp_path / "profile.png").stat().st_size > 1000
+
+
+def test_an_older_table_is_carried_on_and_anothers_refused(tmp_path):
+    results.write(rows(), tmp_path)
+    path = tmp_path / "profile.csv"
+    results.read(tmp_path).drop(columns="driver").to_csv(path, index=False)
+    results.write(rows(length=512).assign(driver="550, 1980"), tmp_path)
+    assert set(results.read(tmp_path)["driver"]) == {"", "550, 1980"}
+    path.write_text("name,amount\nbread,3\n")
+    with pytest.raises(
+        ValueError, match=r"out: .*profile.csv is no table of `fastkd profile` \(amount, name\); choose"
+    ):
+        results.write(rows(), tmp_path)
+    assert path.read_text() == "name,amount\nbread,3\n"
+
+
+def test_every_way_is_held_against_the_clock():
+    said = results.sums({"fastkd": 0.999, "reference": 1.0, "authors": 0.9})
+    assert "fastkd 99.9%, reference 100.0%, authors 90.0%; authors: TOO FAR OFF" in said
+    assert "TOO FAR" not in results.sums({"fastkd": 0.96, "authors": 1.04})

@@ -1,8 +1,8 @@
-"""MiniLM and MiniLMv2 against their formulas, written with softmax and F.kl_div on whole matrices."""
+"""MiniLM and MiniLMv2 against their formula, written with softmax and F.kl_div on whole matrices."""
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fastkd.bench.baselines import relation
 
 from cases import gradients, randn, relative_error
 from fastkd.losses.minilm import MiniLMLoss, MiniLMv2Loss
@@ -14,26 +14,6 @@ def qkv(seed, heads, d, groups=None):
     return tuple(randn(2, n, 6, d, seed=seed + i) for i, n in enumerate((heads, groups or heads, groups or heads)))
 
 
-def split(x, heads):
-    """[B, H, L, d] -> [B, heads, L, H·d / heads], by way of the hidden state."""
-    hidden = x.transpose(1, 2).flatten(2)
-    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def relation_kl(pair_s, pair_t, mask=None, causal=False):
-    """Mean over heads and real query rows of KL(teacher || student)."""
-    logs = []
-    for x, y in (pair_s, pair_t):
-        scores = x @ y.transpose(2, 3) / x.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e9)
-        if causal:
-            scores = scores + torch.full((6, 6), -1e9).triu(1)
-        logs.append(F.log_softmax(scores, -1))
-    rows = F.kl_div(*logs, log_target=True, reduction="none").sum(-1)  # [B, H, L]
-    return rows.mean() if mask is None else rows[mask.bool()[:, None].expand_as(rows)].mean()
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 def test_minilm(mask, causal):
@@ -42,7 +22,7 @@ def test_minilm(mask, causal):
     value, grads = gradients(lambda *s: criterion(s, (tq, tk, tv), mask), q, k, v)
 
     def expected_loss(q, k, v):
-        return relation_kl((q, k), (tq, tk), mask, causal) + relation_kl((v, v), (tv, tv), mask, causal)
+        return relation.authors([(q, k), (v, v)], [(tq, tk), (tv, tv)], mask=mask, causal=causal)
 
     expected, expected_grads = gradients(expected_loss, q, k, v)
     assert relative_error(value, expected) < 1e-12
@@ -58,8 +38,7 @@ def test_minilmv2_with_48_heads_of_both_widths(mask, causal):
     assert criterion.relation_heads == 48
 
     def expected_loss(*parts):
-        pairs = [(split(s, 48), split(t, 48)) for s, t in zip(parts, teacher, strict=True)]
-        return sum(relation_kl((s, s), (t, t), mask, causal) for s, t in pairs)
+        return relation.authors(parts, teacher, heads=48, mask=mask, causal=causal)
 
     value, grads = gradients(lambda *s: criterion(s, teacher, mask), *student)
     expected, expected_grads = gradients(expected_loss, *student)

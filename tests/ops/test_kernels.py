@@ -4,7 +4,6 @@ Each stem brings one `Subject`: inputs at a typical and at awkward shapes, a cal
 must not be less accurate than. Everything else here is the same for all.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from fastkd.bench import baselines
 
 from cases import AWKWARD_SIZES, TOLERANCES, gradients, randn, relative_error
 from fastkd import backends, functional
@@ -39,28 +39,6 @@ def _logits(seed, dtype, rows, width, noise=None):
     return student.to(dtype), teacher.to(dtype)
 
 
-def eager_divergence(student, teacher, kind, temperature, beta=0.5, alpha=0.1):
-    """As people write it: log_softmax in the logits' own dtype, F.kl_div, log_target."""
-    if kind == "mse":
-        return (student - teacher).square().sum(-1)
-    q, p = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-    mixed = {"skew_kl": alpha, "jsd": beta}.get(kind, 0.5)
-    m = torch.logaddexp(p + torch.tensor(mixed).log(), q + torch.tensor(1 - mixed).log()).to(q.dtype)
-
-    def kl(log_a, log_b):
-        return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
-
-    rows = {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "skew_kl": lambda: kl(p, m),
-        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
-        "tvd": lambda: (p.exp() - q.exp()).abs().sum(-1) / 2,
-        "soft_ce": lambda: -(p.exp() * q).sum(-1),
-    }[kind]()
-    return rows * temperature**2
-
-
 def _divergence(kind, temperature=2.0):
     return Subject(
         "divergence",
@@ -69,7 +47,7 @@ def _divergence(kind, temperature=2.0):
         lambda s, t, backend: functional.divergence(
             s, t, kind=kind, temperature=temperature, reduction="none", backend=backend
         ),
-        lambda s, t: eager_divergence(s, t, kind, temperature),
+        lambda s, t: baselines.divergence.eager(s, t, kind, temperature),
     )
 
 
@@ -120,24 +98,21 @@ def info_nce_of_rows(student, teacher, backend, gathered=False):
 
 
 def eager_info_nce(student, teacher, gathered=False):
-    """MoCo's way: scores side by side, cross-entropy of the first; in the student's dtype, as under autocast."""
-    bank = _bank_of(teacher).to(student.dtype)
-    negative = (bank[_index_of(teacher)] @ student[:, :, None]).squeeze(-1) if gathered else student @ bank.T
-    scores = torch.cat([(student * teacher).sum(-1, keepdim=True), negative], 1) / 0.1
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), reduction="none")
+    """In the student's dtype, as under autocast."""
+    index = _index_of(teacher) if gathered else None
+    return baselines.contrast.eager_info_nce(student, teacher, _bank_of(teacher).to(student.dtype), index, 0.1)
+
+
+NCE = {"n_data": 1000, "temperature": 0.1, "z": 1500.0}
 
 
 def nce_of_rows(student, teacher, backend):
-    options = {"n_data": 1000, "temperature": 0.1, "z": 1500.0}
-    return functional.nce_loss(student, *_with_own_rows(teacher), **options, reduction="none", backend=backend)
+    return functional.nce_loss(student, *_with_own_rows(teacher), **NCE, reduction="none", backend=backend)
 
 
 def eager_nce(student, teacher):
     bank, index = _with_own_rows(teacher)
-    scores = (bank.to(student.dtype)[index] @ student[:, :, None]).squeeze(-1) / 0.1
-    scores = scores - math.log(1500.0 * (0.064 + 1e-7))
-    dropped = 64 * (math.log(0.064) - math.log(0.064 + 1e-7))
-    return F.softplus(-scores[:, 0]) + F.softplus(scores[:, 1:]).sum(-1) - dropped
+    return baselines.contrast.eager_nce(student, bank.to(student.dtype), index, **NCE)
 
 
 CONTRAST = [
@@ -181,7 +156,7 @@ def _linear_divergence(kind):
         kind,
         _logits,
         lambda s, t, backend: linear_divergence_of_rows(s, t, backend, kind),
-        lambda s, t: eager_divergence(s * 0.5, t * 0.5, kind, 2.0),
+        lambda s, t: baselines.divergence.eager(s * 0.5, t * 0.5, kind, 2.0),
     )
 
 
@@ -207,8 +182,8 @@ def relation_of_rows(student, teacher, backend):
 
 
 def eager_relation(student, teacher):
-    q, p = (F.log_softmax(x @ _keys(x).mT / 2.0, -1) for x in (_queries(student), _queries(teacher)))
-    return F.kl_div(q, p, reduction="none", log_target=True).sum((1, 2, 3))
+    pairs = ((x, _keys(x)) for x in (_queries(student), _queries(teacher)))
+    return baselines.relation.eager(*pairs, temperature=2.0).sum((1, 2))
 
 
 RELATION = Subject("relation", "pairs", _logits, relation_of_rows, eager_relation)

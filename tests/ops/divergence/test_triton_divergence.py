@@ -3,8 +3,8 @@
 from functools import partial
 
 import pytest
-import test_kernels
 import torch
+from fastkd.bench import baselines
 
 from cases import randn, relative_error
 from fastkd import backends
@@ -91,7 +91,7 @@ def test_half_precision_is_no_worse_than_eager(kind, dtype):
         student, teacher = logits(4, 515, seed=seed, dtype=dtype)
         loss, grad, true_loss, true_grad = both(kind, student, teacher, beta=0.5)
         ours.append((relative_error(loss, true_loss), relative_error(grad, true_grad)))
-        call = partial(test_kernels.eager_divergence, teacher=teacher, kind=kind, temperature=2.0)
+        call = partial(baselines.divergence.eager, teacher=teacher, kind=kind, temperature=2.0)
         eager = gradients_on_device(lambda s, call=call: call(s).float(), student)
         eagers.append((relative_error(eager[0], true_loss), relative_error(eager[1][0], true_grad)))
     ours, eagers = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, eagers))
@@ -122,8 +122,8 @@ def test_near_convergence_of_a_sure_teacher(kind, offset):
     student += offset  # rounds the student: the oracle sees the rounded one
     allowed = 1e-5
     if kind == "soft_ce":  # no divergence: it tends to the entropy, whose digits float32 sums of 1.0001 limit
-        eager = test_kernels.eager_divergence(student, teacher, kind, 1.0)
-        true = test_kernels.eager_divergence(student.double(), teacher.double(), kind, 1.0)
+        eager = baselines.divergence.eager(student, teacher, kind, 1.0)
+        true = baselines.divergence.eager(student.double(), teacher.double(), kind, 1.0)
         allowed = relative_error(eager, true)
     check(kind, student, teacher, (allowed, 1e-5), temperature=1.0)
 
