@@ -157,7 +157,7 @@ def test_every_eight_bit_number_is_read(reading):
             assert loss.isnan()
 
 
-def test_a_scale_beside_rows_of_other_types():
+def test_a_scale_with_rows_of_other_dtypes():
     query, positive, bank, index, ids = problem(9, 60, 33)
     scale = torch.linspace(0.1, 3, 60, device=DEVICE)
     for mode in ("shared", "gathered"):
