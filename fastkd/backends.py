@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 STEMS = ("gram", "relation", "layer_cost", "transport", "contrast", "divergence", "linear_divergence")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-# Which implementations are written. `reference` exists for every stem, on every device and for every dtype.
+# The implementations of each stem. `reference` exists for every stem, on every device and for every dtype.
 WRITTEN = {
     "gram": ("cpu", "triton"),
     "relation": ("cpu", "triton"),
@@ -29,7 +29,7 @@ WRITTEN = {
     "linear_divergence": ("cpu", "triton"),
 }
 
-# What a kernel leaves to the reference.
+# What a backend leaves to the reference.
 PARTS = {
     ("relation", "triton"): "heads wider than 128",
 }
@@ -40,7 +40,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _load(library: str, key: str) -> str | None:
-    """Load a compiled library of ours once; None when its ops are there, else the reason why not, in one clause."""
+    """Loads a compiled library once. None if its ops are registered, else the reason why not, as a clause."""
     known = torch._C._dispatch_has_kernel("fastkd::probe")
     if known and torch._C._dispatch_has_kernel_for_dispatch_key("fastkd::probe", key):
         return None  # a second copy in one process would register twice and crash
@@ -56,7 +56,7 @@ def _load(library: str, key: str) -> str | None:
 
 
 def _why_not_built(library: str, otherwise: str = "FASTKD_BUILD=none, or not installed") -> str:
-    """What setup.py wrote down when a build failed, or that none was tried."""
+    """The note that setup.py wrote when a build failed, or `otherwise`."""
     note = _HERE / f"{library}.not_built"
     return note.read_text() if note.exists() else otherwise
 
@@ -116,7 +116,7 @@ def reason(stem: str, backend: str, x: Tensor) -> str | None:
 
 
 def choose(stem: str, backend: str, x: Tensor) -> str:
-    """The implementation that runs: with "auto" the first without a reason against it, else the named one or its reason."""
+    """The implementation that runs: for "auto" the first that can run, else the named one, or an error that says why it cannot."""
     if backend == "auto":
         order = ("cuda", "triton") if x.device.type == "cuda" else ("cpu",)
         for name in order:
@@ -132,9 +132,9 @@ def choose(stem: str, backend: str, x: Tensor) -> str:
 
 
 class Function(torch.autograd.Function):
-    """The base of every Function that calls a kernel: a derivative that kernels do not have is an error, never 0."""
+    """The base of every Function that calls a kernel: derivatives that kernels do not have raise an error, and are never 0."""
 
-    function = ""  # the public function, as its errors name it
+    function = ""  # the public function, for error messages
 
     def __init_subclass__(cls):
         backward = cls.backward
@@ -143,8 +143,8 @@ class Function(torch.autograd.Function):
         def first_order(ctx, *grads):
             if torch.is_grad_enabled():  # create_graph=True
                 raise RuntimeError(
-                    f"{cls.function}: the C++ and Triton kernels have no second derivative, so that create_graph=True "
-                    "cannot pass through them; pass backend='reference'"
+                    f"{cls.function}: the C++ and Triton kernels have no second derivative, so create_graph=True "
+                    "cannot differentiate them; pass backend='reference'"
                 )
             return backward(ctx, *grads)
 
@@ -152,7 +152,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
-        # torch.compile does not come here: it traces forward and backward, and has errors of its own.
+        # torch.compile does not call this: it traces forward and backward, and raises its own errors.
         if torch._C._are_functorch_transforms_active() or (forward_ad._current_level >= 0 and _any_tangent(args)):
             raise RuntimeError(
                 f"{cls.function}: the C++ and Triton kernels take no forward-mode derivative and no torch.func transform "
@@ -173,17 +173,17 @@ class Kernels(NamedTuple):
 
 
 def kernels(stem: str, fwd: str, bwd: str, only=BACKENDS, mutates=()) -> dict[str, Kernels]:
-    """Every implementation of `stem` that is here: ops of the compiled libraries, host functions of fastkd.kernels.<stem>.
-    only: the backends to look at. mutates: arguments written to."""
-    found = {}
+    """The available implementations of `stem`: ops of the compiled libraries, host functions of fastkd.kernels.<stem>.
+    only: the backends to consider. mutates: the arguments that are written to."""
+    available = {}
     written = [name for name in WRITTEN[stem] if name in only]
     for library in ("cpu", "cuda"):
         if library in written and UNAVAILABLE[library] is None:
-            found[library] = Kernels(_op(fwd), _op(bwd))
+            available[library] = Kernels(_op(fwd), _op(bwd))
     if "triton" in written and UNAVAILABLE["triton"] is None:
         module = importlib.import_module(f"fastkd.kernels.{stem}")
-        found["triton"] = Kernels(*(_triton_op(getattr(module, name), mutates) for name in (fwd, bwd)))
-    return found
+        available["triton"] = Kernels(*(_triton_op(getattr(module, name), mutates) for name in (fwd, bwd)))
+    return available
 
 
 def _op(name: str) -> Callable:
@@ -191,14 +191,14 @@ def _op(name: str) -> Callable:
         return getattr(torch.ops.fastkd, name)
     except AttributeError:
         raise ImportError(
-            f"fastkd: the compiled library has no op {name}, so it is older than these sources; build it again (make build, "
+            f"fastkd: the compiled library has no op {name}, so it is older than the sources; build it again (make build, "
             "or pip install)"
         ) from None
 
 
 def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
-    """A Triton host function; under torch.compile it is one opaque node, in eager mode it is called as it is."""
-    host = _where_its_tensors_are(host)
+    """A Triton host function: one opaque node under torch.compile, a plain call in eager mode."""
+    host = _on_the_tensors_device(host)
     op = torch.library.custom_op(f"fastkd::{host.__name__}_triton", host, mutates_args=mutates)
 
     def call(*args):
@@ -207,26 +207,25 @@ def _triton_op(host: Callable, mutates: tuple[str, ...]) -> Callable:
     return call
 
 
-def _where_its_tensors_are(host: Callable) -> Callable:
-    """Triton launches on the current device, which need not be the one that the tensors are on."""
+def _on_the_tensors_device(host: Callable) -> Callable:
+    """Triton launches on the current device, which may be another one than that of the tensors."""
 
     @functools.wraps(host)
     def call(*args):
         lists = (x if isinstance(x, list | tuple) else (x,) for x in args)
-        with torch.cuda.device_of(
-            next(x for each in lists for x in each if isinstance(x, Tensor))
-        ):  # on a CPU: nothing
+        first = next(x for each in lists for x in each if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):  # does nothing for a CPU tensor
             return host(*args)
 
     return call
 
 
 def fake(name: str, shapes: Callable, triton: Callable | None = None) -> None:
-    """Tell torch.compile and export what the op `name` returns, in every implementation that is here; triton: what that
-    one returns where it is something else."""
-    for op, of_op in ((f"fastkd::{name}", shapes), (f"fastkd::{name}_triton", triton or shapes)):
+    """Tells torch.compile and export what the op `name` returns in every available implementation. triton: what Triton's
+    returns, if it differs."""
+    for op, returns in ((f"fastkd::{name}", shapes), (f"fastkd::{name}_triton", triton or shapes)):
         if _defined(op):
-            torch.library.register_fake(op, of_op)
+            torch.library.register_fake(op, returns)
 
 
 def _defined(op: str) -> bool:
@@ -248,5 +247,5 @@ def support_table() -> str:
 
 
 def full_precision(x: Tensor):
-    """The reference decides its own dtypes; autocast would round its matrix products to bfloat16 behind its back."""
+    """Disables autocast, which would round the reference's matrix products to bfloat16."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,54 +1,80 @@
-"""What several stems need of a block of rows: where a row of logits [N, V] begins, its blocks, those that lie in it whole;
-and series for arguments near 0, where the plain expression would cancel."""
+"""What several stems need of a block of rows: tensors as the kernels read them, where a row of logits [N, V] begins and which
+of its blocks lie entirely inside it; and series for arguments near 0, where the plain expression would cancel."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """x with its last dimension contiguous: a copy if it is not. Rows may lie anywhere."""
+    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as contiguous bytes."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+class Row(NamedTuple):
+    """A row of both logits: where to read from, and the first column there and the end of the columns."""
+
+    s_ptr: tl.tensor
+    t_ptr: tl.tensor
+    head: tl.tensor
+    end: tl.tensor
 
 
 @triton.jit
-def hidden(mask_ptr, i_n):
+def is_masked(mask_ptr, i_n):
     """Whether row i_n is masked."""
     return False if mask_ptr is None else tl.load(mask_ptr + i_n) == 0
 
 
 @triton.jit
 def row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN: tl.constexpr):
-    """Where row i_n of both sides is read from, and the first and the end of its columns there."""
+    """Row i_n, read from the last multiple of ALIGN before it."""
     head = (i_n * s_stride % ALIGN).to(tl.int32)
-    return s_ptr + i_n * s_stride // ALIGN * ALIGN, t_ptr + i_n * t_stride // ALIGN * ALIGN, head, head + V
+    return Row(s_ptr + i_n * s_stride // ALIGN * ALIGN, t_ptr + i_n * t_stride // ALIGN * ALIGN, head, head + V)
 
 
 @triton.jit
-def load_pair(row, start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """One block of both rows as float32; outside of them -inf, which is probability 0."""
-    s_ptr, t_ptr, head, end = row
+def load_pair(row, start, BLOCK: tl.constexpr, INSIDE: tl.constexpr):
+    """One block of both rows as float32; -inf, which is probability 0, outside the row, unless the block is INSIDE it."""
     o_v = start + tl.arange(0, BLOCK)
-    if WHOLE:
-        b_s = tl.load(s_ptr + o_v).to(tl.float32)  # [BLOCK]
-        b_t = tl.load(t_ptr + o_v).to(tl.float32)
+    if INSIDE:
+        b_s = tl.load(row.s_ptr + o_v).to(tl.float32)  # [BLOCK]
+        b_t = tl.load(row.t_ptr + o_v).to(tl.float32)
     else:
-        m_v = (o_v >= head) & (o_v < end)
-        b_s = tl.where(m_v, tl.load(s_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
-        b_t = tl.where(m_v, tl.load(t_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
+        m_v = (o_v >= row.head) & (o_v < row.end)
+        b_s = tl.where(m_v, tl.load(row.s_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
+        b_t = tl.where(m_v, tl.load(row.t_ptr + o_v, mask=m_v, other=0.0).to(tl.float32), float("-inf"))
     return b_s, b_t
 
 
 @triton.jit
-def blocks_of(row, BLOCK: tl.constexpr):
-    """The blocks that lie in the row whole, from and to; and range() over those that do not: its first, its last."""
-    _, _, head, end = row
-    first, last = tl.where(head > 0, BLOCK, 0), end // BLOCK * BLOCK
-    return first, last, tl.where(head > 0, 0, last), tl.where(end > last, last + 1, last), tl.maximum(last, 1)
+def blocks_inside(row, BLOCK: tl.constexpr):
+    """Beginning and end of the blocks that lie entirely inside the row."""
+    return tl.where(row.head > 0, BLOCK, 0), row.end // BLOCK * BLOCK
+
+
+@triton.jit
+def edge_blocks(row, BLOCK: tl.constexpr):
+    """range() over the blocks that do not: at most the row's first and its last."""
+    last = row.end // BLOCK * BLOCK
+    return tl.where(row.head > 0, 0, last), tl.where(row.end > last, last + 1, last), tl.maximum(last, 1)
 
 
 @triton.jit
 def maxima(row, stop, BLOCK: tl.constexpr):
-    """Of both sides up to `stop`; 0 where nothing but -inf is found."""
-    s_ptr, t_ptr, head, _ = row
+    """The maximum of each side up to `stop`; 0 where all are -inf."""
     top_s = tl.full([BLOCK], float("-inf"), tl.float32)
     top_t = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, stop, BLOCK):
-        b_s, b_t = load_pair((s_ptr, t_ptr, head, stop), start, BLOCK, False)
+        b_s, b_t = load_pair(Row(row.s_ptr, row.t_ptr, row.head, stop), start, BLOCK, False)
         top_s, top_t = tl.maximum(top_s, b_s), tl.maximum(top_t, b_t)
     best_s, best_t = tl.max(top_s, 0), tl.max(top_t, 0)
     return tl.where(best_s > float("-inf"), best_s, 0.0), tl.where(best_t > float("-inf"), best_t, 0.0)
@@ -56,7 +82,7 @@ def maxima(row, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def phi(x):
-    """expm1(x) - x for |x| < 1/2, to 4e-8 of itself."""
+    """expm1(x) - x for |x| < 1/2, with a relative error of 4e-8."""
     y = tl.fma(x, 1 / 40320, 1 / 5040)
     y = tl.fma(y, x, 1 / 720)
     y = tl.fma(y, x, 1 / 120)

@@ -1,14 +1,15 @@
-"""divergence between hidden @ head^T of two models: library GEMMs on a chunk of rows, and one kernel that makes of a row's
-logits its value and, over all words at once, the gradient.
+"""divergence between hidden @ head^T of two models: library GEMMs on a chunk of rows, and one kernel that turns a row's logits
+into its value and, in the same pass over the vocabulary, the gradient.
 
     s, t = x Ws^T, y Wt^T      [C, V], float32 out of the GEMM whatever its operands: near convergence the gradient is a
-                               difference of logits, and bfloat16 ones would leave nothing of it
-    rows, dZ = row_kernel      the maths of divergence.py; dZ in the student's dtype, rounded once
+                               difference of logits, and bfloat16 would leave nothing of it
+    rows, dZ = row_kernel      the maths of divergence/row.py; dZ in the student's dtype, rounded once
     dX = dZ Ws,  dW += dZ^T x  dW in float32
 
-speed: dZ is formed in the forward. low: the forward keeps eight numbers per row, the backward makes the logits again.
-Chunks: dW is read and written once per chunk, 8 bytes against 6 C flops per element and more: at 2048 rows that is a tenth
-of the time on an H200, and less in the other products. (In low mode, memory counts: fewer rows.)
+Gradient in the forward: dZ is formed there. With recomputed logits, the forward keeps eight numbers per row, and the backward
+makes the logits again. Chunks: dW is read and written once per chunk, which costs 8 bytes per element against at least 6 C
+flops: at 2048 rows that is a tenth of the time on an H200, and less in the other products. Recomputing is for those who lack
+memory: fewer rows.
 
 Hard labels add hard * (log sum e^s - s_label), at temperature 1 whatever the divergence's.
 """
@@ -18,21 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import hidden, load_pair, maxima, row_of
-from .divergence.logits import LOG2_E, MSE, compare, exact_differences, gradient, load_stats, squares, store_stats
+from .blocks import contiguous_rows, is_masked, load_pair, maxima, row_of
+from .divergence.row import LOG2_E, MSE, Stats, compare, exact_differences, gradient, load_stats, squares, store_stats
 from .divergence.topk import divergence_topk_bwd, divergence_topk_fwd
 
 VALUE, VALUE_AND_GRADIENT, GRADIENT = (tl.constexpr(mode) for mode in range(3))
-ROWS = {"speed": 2048, "low": 512}
+ROWS = {False: 2048, True: 512}  # of a chunk, by whether the logits are recomputed
 
 
 @triton.jit
 def log_sum_exp(row, BLOCK: tl.constexpr):
-    """Of the student's logits, at temperature 1."""
-    end = row[3]
-    top, _ = maxima(row, end, BLOCK)
+    """The log-sum-exp of the student's logits, at temperature 1."""
+    top, _ = maxima(row, row.end, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, end, BLOCK):
+    for start in range(0, row.end, BLOCK):
         b_s, _t = load_pair(row, start, BLOCK, False)
         total += tl.exp2((b_s - top) * LOG2_E)
     return top + tl.log(tl.sum(total))
@@ -44,12 +44,12 @@ def row_kernel(
     inv_T, mix, rest, factor, hard, scale, inv_cap,
     KIND: tl.constexpr, MODE: tl.constexpr, SHAPED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. stats [N, 8]: divergence.py's seven, and the log-sum-exp for the labels."""
+    """One program per row. stats [N, 8]: the seven of divergence/row.py, and the log-sum-exp for the labels."""
     i_n = tl.program_id(0).to(tl.int64)
     grad_ptr += i_n * grad_stride // 8 * 8
     stats_ptr += 8 * i_n
     o_v = tl.arange(0, BLOCK)
-    if hidden(mask_ptr, i_n):
+    if is_masked(mask_ptr, i_n):
         if MODE != GRADIENT:
             tl.store(values_ptr + i_n, 0.0)
         if MODE != VALUE:
@@ -60,7 +60,7 @@ def row_kernel(
     label, log_sum = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + i_n).to(tl.int32)
-    stats = ((0.0, 0.0), 1.0, 1.0, 0.0, 0.0, 0.0)
+    stats = Stats((0.0, 0.0), 1.0, 1.0, 0.0, 0.0, 0.0)
     EXACT: tl.constexpr = exact_differences(s_ptr.dtype.element_ty, t_ptr.dtype.element_ty)
     if MODE == GRADIENT:
         if KIND != MSE:
@@ -75,9 +75,9 @@ def row_kernel(
         value *= factor
         if labels_ptr is not None:
             log_sum = log_sum_exp(row, BLOCK)
-            there = (label >= 0) & (label < V)  # elsewhere NaN, not a fault
-            right = tl.load(s_ptr + i_n * s_stride + tl.where(there, label, 0)).to(tl.float32)
-            value += hard * tl.where(there, log_sum - right, float("nan"))
+            exists = (label >= 0) & (label < V)  # elsewhere NaN, not a fault
+            s_label = tl.load(s_ptr + i_n * s_stride + tl.where(exists, label, 0)).to(tl.float32)
+            value += hard * tl.where(exists, log_sum - s_label, float("nan"))
         tl.store(values_ptr + i_n, value)
         if MODE == VALUE:
             store_stats(stats_ptr, stats)
@@ -108,13 +108,13 @@ LARGE = {
 
 
 class Chunks:
-    """What a call works with: both sides, and buffers for the logits of one chunk of rows."""
+    """The arguments of a call, and buffers for the logits of one chunk of rows."""
 
-    def __init__(self, mode, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels,
+    def __init__(self, recompute, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels,
                  kind, temperature, mix, factor, hard, scale, cap, t_scale, t_cap):  # fmt: skip
-        self.rows, self.words = hidden.shape[0], head.shape[0]
-        self.step = max(1, min(ROWS[mode], self.rows))
-        self.mask = None if mask is None else mask.contiguous()
+        self.rows, self.vocabulary = hidden.shape[0], head.shape[0]
+        self.step = max(1, min(ROWS[recompute], self.rows))
+        self.mask = contiguous_rows(mask)
         # A masked row may hold NaN, and 0 times that would reach the head's gradient.
         drop = None if mask is None else ~mask[:, None]
         self.hidden, self.t_hidden = (
@@ -122,9 +122,9 @@ class Chunks:
         )
         self.student, self.teacher = (head, bias, scale, cap), (t_head, t_bias, t_scale, t_cap)
         self.sparse = None if indices is None else (indices, log_probs, tail)
-        self.labels = labels.contiguous() if labels is not None and hard else None
+        self.labels = contiguous_rows(labels) if hard else None
         self.soft, self.factor, self.hard = (kind, temperature, mix), factor, hard
-        width = -(-self.words // 8) * 8  # rows begin at 16 bytes, as the GEMM likes it
+        width = -(-self.vocabulary // 8) * 8  # rows begin at 16 bytes, as the GEMM likes it
         count = 1 if self.sparse else 2
         self.buffers = [hidden.new_empty(self.step, width, dtype=torch.float32) for _ in range(count)]
         grad_dtype = hidden.dtype if hidden.dtype == head.dtype else torch.float32
@@ -136,7 +136,7 @@ class Chunks:
     def logits(self, part, of_teacher=False) -> Tensor:
         head, bias, scale, cap = self.teacher if of_teacher else self.student
         x = (self.t_hidden if of_teacher else self.hidden)[part]
-        out = self.buffers[of_teacher][: x.shape[0], : self.words]
+        out = self.buffers[of_teacher][: x.shape[0], : self.vocabulary]
         multiply(x, head.t(), out)
         if bias is not None:
             out += bias
@@ -145,43 +145,43 @@ class Chunks:
         return out.div_(cap).tanh_().mul_(cap) if cap else out
 
     def launch(self, mode, part, values, stats, weights) -> Tensor:
-        """Of a dense teacher; returns the gradient of the chunk's logits, if `mode` makes one."""
+        """Against a dense teacher: returns the gradient of the chunk's logits, if `mode` makes one."""
         s, t = self.logits(part), self.logits(part, of_teacher=True)
-        grad = self.grad[: s.shape[0], : self.words]
+        grad = self.grad[: s.shape[0], : self.vocabulary]
         (kind, temperature, mix), (_, _, scale, cap) = self.soft, self.student
         mask, labels = (None if x is None else x[part] for x in (self.mask, self.labels))
         row_kernel[(s.shape[0],)](
-            s, t, weights, mask, labels, values, stats, grad, s.stride(0), t.stride(0), grad.stride(0), self.words,
+            s, t, weights, mask, labels, values, stats, grad, s.stride(0), t.stride(0), grad.stride(0), self.vocabulary,
             1 / temperature, mix, 1 - mix, self.factor, self.hard, scale, 1 / cap if cap else 0.0,
             KIND=kind, MODE=mode.value, SHAPED=scale != 1 or cap != 0, enable_fp_fusion=True,
-            **(SMALL if self.words <= 1024 else LARGE),
+            **(SMALL if self.vocabulary <= 1024 else LARGE),
         )  # fmt: skip
         return grad
 
     def launch_sparse(self, mode, part, values, stats, weights) -> Tensor:
+        """The same against a sparse teacher, whose rows have kernels of their own."""
         s, makes_value, makes_gradient = self.logits(part), mode.value != 2, mode.value != 0
         indices, log_probs, tail = (None if x is None else x[part] for x in self.sparse)
         mask = None if self.mask is None else self.mask[part]
         if makes_value:
-            rows, of_soft = divergence_topk_fwd(s, indices, log_probs, tail, mask, *self.soft)
+            rows, topk_stats = divergence_topk_fwd(s, indices, log_probs, tail, mask, *self.soft)
             values.copy_(self.factor * rows)
-            stats[:, :7] = of_soft
+            stats[:, :7] = topk_stats
         if makes_gradient:
-            of_soft = stats[:, :7].contiguous()
-            grad = divergence_topk_bwd(weights * self.factor, s, indices, log_probs, tail, mask, of_soft, *self.soft)
+            topk_stats = stats[:, :7].contiguous()
+            grad = divergence_topk_bwd(weights * self.factor, s, indices, log_probs, tail, mask, topk_stats, *self.soft)
         if self.labels is not None:
             labels = self.labels[part] if mask is None else self.labels[part].masked_fill(~mask, 0)
             if makes_value:
                 stats[:, 7] = s.logsumexp(-1)
-                right = stats[:, 7] - s.gather(-1, labels[:, None])[:, 0]
-                values += self.hard * (right if mask is None else right.masked_fill(~mask, 0))
+                cross_entropy = stats[:, 7] - s.gather(-1, labels[:, None])[:, 0]
+                values += self.hard * (cross_entropy if mask is None else cross_entropy.masked_fill(~mask, 0))
             if makes_gradient:
                 w = self.hard * (weights if mask is None else weights.masked_fill(~mask, 0))[:, None]
                 grad += w * (s - stats[:, 7:8]).exp_()
                 rows = torch.arange(len(labels), device=labels.device)
-                grad.index_put_(
-                    (rows, labels), -w[:, 0], accumulate=True
-                )  # scatter_add_ waits where it is deterministic
+                # scatter_add_ would synchronise under deterministic algorithms
+                grad.index_put_((rows, labels), -w[:, 0], accumulate=True)
         if not makes_gradient:
             return None
         _, _, scale, cap = self.student
@@ -194,12 +194,12 @@ class Chunks:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out (float32) = a b, or out += a b. Sums are float32 in the GEMM, and stay so: nothing is rounded on the way."""
+    """out (float32) = a b, or out += a b. The GEMM's float32 sums are not rounded on the way."""
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
     if a.dtype == torch.float32:
         out.addmm_(a, b, beta=1.0 if add else 0.0)
-    elif not a.is_cuda:  # the interpreter's home
+    elif not a.is_cuda:  # in the interpreter
         out.addmm_(a.float(), b.float(), beta=1.0 if add else 0.0)
     elif add:
         out += torch.mm(a, b, out_dtype=torch.float32)
@@ -207,8 +207,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-class Sums:
-    """The gradients, in float32; without rows where nobody wants them."""
+class Gradients:
+    """The gradients, in float32; those that are not wanted have no rows."""
 
     def __init__(self, chunks, to_hidden, to_head, to_bias):
         self.chunks, self.wanted = chunks, (to_hidden, to_head, to_bias)
@@ -235,20 +235,21 @@ def linear_divergence_fwd_grad(
     t_scale: float, t_cap: float, to_hidden: bool, to_head: bool, to_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [N, 1], and the gradients of sum weights * rows."""
-    chunks = Chunks("speed", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+    chunks = Chunks(False, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
                     temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
-    sums, values = Sums(chunks, to_hidden, to_head, to_bias), hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32)
+    gradients, values = (
+        Gradients(chunks, to_hidden, to_head, to_bias),
+        hidden.new_empty(hidden.shape[0], 1, dtype=torch.float32),
+    )
     stats = values.new_empty(chunks.step, 8)
     wanted = to_hidden or to_head or to_bias
     for part in chunks:
-        some = stats[: part.stop - part.start]
-        grad = chunks.run(
-            VALUE_AND_GRADIENT if wanted else VALUE, part, values[part, 0], some, weights[part].contiguous()
-        )
+        mode = VALUE_AND_GRADIENT if wanted else VALUE
+        grad = chunks.run(mode, part, values[part, 0], stats[: part.stop - part.start], weights[part].contiguous())
         if wanted:
-            sums.add(part, grad)
-    of_head = sums.head.to(torch.bfloat16) if head.dtype == torch.bfloat16 else sums.head
-    return values, sums.hidden, of_head, sums.bias
+            gradients.add(part, grad)
+    to_head = gradients.head.to(torch.bfloat16) if head.dtype == torch.bfloat16 else gradients.head
+    return values, gradients.hidden, to_head, gradients.bias
 
 
 def linear_divergence_scale(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
@@ -262,7 +263,7 @@ def linear_divergence_fwd(
     t_cap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows [N, 1], stats [N, 8]."""
-    chunks = Chunks("low", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+    chunks = Chunks(True, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
                     temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
     values, stats = (hidden.new_zeros(hidden.shape[0], width, dtype=torch.float32) for width in (1, 8))
     for part in chunks:
@@ -277,9 +278,9 @@ def linear_divergence_bwd(
     scale: float, cap: float, t_scale: float, t_cap: float, to_hidden: bool, to_head: bool, to_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad [N] -> gradients of hidden and bias in float32, of the head in its dtype."""
-    chunks = Chunks("low", hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
+    chunks = Chunks(True, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind,
                     temperature, mix, factor, hard, scale, cap, t_scale, t_cap)  # fmt: skip
-    sums, grad = Sums(chunks, to_hidden, to_head, to_bias), grad.contiguous()
+    gradients, grad = Gradients(chunks, to_hidden, to_head, to_bias), grad.contiguous()
     for part in chunks:
-        sums.add(part, chunks.run(GRADIENT, part, grad[part], stats[part], grad[part]))
-    return sums.hidden, sums.head.to(head.dtype), sums.bias
+        gradients.add(part, chunks.run(GRADIENT, part, grad[part], stats[part], grad[part]))
+    return gradients.hidden, gradients.head.to(head.dtype), gradients.bias

@@ -1,7 +1,7 @@
-"""KL(teacher || student) between softmaxed relations, one number per query, in the manner of flash attention without V.
+"""KL(teacher || student) between softmaxed relations, one number per query, computed as in flash attention, without V.
 
-The maths. s and t are a query's scores x yᵀ scale on both sides. With running maxima and c = (s - max s) - (t - max t),
-which is small and exact where the sides are close,
+The maths. s and t are a query's scores x yᵀ scale of student and teacher. With running maxima and c = (s - max s) - (t - max t),
+which is small and exact where student and teacher are close,
 
     a = e^(t - max t),   l = sum a,   X = sum a expm1(c),   A = sum a (expm1(c) - c),   E = X / l,   kappa = log1p(E):
     KL = A / l - (E - log1p(E)):   each term >= 0, nothing cancels as the student nears the teacher;
@@ -12,32 +12,55 @@ e = m_t - m_s; with alpha = e^-m_t and beta = e^-m_s, alpha expm1(e) = beta - al
 
     A <- alpha A + (beta - alpha) X + (beta - alpha - alpha e) l,   X <- beta X + (beta - alpha) l,   l <- alpha l.
 
-Where |E| >= 1/2 the two sums are counted apart, S = sum e^(s - max s), since X has lost the digits of the smaller one:
+Where |E| >= 1/2 the student has a sum of its own, S = sum e^(s - max s), since X has lost the digits of the smaller one:
 KL = kappa - sum a c / l with kappa = log(S / l), and sum a c moves to alpha (sum a c + e l).
 
-Forward: a program owns a block of queries, walks over the keys, and leaves max t, 1 / l, max s and kappa.
-Backward: a program owns a block of rows of x (or y) and walks over the others; both scores are made again, W is used
-and forgotten. Of a relation of x with itself one tile yields W and Wᵀ, for one product with x. Nothing is
-added to by two programs, so the order of every sum is fixed.
+Forward: a program owns a block of queries, loops over the keys, and saves max t, 1 / l, max s and kappa.
+Backward: a program owns a block of rows of x (or y) and loops over the others; both scores are computed again, and W is
+never stored. For a relation of x with itself one tile yields W and Wᵀ, for one product with x. No two programs
+add to the same number, so the order of every sum is fixed.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import logarithms, phi
+from .blocks import contiguous_rows, logarithms, mask_bytes, phi
 
 NEVER = tl.constexpr(-1e30)  # a masked score: finite, so that the difference of two is a number
-WIDEST = 128  # of a head; fastkd/ops/relation.py has wider ones done by the reference
-# bytes of stack per thread, of the causal forms; the forward's on sm_80, 32 on sm_90. 32 of the backward's are the price of
-# scores that are rounded before they are subtracted, without FP fusion.
+WIDEST = 128  # head dimension; fastkd/ops/relation.py leaves wider heads to the reference
+# Bytes of stack per thread, of the causal kernels; the forward has 160 on sm_80, 32 on sm_90. 32 of the backward's come from
+# rounding scores before they are subtracted, without FP fusion.
 SPILL_LIMIT = {"forward_kernel": 160, "backward_kernel": 56}
 
 
+class Sums(NamedTuple):
+    """l, S, X, A and sum a c of the maths."""
+
+    mass: tl.tensor
+    student: tl.tensor
+    X: tl.tensor
+    A: tl.tensor
+    cross: tl.tensor
+
+
+class Stats(NamedTuple):
+    """Of queries: the upstream gradient, max t, max s, 1 / sum of exponentials on both sides, and kappa."""
+
+    g: tl.tensor
+    max_t: tl.tensor
+    max_s: tl.tensor
+    per_t: tl.tensor
+    per_s: tl.tensor
+    kappa: tl.tensor
+
+
 @triton.jit
-def counting(mask_ptr, b, o_l, L):
-    """Which of the tokens exist and count."""
+def valid_tokens(mask_ptr, b, o_l, L):
+    """Which of the tokens exist and are not masked."""
     m_l = o_l < L
     return m_l if mask_ptr is None else m_l & (tl.load(mask_ptr + b * L + o_l, mask=m_l, other=0) != 0)
 
@@ -56,7 +79,7 @@ def scores(x, y, scale):
 
 @triton.jit
 def gap_and_excess(a, b, c):
-    """Of b = a e^c: b - a, and b - a - a c, with all their digits where c is small."""
+    """b - a and b - a - a c, where b = a e^c, with all their digits where c is small."""
     near = tl.abs(c) < 0.5
     slack = phi(tl.where(near, c, 0.0))
     gap = tl.where(near, a * (c + slack), b - a)
@@ -71,15 +94,14 @@ def shifted(b_s, b_t, max_s, max_t):
 
 
 @triton.jit
-def move(refs, sums, top_s, top_t):
-    """The sums as they are relative to new maxima."""
-    max_s, max_t = refs
-    mass, student, X, A, cross = sums
+def move(sums, max_s, max_t, top_s, top_t):
+    """The sums relative to new maxima."""
     alpha, beta = tl.exp(max_t - top_t), tl.exp(max_s - top_s)
     c = (top_t - max_t) - (top_s - max_s)
     gap, excess = gap_and_excess(alpha, beta, c)
-    moved = beta * X + gap * mass, alpha * A + gap * X + excess * mass, alpha * (cross + c * mass)
-    return alpha * mass, beta * student, moved[0], moved[1], moved[2]
+    X = beta * sums.X + gap * sums.mass
+    A = alpha * sums.A + gap * sums.X + excess * sums.mass
+    return Sums(alpha * sums.mass, beta * sums.student, X, A, alpha * (sums.cross + c * sums.mass))
 
 
 @triton.jit
@@ -90,34 +112,37 @@ def forward_kernel(
     start, h, b = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = b * H + h
     o_i = start + tl.arange(0, BLOCK)
-    m_i = counting(mask_ptr, b, o_i, L)
+    m_i = valid_tokens(mask_ptr, b, o_i, L)
     b_xs = load_rows(x_s, strides[0], b, h, o_i, m_i, D_s, BLOCK_S)  # [BLOCK, D]
     b_xt = load_rows(x_t, strides[2], b, h, o_i, m_i, D_t, BLOCK_T)
     max_s, max_t = tl.full([BLOCK], NEVER, tl.float32), tl.full([BLOCK], NEVER, tl.float32)
-    none = tl.zeros([BLOCK], tl.float32)
-    mass, student, X, A, cross = none, none, none, none, none
+    zeros = tl.zeros([BLOCK], tl.float32)
+    sums = Sums(zeros, zeros, zeros, zeros, zeros)
     stop = tl.minimum(start + BLOCK, L) if CAUSAL else L
     for j in range(0, stop, BLOCK):
         o_j = j + tl.arange(0, BLOCK)
-        m_j = counting(mask_ptr, b, o_j, L)
+        m_j = valid_tokens(mask_ptr, b, o_j, L)
         seen = m_j[None, :] & (o_j[None, :] <= o_i[:, None]) if CAUSAL else m_j[None, :] & m_i[:, None]
         b_t = scores(b_xt, load_rows(y_t, strides[3], b, h, o_j, m_j, D_t, BLOCK_T), scale_t)
         b_s = scores(b_xs, load_rows(y_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S), scale_s)
         b_t, b_s = tl.where(seen, b_t, NEVER), tl.where(seen, b_s, NEVER)  # [queries, keys]
         top_t, top_s = tl.maximum(max_t, tl.max(b_t, 1)), tl.maximum(max_s, tl.max(b_s, 1))
-        mass, student, X, A, cross = move((max_s, max_t), (mass, student, X, A, cross), top_s, top_t)
+        sums = move(sums, max_s, max_t, top_s, top_t)
         max_s, max_t = top_s, top_t
         a, e_s = tl.exp(b_t - max_t[:, None]), tl.exp(b_s - max_s[:, None])
         c = shifted(b_s, b_t, max_s[:, None], max_t[:, None])
         gap, excess = gap_and_excess(a, e_s, c)
-        mass += tl.sum(a, 1)
-        student += tl.sum(e_s, 1)
-        X += tl.sum(gap, 1)
-        A += tl.sum(excess, 1)
-        cross += tl.sum(a * c, 1)
-    near = tl.abs(X) < 0.5 * mass  # else the difference of the sums has lost digits, and is not used
-    kappa, excess = logarithms(X / mass, student / mass)
-    value = tl.where(near, A / mass - excess, kappa - cross / mass)
+        sums = Sums(
+            sums.mass + tl.sum(a, 1),
+            sums.student + tl.sum(e_s, 1),
+            sums.X + tl.sum(gap, 1),
+            sums.A + tl.sum(excess, 1),
+            sums.cross + tl.sum(a * c, 1),
+        )
+    mass = sums.mass
+    near = tl.abs(sums.X) < 0.5 * mass  # else the difference of the sums has lost digits, and is not used
+    kappa, excess = logarithms(sums.X / mass, sums.student / mass)
+    value = tl.where(near, sums.A / mass - excess, kappa - sums.cross / mass)
     at = pair * L + o_i
     tl.store(rows_ptr + at, tl.where(m_i, value, 0.0), mask=o_i < L)
     at = pair * 4 * L + o_i
@@ -129,33 +154,36 @@ def forward_kernel(
 
 @triton.jit
 def load_stats(g_ptr, stats_ptr, pair, o_l, m_l, L):
-    """Upstream, max t, max s, 1 / l of both sides, and kappa."""
     at = pair * 4 * L + o_l
     g = tl.load(g_ptr + pair * L + o_l, mask=m_l, other=0.0)
     max_t = tl.load(stats_ptr + at, mask=m_l, other=0.0)
     per_t = tl.load(stats_ptr + at + L, mask=m_l, other=1.0)
     max_s = tl.load(stats_ptr + at + 2 * L, mask=m_l, other=0.0)
     kappa = tl.load(stats_ptr + at + 3 * L, mask=m_l, other=0.0)
-    return g, max_t, max_s, per_t, per_t * tl.exp(-kappa), kappa
+    return Stats(g, max_t, max_s, per_t, per_t * tl.exp(-kappa), kappa)
 
 
 @triton.jit
-def weights(b_s, b_t, of, seen):
-    """g (q - p); `of` as load_stats gives it, of the queries."""
-    g, max_t, max_s, per_t, per_s, kappa = of
-    p, c = tl.exp(b_t - max_t) * per_t, shifted(b_s, b_t, max_s, max_t) - kappa
-    gap, _ = gap_and_excess(p, tl.exp(b_s - max_s) * per_s, c)
-    return tl.where(seen, g * gap, 0.0)
+def weights(b_s, b_t, queries, seen):
+    """g (q - p), given the statistics of the queries."""
+    p = tl.exp(b_t - queries.max_t) * queries.per_t
+    c = shifted(b_s, b_t, queries.max_s, queries.max_t) - queries.kappa
+    gap, _ = gap_and_excess(p, tl.exp(b_s - queries.max_s) * queries.per_s, c)
+    return tl.where(seen, queries.g * gap, 0.0)
 
 
 @triton.jit
 def as_rows(of):
-    return of[0][:, None], of[1][:, None], of[2][:, None], of[3][:, None], of[4][:, None], of[5][:, None]
+    return Stats(
+        of.g[:, None], of.max_t[:, None], of.max_s[:, None], of.per_t[:, None], of.per_s[:, None], of.kappa[:, None]
+    )
 
 
 @triton.jit
 def as_columns(of):
-    return of[0][None, :], of[1][None, :], of[2][None, :], of[3][None, :], of[4][None, :], of[5][None, :]
+    return Stats(
+        of.g[None, :], of.max_t[None, :], of.max_s[None, :], of.per_t[None, :], of.per_s[None, :], of.kappa[None, :]
+    )
 
 
 @triton.jit
@@ -164,24 +192,24 @@ def backward_kernel(
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS: what is owned are queries, and others keys; COLUMNS: the other way round; both where x and y are one."""
+    """ROWS: own are queries and other are keys. COLUMNS: the other way round. Both: x and y are one tensor."""
     start, h, b = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = b * H + h
     o_i = start + tl.arange(0, BLOCK)
-    m_i = counting(mask_ptr, b, o_i, L)
+    m_i = valid_tokens(mask_ptr, b, o_i, L)
     b_own_s = load_rows(own_s, strides[0], b, h, o_i, m_i, D_s, BLOCK_S)  # [BLOCK, D]
     b_own_t = load_rows(own_t, strides[2], b, h, o_i, m_i, D_t, BLOCK_T)
     if ROWS:
         of_own = load_stats(g_ptr, stats_ptr, pair, o_i, m_i, L)
     pulled = tl.zeros([BLOCK, BLOCK_S], tl.float32)
-    # The forward's statistics hold for its own scores only: bit for bit, so queries must be the first operand. Products of
-    # float32 are summed in the order of d whichever comes first.
+    # The forward's statistics hold for its own scores, bit for bit, so queries must be the first operand. Products of float32
+    # are summed in the order of d whichever operand comes first.
     COMMUTES: tl.constexpr = own_s.dtype.element_ty == tl.float32
     begin = start if CAUSAL and not ROWS else 0
     stop = tl.minimum(start + BLOCK, L) if CAUSAL and not COLUMNS else L
     for j in range(begin, stop, BLOCK):
         o_j = j + tl.arange(0, BLOCK)
-        m_j = counting(mask_ptr, b, o_j, L)
+        m_j = valid_tokens(mask_ptr, b, o_j, L)
         b_other_s = load_rows(other_s, strides[1], b, h, o_j, m_j, D_s, BLOCK_S)
         b_other_t = load_rows(other_t, strides[3], b, h, o_j, m_j, D_t, BLOCK_T)
         both = m_i[:, None] & m_j[None, :]
@@ -219,14 +247,9 @@ def geometry(d_s: int, d_t: int, half: bool, backward: bool) -> dict:
 
 
 def _sides(xs: Tensor, ys: Tensor | None, xt: Tensor, yt: Tensor | None) -> list[Tensor]:
-    """x and y of the student, x and y of the teacher; rows contiguous, and all float32 if not all are half."""
-    found = [xs, xs if ys is None else ys, xt, xt if yt is None else yt]
-    found = found if _half(xs, xt) else [x.float() for x in found]
-    return [x if x.stride(3) == 1 else x.contiguous() for x in found]
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+    """x and y of the student, x and y of the teacher, with contiguous rows; all float32 unless all are half precision."""
+    sides = [xs, xs if ys is None else ys, xt, xt if yt is None else yt]
+    return [contiguous_rows(x if _half(xs, xt) else x.float()) for x in sides]
 
 
 def relation_fwd(
@@ -236,15 +259,15 @@ def relation_fwd(
     B, H, L, d = xs.shape
     rows = torch.empty((B, H, L), dtype=torch.float32, device=xs.device)
     stats = torch.empty((B, H, 4, L), dtype=torch.float32, device=xs.device)
-    nothing = [torch.empty((B, H, 0, d), dtype=_dtype(xs), device=xs.device) for _ in range(2)]
+    no_gradients = [torch.empty((B, H, 0, d), dtype=_dtype(xs), device=xs.device) for _ in range(2)]
     if rows.numel():
         sides = _sides(xs, ys, xt, yt)
         launch = geometry(d, xt.shape[3], _half(xs, xt), False)
         forward_kernel[(triton.cdiv(L, launch["BLOCK"]), H, B)](
-            *sides, tuple(x.stride()[:3] for x in sides), _bytes(mask), rows, stats, H, L, d, xt.shape[3],
+            *sides, tuple(x.stride()[:3] for x in sides), mask_bytes(mask), rows, stats, H, L, d, xt.shape[3],
             scale_s, scale_t, CAUSAL=causal, **launch,
         )  # fmt: skip
-    return rows, stats, *nothing
+    return rows, stats, *no_gradients
 
 
 def relation_bwd(
@@ -257,7 +280,7 @@ def relation_bwd(
     if dx.numel() == 0:
         return dx, dy
     grad, largest = grad.contiguous(), None
-    if xs.dtype == torch.float16:  # weights are rounded to float16, and must not become subnormal
+    if xs.dtype == torch.float16:  # weights are rounded to float16 and must not become subnormal
         largest = grad.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         grad = grad / largest
     x_s, y_s, x_t, y_t = _sides(xs, ys, xt, yt)
@@ -266,7 +289,7 @@ def relation_bwd(
     def pull(out, own_s, other_s, own_t, other_t, rows, columns):
         sides = (own_s, other_s, own_t, other_t)
         backward_kernel[(triton.cdiv(L, launch["BLOCK"]), H, B)](
-            *sides, tuple(x.stride()[:3] for x in sides), _bytes(mask), grad, stats, out, H, L, d, xt.shape[3],
+            *sides, tuple(x.stride()[:3] for x in sides), mask_bytes(mask), grad, stats, out, H, L, d, xt.shape[3],
             scale_s, scale_t, ROWS=rows, COLUMNS=columns, **launch,
         )  # fmt: skip
         return out if largest is None else out.mul_(largest)
@@ -274,7 +297,7 @@ def relation_bwd(
     dx = pull(dx, x_s, y_s, x_t, y_t, True, ys is None and yt is None)
     if ys is not None:
         return dx, pull(dy, y_s, x_s, y_t, x_t, False, True)
-    if yt is not None:  # x is both in the student, not in the teacher: two halves
+    if yt is not None:  # the student relates x to itself, the teacher does not: two halves
         dx = dx + pull(torch.empty_like(dx), y_s, x_s, y_t, x_t, False, True)
     return dx, dy
 

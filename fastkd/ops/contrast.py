@@ -1,4 +1,5 @@
-"""A query against a bank of negatives (InfoNCE, NCE), its sampling and its bank: which implementation runs."""
+"""contrast: InfoNCE and NCE against a bank of negatives, drawing the negatives and moving the bank. The autograd Functions, and
+which implementation runs."""
 
 import math
 
@@ -10,13 +11,13 @@ from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
 
-# The gradient is made in the forward: reading the bank again in the backward would double the time. The query's is a
-# multiple of `unit_grad` [B, D], so that the backward only rescales, unless the bank is trained too. NCE has no backward kernel.
+# The gradient is made in the forward, since reading the bank again in the backward would double the time. The query's gradient
+# is a multiple of `unit_grad` [B, D], so the backward only rescales it, unless the bank is trained. NCE has no backward kernel.
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
-MOST_DRAWS = 8192  # in Triton every draw scans all others: beyond, the reference's sort is the shorter way
+MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the reference's sort is faster
 
 
 def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, gradient_in_forward, scale=None):
@@ -73,16 +74,17 @@ class InfoNCE(backends.Function):
         ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
         inverse = inverse_temperature.to(query.device, torch.float64)
         rows, unit_grad, weight, lse = INFO_NCE[backend].fwd(
-            query, positive, bank, index, inverse, query_ids, bank_ids, wanted, *_given(scale)
+            query, positive, bank, index, inverse, query_ids, bank_ids, wanted, scale
         )
-        of_bank = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()  # else the bank may change meanwhile
-        ctx.save_for_backward(query, inverse, unit_grad, weight, *of_bank)
+        # A bank that is not trained is not saved, since it may change in place before the backward.
+        bank_inputs = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()
+        ctx.save_for_backward(query, inverse, unit_grad, weight, *bank_inputs)
         ctx.positive_dtype, ctx.temperature_dtype = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        query, inverse, unit_grad, weight, *of_bank = ctx.saved_tensors
+        query, inverse, unit_grad, weight, *bank_inputs = ctx.saved_tensors
         to_query = to_positive = to_inverse = to_bank = None
         scaled = grad * inverse  # [B]
         if ctx.needs_input_grad[1]:
@@ -93,9 +95,11 @@ class InfoNCE(backends.Function):
             slope = (query.double() * unit_grad).sum(-1)  # [B]
             to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
         if ctx.trains_bank:
-            bank, lse, query_ids, bank_ids = of_bank
-            shares = (query, bank, inverse, query_ids, bank_ids, lse, (scaled * weight).float())
-            to_bank = INFO_NCE[ctx.backend].bwd(*shares).to(bank.dtype)
+            bank, lse, query_ids, bank_ids = bank_inputs
+            coefficient = (scaled * weight).float()
+            to_bank = (
+                INFO_NCE[ctx.backend].bwd(query, bank, inverse, query_ids, bank_ids, lse, coefficient).to(bank.dtype)
+            )
         return None, to_query, to_positive, to_inverse, to_bank, None, None, None, None
 
 
@@ -107,7 +111,7 @@ class NCE(backends.Function):
     @staticmethod
     def forward(ctx, backend, query, bank, index, shift, temperature, scale):
         wanted = ctx.needs_input_grad[1]
-        rows, unit_grad = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted, *_given(scale))
+        rows, unit_grad = NCE_KERNELS[backend].fwd(query, bank, index, shift, temperature, wanted, scale)
         ctx.save_for_backward(unit_grad)
         ctx.dtype = query.dtype
         return rows
@@ -119,7 +123,7 @@ class NCE(backends.Function):
 
 
 class NCEPair(backends.Function):
-    """Both anchors of CoDIR at once. z comes back as it is from now on; it and the banks have no gradient."""
+    """Both anchors of CoDIR in one call. Also returns both z as updated; they and the banks have no gradient."""
 
     function = "nce_pair_loss"
 
@@ -138,7 +142,7 @@ class NCEPair(backends.Function):
 
 
 class UnitLinear(backends.Function):
-    """normalise(x W^T + bias): the forward leaves the lengths, the backward goes through them first."""
+    """normalise(x W^T + bias). The forward saves the lengths, and the backward applies the normalisation's derivative first."""
 
     function = "unit_linear"
 
@@ -151,17 +155,15 @@ class UnitLinear(backends.Function):
     @staticmethod
     def backward(ctx, grad):
         wanted = ctx.needs_input_grad
-        to_x, *to_map = torch.ops.fastkd.unit_linear_bwd(grad, *ctx.saved_tensors, wanted[0])
-        return to_x if wanted[0] else None, *(
-            g if needed else None for g, needed in zip(to_map, wanted[1:], strict=True)
-        )
+        gradients = torch.ops.fastkd.unit_linear_bwd(grad, *ctx.saved_tensors, wanted[0])
+        return tuple(g if needed else None for g, needed in zip(gradients, wanted, strict=True))
 
 
-MOST_EXAMPLES = 256  # beyond, a library's GEMM has the same work per byte and is as fast
+MOST_EXAMPLES = 256  # for more, the library's GEMM is as fast
 
 
 def unit_linear(x, weight, bias, backend) -> Tensor:
-    """x [B, S] onto the unit sphere of D dimensions: normalise(x W^T + bias) [B, D]; 0 stays 0."""
+    """Projects x [B, S] onto the unit sphere of D dimensions: normalise(x W^T + bias) [B, D]; 0 stays 0."""
     plain = x.dtype == weight.dtype == bias.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if plain and x.shape[0] <= MOST_EXAMPLES and backends.choose("contrast", backend, x) == "cpu":
         return UnitLinear.apply(x, weight, bias)
@@ -172,7 +174,7 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
-    """InfoNCE per query, [B]. bank None: the other positives of the batch, with a gradient."""
+    """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
     if bank is None:
         bank = positive
         if exclude is None:
@@ -182,7 +184,7 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     if isinstance(inverse_temperature, Tensor) and inverse_temperature.numel() != 1:
         why_not = "it takes one temperature for all queries"
     elif exclude is not None and any(ids.is_floating_point() for ids in exclude):
-        why_not = "it compares whole-number ids"
+        why_not = "it compares integer ids"
     backend = _choose(backend, query, why_not)
     if backend == "reference":
         if bank is not positive and index is None:  # a bank that is not trained may change before the backward
@@ -220,27 +222,27 @@ def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:
     else:
         log_z = torch.full((), math.log(z), dtype=torch.float64, device=query.device)
     shift = log_z + math.log(c + reference.EPS)
-    dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
+    constant = (index.shape[1] - 1) * (math.log(c) - math.log(c + reference.EPS))  # as in the reference
     scale = None if scale is None else scale.float()
-    return NCE.apply(backend, query, bank, index.long(), shift, temperature, scale) - dropped
+    return NCE.apply(backend, query, bank, index.long(), shift, temperature, scale) - constant
 
 
 def nce_pair(queries, banks, index, n_data, temperature, z, backend) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Half the sum of two anchors' NCE [B], each against its bank, and both z from now on."""
+    """The mean of two anchors' NCE [B], each against its bank, and both z as updated."""
     why_not = next(filter(None, (_bank_reason(bank, trained_rows=True) for bank in banks)), None)
     if any(x.dtype != torch.float32 or x.dim() for x in z):
         why_not = "z must be one float32 number"
     if _choose(backend, queries[0], why_not) == "cpu":
         noise = (index.shape[1] - 1) / n_data + reference.EPS
-        rows, *now = NCEPair.apply(*queries, *banks, index.long(), *z, noise, temperature, n_data)
-        return rows, tuple(now)
+        rows, *new_z = NCEPair.apply(*queries, *banks, index.long(), *z, noise, temperature, n_data)
+        return rows, tuple(new_z)
     sides = list(zip(queries, banks, z, strict=True))
-    now = [partition(query, bank, index, n_data, temperature, frozen, None, backend) for query, bank, frozen in sides]
+    new_z = [partition(query, bank, index, n_data, temperature, old, None, backend) for query, bank, old in sides]
     anchors = [
-        nce(query, bank, index, n_data, temperature, torch.where(own > 0, own, 1.0), None, backend)
-        for (query, bank, _), own in zip(sides, now, strict=True)
+        nce(query, bank, index, n_data, temperature, torch.where(new > 0, new, 1.0), None, backend)
+        for (query, bank, _), new in zip(sides, new_z, strict=True)
     ]
-    return (anchors[0] + anchors[1]) / 2, tuple(now)
+    return (anchors[0] + anchors[1]) / 2, tuple(new_z)
 
 
 def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:
@@ -258,11 +260,11 @@ def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Ten
 
 
 def sample_negatives(index, count, n_data, labels, order, bounds, state, replacement, window, backend) -> Tensor:
-    """Ids of other labels, or of neighbours, [B, count]: the same on every backend."""
+    """Ids of other labels, or of neighbours, [B, count]. Every backend draws the same ids."""
     labels, order, bounds = (None if x is None else x.long() for x in (labels, order, bounds))
     arguments = index.long(), count, n_data, labels, order, bounds, state.long(), replacement, window
     chosen = backends.choose("contrast", backend, index[:0].float())
-    if labels is not None and chosen != "cpu":  # the C++ kernel looks by itself
+    if labels is not None and chosen != "cpu":  # the C++ kernel checks them itself
         fit = lambda: _labels_fit(index.long(), n_data, labels, order, bounds)  # noqa: E731
         rule = "expected classes 0 to C - 1, the ids sorted by class, and where each class begins"
         checks.values("labels", labels, fit, rule)
@@ -294,23 +296,17 @@ def update_bank(bank, index, rows, momentum, scale, backend) -> None:
     chosen, index = _choose(backend, bank if scale is None else scale, why_not), index.long()
     if chosen != "reference":
         with torch.no_grad():
-            return UPDATE[chosen].fwd(bank, index, rows.detach(), momentum, *_given(scale))
+            return UPDATE[chosen].fwd(bank, index, rows.detach(), momentum, scale)
     with backends.full_precision(bank):
         bank_reference.update_bank(bank, index, rows, momentum, scale)
-
-
-def _given(scale: Tensor | None) -> list[Tensor]:
-    return [] if scale is None else [scale]
 
 
 def _bank_reason(bank: Tensor, trained_rows: bool = False, scale: Tensor | None = None) -> str | None:
     """Why the kernels cannot take this bank, as a clause that follows "because"; None if they can."""
     if trained_rows and bank.requires_grad and torch.is_grad_enabled():
-        return (
-            "the bank needs a gradient, which the kernels form for a bank that the batch shares, without a scale, only"
-        )
+        return "the bank needs a gradient, which the kernels compute only for a shared bank without a scale"
     if scale is not None and scale.requires_grad and torch.is_grad_enabled():
-        return "the scale needs a gradient, which the kernels do not form"
+        return "the scale needs a gradient, which the kernels do not compute"
     if scale is not None and bank.dtype == torch.float8_e4m3fn:
         return None
     if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16):

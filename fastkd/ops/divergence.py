@@ -1,4 +1,4 @@
-"""Row-wise divergence between logits: the autograd Functions, and which implementation runs."""
+"""divergence between rows of logits: the autograd Functions, and which implementation runs."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ from fastkd.reference.divergence_topk import divergence_topk as topk_reference
 
 
 class TopK(NamedTuple):
-    """A sparse teacher: log-probabilities of k words per row, taken as given (at the caller's temperature).
+    """A sparse teacher: log-probabilities of k tokens per row, taken as given (at the caller's temperature).
 
-    tail: None, the rest has no mass; True, the rest is one more word with what the k leave over; a tensor [...], the
-    log-mass of the rest.
+    tail: the mass of all other tokens, which count as one more token. None: they have no mass; True: what the k tokens leave;
+    a tensor [...]: its logarithm.
     """
 
     indices: Tensor  # [..., k]
@@ -29,7 +29,7 @@ class TopK(NamedTuple):
         return TopK(self.indices.reshape(-1, k), self.log_probs.reshape(-1, k), tail)  # [N, k], [N, k], [N]
 
 
-# What a kernel looks like: fwd(s, *teacher, mask, kind, temperature, mix) -> (rows [N], stats [N, …]), and
+# Kernels: fwd(s, *teacher, mask, kind, temperature, mix) -> (rows [N], stats [N, …]), and
 # bwd(grad, s, *teacher, mask, stats, kind, temperature, mix) -> gradient of s. `teacher` is the logits t, or indices,
 # log_probs and the tail's log-mass; `kind` its position in KINDS; `mix` the student's weight in skew_kl's or jsd's mixture.
 KERNELS = {
@@ -39,7 +39,6 @@ KERNELS = {
 
 
 def _rows_fake(student, *_):
-    # The width of stats is the kernel's own business, but a fake must name it: 7 (csrc/cpu/divergence*).
     return student.new_empty(student.shape[0], dtype=torch.float32)
 
 
@@ -56,7 +55,7 @@ backends.fake("divergence_topk_bwd", _grad_fake)
 
 
 class Divergence(backends.Function):
-    """Saves a few numbers per row; the backward reads the logits again and writes the gradient once."""
+    """Saves a few numbers per row. The backward reads the logits again and writes the gradient once."""
 
     function = "divergence"
 
@@ -75,8 +74,8 @@ class Divergence(backends.Function):
 
 
 class DivergenceGradientInForward(backends.Function):
-    """On the CPU, in float32: one pass over the logits finds value and gradient. Until the first backward the graph holds the
-    gradient beside the logits."""
+    """On the CPU, in float32: one pass over the logits computes value and gradient. Until the first backward the graph holds
+    the gradient beside the logits."""
 
     function = "divergence"
 
@@ -99,8 +98,8 @@ class DivergenceGradientInForward(backends.Function):
 def divergence(
     student, teacher, mask, kind, temperature, beta, alpha, backend, expected_upstream=(False, 1.0)
 ) -> Tensor:
-    """One value per row of student [N, V], without the T² factor; masked rows give 0. expected_upstream: (mean, factor), the
-    caller will take the mean of the rows, or their sum, times factor; any other upstream gradient is correct, but slower."""
+    """One value per row of student [N, V], without the T² factor; masked rows are 0. expected_upstream (mean, factor):
+    the caller will take the mean of the rows, or their sum, times factor. Any other upstream gradient is correct, but slower."""
     kind = without_mixture(kind, alpha)
     backend = backends.choose("divergence", backend, student)
     if backend == "reference":
@@ -129,12 +128,12 @@ def kernel_dtype(x: Tensor) -> Tensor:
 
 
 def kernel_form(teacher: TopK):
-    """indices int64, log_probs and the tail's log-mass float64: of what the k words leave over where tail is True. With a
-    tail, all of it has mass 1, to the last digit: near convergence the student is compared with it to nearly that."""
+    """indices in int64, log_probs and the log-mass of the tail in float64. With a tail, the masses are made to sum to 1 to the
+    last digit, since near convergence the loss is nearly as small as a rounding error."""
     indices, log_probs, tail = teacher.indices.long(), teacher.log_probs.double(), teacher.tail
     if tail is None:
         return indices, log_probs, None
     mass = log_probs.logsumexp(-1)  # [N]
     tail = torch.log(-torch.expm1(mass.clamp(max=0))) if tail is True else tail.double()  # no mass is left: -inf
-    whole = torch.logaddexp(mass, tail)
-    return indices, log_probs - whole[:, None], tail - whole
+    log_mass = torch.logaddexp(mass, tail)
+    return indices, log_probs - log_mass[:, None], tail - log_mass

@@ -1,4 +1,4 @@
-"""The shared CPU GEMM tile by itself. The stems call it from C++ (csrc/cpu/gemm/gemm.h), tests and the bench from here."""
+"""The shared CPU GEMM tile by itself. C++ calls csrc/cpu/gemm/gemm.h; tests and the bench call it here."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torch import Tensor
 from fastkd import backends
 
 # Bits of `how`, the same as in csrc/cpu/gemm/op.cpp.
-DIRECT = 1  # read `a` where it lies instead of packing it
-FLOAT32_ONLY = 2  # widen bfloat16 even where the machine multiplies it
-ROUND = 4  # round float32 to bfloat16 where the machine multiplies that
+DIRECT = 1  # read `a` in place instead of packing it
+FLOAT32_ONLY = 2  # widen bfloat16 even if the machine multiplies it
+ROUND = 4  # round float32 to bfloat16 if the machine multiplies that
 SPLIT = 8  # with ROUND: `a` as a high and a low bfloat16 part
 EMULATE_AMX = 16  # bfloat16 with the packing and tiling of AMX, its tile registers emulated
 

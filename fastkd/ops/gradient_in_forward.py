@@ -1,15 +1,15 @@
-"""The gradient made in the forward, while the kernel has in cache what the gradient needs. All stems do it in this way.
+"""The gradient made in the forward, while the kernel has in cache what the gradient needs. All stems share this mechanism.
 
-A forward that may expect a gradient makes it for an upstream gradient: the one that the caller says it will send
-(`expected_upstream`), or 1 (`unit_grad`). The backward rescales it to the upstream gradient that came, any of which is
-correct; another one than expected is slower.
+The forward computes the gradient for an upstream gradient: the one that the caller announces (`expected_upstream`), or 1
+(`unit_grad`). The backward rescales it to the upstream gradient that came. Any upstream gradient is correct; one that was not
+expected is slower.
 
-- Large gradients are handed over (`HandedOver`): the tensor that the forward wrote is what the first backward returns,
-  rescaled in place, so that there never are two of them. A further backward calls the forward's kernel again.
-- Small ones, and those of a compiled graph, which cannot hand over a tensor that its forward left, are saved like any
-  other tensor and multiplied in the backward.
+- Large gradients are handed over (`HandedOver`): the first backward rescales the forward's tensor in place and returns it, so
+  that there are never two of them. A second backward calls the forward's kernel again.
+- Small gradients, and those of a compiled graph, which cannot hand over a tensor from its forward, are saved like any other
+  tensor and multiplied in the backward.
 
-Inputs that a further backward would read are saved with `ctx.save_for_backward`, so that autograd notices a change in place.
+Inputs that a second backward would read are saved with `ctx.save_for_backward`, so that autograd notices a change in place.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ class HandedOver:
         self.gradients = gradients
 
     def take(self, compute: Callable):
-        """What the forward made, once; afterwards what compute() makes."""
+        """The forward's gradients the first time; afterwards those of compute()."""
         gradients, self.gradients = self.gradients, None  # a reference kept here would make autograd copy them
         return compute() if gradients is None else gradients
 
 
 def wants_gradient(*students: Tensor | None) -> bool:
-    """Whether a gradient of any of them can be asked for."""
+    """Whether a gradient of any of them may be needed."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in students)
 
 

@@ -1,4 +1,4 @@
-"""Correlation of two self-similarity matrices (FCD): the autograd Functions, and which implementation runs.
+"""gram, the correlation of two self-similarity matrices (FCD): the autograd Functions, and which implementation runs.
 
 A term is one pair of layers at one level: pair 0 level 0, pair 0 level 1, pair 1 level 0, ... A level has groups of rows:
 the tokens of a sequence, the sequences at a position, or (official) the rows of `view(B, -1)` of all positions' matrices.
@@ -13,18 +13,18 @@ from fastkd.reference import gram as reference
 
 LEVELS = ("token", "sequence", "official")
 
-# What a kernel looks like, options = (levels (their places in LEVELS), row, normalize, eps):
+# Kernels, with options = (levels (their indices in LEVELS), row, normalize, eps):
 # fwd(students, teachers, mask, *options, with_gradient) -> (values, valid, saved), lists: 1 - rho of each term, [G], or
-# per row of each Gram [G, R] with `row`; whether it counts; and whatever bwd wants, nothing unless with_gradient.
+# per row of each Gram [G, R] with `row`; whether it is valid; and what bwd reads, nothing unless with_gradient.
 # bwd(grads, students, teachers, mask, saved, *options) -> one gradient per student, in the student's dtype.
 KERNELS = backends.kernels("gram", "gram_fwd", "gram_bwd")
 
-# kernels/gram/in_cache.py: the longest groups that one program holds, without or with a side in float32.
-WHOLE = {True: 128, False: 64}
+# Rows of the longest groups in cache (kernels/gram/in_cache.py), by whether both sides are half precision.
+IN_CACHE_ROWS = {True: 128, False: 64}
 
 
-def _whole(rows: int, student: Tensor, teacher: Tensor) -> bool:
-    return rows <= WHOLE[student.element_size() == 2 and teacher.element_size() == 2]
+def _in_cache(rows: int, student: Tensor, teacher: Tensor) -> bool:
+    return rows <= IN_CACHE_ROWS[student.element_size() == 2 and teacher.element_size() == 2]
 
 
 def _values_fake(students, mask, levels, row):
@@ -36,23 +36,23 @@ def _values_fake(students, mask, levels, row):
 
 
 def _fwd_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
-    """saved is the C++ kernel's: every term's gradient for upstream 1, where a row's upstream is that of its group."""
+    """saved is the C++ kernel's: every term's gradient for an upstream gradient of 1, if each row has that of its group."""
     saved = []
-    units = with_gradient and not row and LEVELS.index("official") not in levels
-    for student in students if units else ():
+    has_unit_grads = with_gradient and not row and LEVELS.index("official") not in levels
+    for student in students if has_unit_grads else ():
         dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
         saved += [student.new_empty(student.shape, dtype=dtype) for _ in levels]
     return *_values_fake(students, mask, levels, row), saved
 
 
 def _triton_fake(students, teachers, mask, levels, row, normalize, eps, with_gradient):
-    """saved: lengths, means and sums of the terms whose groups are not one program's."""
+    """saved: lengths, means and sums of the terms with tiled groups."""
     saved = []
     for student, teacher in zip(students, teachers, strict=True) if with_gradient else ():
         for level in levels:
             groups, rows = student.shape[:2] if level == 0 else student.shape[1::-1]
             official = level == LEVELS.index("official") and not row
-            if official or not _whole(rows, student, teacher):
+            if official or not _in_cache(rows, student, teacher):
                 widths = sum((x.shape[2] + 7) // 8 * 8 for x in (student, teacher))  # rows begin at 16 bytes
                 size = groups * (4 + (8 if row or official else 4) * rows + widths)
                 saved.append(student.new_empty(size, dtype=torch.float32))
@@ -71,38 +71,38 @@ backends.fake(
 backends.fake("gram_rescale_grads", lambda *_: None)
 
 
-def _keep(ctx, mask, count, layers, valid, more) -> None:
+def _save_layers(ctx, mask, count, layers, valid, more) -> None:
     ctx.save_for_backward(mask, *layers, *more)
     ctx.mark_non_differentiable(*valid)
     ctx.count = count
 
 
-def _kept(ctx):
-    """Students, teachers, mask, and what else was kept."""
+def _saved_layers(ctx):
+    """Students, teachers, mask, and what else was saved."""
     mask, *rest = ctx.saved_tensors
     return rest[: ctx.count], rest[ctx.count : 2 * ctx.count], mask, rest[2 * ctx.count :]
 
 
 class Gram(backends.Function):
-    """Every student here wants its gradient, or none does. Returns the values of all terms, then whether they count."""
+    """Either all of these students need a gradient, or none. Returns the values of all terms, then whether they are valid."""
 
     function = "gram_correlation_loss"
 
     @staticmethod
     def forward(ctx, backend, options, with_gradient, mask, count, *layers):
         values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, with_gradient)
-        _keep(ctx, mask, count, layers, valid, saved)
+        _save_layers(ctx, mask, count, layers, valid, saved)
         ctx.backend, ctx.options = backend, options
         return *values, *valid
 
     @staticmethod
     def backward(ctx, *grads):
-        found = KERNELS[ctx.backend].bwd(grads[: len(grads) // 2], *_kept(ctx), *ctx.options)
-        return None, None, None, None, None, *found, *[None] * ctx.count
+        gradients = KERNELS[ctx.backend].bwd(grads[: len(grads) // 2], *_saved_layers(ctx), *ctx.options)
+        return None, None, None, None, None, *gradients, *[None] * ctx.count
 
 
 class GramGradientInForward(backends.Function):
-    """On the CPU: one pass finds the values and the gradients of all levels, added up."""
+    """On the CPU: one pass computes the values, and the gradients summed over all levels."""
 
     function = "gram_correlation_loss"
 
@@ -111,13 +111,13 @@ class GramGradientInForward(backends.Function):
         args = (layers[:count], layers[count:], mask, *options, *expected_upstream)
         values, valid, gradients = torch.ops.fastkd.gram_fwd_grad(*args)
         ctx.made = HandedOver(gradients)
-        _keep(ctx, mask, count, layers, valid, valid)
+        _save_layers(ctx, mask, count, layers, valid, valid)
         ctx.options, ctx.expected_upstream = options, expected_upstream
         return *values, *valid
 
     @staticmethod
     def backward(ctx, *grads):
-        *layers, valid = _kept(ctx)
+        *layers, valid = _saved_layers(ctx)
         args = (*layers, *ctx.options, *ctx.expected_upstream)
         gradients = ctx.made.take(lambda: torch.ops.fastkd.gram_fwd_grad(*args)[2])
         torch.ops.fastkd.gram_rescale_grads(gradients, grads[: len(grads) // 2], valid, *args)
@@ -127,9 +127,9 @@ class GramGradientInForward(backends.Function):
 def gram(
     students, teachers, mask, levels, row, normalize, eps, backend, expected_upstream=None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """1 - rho of every term and whether it counts: per group [G], or per row of each group's matrix [G, R] (row).
-    expected_upstream: (a weight per level, mean), the caller will take the sum over a level's values times the weight, or
-    their mean; any other upstream gradient is correct, but slower."""
+    """1 - rho of every term, and whether it is valid: per group [G], or per row of each group's Gram [G, R] (row).
+    expected_upstream (a weight per level, mean): the caller will take the sum of a level's values, or their mean, times its
+    weight. Any other upstream gradient is correct, but slower."""
     backend = backends.choose("gram", backend, students[0])
     if backend == "reference":
         sides = zip(students, teachers, strict=True)
@@ -137,12 +137,10 @@ def gram(
         return [values for values, _ in terms], [valid for _, valid in terms]
     options = ([LEVELS.index(level) for level in levels], row, normalize, eps)
     wanted = [wants_gradient(s) for s in students]
-    float16 = any(
-        s.dtype == torch.float16 for s in students
-    )  # its range needs a scaler's factor, which is not known yet
+    float16 = any(s.dtype == torch.float16 for s in students)  # needs a loss scale, which only the backward knows
     in_forward = backend == "cpu" and not float16 and can_hand_over()
-    found: dict = {}
-    for with_gradient in (True, False):  # frozen students among others: a call of their own, without any gradient
+    results: dict = {}
+    for with_gradient in (True, False):  # frozen students have a call of their own, without a gradient
         pairs = [i for i, wants in enumerate(wanted) if wants == with_gradient]
         if not pairs:
             continue
@@ -153,8 +151,8 @@ def gram(
             out = Gram.apply(backend, options, with_gradient, mask, len(pairs), *layers)
         values, valid = out[: len(out) // 2], out[len(out) // 2 :]
         terms = [(i, level) for i in pairs for level in levels]
-        found.update(zip(terms, zip(values, valid, strict=True), strict=True))
-    terms = [found[i, level] for i in range(len(students)) for level in levels]
+        results.update(zip(terms, zip(values, valid, strict=True), strict=True))
+    terms = [results[i, level] for i in range(len(students)) for level in levels]
     return [values for values, _ in terms], [valid for _, valid in terms]
 
 

@@ -1,4 +1,4 @@
-"""All-pairs layer costs (BERT-EMD, TinyBERT, PKD): the autograd Function, and which implementation runs."""
+"""layer_cost, the costs between all pairs of layers: the autograd Functions, and which implementation runs."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.reference import layer_cost as reference
 
-# What a kernel looks like: fwd(students, teachers, mask, clamp) -> costs [N, M], and
+# Kernels: fwd(students, teachers, mask, clamp) -> costs [N, M], and
 # bwd(grad [N, M], students, teachers, mask, clamp) -> one gradient per student, in the student's dtype.
 KERNELS = backends.kernels("layer_cost", "layer_cost_fwd", "layer_cost_bwd")
 
@@ -24,7 +24,7 @@ backends.fake("layer_cost_bwd", _grads_fake)
 
 
 class LayerCost(backends.Function):
-    """Saves the layers themselves; the backward reads those whose weight is not zero and writes each gradient once."""
+    """Saves the layers. The backward reads those whose weight is not zero and writes each gradient once."""
 
     function = "layer_costs or attention_costs"
 
@@ -39,15 +39,15 @@ class LayerCost(backends.Function):
         mask, *layers = ctx.saved_tensors
         wanted = [i for i in range(ctx.count) if ctx.needs_input_grad[4 + i]]
         students = [layers[i] for i in wanted]
-        found = KERNELS[ctx.backend].bwd(_rows(grad, wanted), students, layers[ctx.count :], mask, ctx.clamp)
+        gradients = KERNELS[ctx.backend].bwd(_rows(grad, wanted), students, layers[ctx.count :], mask, ctx.clamp)
         grads: list = [None] * len(layers)
-        for i, x in zip(wanted, found, strict=True):
+        for i, x in zip(wanted, gradients, strict=True):
             grads[i] = x
         return None, None, None, None, *grads
 
 
 def _rows(grad: Tensor, wanted: list[int]) -> Tensor:
-    """Those of the students that are not frozen, [wanted, M]."""
+    """The rows of grad [N, M] that belong to the wanted students."""
     return grad if len(wanted) == len(grad) else torch.stack([grad[i] for i in wanted])
 
 
@@ -61,15 +61,15 @@ def layer_cost(students, teachers, mask, clamp, backend) -> Tensor:
     return LayerCost.apply(backend, len(students), mask, None if clamp is None else float(clamp), *layers)
 
 
-# Of attention scores: fwd(sq, sk, tq, tk, scales, mask, causal) -> costs [N, M], and bwd(grad, the same) -> the gradients of
-# all students' queries, then of their keys. One scale per layer, students first.
+# Kernels for attention scores: fwd(sq, sk, tq, tk, scales, mask, causal) -> costs [N, M], and bwd(grad, the same) -> the
+# gradients of all students' queries, then of their keys. One scale per layer, students first.
 ATTENTION = backends.kernels("layer_cost", "attention_cost_fwd", "attention_cost_bwd")
 backends.fake("attention_cost_fwd", lambda sq, sk, tq, *_: sq[0].new_empty((len(sq), len(tq)), dtype=torch.float32))
 backends.fake("attention_cost_bwd", lambda grad, sq, sk, *_: _grads_fake(grad, [*sq, *sk], None, None, None))
 
 
 class AttentionCost(backends.Function):
-    """Saves queries and keys; no matrix of scores exists, forwards or backwards."""
+    """Saves queries and keys. No matrix of scores is stored, in the forward or the backward."""
 
     function = "attention_costs"
 
@@ -77,23 +77,24 @@ class AttentionCost(backends.Function):
     def forward(ctx, backend, counts, scales, mask, causal, *layers):
         ctx.save_for_backward(mask, *layers)
         ctx.backend, ctx.counts, ctx.scales, ctx.causal = backend, counts, scales, causal
-        return ATTENTION[backend].fwd(*_four(counts, layers), scales, mask, causal)
+        return ATTENTION[backend].fwd(*_queries_and_keys(counts, layers), scales, mask, causal)
 
     @staticmethod
     def backward(ctx, grad):
         mask, *layers = ctx.saved_tensors
-        n, (sq, sk, tq, tk) = ctx.counts[0], _four(ctx.counts, layers)
+        n, (sq, sk, tq, tk) = ctx.counts[0], _queries_and_keys(ctx.counts, layers)
         wanted = [i for i in range(n) if ctx.needs_input_grad[5 + i] or ctx.needs_input_grad[5 + n + i]]
-        own = [[side[i] for i in wanted] for side in (sq, sk)]
+        students = [[side[i] for i in wanted] for side in (sq, sk)]
         scales = [*[ctx.scales[i] for i in wanted], *ctx.scales[n:]]
-        found = ATTENTION[ctx.backend].bwd(_rows(grad, wanted), *own, tq, tk, scales, mask, ctx.causal)
+        gradients = ATTENTION[ctx.backend].bwd(_rows(grad, wanted), *students, tq, tk, scales, mask, ctx.causal)
         grads: list = [None] * len(layers)
-        for place, x in zip([*wanted, *[n + i for i in wanted]], found, strict=True):
-            grads[place] = x
+        for i, x in zip([*wanted, *[n + i for i in wanted]], gradients, strict=True):
+            grads[i] = x
         return None, None, None, None, None, *grads
 
 
-def _four(counts, layers):
+def _queries_and_keys(counts, layers):
+    """Queries and keys of the students, queries and keys of the teachers."""
     n, m = counts
     return layers[:n], layers[n : 2 * n], layers[2 * n : 2 * n + m], layers[2 * n + m :]
 
@@ -107,7 +108,7 @@ def attention_cost(students, teachers, mask, causal, scale, heads, backend) -> T
         with backends.full_precision(first):
             return reference.attention_cost(students, teachers, mask, causal, scale, heads)
     if not all(pairs):
-        layers = [_as_compared(x, mask, causal, heads) for x in (*students, *teachers)]
+        layers = [_without_hidden_scores(x, mask, causal, heads) for x in (*students, *teachers)]
         return layer_cost(layers[: len(students)], layers[len(students) :], None, reference.MASKED_SCORE, backend)
     counts, both = (len(students), len(teachers)), (*students, *teachers)
     scales = [float(q.shape[-1] ** -0.5 if scale is None else scale) for q, _ in both]
@@ -119,8 +120,8 @@ def attention_cost(students, teachers, mask, causal, scale, heads, backend) -> T
     return AttentionCost.apply(backend, counts, scales, mask, causal, *flat)
 
 
-def _as_compared(scores: Tensor, mask, causal: bool, heads) -> Tensor:
-    """What layer_cost, with the authors' clamp, has to see: 0 where a score is hidden."""
+def _without_hidden_scores(scores: Tensor, mask, causal: bool, heads) -> Tensor:
+    """Scores as layer_cost compares them with the authors' clamp: 0 where the mask or causality hides one."""
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], 0)
     if causal:
@@ -131,7 +132,7 @@ def _as_compared(scores: Tensor, mask, causal: bool, heads) -> Tensor:
 
 
 def _head_by_head(x, heads):
-    """(q, k) with equally many heads. Mean over the heads: one head, whose width is that of all."""
+    """(q, k) with equally many heads. heads="mean": one head with the width of all."""
     q, k = (part.float() if part.dtype == torch.float64 else part for part in x)
     k = k.to(q.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped-query heads
     if heads != "mean":

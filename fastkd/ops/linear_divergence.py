@@ -1,4 +1,4 @@
-"""Row-wise divergence from hidden states and LM heads: the autograd Functions, and which implementation runs."""
+"""divergence from hidden states and LM heads: the autograd Functions, and which implementation runs."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from fastkd.reference import linear_divergence as reference
 
 
 class Options(NamedTuple):
-    """What is a number. factor multiplies the divergence, hard the cross-entropy with the labels; scales and caps shape
-    the logits of the student and of the teacher (cap 0: none)."""
+    """The options that are not tensors. factor multiplies the divergence, hard the cross-entropy with the labels; scales and
+    caps are those of the student's and of the teacher's logits (cap 0: none)."""
 
     kind: str
     temperature: float
@@ -33,8 +33,9 @@ class Options(NamedTuple):
 
 # GRADIENT_IN_FORWARD: fwd(weights, *inputs, *numbers, to_hidden, to_head, to_bias) -> rows [N, 1] and the gradients of
 # sum weights * rows; RECOMPUTED: fwd(*inputs, *numbers) -> rows [N, 1], stats and bwd(grad, stats, *inputs, *numbers, to_…)
-# -> gradients. Those of hidden and bias are float32, the head's has the head's dtype (in the forward float32 for float16,
-# which is not scaled yet). inputs: hidden, head, bias of the student and of the teacher, indices, log_probs, tail, mask, labels.
+# -> gradients. Those of hidden and bias are float32; the head's has the head's dtype, but in the forward, which does not know
+# the loss scale yet, float32 if the head is float16. inputs: hidden, head, bias of the student and of the teacher, indices,
+# log_probs, tail, mask, labels.
 GRADIENT_IN_FORWARD = backends.kernels("linear_divergence", "linear_divergence_fwd_grad", "linear_divergence_scale")
 RECOMPUTED = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
 _INPUTS = 11
@@ -70,7 +71,7 @@ backends.fake("linear_divergence_rescale_grad", lambda *_: None)
 
 
 class LinearDivergenceGradientInForward(backends.Function):
-    """sum weights * rows, its gradients made while the logits are there."""
+    """sum weights * rows; its gradients are made while the logits are in memory."""
 
     function = "linear_divergence"
 
@@ -99,7 +100,7 @@ class LinearDivergenceGradientInForward(backends.Function):
 
 def _rescaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place: bool) -> Tensor:
     if in_place and x.dtype == dtype:
-        if backend == "cpu":  # which sees a factor of 1, the expected one, and returns at once
+        if backend == "cpu":  # returns immediately if the factor is 1, as expected
             torch.ops.fastkd.linear_divergence_rescale_grad(x, factor)
             return x
         return x.mul_(factor)
@@ -107,7 +108,7 @@ def _rescaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_pl
 
 
 class LinearDivergence(backends.Function):
-    """Rows; keeps eight numbers of each, and makes the logits again in the backward."""
+    """Rows. Saves eight numbers for each, and computes the logits again in the backward."""
 
     function = "linear_divergence"
 
@@ -122,9 +123,9 @@ class LinearDivergence(backends.Function):
     def backward(ctx, grad):
         stats, *inputs = ctx.saved_tensors
         hidden, head, bias = RECOMPUTED[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
-        found = (hidden.to(inputs[0].dtype), head.to(inputs[1].dtype), bias[:, 0])
-        found = (x if wanted else None for x, wanted in zip(found, ctx.wanted, strict=True))
-        return None, None, None, *found, *[None] * (_INPUTS - 3)
+        gradients = (hidden.to(inputs[0].dtype), head.to(inputs[1].dtype), bias[:, 0])
+        gradients = (x if wanted else None for x, wanted in zip(gradients, ctx.wanted, strict=True))
+        return None, None, None, *gradients, *[None] * (_INPUTS - 3)
 
 
 def linear_divergence(
@@ -154,18 +155,18 @@ def linear_divergence(
             return rows if row_weights is None else (rows * row_weights).sum()
     if backend == "triton" and num_valid is not None and mask is not None:
         packed, where = _packed(student, teacher, mask, labels, row_weights, num_valid)
-        found = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
-        return found if row_weights is not None else found.new_zeros(len(mask)).index_add(0, where, found)
+        rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
+        return rows if row_weights is not None else rows.new_zeros(len(mask)).index_add(0, where, rows)
     hidden, head, bias = student
     if isinstance(teacher, TopK):
-        others = (None, None, None, *kernel_form(teacher))
+        teacher_inputs = (None, None, None, *kernel_form(teacher))
     else:
-        others = (*map(kernel_dtype, teacher[:2]), _bias(teacher[2]), None, None, None)
+        teacher_inputs = (*map(kernel_dtype, teacher[:2]), _bias(teacher[2]), None, None, None)
     wanted = tuple(wants_gradient(x) for x in student)
-    inputs = (hidden, kernel_dtype(head), _bias(bias), *others, mask, labels)
-    # Without a gradient, what is streamed is as fast, unless the kind asks for a second look.
-    streams = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
-    if row_weights is not None and memory == "speed" and (any(wanted) or not streams):
+    inputs = (hidden, kernel_dtype(head), _bias(bias), *teacher_inputs, mask, labels)
+    # If no gradient is needed, streaming the logits is as fast for the kinds that need one pass over them.
+    one_pass = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
+    if row_weights is not None and memory == "speed" and (any(wanted) or not one_pass):
         hand_over = can_hand_over()
         return LinearDivergenceGradientInForward.apply(
             backend, options.as_numbers(), wanted, hand_over, row_weights.float(), *inputs
@@ -175,15 +176,15 @@ def linear_divergence(
 
 
 def _packed(student, teacher, mask, labels, row_weights, num_valid):
-    """The rows that count, without a look at how many they are: at most num_valid, the rest of them masked."""
+    """The valid rows, found without synchronising: num_valid of them at most, and masked rows up to that number."""
     where = torch.nonzero_static(mask, size=num_valid, fill_value=0)[:, 0]  # [num_valid]
     take = lambda x: x[where] if isinstance(x, Tensor) else x  # noqa: E731
     if isinstance(teacher, TopK):
         teacher = TopK(*map(take, teacher))
     else:
         teacher = (take(teacher[0]), *teacher[1:])
-    counted = torch.arange(num_valid, device=mask.device) < mask.sum()
-    return ((take(student[0]), *student[1:]), teacher, counted, take(labels), take(row_weights)), where
+    packed_mask = torch.arange(num_valid, device=mask.device) < mask.sum()
+    return ((take(student[0]), *student[1:]), teacher, packed_mask, take(labels), take(row_weights)), where
 
 
 def _bias(x: Tensor | None) -> Tensor | None:

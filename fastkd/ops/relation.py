@@ -1,4 +1,4 @@
-"""KL between softmaxed self-relations (MiniLM, MiniLMv2): the autograd Function, and which implementation runs."""
+"""relation, the KL between softmaxed self-relations (MiniLM, MiniLMv2): the autograd Function, and which implementation runs."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from fastkd import backends
 from fastkd.ops.gradient_in_forward import wants_gradient
 from fastkd.reference import relation as reference
 
-# What a kernel looks like: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, gradient_in_forward) -> (rows [B, H, L],
+# Kernels: fwd(xs, ys, xt, yt, mask, causal, scale_s, scale_t, gradient_in_forward) -> (rows [B, H, L],
 # stats [B, H, 4, L], unit_grad_x, unit_grad_y), and bwd(grad, xs, ys, xt, yt, mask, stats, unit_grad_x, unit_grad_y, causal,
-# scale_s, scale_t) -> gradients of xs and ys. y None: x itself, whose gradient is then all of it. Without
+# scale_s, scale_t) -> gradients of xs and ys. y None: x itself, whose gradient then holds both parts. Without
 # gradient_in_forward, unit_grad_x and unit_grad_y have no rows.
 KERNELS = backends.kernels("relation", "relation_fwd", "relation_bwd")
-WHOLE = 512  # keys, up to which csrc/cpu/relation/op.cpp can make the gradient in the forward
-WIDEST = 128  # heads, in kernels/relation.py
+MOST_KEYS = 512  # for which csrc/cpu/relation/op.cpp makes the gradient in the forward
+WIDEST = 128  # head dimension that kernels/relation.py takes
 
 
 def _gradient_fake(xs, wanted):
@@ -43,14 +43,14 @@ backends.fake("relation_bwd", _grads_fake)
 
 
 class Relation(backends.Function):
-    """Saves the states, and what the kernel leaves for its backward."""
+    """Saves the states, and what the kernel's backward reads."""
 
     function = "relation_kl_loss"
 
     @staticmethod
     def forward(ctx, backend, xs, ys, xt, yt, mask, gradient_in_forward, *options):
-        rows, *kept = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, gradient_in_forward)
-        ctx.save_for_backward(xs, ys, xt, yt, mask, *kept)
+        rows, *saved = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, gradient_in_forward)
+        ctx.save_for_backward(xs, ys, xt, yt, mask, *saved)
         ctx.backend, ctx.options = backend, options
         return rows
 
@@ -79,7 +79,7 @@ def relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t, backend) -> Tensor:
         with backends.full_precision(xs):
             return reference.relation(xs, ys, xt, yt, mask, causal, scale_s, scale_t)
     sides = (*_kernel_form(xs, ys), *_kernel_form(xt, yt))
-    gradient_in_forward = wants_gradient(xs, ys) and backend == "cpu" and xs.shape[2] <= WHOLE
+    gradient_in_forward = wants_gradient(xs, ys) and backend == "cpu" and xs.shape[2] <= MOST_KEYS
     return Relation.apply(backend, *sides, mask, gradient_in_forward, causal, scale_s, scale_t)
 
 
@@ -96,7 +96,7 @@ def _chosen(wanted: str, x: Tensor, width: int) -> str:
 
 
 def _kernel_form(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-    """No y where it is x; one dtype, which kernels take."""
+    """x and y in one dtype that kernels take; None for y if it is x."""
     if x.dtype == torch.float64 or x.dtype != y.dtype:
         same = y is x
         x = x.float()

@@ -1,11 +1,11 @@
-"""How much of a teacher's probability lies on a part of its words, from hidden states and head: a block of logits at a time."""
+"""The probability that a teacher gives to some tokens of its vocabulary, from hidden states and head, in blocks of logits."""
 
 import torch
 from torch import Tensor
 
 from fastkd import backends
 
-ROWS, WORDS = 1024, 1024  # of a block
+ROWS, TOKENS = 1024, 1024  # of a block
 
 
 @torch.library.custom_op("fastkd::kept_log_mass", mutates_args=())
@@ -13,20 +13,20 @@ def _log_mass(
     hidden: Tensor, head: Tensor, bias: Tensor | None, kept: Tensor, dropped: Tensor, mask: Tensor | None, backend: str,
     temperature: float, scale: float, cap: float, double: bool, num_valid: int | None,
 ) -> Tensor:  # fmt: skip
-    where, counted = None, hidden
+    where, valid_hidden = None, hidden
     if mask is not None:
-        most = num_valid if hidden.is_cuda else int(mask.sum())  # a look at the CPU is free
+        most = num_valid if hidden.is_cuda else int(mask.sum())  # on the CPU this does not synchronise
         if most is not None:
             where = torch.nonzero_static(mask, size=most, fill_value=0)[:, 0]
-        counted = hidden.masked_fill(~mask[:, None], 0) if where is None else hidden[where]
+        valid_hidden = hidden.masked_fill(~mask[:, None], 0) if where is None else hidden[where]
     args = (head, bias, backend, 1 / temperature, scale, cap, double)
     with backends.full_precision(hidden):
-        sums = [[_log_sum(rows, ids, *args) for ids in (kept, dropped)] for rows in counted.split(ROWS)]
-    of_kept, of_dropped = (torch.cat(parts) for parts in zip(*sums, strict=True))
-    found = -torch.logaddexp(of_dropped - of_kept, torch.zeros_like(of_kept))
+        sums = [[_log_sum(rows, ids, *args) for ids in (kept, dropped)] for rows in valid_hidden.split(ROWS)]
+    kept_sum, dropped_sum = (torch.cat(parts) for parts in zip(*sums, strict=True))
+    log_mass = -torch.logaddexp(dropped_sum - kept_sum, torch.zeros_like(kept_sum))
     if where is not None:
-        found = found.new_zeros(len(hidden)).index_copy_(0, where, found)
-    return found if mask is None else found.masked_fill_(~mask, 0)
+        log_mass = log_mass.new_zeros(len(hidden)).index_copy_(0, where, log_mass)
+    return log_mass if mask is None else log_mass.masked_fill_(~mask, 0)
 
 
 @_log_mass.register_fake
@@ -35,12 +35,12 @@ def _(hidden, *_):
 
 
 def _log_sum(hidden, ids, head, bias, backend, inverse_temperature, scale, cap, double) -> Tensor:
-    """log of the sum over the words `ids` of e^(logit / T), [N] in float64."""
+    """log of the sum over the tokens `ids` of e^(logit / T), [N] in float64."""
     parts = []
-    for words in ids.split(WORDS):
-        x = _product(hidden, head[words], backend, double)  # [N, words]
+    for some in ids.split(TOKENS):
+        x = _product(hidden, head[some], backend, double)  # [N, TOKENS]
         if bias is not None:
-            x += bias[words]
+            x += bias[some]
         x *= scale
         x = x.div_(cap).tanh_().mul_(cap) if cap else x
         top = x.amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).min)
@@ -50,7 +50,7 @@ def _log_sum(hidden, ids, head, bias, backend, inverse_temperature, scale, cap, 
 
 
 def _product(x: Tensor, head: Tensor, backend: str, double: bool) -> Tensor:
-    """x head^T, its sums not rounded to what the operands are."""
+    """x head^T; its sums are not rounded to the dtype of the operands."""
     if double:
         return x.double() @ head.double().t()
     if x.dtype != head.dtype:
@@ -63,9 +63,9 @@ def _product(x: Tensor, head: Tensor, backend: str, double: bool) -> Tensor:
 
 
 def kept_log_mass(teacher, kept, dropped, mask, options, like, num_valid, backend) -> Tensor:
-    """log sum of softmax(logits / T) over the words `kept`, [N] in float64, masked rows 0; kept and dropped [..] are all
-    words together. teacher: (hidden [N, D], head [V, D], bias [V] or None); `like`: whose precision counts, the student's.
-    """
+    """log sum of softmax(logits / T) over the tokens `kept`, [N] in float64; masked rows are 0. kept and dropped are ids that
+    make up the vocabulary. teacher: (hidden [N, D], head [V, D], bias [V] or None); `like`: a tensor of the student, whose
+    dtype decides the precision."""
     backend = backends.choose("linear_divergence", backend, like)
     hidden, head, bias = teacher
     args = (options.temperature, options.scales[1], options.caps[1], like.dtype == torch.float64, num_valid)

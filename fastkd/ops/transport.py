@@ -20,12 +20,14 @@ class TransportPlan(NamedTuple):
     status: Tensor  # [...] int32, 0 = optimal
 
 
-LARGEST = 64  # rows and columns that the compiled solver takes: a subtree of its basis is a pair of 64-bit sets
+LARGEST = (
+    64  # rows and columns that the compiled solver takes, since it holds a subtree of its basis in two 64-bit sets
+)
 
 
 def _plan_fake(cost, a, b, start_flow, start_v):
     problems, n, m = cost.shape
-    new = lambda *shape, dtype=torch.float64: cost.new_empty(shape, dtype=dtype)  # noqa: E731 (four of the same)
+    new = lambda *shape, dtype=torch.float64: cost.new_empty(shape, dtype=dtype)  # noqa: E731
     return new(problems, n, m), new(problems, n), new(problems, m), new(problems, dtype=torch.int32)
 
 
@@ -46,7 +48,7 @@ backends.fake("cost_attention_emulated", _moved_fake)
 
 
 class CostAttention(NamedTuple):
-    """How layers' weights follow from the transport between them; see BertEMDLoss."""
+    """How the weights of layers follow from the transport between them; see BertEMDLoss."""
 
     inverse_cost: bool = True
     temperature: float = 1.0
@@ -57,7 +59,7 @@ class CostAttention(NamedTuple):
 
 class Transport(backends.Function):
     """value = <flow, cost>. Its gradient is the flow (to the cost) and the duals (to the marginals), by the envelope
-    theorem; u and v are only defined up to u + c, v - c, so each is centred."""
+    theorem; u and v are defined up to u + c, v - c only, so each is centred."""
 
     function = "transport or transport_with_cost_attention"
 
@@ -106,15 +108,15 @@ def _solve(cost, a, b, start_flow=None, start_v=None, by_reference=False):
 
 
 def _solve_and_move(cost, a, b, attention: CostAttention):
-    """Likewise for cost [P, N, M], and the new weights [P, N] and [P, M]: in one launch."""
+    """The same for cost [P, N, M], and the new weights [P, N] and [P, M], in one launch."""
     dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
     return torch.ops.fastkd.cost_attention(cost.to(dtype), a.to(dtype), b.to(dtype), *attention)
 
 
 def _by_reference(cost, a, b, attention=None):
-    """What `Transport` returns, in PyTorch's own operations: they can be differentiated twice, and in forward mode."""
+    """What `Transport` returns, in PyTorch operations, which can be differentiated twice and in forward mode."""
     if any(map(torch._C._functorch.is_batchedtensor, (cost, a, b))):
-        raise RuntimeError("transport: the solver cannot run inside vmap; it takes a batch by itself, cost [..., N, M]")
+        raise RuntimeError("transport: the solver cannot run inside vmap; pass a batch of costs [..., N, M] instead")
     flow, u, v, status = _solve(cost, a, b, by_reference=True)
     out = tuple(x.to(_result_dtype(cost)) for x in (reference.value(flow, u, v, cost, a, b), flow, u, v))
     if attention is None:
@@ -123,7 +125,7 @@ def _by_reference(cost, a, b, attention=None):
 
 
 def transport(cost, a, b, warm_start, backend) -> TransportPlan:
-    """Solve every problem of the batch exactly, in float64. A warm start gives the arcs and prices to begin with."""
+    """Solves every problem of the batch exactly, in float64. A warm start gives the first basis and its duals."""
     if _chosen(cost, backend) == "reference":
         return TransportPlan(*_by_reference(cost, a, b))
     start = (None, None) if warm_start is None else (warm_start.flow, warm_start.v)
@@ -131,7 +133,7 @@ def transport(cost, a, b, warm_start, backend) -> TransportPlan:
 
 
 def transport_and_weights(cost, a, b, attention: CostAttention, backend) -> tuple[TransportPlan, Tensor, Tensor]:
-    """cost [P, N, M] of P kinds: their plans, and what the weights a [P, N] and b [P, M] become by cost attention."""
+    """The plans of cost [P, N, M], of P kinds, and the new weights a [P, N] and b [P, M] by cost attention."""
     if _chosen(cost, backend) == "reference":
         *plan, new_a, new_b = _by_reference(cost, a, b, attention)
     else:

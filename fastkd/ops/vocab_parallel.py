@@ -1,11 +1,11 @@
-"""linear_divergence with heads whose words are spread over ranks: every rank has all rows, and a shard of the vocabulary.
+"""linear_divergence with heads whose vocabulary is sharded over ranks: every rank has all rows, and a shard of the vocabulary.
 
-What is summed over the vocabulary is summed over the ranks too. Some rows at a time, made again for their gradient, so no
-rank ever holds more than a few rows' logits of its shard. In PyTorch, on every device: the products are the library's.
+Sums over the vocabulary are also summed over the ranks. Rows are computed in chunks, and again for their gradient, so that a
+rank holds the logits of few rows and of its shard only. This is PyTorch, on every device: GEMMs are the library's.
 
-Two sums of ranks, which look alike and have other gradients: `_whole` is a loss, the same number on every rank, and each
-rank's part has the gradient that the number has; `_shared` goes on into what differs from rank to rank, so gradients of all
-ranks come back summed.
+Two all-reduced sums differ in their gradient. `_replicated_sum` is a loss, the same number on every rank, and each rank's term
+has the gradient of that number. `_partial_sum` is used on in what differs from rank to rank, so the gradients of all ranks are
+summed.
 """
 
 import torch
@@ -29,11 +29,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _shared(grad, ctx.group) if ctx.differs else _Copy.apply(grad, ctx.group), None, None
+        return _partial_sum(grad, ctx.group) if ctx.differs else _Copy.apply(grad, ctx.group), None, None
 
 
 class _Copy(torch.autograd.Function):
-    """Every rank uses x with its own words: the gradient is the sum."""
+    """Every rank uses x with its own shard of the vocabulary, so the gradient is the sum over ranks."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -42,7 +42,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _whole(grad, ctx.group), None
+        return _replicated_sum(grad, ctx.group), None
 
 
 def _reduced(x: Tensor, group, how) -> Tensor:
@@ -51,31 +51,31 @@ def _reduced(x: Tensor, group, how) -> Tensor:
     return x
 
 
-def _whole(x, group):
+def _replicated_sum(x, group):
     return _Sum.apply(x, group, False)
 
 
-def _shared(x, group):
+def _partial_sum(x, group):
     return _Sum.apply(x, group, True)
 
 
 def _softmax(x, group) -> tuple[Tensor, Tensor]:
-    """(probabilities, their logarithms) [N, V / ranks] over the words of all ranks."""
+    """(probabilities, their logarithms) [N, V / ranks] over the vocabulary of all ranks."""
     top = _reduced(x.detach().amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     x = x - top.clamp_min(torch.finfo(x.dtype).min)
-    log_p = x - _shared(x.exp().sum(-1, keepdim=True), group).log()
+    log_p = x - _partial_sum(x.exp().sum(-1, keepdim=True), group).log()
     return log_p.exp(), log_p
 
 
-def _compared(s, t, options, group) -> Tensor:
-    """This rank's part of the divergence [N], in the reference's arithmetic: see there why d is not log q - log p."""
+def _divergence(s, t, options, group) -> Tensor:
+    """This rank's part of the divergence [N], as the reference computes it: see there why d is not log q - log p."""
     missing = (s == -torch.inf) & (t == -torch.inf)
     if options.kind == "mse":
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     (p, log_p), (q, log_q) = _softmax(t / options.temperature, group), _softmax(s / options.temperature, group)
     d, near = log_ratio(
         (s - t) / options.temperature, p, log_p, q, log_q,
-        lambda x: _shared(total(x), group),
+        lambda x: _partial_sum(total(x), group),
         lambda x: _reduced(x.amax(-1, keepdim=True), group, dist.ReduceOp.MAX),
     )  # fmt: skip
     return reference.compare(p, q, d, log_p, options.kind, options.beta, options.alpha, ~near)
@@ -88,33 +88,33 @@ def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
     s = _logits(hidden, head, bias, mask, dtype, options.scales[0], options.caps[0])  # [N, V / ranks]
     with torch.no_grad():
         t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
-    rows = options.factor * _compared(s, t, options, group)
+    rows = options.factor * _divergence(s, t, options, group)
     if options.hard:
         place = labels.long() - first
-        here = (place >= 0) & (place < s.shape[1])
-        right = _softmax(s, group)[1].gather(1, place.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
-        rows = rows - options.hard * torch.where(here, right, 0.0)
-    rows = _whole(rows, group)
+        in_shard = (place >= 0) & (place < s.shape[1])
+        log_q = _softmax(s, group)[1].gather(1, place.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
+        rows = rows - options.hard * torch.where(in_shard, log_q, 0.0)
+    rows = _replicated_sum(rows, group)
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
 def sizes(head: Tensor, group) -> Tensor:
-    """How many words each rank's shard has, [ranks] on the device."""
+    """The vocabulary size of each rank's shard, [ranks] on the device."""
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=head.device)
     sizes[dist.get_rank(group)] = head.shape[0]
     return _reduced(sizes, group, dist.ReduceOp.SUM)
 
 
-def rows(student, teacher, mask, labels, of_ranks, options, group) -> Tensor:
-    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None); shards in rank order, of any `sizes`, of_ranks
-    if there are labels. Rows [N], the same on every rank; the gradient of hidden is that of all words, a head's that of
-    its own."""
-    first = of_ranks[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first word
-    found = []
+def rows(student, teacher, mask, labels, shard_sizes, options, group) -> Tensor:
+    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None), with shards in rank order; shard_sizes: of
+    `sizes`, needed with labels. Rows [N], the same on every rank; the gradient of hidden is that of the full vocabulary, a
+    head's that of its shard."""
+    first = shard_sizes[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first token id
+    chunks = []
     with backends.full_precision(student[0]):
         for start in range(0, student[0].shape[0], ROWS):
             part = slice(start, start + ROWS)
             sides = [(hidden[part], head, bias) for hidden, head, bias in (student, teacher)]
             some = [None if x is None else x[part] for x in (mask, labels)]
-            found.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
-    return torch.cat(found) if found else student[0].new_zeros(0, dtype=torch.float32) * student[0].sum()
+            chunks.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
+    return torch.cat(chunks) if chunks else student[0].new_zeros(0, dtype=torch.float32) * student[0].sum()

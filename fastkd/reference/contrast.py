@@ -2,7 +2,7 @@
 
 InfoNCE: -log e^p / (e^p + sum_k e^n_k) = softplus(lse_k n_k - p), scores p, n = <query, ·> / T.
 NCE: with u = <query, ·> / T - log z and noise c = K / n_data, -log P/(P + c) - sum_k log c/(P_k + c) where P = e^u, as
-softplus(log c - u_0) + sum_k softplus(u_k - log c): no e^u, so nothing overflows. (eps beside c as released.)
+softplus(log c - u_0) + sum_k softplus(u_k - log c), which has no e^u to overflow. (eps is added to c as released.)
 """
 
 import math
@@ -32,8 +32,8 @@ def nce(query, bank, index, n_data, temperature, z, scale=None):
     log_z = z.to(dtype).log() if isinstance(z, torch.Tensor) else math.log(z)
     c = (index.shape[1] - 1) / n_data
     u = _scores(query.to(dtype) / temperature, bank, index, dtype, scale) - log_z - math.log(c + EPS)  # [B, 1 + K]
-    dropped = (index.shape[1] - 1) * (math.log(c) - math.log(c + EPS))  # what eps takes off each log c/(P + c + eps)
-    return -F.logsigmoid(u[:, 0]) - F.logsigmoid(-u[:, 1:]).sum(-1) - dropped
+    constant = (index.shape[1] - 1) * (math.log(c) - math.log(c + EPS))  # what eps takes off each log c/(P + c + eps)
+    return -F.logsigmoid(u[:, 0]) - F.logsigmoid(-u[:, 1:]).sum(-1) - constant
 
 
 def partition(query, bank, index, n_data, temperature, z, scale=None):

@@ -1,4 +1,4 @@
-"""contrast, after the loss: what the bank keeps of the queries."""
+"""contrast: moves rows of the bank towards new ones."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ LARGEST = 448.0  # of float8_e4m3fn
 
 
 def eight_bits(rows):
-    """Rows in 8 bits and a scale for each, so that its largest element is the type's largest: rows ≈ scale · found."""
+    """Rows in 8 bits and a scale for each, so that its largest element is the type's largest: rows ≈ scale · eight bits."""
     scale = rows.abs().amax(1).clamp_min(1e-12) / LARGEST  # [N]
     return (rows / scale[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
@@ -16,9 +16,9 @@ def eight_bits(rows):
 def update_bank(bank, index, rows, momentum, scale=None):
     """bank[index] = normalise(momentum · bank[index] + (1 - momentum) · rows), in place, no gradient.
 
-    Of equal ids in a batch the last one counts, whatever the device: every copy writes that one's row. A row that came
-    out not finite is not written: one overflow in half precision would otherwise stay in the bank for good. Rows in 8
-    bits have a scale [K]: rows are moved in float32, then rounded with a scale of their own, which replaces the old one.
+    If an id occurs more than once, its last row is written, on every device. A row that is not finite is not written: one
+    overflow in half precision would otherwise stay in the bank. Rows in 8 bits have a scale [K]: rows are moved in float32,
+    then rounded with a new scale, which replaces the old one.
     """
     dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
     ordered, order = index.sort(stable=True)
@@ -29,6 +29,9 @@ def update_bank(bank, index, rows, momentum, scale=None):
     if scale is None:
         bank.index_copy_(0, index, torch.where(finite, new, old).to(bank.dtype))
         return
-    (new, of_new), bits = eight_bits(new), bank.view(torch.uint8)  # bytes can be chosen and copied everywhere
+    (new, new_scale), bits = (
+        eight_bits(new),
+        bank.view(torch.uint8),
+    )  # torch.where and index_copy_ take bytes everywhere
     bits.index_copy_(0, index, torch.where(finite, new.view(torch.uint8), bits[index]))
-    scale.index_copy_(0, index, torch.where(finite[:, 0], of_new, scale[index]))
+    scale.index_copy_(0, index, torch.where(finite[:, 0], new_scale, scale[index]))

@@ -1,17 +1,17 @@
-"""Cost attention (BERT-EMD): the weights that layers have after the transport between them.
+"""Cost attention (BERT-EMD): the new weights of layers, from the transport between them.
 
-The cheaper a layer's unit of mass was to match, the heavier the layer becomes.
+The less a layer's unit of mass cost to match, the larger its weight becomes.
 """
 
 import torch
 
-SMALLEST_WEIGHT = 1e-8  # a weight of 0 would be 0/0 in the next step; far below any that training has seen
-SMALLEST_UNIT = torch.finfo(torch.float64).tiny ** 0.5  # inert; keeps the ratios finite
+SMALLEST_WEIGHT = 1e-8  # a weight of 0 would give 0/0 in the next step; training gives far larger ones
+SMALLEST_UNIT = torch.finfo(torch.float64).tiny ** 0.5  # keeps the ratios finite and changes nothing else
 
 
 def cost_attention(flow, cost, a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax):
-    """flow, cost [P, N, M] of P kinds of cost, a [P, N], b [P, M] -> the new a and b, in float64. joint: all kinds share
-    their mean. Weights that are not finite, after a step that overflowed, stay what they were."""
+    """flow, cost [P, N, M] of P kinds of cost, a [P, N], b [P, M] -> the new a and b, in float64. joint: all kinds get
+    their mean. Weights that would not be finite stay as they were."""
     flow, cost = flow.double(), cost.double()
     new = []
     for weight, axis in ((a.double(), 2), (b.double(), 1)):  # [P, N], then [P, M]

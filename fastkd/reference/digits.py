@@ -1,4 +1,4 @@
-"""Softmaxes, and sums of divergence.py, that keep their digits."""
+"""Softmax, and the sums of divergence.py, computed without cancellation."""
 
 import math
 
@@ -32,14 +32,15 @@ def total(x):
 
 
 def log_ratio(x, p, log_p, q, log_q, total=total, largest=lambda x: x.amax(-1, keepdim=True)):
-    """(log q - log p, where it keeps its digits [.., 1]) of x = student - teacher less any number per row: y - log1p(sum p
-    expm1(y)), y = x less about its mean under p. total and largest are over the vocabulary, wherever it lies."""
-    silent = (p == 0) & (q == 0)  # tokens of probability 0 on both sides
-    x = x.masked_fill(silent, 0)
-    y = (x - total((p * x.clamp(-1, 1)).detach())).masked_fill(silent, 0)
+    """log q - log p, and where it was computed without cancellation [.., 1], from x = student - teacher less any number per
+    row: y - log1p(sum p expm1(y)), where y is x less about its mean under p. total and largest reduce over the vocabulary,
+    which may be sharded."""
+    absent = (p == 0) & (q == 0)  # tokens of probability 0 on both sides
+    x = x.masked_fill(absent, 0)
+    y = (x - total((p * x.clamp(-1, 1)).detach())).masked_fill(absent, 0)
     rise = total(p * y.clamp(max=60).expm1())  # log1p of it is the difference of the two log-sum-exps
     near = (rise.abs() < 0.9) & (largest(y.detach()) < 60)  # elsewhere expm1 may overflow, and nothing cancels
-    far = (log_q - log_p).masked_fill(silent, 0)
+    far = (log_q - log_p).masked_fill(absent, 0)
     return torch.where(near, y - rise.masked_fill(~near, 0).log1p(), far), near
 
 

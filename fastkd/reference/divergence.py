@@ -1,8 +1,8 @@
 """divergence: how far q = softmax(student / T) is from p = softmax(teacher / T), one number per row of logits [N, V].
 
-All of it is written on d = log q - log p = y - log1p(sum p expm1(y)), y = (student - teacher) / T less any number, here
-about its mean under p, and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a: no digit is lost where student and
-teacher nearly agree. Words at -inf on both sides do not exist. The factor T^2 is the caller's.
+Everything is computed from d = log q - log p = y - log1p(sum p expm1(y)), where y = (student - teacher) / T less any number,
+here about its mean under p; and a KL as its Bregman sum a (expm1(e) - e), e = log b - log a. So no digit is lost where
+student and teacher nearly agree. Tokens at -inf on both sides do not exist. The caller multiplies by T^2.
 """
 
 import torch
@@ -25,7 +25,7 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     (p, log_p), (q, log_q) = normalized(t, temperature), normalized(s, temperature)
     if kind == "reverse_kl":
-        live, moved = q, (s - s.detach()) / temperature
+        student_q, moved = q, (s - s.detach()) / temperature
         s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: _of_student
     d, near = log_ratio(difference(s, t) / temperature, p, log_p, q, log_q)
     if partial is None:
@@ -35,13 +35,13 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
         rows = compare(p * log_mass.exp(), q, d - log_mass, log_p + log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
     if kind == "reverse_kl":
-        rows = rows + _of_student(live, moved, q, d)
+        rows = rows + _of_student(student_q, moved, q, d)
     return rows.masked_fill(blank, 0)
 
 
 def _of_student(q, moved, q_0, d_0):
-    """What a change of the student's logits by `moved`, which is 0, from q_0 to q does to KL(q || p). With a fixed q_0 it
-    is exactly sum (q - q_0) (log q_0 - log p) + KL(q || q_0). The first derivative of the second term is 0 token by token,
+    """The change of KL(q || p) when the student's logits move by `moved`, which is 0, from q_0 to q. With a fixed q_0 it is
+    exactly sum (q - q_0) (log q_0 - log p) + KL(q || q_0). The first derivative of the second term is 0 token by token,
     and so it is computed, by KL(q || q_0) = sum q_0 (u e^u - expm1(u)), u = log q - log q_0: where one token has nearly all
     of q, the gradient is so small that rounding errors of a sum that is 0 would exceed it."""
     h = moved.masked_fill(q_0 == 0, 0)

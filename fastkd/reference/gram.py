@@ -13,13 +13,13 @@ ENOUGH_ROWS = {"token": 2, "sequence": 3}  # of 2 sequences every Gram is [[1, c
 def gram(student, teacher, mask, level, grouping, pearson, normalize, eps):
     """[B,N,Ds], [B,N,Dt], [B,N] -> (1 - rho, valid): [G], or with pearson="row" one per row of each Gram, [G,R]."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    # What is left of a Gram without its mean may be small: on the CPU, where float64 costs little, in float64.
+    # A centred Gram may be small against its mean: float64 on the CPU, where it costs little.
     student, teacher = (x.to(torch.float64 if x.device.type == "cpu" else dtype) for x in (student, teacher))
     keep = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
     if level == "sequence":
         student, teacher, keep = student.transpose(0, 1), teacher.transpose(0, 1), keep.transpose(0, 1)
     if mask is not None:
-        keep = keep & (keep.sum(1, keepdim=True) >= ENOUGH_ROWS[level])  # too few rows: the group does not count
+        keep = keep & (keep.sum(1, keepdim=True) >= ENOUGH_ROWS[level])  # a group with too few rows is not valid
 
     pairs = keep[:, :, None] & keep[:, None, :]  # [G, R, R]
     if pearson == "row":
@@ -47,5 +47,5 @@ def _self_similarity(x, keep, normalize):
 
 
 def _centred(entries, pairs):
-    mean = entries.sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True).clamp_min(1)  # what is masked holds 0
+    mean = entries.sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True).clamp_min(1)  # masked entries hold 0
     return torch.where(pairs, entries - mean, 0)

@@ -1,7 +1,7 @@
 """layer_cost: the mean squared difference of every student layer from every teacher layer, [N, M].
 
 Differences are taken directly. |s|² + |t|² - 2<s, t> would lose its digits exactly where a student nears its teacher.
-Only the N + M layers are kept for the backward, never the N M differences.
+Only the N + M layers are valid_part for the backward, never the N M differences.
 """
 
 import torch
@@ -11,10 +11,10 @@ MASKED_SCORE = -100.0  # the authors' rule: a score at or below it is a masked k
 
 
 def layer_cost(students, teachers, mask, clamp):
-    """Lists of [B,S,...], mask [B,S] -> [N,M], mean over what the mask keeps. Values <= clamp count as 0."""
+    """Lists of [B,S,...], mask [B,S] -> [N,M], the mean over valid tokens. Values <= clamp are taken as 0."""
     dtype = torch.float64 if students[0].dtype == torch.float64 else torch.float32
 
-    def kept(x):
+    def valid_part(x):
         x = x.to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask.reshape(mask.shape + (1,) * (x.dim() - 2)), 0)
@@ -23,14 +23,14 @@ def layer_cost(students, teachers, mask, clamp):
     count = max(students[0].numel(), 1)
     if mask is not None:
         count = mask.sum().clamp_min(1) * (count // max(mask.numel(), 1))
-    return _squared_differences([kept(x) for x in students], [kept(x) for x in teachers]) / count
+    return _squared_differences([valid_part(x) for x in students], [valid_part(x) for x in teachers]) / count
 
 
 def attention_cost(students, teachers, mask, causal, scale, heads):
     """Lists of (q, k), each [B,H,S,d], or of scores [B,H,S,S], mask [B,S] over keys -> [N,M], mean over all entries.
 
-    What a mask, or causality, hides counts 0 and stays in the denominator; queries are never masked. heads="mean"
-    compares the average over the heads.
+    Scores hidden by the mask or by causality are 0 and stay in the denominator; queries are never masked. heads="mean"
+    compares the mean over the heads.
     """
     first = students[0][0] if isinstance(students[0], (tuple, list)) else students[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32

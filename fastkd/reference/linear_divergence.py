@@ -1,7 +1,7 @@
-"""linear_divergence: `divergence` between two models' logits, hidden @ head.T + bias, from what makes the logits.
+"""linear_divergence: `divergence` between two models' logits, hidden @ head.T + bias, from hidden states and heads.
 
-Logits are scaled, then capped: cap tanh(scale x / cap). With `hard`, hard times the cross-entropy with the labels is added
-to factor times the divergence; its logits have temperature 1.
+Logits are scaled, then capped: cap tanh(scale x / cap). The result is factor times the divergence plus hard times the
+cross-entropy with the labels, at temperature 1.
 """
 
 import torch
@@ -28,8 +28,8 @@ def linear_divergence(
         return rows
     if mask is not None:
         labels = labels.masked_fill(~mask, 0)
-    right = torch.nn.functional.cross_entropy(s, labels, reduction="none")  # [N]
-    return rows + hard * (right if mask is None else right.masked_fill(~mask, 0))
+    cross_entropy = torch.nn.functional.cross_entropy(s, labels, reduction="none")  # [N]
+    return rows + hard * (cross_entropy if mask is None else cross_entropy.masked_fill(~mask, 0))
 
 
 def _logits(hidden, head, bias, mask, dtype, scale, cap):

@@ -1,7 +1,7 @@
 """relation: KL(teacher || student) between softmaxed relations, one number per query row.
 
-A relation is softmax(x yᵀ · scale) over the keys: Q·Kᵀ is attention itself, Q·Qᵀ, K·Kᵀ, V·Vᵀ are MiniLM's. Widths may
-differ between the two sides. The mask takes keys out of the softmax, and the rows of masked queries count 0.
+A relation is softmax(x yᵀ · scale) over the keys: Q·Kᵀ is attention itself, Q·Qᵀ, K·Kᵀ, V·Vᵀ are MiniLM's. Student and
+teacher may have different head dimensions. Masked keys are not in the softmax, and the rows of masked queries are 0.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Exact optimal transport: min sum f_ij c_ij over f >= 0 with row sums a and column sums b.
 
-A transportation simplex in integers. Floats are dyadic rationals, so costs and masses become Python integers exactly: no
-tolerances, at any scale. Masses are perturbed in bits below their lowest, so that no basis is degenerate: every pivot
-lowers the cost, hence no cycle. The basis is a spanning tree over rows and columns; the duals are its potentials.
-An invalid problem (not finite, a negative mass, sums that differ) gives NaN, alone.
+A transportation simplex in integers. Floats are dyadic rationals, so costs and masses become Python integers exactly, and no
+tolerance is needed at any scale. Masses are perturbed in bits below their lowest, so that no basis is degenerate: every pivot
+lowers the cost, and none can cycle. The basis is a spanning tree over rows and columns; the duals are its potentials.
+An invalid problem (not finite, a negative mass, sums that differ) gives NaN for itself only.
 """
 
 import math

@@ -5,23 +5,23 @@ The maths. n_k = <q, bank_k> / T, p = <q, positive> / T. InfoNCE is attention wi
     lse = log sum_k e^n_k,   loss = softplus(lse - p),   w = sigmoid(lse - p),
     unit_grad = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d bank_k = w e^(n_k - lse) q / T.
 
-NCE, with everything that is taken off a score in `shift`: u = <q, n> / T - shift,
+NCE, where `shift` is everything that is subtracted from a score: u = <q, n> / T - shift,
 
     loss = softplus(-u_0) + sum_k softplus(u_k),   unit_grad = (sum_k sigmoid(u_k) bank_k - sigmoid(-u_0) bank_0) / T.
 
-Saved: `unit_grad`, since a bank without a gradient need not be read again; per query w and, for a bank with one, lse.
+Saved: `unit_grad`, so that the backward need not read a bank without a gradient again; per query w and, for a trained bank, lse.
 
-The passes. The bank (or a query's row of the index) is split among programs; each goes through its blocks once with a
-running maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order: how
-many there are depends on sizes alone, so two runs are equal bit for bit. Nothing is B x K.
+The passes. The bank (or a query's row of the index) is split among programs; each reads its blocks once with a running
+maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order. Their number
+depends on sizes alone, so two runs are equal bit for bit. Nothing of size B x K is stored.
 
-Where query and bank have the same half precision the products run on tensor cores in it; a float32 query against a
-bfloat16 bank is split into a high and a low part there, and so are its weights; everything else is float32 without tf32.
-A row that is wider than a program has registers for goes in chunks: each sums one of them, and scores need them all.
+If query and bank have the same half precision, the products run on tensor cores in it. A float32 query against a bfloat16
+bank is split into a high and a low part there, and so are its weights. Everything else is float32 without tf32. A row wider
+than a program has registers for goes in chunks: each program sums one of them, but reads them all for its scores.
 
-Rows with a scale: n_k and the weight of bank_k in unit_grad are multiplied by it, rows are not. float8 e4m3 rows are
-bfloat16, exactly, once they are read; so a float16 query is split as well. Chips before sm_89 cannot convert them: there
-they come as bytes, whose bits are moved into place.
+Rows with a scale: n_k and the weight of bank_k in unit_grad are multiplied by it, rows are not. float8 e4m3 rows become
+bfloat16, exactly, once they are read, so a float16 query is split as well. Chips before sm_89 cannot convert them: there
+they are read as bytes, whose bits are moved into place.
 """
 
 import torch
@@ -29,16 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import contiguous_rows
+
 FULL, SAME, SPLIT = 0, 1, 2  # how a product is formed
-WIDEST = (64, 256, 128)  # columns that a program sums, by the form of its products; wider rows go in chunks
+WIDEST = (64, 256, 128)  # columns that a program sums, by how its products are formed; wider rows go in chunks
 PROGRAMS = 528  # 4 on each of an H200's 132 multiprocessors
-# Bytes of local memory a thread may use, over every width, dtype and chip; words, not tiles.
+TWO_TO_120 = tl.constexpr(1329227995784915872903807060280344576.0)
+# Bytes of local memory a thread may use, over every width, dtype and chip.
 SPILL_LIMIT = {"shared_kernel": 24, "bank_kernel": 8, "gathered_kernel": 16, "merge_kernel": 0}
 
 
 @triton.jit
 def product(a, b, total, HOW: tl.constexpr):
-    """total + a @ b; b is as the bank is kept."""
+    """total + a @ b, where b has the dtype of the bank."""
     if HOW == 0:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     high = a.to(b.dtype)
@@ -57,6 +60,7 @@ def log1p_of_small(e):
 
 @triton.jit
 def softplus_and_slope(x):
+    """softplus(x) and its derivative; NaN stays."""
     e = tl.exp(-tl.abs(x))
     return tl.maximum(x, 0.0) + log1p_of_small(e) + (x - x), tl.where(x > 0, 1.0, e) / (1.0 + e)
 
@@ -64,17 +68,15 @@ def softplus_and_slope(x):
 @triton.jit
 def e4m3(byte):
     """float8 e4m3fn out of its bits: the float32 of 2^-120 of its value has them in the same order."""
-    word = byte.to(tl.uint32)
-    rest = word & 0x7F
-    value = ((rest << 20) | ((word & 0x80) << 24)).to(
-        tl.float32, bitcast=True
-    ) * 1329227995784915872903807060280344576.0
-    return tl.where(rest == 0x7F, float("nan"), value).to(tl.bfloat16)
+    bits = byte.to(tl.uint32)
+    size = bits & 0x7F
+    value = ((size << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * TWO_TO_120
+    return tl.where(size == 0x7F, float("nan"), value).to(tl.bfloat16)
 
 
 @triton.jit
 def tile(ptr, o_row, m_row, o_d, stride, D):
-    """[rows, columns] as they are kept, float8 as bfloat16; 0 outside."""
+    """A block [rows, columns] in its own dtype, float8 as bfloat16; 0 outside."""
     mask = m_row[:, None] & (o_d < D)[None, :]
     block = tl.load(ptr + o_row[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
     if block.dtype == tl.uint8:
@@ -89,7 +91,7 @@ def scores_of(
     q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
     HOW: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """n [BLOCK_B, BLOCK_K], -inf where there is no key or an excluded one."""
+    """n [BLOCK_B, BLOCK_K]; -inf at keys that do not exist or are excluded."""
     total = tl.zeros([o_b.shape[0], o_k.shape[0]], tl.float32)
     for start in range(0, D, INNER):
         o_d = start + tl.arange(0, INNER)
@@ -98,11 +100,11 @@ def scores_of(
         total = product(b_q, tl.trans(b_k), total, HOW)
     if row_scale_ptr is not None:
         total = total * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
-    keep = m_k[None, :]
+    allowed = m_k[None, :]
     if query_ids is not None:
         own = tl.load(query_ids + o_b, mask=m_b, other=0)
-        keep = keep & (own[:, None] != tl.load(bank_ids + o_k, mask=m_k, other=0)[None, :])
-    return tl.where(keep, total * tl.load(inverse_ptr).to(tl.float32), float("-inf"))
+        allowed = allowed & (own[:, None] != tl.load(bank_ids + o_k, mask=m_k, other=0)[None, :])
+    return tl.where(allowed, total * tl.load(inverse_ptr).to(tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -151,7 +153,7 @@ def bank_kernel(
     q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, lse_ptr, factor_ptr, grad_ptr, B, K, D, q_stride, bank_stride,
     HOW: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of the bank, one chunk of columns: sum over the queries, in order."""
+    """The gradient of a block of the bank, one chunk of columns: the sum over the queries, in order."""
     i_k, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -166,8 +168,8 @@ def bank_kernel(
         )  # fmt: skip
         lse = tl.load(lse_ptr + o_b, mask=m_b, other=0.0)
         factor = tl.load(factor_ptr + o_b, mask=m_b, other=0.0)
-        share = tl.exp(n - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
-        weight = tl.where(m_b[:, None], share * factor[:, None], 0.0)
+        probability = tl.exp(n - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
+        weight = tl.where(m_b[:, None], probability * factor[:, None], 0.0)
         b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D).to(tl.float32)
         total = tl.dot(tl.trans(weight), b_q, total, input_precision="ieee")
     tl.store(grad_ptr + o_k[:, None] * D + o_d[None, :], total, mask=m_k[:, None] & (o_d < D)[None, :])
@@ -179,7 +181,7 @@ def gathered_kernel(
     sum_ptr, B, K, D, count, q_stride, bank_stride, blocks, splits,
     NCE: tl.constexpr, UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query against one split of the rows that its index names. A row that does not exist is a loss of NaN."""
+    """One query against one split of the rows that its index names. A row that does not exist makes the loss NaN."""
     program = tl.program_id(0).to(tl.int64)
     i_split, i_b = program % splits, program // splits
     o_d = tl.arange(0, WIDTH)
@@ -188,9 +190,9 @@ def gathered_kernel(
     scale_high = scale.to(tl.float32)
     scale_low = (scale - scale_high.to(tl.float64)).to(tl.float32)
     if NCE:
-        off = tl.load(shift_ptr)
-        off_high = off.to(tl.float32)
-        off_low = (off - off_high.to(tl.float64)).to(tl.float32)
+        nce_shift = tl.load(shift_ptr)
+        shift_high = nce_shift.to(tl.float32)
+        shift_low = (nce_shift - shift_high.to(tl.float64)).to(tl.float32)
     largest = tl.full([1], float("-inf"), tl.float32)
     mass = tl.zeros([1], tl.float32)
     total = tl.zeros([WIDTH], tl.float32)
@@ -198,24 +200,24 @@ def gathered_kernel(
         o_k = block * BLOCK + tl.arange(0, BLOCK)
         m_k = o_k < count
         row = tl.load(index_ptr + i_b * count + o_k, mask=m_k, other=0)
-        there = (row >= 0) & (row < K)
-        b_k = tile(bank_ptr, row, m_k & there, o_d, bank_stride, D).to(tl.float32)
+        exists = (row >= 0) & (row < K)
+        b_k = tile(bank_ptr, row, m_k & exists, o_d, bank_stride, D).to(tl.float32)
         if row_scale_ptr is not None:
-            b_k = b_k * tl.load(row_scale_ptr + row, mask=m_k & there, other=0.0)[:, None]
+            b_k = b_k * tl.load(row_scale_ptr + row, mask=m_k & exists, other=0.0)[:, None]
         score = tl.sum(b_k * b_q[None, :], 1)
-        score = tl.where(there, score, float("nan"))
+        score = tl.where(exists, score, float("nan"))
         if NCE:
-            u = (score * scale_high - off_high) + (score * scale_low - off_low)
+            u = (score * scale_high - shift_high) + (score * scale_low - shift_low)
             sign = tl.where(o_k == 0, -1.0, 1.0)
             loss, slope = softplus_and_slope(u * sign)
             mass += tl.sum(tl.where(m_k, loss, 0.0), 0)
             weight = tl.where(m_k, slope * sign, 0.0)
         else:
-            keep = m_k
+            allowed = m_k
             if query_ids is not None:
                 own = tl.load(query_ids + i_b)
-                keep = keep & (tl.load(bank_ids + row, mask=m_k & there, other=0) != own)
-            n = tl.where(keep, score * scale_high + score * scale_low, float("-inf"))
+                allowed = allowed & (tl.load(bank_ids + row, mask=m_k & exists, other=0) != own)
+            n = tl.where(allowed, score * scale_high + score * scale_low, float("-inf"))
             top = tl.maximum(largest, tl.max(n, 0))
             shift = tl.where(top == float("-inf"), 0.0, top)
             shrink = tl.exp(largest - shift)
@@ -240,7 +242,7 @@ def merge_kernel(
     B, D, q_stride, positive_stride, splits,
     UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One query: its splits in order, then loss, w, lse and unit_grad."""
+    """One query: merges its splits in order, then writes loss, w, lse and unit_grad."""
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, WIDTH)
     m_d = o_d < D
@@ -260,7 +262,7 @@ def merge_kernel(
         if UNIT_GRAD:
             mean += factor * tl.load(sum_ptr + o_in * D + o_d, mask=m_d, other=0.0)
     lse = largest + tl.log(mass)
-    loss, weight = softplus_and_slope(tl.where(mass == 0, -1e30, lse - p))  # no negative left: 0
+    loss, weight = softplus_and_slope(tl.where(mass == 0, -1e30, lse - p))  # without a negative the loss is 0
     tl.store(loss_ptr + i_b, loss)
     tl.store(weight_ptr + i_b, weight)
     tl.store(lse_ptr + i_b, lse)
@@ -280,9 +282,9 @@ def how(query: Tensor, bank: Tensor) -> int:
 
 
 def geometry(queries: int, width: int, form: int, as_bytes: bool = False) -> dict:
-    """Tiles and launch options of shared_kernel and bank_kernel. tl.dot wants 16 at least on every side. What fits the
-    registers: float32 products take their operands there, tensor cores take them from shared memory, but bytes pass
-    through registers on their way."""
+    """Tiles and launch options of shared_kernel and bank_kernel. tl.dot needs at least 16 on every side. Tiles are as large
+    as registers allow: float32 products have their operands there, tensor cores read them from shared memory, but bytes
+    pass through registers on their way."""
     full = form == FULL
     chunk = min(max(triton.next_power_of_2(width), 16), WIDEST[form])
     block = min(max(triton.next_power_of_2(queries), 16), 64 if form == SAME else 32)
@@ -291,30 +293,22 @@ def geometry(queries: int, width: int, form: int, as_bytes: bool = False) -> dic
 
 
 def gathered_geometry(width: int, as_bytes: bool = False) -> dict:
-    """Rows of a block so that it has about 4096 elements; 2048 of bytes."""
+    """A block has about 4096 elements, or 2048 bytes of float8."""
     chunk = triton.next_power_of_2(max(width, 16))
     rows = (2048 if as_bytes else 4096) // chunk
     return {"WIDTH": chunk, "BLOCK": min(max(rows, 1), 64), "num_warps": 4 if chunk <= 4096 else 16}
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
 def _readable(bank: Tensor) -> Tensor:
-    """Rows of the bank; float8 as bytes where the chip (or the interpreter) does not convert it."""
-    bank = _rows(bank)
+    """The bank with contiguous rows; float8 as bytes if the chip (or the interpreter) does not convert it."""
+    bank = contiguous_rows(bank)
     if bank.dtype != torch.float8_e4m3fn or (bank.is_cuda and torch.cuda.get_device_capability(bank.device) >= (8, 9)):
         return bank
     return bank.view(torch.uint8)
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 class Partials:
-    """What the splits leave: maxima and sums [S, B], weighted sums [S, B, D]."""
+    """What the splits leave: maxima and sums of exponentials [S, B], weighted sums of rows [S, B, D]."""
 
     def __init__(self, query: Tensor, blocks: int, others: int, gradient_in_forward: bool):
         B, D = query.shape
@@ -328,8 +322,13 @@ def info_nce_fwd(
     query: Tensor, positive: Tensor, bank: Tensor, index: Tensor | None, inverse_temperature: Tensor,
     query_ids: Tensor | None, bank_ids: Tensor | None, gradient_in_forward: bool, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (B, D), query, positive, bank = query.shape, _rows(query), _rows(positive), _readable(bank)
-    query_ids, bank_ids, scale, K = _flat(query_ids), _flat(bank_ids), _flat(scale), bank.shape[0]
+    (B, D), query, positive, bank = query.shape, contiguous_rows(query), contiguous_rows(positive), _readable(bank)
+    query_ids, bank_ids, scale, K = (
+        contiguous_rows(query_ids),
+        contiguous_rows(bank_ids),
+        contiguous_rows(scale),
+        bank.shape[0],
+    )
     loss, weight, lse = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(3))
     unit_grad = torch.empty((B if gradient_in_forward else 0, D), dtype=torch.float32, device=query.device)
     if B == 0:
@@ -374,14 +373,14 @@ def info_nce_bank_bwd(
     query: Tensor, bank: Tensor, inverse_temperature: Tensor, query_ids: Tensor | None, bank_ids: Tensor | None,
     lse: Tensor, coefficient: Tensor,
 ) -> Tensor:  # fmt: skip
-    (B, D), K, query, bank = query.shape, bank.shape[0], _rows(query), _rows(bank)
+    (B, D), K, query, bank = query.shape, bank.shape[0], contiguous_rows(query), contiguous_rows(bank)
     grad = torch.empty((K, D), dtype=torch.float32, device=bank.device)
     form = how(query, bank)
-    launch = geometry(B, D, FULL)  # the second product is float32's whatever the bank is
+    launch = geometry(B, D, FULL)  # the second product is in float32 whatever the bank is
     chunks = triton.cdiv(D, launch["WIDTH"])
     if K:
         bank_kernel[(triton.cdiv(K, launch["BLOCK_K"]), chunks)](
-            query, bank, inverse_temperature, _flat(query_ids), _flat(bank_ids), lse.contiguous(),
+            query, bank, inverse_temperature, contiguous_rows(query_ids), contiguous_rows(bank_ids), lse.contiguous(),
             coefficient.contiguous(), grad, B, K, D, query.stride(0), bank.stride(0), HOW=form, **launch,
         )  # fmt: skip
     return grad
@@ -391,7 +390,7 @@ def nce_fwd(
     query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, gradient_in_forward: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    query, bank, row_scale = _rows(query), _readable(bank), _flat(scale)
+    query, bank, row_scale = contiguous_rows(query), _readable(bank), contiguous_rows(scale)
     if query.shape[0] == 0:
         empty = query.new_empty(query.shape, dtype=torch.float32)
         return empty.sum(1), empty

@@ -1,6 +1,6 @@
-"""gram where one program holds both Gram matrices of a group: everything, means and lengths too, in one launch each way.
+"""gram of groups in cache: one program holds both Gram matrices of a group, and one launch each way does everything.
 
-kernels/gram/launch.py has the maths. Here nothing is known beforehand and nothing is saved: the backward makes it all again.
+kernels/gram/launch.py has the maths. Nothing is saved: the backward computes it all again.
 """
 
 import triton
@@ -8,13 +8,13 @@ import triton.language as tl
 
 from .rows import (
     LEAST_NORM,
+    Rows,
     aligned,
     centred,
     conclude,
-    counting,
+    count_valid,
     finish_centred,
     finish_rows,
-    halved,
     inverse_norms,
     load_rows,
     normalised,
@@ -22,20 +22,20 @@ from .rows import (
     product,
     scale_of,
     store_gradient,
-    which_count,
+    to_half,
+    valid_rows,
     without_mean,
 )
 
-SPILL_LIMIT = {"whole_forward_kernel": 192, "whole_backward_kernel": 232}  # bytes of stack per thread
+SPILL_LIMIT = {"forward_kernel": 192, "backward_kernel": 232}  # bytes of stack per thread
 
 
 @triton.jit
-def whole_side(
+def self_similarity(
     x_ptr, row_stride, o_r, m_r, D, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """<u_i, u_j>, less a number where rows are float32; which rows have a part in c: all or (row by row) those which are not
-    all zeros; and of every row the scale (two parts), <c, v> and <u, v>."""
+    """<u_i, u_j>, less a number for float32 rows; and Rows, where `live` is `valid` for float32 rows unless ROW."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if HALF:
@@ -48,7 +48,7 @@ def whole_side(
             scale = scale_of(squares.to(tl.float64), m_r).to(tl.float32)
         else:
             scale = m_r.to(tl.float32)
-        return acc * (scale[:, None] * scale[None, :]), m_r & (squares != 0), scale, scale, scale, scale
+        return acc * (scale[:, None] * scale[None, :]), Rows(m_r, m_r & (squares != 0), scale, scale, scale, scale)
     else:
         inverse, live = inverse_norms(x_ptr, row_stride, o_r, m_r, D, NORMALIZE, ROW, BLOCK, BLOCK_D)
         if not ROW:
@@ -70,61 +70,54 @@ def whole_side(
         base = acc + (o_c[:, None] + o_c[None, :])
         if ROW:  # <0, u> is 0
             base = tl.where(live[:, None] & live[None, :], base, -tl.sum(square, 0))
-        return base, live, scale, low, o_c, tl.sum(own, 1)
+        return base, Rows(m_r, live, scale, low, o_c, tl.sum(own, 1))
 
 
 @triton.jit
 def inner(P, Q, ROW: tl.constexpr):
-    of_row = tl.sum(P * Q, 1).to(tl.float64)
+    """<P, Q>, of each row (ROW) or of all."""
+    per_row = tl.sum(P * Q, 1).to(tl.float64)
     if ROW:
-        return of_row
+        return per_row
     else:
-        return tl.sum(of_row, 0)
+        return tl.sum(per_row, 0)
 
 
 @triton.jit
-def group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH: tl.constexpr, BLOCK: tl.constexpr):
-    """Which pair's group a program has, how many of its rows count, and which."""
+def group_of_program(mask_ptr, G, R, m_group, m_row, o_r, ENOUGH: tl.constexpr):
+    """The pair and group of a program, how many of its rows o_r are valid, and which."""
     unit = tl.program_id(0).to(tl.int64)
     pair, group = unit // G, unit % G
     if mask_ptr is not None:
         mask_ptr += group * m_group
-    n = counting(mask_ptr, m_row, R, ENOUGH)
-    o_r = tl.arange(0, BLOCK)
-    return pair, group, n, o_r, which_count(mask_ptr, m_row, o_r, R, n)
+    n = count_valid(mask_ptr, m_row, R, ENOUGH)
+    return pair, group, n, valid_rows(mask_ptr, m_row, o_r, R, n)
 
 
 @triton.jit
-def both_sides(
-    s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps,
-    ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """P and Q; of the student's rows the mean and what whole_side says; and what conclude says of both."""
-    both, rows = m_r[:, None] & m_r[None, :], tl.maximum(n, 1)
-    o_r = tl.arange(0, BLOCK)
-    Q, live, _, _, _, _ = whole_side(t_ptr, t_row, o_r, m_r, D_t, ROW, NORMALIZE, BLOCK, BLOCK_D)
-    Q, _ = without_mean(Q, both, rows, ROW)
-    if ROW:  # of a row of zeros what is left is rounding
-        Q = tl.where(live[:, None], Q, 0.0)
-    P, live, scale, low, onto, own = whole_side(s_ptr, s_row, o_r, m_r, D_s, ROW, NORMALIZE, BLOCK, BLOCK_D)
-    P, mean = without_mean(P, both, rows, ROW)
-    if ROW:
-        P = tl.where(live[:, None], P, 0.0)
-    value, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
-    return P, Q, mean, live, scale, low, onto, own, value, of_p, of_q
+def centred_gram(
+    x_ptr, row_stride, m_r, n, D, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """P (or Q), its mean, and Rows."""
+    base, rows = self_similarity(x_ptr, row_stride, tl.arange(0, BLOCK), m_r, D, ROW, NORMALIZE, BLOCK, BLOCK_D)
+    base, mean = without_mean(base, m_r[:, None] & m_r[None, :], tl.maximum(n, 1), ROW)
+    if ROW:  # in a row of zeros only rounding errors are left
+        base = tl.where(rows.live[:, None], base, 0.0)
+    return base, mean, rows
 
 
 @triton.jit
-def whole_forward_kernel(
+def forward_kernel(
     students, teachers, values, valids, mask_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, m_group, m_row, eps,
     ENOUGH: tl.constexpr, ROW: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
-    pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
+    o_r = tl.arange(0, BLOCK)
+    pair, group, n, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, o_r, ENOUGH)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
-    _, _, _, _, _, _, _, _, value, _, _ = both_sides(
-        s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
-    )
+    Q, _, _ = centred_gram(t_ptr, t_row, m_r, n, D_t, ROW, NORMALIZE, BLOCK, BLOCK_D)
+    P, _, _ = centred_gram(s_ptr, s_row, m_r, n, D_s, ROW, NORMALIZE, BLOCK, BLOCK_D)
+    value, _, _ = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
     if ROW:
         at = group * R + o_r
         tl.store(pick(values, pair) + at, tl.where(m_r, value, 0.0).to(tl.float32), mask=o_r < R)
@@ -135,7 +128,7 @@ def whole_forward_kernel(
 
 
 @triton.jit
-def whole_backward_kernel(
+def backward_kernel(
     students, teachers, grads, outputs, mask_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, m_group, m_row,
     out_group, out_row, eps,
     ADD: tl.constexpr, ENOUGH: tl.constexpr, ROW: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -143,12 +136,13 @@ def whole_backward_kernel(
 ):  # fmt: skip
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
     out_group, out_row = aligned((out_group, out_row))
-    pair, group, n, o_r, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, ENOUGH, BLOCK)
+    o_r = tl.arange(0, BLOCK)
+    pair, group, n, m_r = group_of_program(mask_ptr, G, R, m_group, m_row, o_r, ENOUGH)
     t_ptr, s_ptr = pick(teachers, pair) + group * t_group, pick(students, pair) + group * s_group
     HALF: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
-    P, Q, mean, live, scale, low, onto, own, _, of_p, of_q = both_sides(
-        s_ptr, t_ptr, s_row, t_row, m_r, n, D_s, D_t, eps, ROW, NORMALIZE, BLOCK, BLOCK_D
-    )
+    Q, _, _ = centred_gram(t_ptr, t_row, m_r, n, D_t, ROW, NORMALIZE, BLOCK, BLOCK_D)
+    P, mean, rows = centred_gram(s_ptr, s_row, m_r, n, D_s, ROW, NORMALIZE, BLOCK, BLOCK_D)
+    _, of_p, of_q = conclude(inner(P, P, ROW), inner(Q, Q, ROW), inner(P, Q, ROW), n, eps)
     if ROW:
         up = tl.load(pick(grads, pair) + group * R + o_r, mask=m_r, other=0.0)
         W = 0.5 * ((of_p * up).to(tl.float32)[:, None] * P + (of_q * up).to(tl.float32)[:, None] * Q)
@@ -156,28 +150,29 @@ def whole_backward_kernel(
     else:
         up = tl.where(n > 0, tl.load(pick(grads, pair) + group), 0.0)
         W = (of_p * up).to(tl.float32) * P + (of_q * up).to(tl.float32) * Q
-    both = m_r[:, None] & live[None, :]  # what rows of zeros weigh would leave others' weights rounded away
+    both = m_r[:, None] & rows.live[None, :]  # the weights of rows of zeros would round the others away
     W, base = tl.where(both, W, 0.0), tl.where(both, P + mean[:, None], 0.0)
+    scale, low = rows.scale, rows.low
     project = m_r & NORMALIZE & (scale < 1.0 / LEAST_NORM)
     if HALF:
-        weights, gain = halved(W, scale, s_ptr.dtype.element_ty)
+        weights, gain = to_half(W, scale, s_ptr.dtype.element_ty)
         length = 1.0 / tl.where(m_r, scale, 1.0)
         along = tl.sum(weights.to(tl.float32) * length[None, :] * base, 1) * gain
         total = along
     else:
         weights, gain = W, scale
         total = tl.sum(W, 1)
-        along = tl.sum(W * base, 1) - total * (onto + own)
+        along = tl.sum(W * base, 1) - total * (rows.onto + rows.own)
     out_ptr = pick(outputs, pair) + group * out_group
     for k in range(0, D_s, BLOCK_D):
         o_d = k + tl.arange(0, BLOCK_D)
         b_x = load_rows(s_ptr, s_row, o_r, m_r, o_d, D_s)
-        nothing = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32)
         if HALF:
-            pulled = product(weights, b_x, nothing) * gain[:, None]
+            pulled = product(weights, b_x, zeros) * gain[:, None]
             grad = finish_rows(pulled, b_x, scale, project, along)
         else:
-            centre = tl.sum(normalised(b_x, scale, low), 0) / tl.maximum(tl.sum(live.to(tl.int32), 0), 1)
-            b_v = centred(b_x, scale, low, centre, live)
-            grad = finish_centred(product(weights, b_v, nothing), b_v, centre, scale, project, along, total)
+            centre = tl.sum(normalised(b_x, scale, low), 0) / tl.maximum(tl.sum(rows.live.to(tl.int32), 0), 1)
+            b_v = centred(b_x, scale, low, centre, rows.live)
+            grad = finish_centred(product(weights, b_v, zeros), b_v, centre, scale, project, along, total)
         store_gradient(out_ptr, out_row, o_r, m_r, o_d, R, D_s, grad, ADD)

@@ -1,125 +1,124 @@
-"""gram where a correlation is not of a whole Gram: of each of its lines (row by row), or of lines of many Grams (official).
+"""gram of tiled groups where a correlation is not of a whole Gram: of each of its rows (pearson="row"), or of rows of many
+Grams (grouping="official").
 
-Line i of D is a line of P and one of Q, each less its own mean, times its own numbers, and W = D + Dᵀ. kernels/gram/launch.py has
-the maths. Official: line n R + a of the buffer [G, R, R] belongs to value (n R + a) // G, so that what is correlated has the
-means of many Grams; where rows are float32 these were left out of P and Q, and come back here, in float64.
+Row i of D is a row of P and one of Q, each less its own mean, times its own weights, and W = D + Dᵀ. kernels/gram/launch.py
+has the maths. Official: row n R + a of the buffer [G, R, R] belongs to value (n R + a) // G, so that what is correlated has
+the means of many Grams. Float32 tiles have these means subtracted; they are added back here, in float64.
 
-Saved beside what longer groups save: of every line [mean P, mean Q, of P, of Q], each for all lines of a pair.
+Saved in addition to what tiled groups save: per row [mean P, mean Q, weight of P, weight of Q], each for all rows of a pair.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .rows import aligned, conclude, load_scales, not_zero, pick, tile, without_mean
+from .rows import aligned, conclude, load_scales, pick, tile, without_mean
 
-# Bytes of stack per thread. lines_kernel: 24 on sm_80 since rows of zeros are told apart after its loop, 16 before.
-SPILL_LIMIT = {"lines_kernel": 24, "official_kernel": 0}
+# Bytes of stack per thread. row_stats_kernel has 24 on sm_80, since it finds rows of zeros after its loop.
+SPILL_LIMIT = {"row_stats_kernel": 24, "official_kernel": 0}
 
 
 @triton.jit
-def lines_of(saved, G, R, D_s, D_t):
+def row_stats_of(saved, G, R, D_s, D_t):
     return saved + 4 * G * (1 + R) + G * (D_s + D_t)
 
 
 @triton.jit
-def keep_lines(saved, G, R, D_s, D_t, lines, there, counts, mean_p, mean_q, of_p, of_q):
-    """Halved: W is of D and of its image."""
-    at = lines_of(saved, G, R, D_s, D_t) + lines
-    tl.store(at, mean_p.to(tl.float32), mask=there)
-    tl.store(at + G * R, mean_q.to(tl.float32), mask=there)
-    tl.store(at + 2 * G * R, tl.where(counts, 0.5 * of_p, 0.0).to(tl.float32), mask=there)
-    tl.store(at + 3 * G * R, tl.where(counts, 0.5 * of_q, 0.0).to(tl.float32), mask=there)
+def store_row_stats(saved, G, R, D_s, D_t, o_row, inside, valid, mean_p, mean_q, of_p, of_q):
+    """Weights are halved, since W = D + Dᵀ."""
+    at = row_stats_of(saved, G, R, D_s, D_t) + o_row
+    tl.store(at, mean_p.to(tl.float32), mask=inside)
+    tl.store(at + G * R, mean_q.to(tl.float32), mask=inside)
+    tl.store(at + 2 * G * R, tl.where(valid, 0.5 * of_p, 0.0).to(tl.float32), mask=inside)
+    tl.store(at + 3 * G * R, tl.where(valid, 0.5 * of_q, 0.0).to(tl.float32), mask=inside)
 
 
 @triton.jit
-def load_lines(saved, side, grads_ptr, G, R, group, o_r, D_s, D_t, OFFICIAL: tl.constexpr):
-    """Of some rows of a group, what the lines have on one side: a mean, and a weight times the upstream gradient."""
-    there, lines = o_r < R, group * R + o_r
-    at = lines_of(saved, G, R, D_s, D_t) + side * G * R + lines
+def load_row_stats(saved, side, grads_ptr, G, R, group, o_r, D_s, D_t, OFFICIAL: tl.constexpr):
+    """The mean of some rows of one side's Gram, and their weight times the upstream gradient."""
+    inside, o_row = o_r < R, group * R + o_r
+    at = row_stats_of(saved, G, R, D_s, D_t) + side * G * R + o_row
     if OFFICIAL:
-        up = tl.load(grads_ptr + lines // G, mask=there, other=0.0)
+        up = tl.load(grads_ptr + o_row // G, mask=inside, other=0.0)
     else:
-        up = tl.load(grads_ptr + lines, mask=there, other=0.0)
-    return tl.load(at, mask=there, other=0.0), up * tl.load(at + 2 * G * R, mask=there, other=0.0)
+        up = tl.load(grads_ptr + o_row, mask=inside, other=0.0)
+    return tl.load(at, mask=inside, other=0.0), up * tl.load(at + 2 * G * R, mask=inside, other=0.0)
 
 
 @triton.jit
 def side_of_weights(base, saved, side, grads_ptr, G, R, group, o_i, o_j, D_s, D_t, OFFICIAL: tl.constexpr):
     """One side's part of a tile of W."""
-    mean_i, of_i = load_lines(saved, side, grads_ptr, G, R, group, o_i, D_s, D_t, OFFICIAL)
-    mean_j, of_j = load_lines(saved, side, grads_ptr, G, R, group, o_j, D_s, D_t, OFFICIAL)
+    mean_i, of_i = load_row_stats(saved, side, grads_ptr, G, R, group, o_i, D_s, D_t, OFFICIAL)
+    mean_j, of_j = load_row_stats(saved, side, grads_ptr, G, R, group, o_j, D_s, D_t, OFFICIAL)
     return of_i[:, None] * (base - mean_i[:, None]) + of_j[None, :] * (base - mean_j[None, :])
 
 
 @triton.jit
-def lines_kernel(
+def row_stats_kernel(
     students, teachers, saved, values, valids, moments_ptr, G, R, D_s, D_t, s_group, s_row, t_group, t_row, tiles, eps,
     OFFICIAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK lines of a group's P and Q: how many entries count, their means and sums of products about these, tile after
-    tile. Row by row that is 1 - rho, and what the backward needs of it."""
+    """BLOCK rows of a group's P and Q: the number of valid entries, their means and sums of products about these, tile by
+    tile; for pearson="row" also 1 - rho, and what the backward needs."""
     D_s, D_t, s_group, s_row, t_group, t_row = aligned((D_s, D_t, s_group, s_row, t_group, t_row))
     program = tl.program_id(0).to(tl.int64)
     unit = program // tiles
     pair, group = unit // G, unit % G
     o_i = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    kept = pick(saved, pair)
+    saved_ptr = pick(saved, pair)
     s_ptr, t_ptr = pick(students, pair) + group * s_group, pick(teachers, pair) + group * t_group
-    shift_p, shift_q = tl.load(kept + group * 4), tl.load(kept + group * 4 + 1)
+    shift_p, shift_q = tl.load(saved_ptr + group * 4), tl.load(saved_ptr + group * 4 + 1)
     n = tl.full([], 0, tl.int32)
     mean_p, mean_q = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     pp, qq, pq = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, R, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
-        Q, _, _, m_i, m_j, _, _, _, _ = tile(
-            t_ptr, t_row, kept, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, True, BLOCK, BLOCK_D
-        )
-        more = tl.sum(m_j.to(tl.int32), 0)
-        both, entries = m_i[:, None] & m_j[None, :], tl.maximum(more, 1)
+        Q, rows, columns = tile(t_ptr, t_row, saved_ptr, 1, G, R, group, o_i, o_j, D_t, D_s, D_t, True, BLOCK, BLOCK_D)
+        more = tl.sum(columns.valid.to(tl.int32), 0)
+        both, entries = rows.valid[:, None] & columns.valid[None, :], tl.maximum(more, 1)
         Q, here_q = without_mean(Q - shift_q, both, entries, True)
-        P, _, _, _, _, _, _, _, _ = tile(
-            s_ptr, s_row, kept, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, True, BLOCK, BLOCK_D
-        )
+        P, _, _ = tile(s_ptr, s_row, saved_ptr, 0, G, R, group, o_i, o_j, D_s, D_s, D_t, True, BLOCK, BLOCK_D)
         P, here_p = without_mean(P - shift_p, both, entries, True)
-        share = more.to(tl.float64) / tl.maximum(n + more, 1)
+        weight = more.to(tl.float64) / tl.maximum(n + more, 1)
         to_p, to_q = here_p - mean_p, here_q - mean_q
-        pp += tl.sum(P * P, 1) + to_p * to_p * (share * n)
-        qq += tl.sum(Q * Q, 1) + to_q * to_q * (share * n)
-        pq += tl.sum(P * Q, 1) + to_p * to_q * (share * n)
-        mean_p += to_p * share
-        mean_q += to_q * share
+        pp += tl.sum(P * P, 1) + to_p * to_p * (weight * n)
+        qq += tl.sum(Q * Q, 1) + to_q * to_q * (weight * n)
+        pq += tl.sum(P * Q, 1) + to_p * to_q * (weight * n)
+        mean_p += to_p * weight
+        mean_q += to_q * weight
         n += more
-    scale_s, low_s, counts = load_scales(kept, 0, G, R, group, o_i)
-    scale_t, low_t, _ = load_scales(kept, 1, G, R, group, o_i)
-    live_s, live_t = not_zero(scale_s, low_s), not_zero(scale_t, low_t)
-    pp, qq = tl.where(live_s, pp, 0.0), tl.where(live_t, qq, 0.0)  # of a row of zeros they are rounding
+    scale_s, low_s, valid = load_scales(saved_ptr, 0, G, R, group, o_i)
+    scale_t, low_t, _ = load_scales(saved_ptr, 1, G, R, group, o_i)
+    live_s, live_t = scale_s + low_s != 0, scale_t + low_t != 0
+    pp, qq = tl.where(live_s, pp, 0.0), tl.where(live_t, qq, 0.0)  # for a row of zeros they are rounding errors
     pq = tl.where(live_s & live_t, pq, 0.0)
-    there, lines = o_i < R, group * R + o_i
+    inside, o_row = o_i < R, group * R + o_i
     mean_p += shift_p
     mean_q += shift_q
     if OFFICIAL:
-        at = moments_ptr + pair * 6 * G * R + lines
-        tl.store(at, tl.where(counts, n, 0).to(tl.float64), mask=there)
-        tl.store(at + G * R, mean_p, mask=there)
-        tl.store(at + 2 * G * R, mean_q, mask=there)
-        tl.store(at + 3 * G * R, pp, mask=there)
-        tl.store(at + 4 * G * R, qq, mask=there)
-        tl.store(at + 5 * G * R, pq, mask=there)
+        at = moments_ptr + pair * 6 * G * R + o_row
+        tl.store(at, tl.where(valid, n, 0).to(tl.float64), mask=inside)
+        tl.store(at + G * R, mean_p, mask=inside)
+        tl.store(at + 2 * G * R, mean_q, mask=inside)
+        tl.store(at + 3 * G * R, pp, mask=inside)
+        tl.store(at + 4 * G * R, qq, mask=inside)
+        tl.store(at + 5 * G * R, pq, mask=inside)
     else:
         value, of_p, of_q = conclude(pp, qq, pq, n, eps)
-        tl.store(pick(values, pair) + lines, tl.where(counts, value, 0.0).to(tl.float32), mask=there)
-        tl.store(pick(valids, pair) + lines, counts.to(tl.uint8), mask=there)
-        keep_lines(kept, G, R, D_s, D_t, lines, there, counts, mean_p, mean_q, of_p, of_q)
+        tl.store(pick(values, pair) + o_row, tl.where(valid, value, 0.0).to(tl.float32), mask=inside)
+        tl.store(pick(valids, pair) + o_row, valid.to(tl.uint8), mask=inside)
+        store_row_stats(saved_ptr, G, R, D_s, D_t, o_row, inside, valid, mean_p, mean_q, of_p, of_q)
 
 
 @triton.jit
-def load_moments(moments_ptr, levels_ptr, G, R, first, o, there):
-    """Of some of a value's lines: how many entries count, and their means, those of the Grams included."""
+def load_moments(moments_ptr, levels_ptr, G, R, first, o, inside):
+    """Of some rows of a value: the number of valid entries, and their means, those of the Grams included."""
     at, group = moments_ptr + first + o, (first + o) // R
-    count = tl.load(at, mask=there, other=0.0)
-    mean_p = tl.load(at + G * R, mask=there, other=0.0) + tl.load(levels_ptr + group * 2, mask=there, other=0.0)
-    mean_q = tl.load(at + 2 * G * R, mask=there, other=0.0) + tl.load(levels_ptr + group * 2 + 1, mask=there, other=0.0)
+    count = tl.load(at, mask=inside, other=0.0)
+    mean_p = tl.load(at + G * R, mask=inside, other=0.0) + tl.load(levels_ptr + group * 2, mask=inside, other=0.0)
+    mean_q = tl.load(at + 2 * G * R, mask=inside, other=0.0) + tl.load(
+        levels_ptr + group * 2 + 1, mask=inside, other=0.0
+    )
     return count, mean_p, mean_q
 
 
@@ -127,7 +126,7 @@ def load_moments(moments_ptr, levels_ptr, G, R, first, o, there):
 def official_kernel(
     saved, values, valids, moments_ptr, levels_ptr, G, R, D_s, D_t, eps, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One value: G lines of the buffer, one correlation."""
+    """One value: G rows of the buffer, one correlation."""
     program = tl.program_id(0).to(tl.int64)
     pair, value_at = program // R, program % R
     first = value_at * G
@@ -145,32 +144,32 @@ def official_kernel(
     pp, qq, pq = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, G, BLOCK):
         o = start + tl.arange(0, BLOCK)
-        there, at = o < G, moments_ptr + first + o
-        count, mean_p, mean_q = load_moments(moments_ptr, levels_ptr, G, R, first, o, there)
+        inside, at = o < G, moments_ptr + first + o
+        count, mean_p, mean_q = load_moments(moments_ptr, levels_ptr, G, R, first, o, inside)
         to_p, to_q = mean_p - all_p, mean_q - all_q
-        pp += count * to_p * to_p + tl.load(at + 3 * G * R, mask=there, other=0.0)
-        qq += count * to_q * to_q + tl.load(at + 4 * G * R, mask=there, other=0.0)
-        pq += count * to_p * to_q + tl.load(at + 5 * G * R, mask=there, other=0.0)
-    alone = tl.where(NORMALIZE & (R == 1), 1, 2)  # of a single sequence all entries are 1
+        pp += count * to_p * to_p + tl.load(at + 3 * G * R, mask=inside, other=0.0)
+        qq += count * to_q * to_q + tl.load(at + 4 * G * R, mask=inside, other=0.0)
+        pq += count * to_p * to_q + tl.load(at + 5 * G * R, mask=inside, other=0.0)
+    alone = tl.where(NORMALIZE & (R == 1), 1, 2)  # for a single sequence all entries are 1
     value, of_p, of_q = conclude(tl.sum(pp, 0), tl.sum(qq, 0), tl.sum(pq, 0), alone, eps)
     tl.store(pick(values, pair) + value_at, tl.where(n > 0, value, 0.0).to(tl.float32))
     tl.store(pick(valids, pair) + value_at, (n > 0).to(tl.uint8))
     for start in range(0, G, BLOCK):
         o = start + tl.arange(0, BLOCK)
-        there, group = o < G, (first + o) // R
-        count, _, _ = load_moments(moments_ptr, levels_ptr, G, R, first, o, there)
-        less_p = all_p - tl.load(levels_ptr + group * 2, mask=there, other=0.0)
-        less_q = all_q - tl.load(levels_ptr + group * 2 + 1, mask=there, other=0.0)
-        keep_lines(pick(saved, pair), G, R, D_s, D_t, first + o, there, count > 0, less_p, less_q, of_p, of_q)
+        inside, group = o < G, (first + o) // R
+        count, _, _ = load_moments(moments_ptr, levels_ptr, G, R, first, o, inside)
+        less_p = all_p - tl.load(levels_ptr + group * 2, mask=inside, other=0.0)
+        less_q = all_q - tl.load(levels_ptr + group * 2 + 1, mask=inside, other=0.0)
+        store_row_stats(pick(saved, pair), G, R, D_s, D_t, first + o, inside, count > 0, less_p, less_q, of_p, of_q)
 
 
 def forward(launch, saved: tuple, levels: torch.Tensor | None, out: tuple, shape: dict, normalize: bool, eps: float):
-    """levels: the means that P and Q of every group lost, [units, 2]; None row by row."""
+    """levels [units, 2]: the means subtracted from P and Q of every group; None for pearson="row"."""
     moments, tiles = None, triton.cdiv(launch.rows, shape["BLOCK"])
     if launch.official:
         size = (len(launch.places), 6, launch.groups, launch.rows)
         moments = torch.empty(size, dtype=torch.float64, device=launch.students[0].device)
-    lines_kernel[(launch.units * tiles,)](
+    row_stats_kernel[(launch.units * tiles,)](
         launch.students, launch.teachers, saved, *out, moments, *launch.sizes(), *launch.strides, tiles, eps,
         OFFICIAL=launch.official, **shape,
     )  # fmt: skip

@@ -1,18 +1,18 @@
-"""Mean squared differences between attention scores, [N, M], from queries and keys; no matrix of scores exists.
+"""Mean squared differences between attention scores, [N, M], from queries and keys; no matrix of scores is stored.
 
 The maths. With S_i = scale_i Q_i K_iᵀ (0 where a key is masked, or comes after its query), cost_ij = sum (S_i - T_j)² /
 count over all entries of all heads. The gradient of a student, W = sum_j g_ij (S_i - T_j): dQ_i = 2 scale_i / count W K_i,
 dK_i = 2 scale_i / count Wᵀ Q_i.
 
-Forward: a program owns a block of queries of one head and a few students, and walks over the keys: one block of scores of
-each of its students stays while those of the teachers pass; differences are taken at once. kernels/layer_cost/hidden.py's
-`total_kernel` adds up what the programs leave, in a fixed order. A masked key is read as zeros, and so are its scores.
-Backward: a program owns a block of queries (or keys) of one student and walks over the others; the scores are made again,
-W is used and forgotten, teachers whose weight is 0 cost nothing.
+Forward: a program owns a block of queries of one head and a few students, and loops over the keys. It holds one block of
+scores of each of its students and compares it with each teacher's. `total_kernel` of kernels/layer_cost/hidden.py adds up the
+programs' partial sums in a fixed order. A masked key is read as zeros, so that its scores are 0.
+Backward: a program owns a block of queries (or keys) of one student and loops over the others; the scores are computed again,
+W is never stored, and teachers whose weight is 0 cost nothing.
 
-The loops over layers are loops at run time: unrolled, the addresses of so many matrices do not fit into registers. So
-there is a table of addresses; a kernel writes it from its arguments, hence nothing is copied from the host, nothing
-synchronises, and a CUDA graph can capture it.
+The loops over layers run on the device: unrolled, the addresses of so many matrices do not fit into registers. A kernel
+writes a table of the addresses from its arguments, so nothing is copied from the host, nothing synchronises, and a CUDA
+graph can capture it.
 """
 
 import torch
@@ -20,16 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import contiguous_rows, mask_bytes
 from .hidden import total_kernel
 
 STUDENTS, TEACHERS = 3, 16  # of a program of the forward
-# Of the table: queries, their three strides, keys, theirs, the width, where the gradients of queries and keys go.
+# Columns of the table: queries, their three strides, keys, theirs, the head dimension, the gradients of queries and of keys.
 COLUMNS = tl.constexpr(11)
-SPILL_LIMIT = {
-    "table_kernel": 0,
-    "partial_kernel": 0,
-    "gradient_kernel": 40,
-}  # bytes of stack; unaligned float32, sm_90
+# Bytes of stack per thread; 40 for unaligned float32 on sm_90.
+SPILL_LIMIT = {"table_kernel": 0, "partial_kernel": 0, "gradient_kernel": 40}
 
 
 @triton.jit
@@ -37,7 +35,7 @@ def table_kernel(
     table_ptr, scale_ptr, queries, keys, grads_q, grads_k, strides_q, strides_k, widths, scales, first,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One row per layer; `grads`: where they go, or anything where there are none."""
+    """One row per layer. `grads` are any tensors where no gradient is written."""
     for i in tl.static_range(COUNT):
         row = table_ptr + (first + i) * COLUMNS
         tl.store(row, queries[i].to(tl.int64, bitcast=True))
@@ -88,8 +86,8 @@ def scores(
 
 
 @triton.jit
-def counting(mask_ptr, b, o_k, K):
-    """Which keys exist and count."""
+def valid_keys(mask_ptr, b, o_k, K):
+    """Which keys exist and are not masked."""
     m_k = o_k < K
     return m_k if mask_ptr is None else m_k & (tl.load(mask_ptr + b * K + o_k, mask=m_k, other=0) != 0)
 
@@ -100,7 +98,7 @@ def partial_kernel(
     STUDENTS: tl.constexpr, TEACHERS: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of one block of queries: STUDENTS students from `first` on, with so many teachers from `first_t` on."""
+    """Sums of squares of one block of queries: STUDENTS students from `first` on, with `teachers` teachers from `first_t` on."""
     blocks = tl.cdiv(Q, BLOCK)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     b, h, start = pair // H, pair % H, tl.program_id(0) % blocks * BLOCK
@@ -112,7 +110,7 @@ def partial_kernel(
     stop = tl.minimum(start + BLOCK, K) if CAUSAL else K
     for k in range(0, stop, BLOCK):
         o_k = k + tl.arange(0, BLOCK)
-        m_k = counting(mask_ptr, b, o_k, K)
+        m_k = valid_keys(mask_ptr, b, o_k, K)
         b_s = ()
         for i in tl.static_range(STUDENTS):
             x = scores(
@@ -153,13 +151,13 @@ def gradient_kernel(
     row, scale = table_ptr + i_student * COLUMNS, scale_ptr + i_student
     D = tl.load(row + 8).to(tl.int32)
     o_own, o_d = start + tl.arange(0, BLOCK), i_part * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_own = counting(mask_ptr, b, o_own, OWN) if OF_KEYS else o_own < OWN
+    m_own = valid_keys(mask_ptr, b, o_own, OWN) if OF_KEYS else o_own < OWN
     pulled = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     begin = start if CAUSAL and OF_KEYS else 0
     stop = tl.minimum(start + BLOCK, OTHER) if CAUSAL and not OF_KEYS else OTHER
     for k in range(begin, stop, BLOCK):
         o_other = k + tl.arange(0, BLOCK)
-        m_other = o_other < OTHER if OF_KEYS else counting(mask_ptr, b, o_other, OTHER)
+        m_other = o_other < OTHER if OF_KEYS else valid_keys(mask_ptr, b, o_other, OTHER)
         b_s = scores(row, scale, X, Y, b, h, o_own, o_other, m_own, m_other, like_ptr, ALIGNED, BLOCK, BLOCK_D)
         slope = tl.zeros([BLOCK, BLOCK], tl.float32)
         for j in range(M):
@@ -193,21 +191,21 @@ def geometry(widest: int, half: bool, aligned: bool) -> dict:
 
 
 class Layers:
-    """Queries and keys of all layers, students first, as the kernels take them: of one dtype, in a table."""
+    """Queries and keys of all layers, students first, as the kernels take them: in one dtype and in a table."""
 
     def __init__(self, sq, sk, tq, tk, scales: list[float], mask: Tensor | None, grads=((), ())):
         self.n, self.m = len(sq), len(tq)
         self.B, self.H, self.Q = sq[0].shape[:3]
         self.K = sk[0].shape[2]
         same = len({x.dtype for x in (*sq, *tq)}) == 1
-        q, k = ([_dense_rows(x if same else x.float()) for x in xs] for xs in ((*sq, *tq), (*sk, *tk)))
+        q, k = ([contiguous_rows(x if same else x.float()) for x in xs] for xs in ((*sq, *tq), (*sk, *tk)))
         self.like, self.alive = q[0], (q, k)  # what the table points at must live until the launches are queued
         widths = [x.shape[3] for x in q]
         self.width = max(widths[: self.n])
         self.aligned = all(
             x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in (*x.stride()[:3], x.shape[3])) for x in (*q, *k)
         )
-        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.mask = mask_bytes(mask)
         self.elements = max(self.B * self.H * self.Q * self.K, 1)
         self.launch = geometry(max(widths), self.like.element_size() == 2, self.aligned)
         self.table = torch.empty((len(q), COLUMNS.value), dtype=torch.int64, device=self.like.device)
@@ -224,10 +222,6 @@ class Layers:
 
     def blocks(self, length: int) -> int:
         return triton.cdiv(length, self.launch["BLOCK"])
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def attention_cost_fwd(
@@ -253,9 +247,9 @@ def attention_cost_bwd(
     grad: Tensor, sq: list[Tensor], sk: list[Tensor], tq: list[Tensor], tk: list[Tensor], scales: list[float],
     mask: Tensor | None, causal: bool,
 ) -> list[Tensor]:  # fmt: skip
-    grad, given = grad.contiguous(), (sq, sk)
+    grad, students = grad.contiguous(), (sq, sk)
     dtype = sq[0].dtype if len({x.dtype for x in (*sq, *tq)}) == 1 else torch.float32
-    grads = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in side] for side in given]
+    grads = [[torch.empty(x.shape, dtype=dtype, device=x.device) for x in side] for side in students]
     layers = Layers(sq, sk, tq, tk, scales, mask, grads)
     parts = triton.cdiv(layers.width, layers.launch["BLOCK_D"])
     for of_keys, (own, other) in enumerate(((layers.Q, layers.K), (layers.K, layers.Q))):
@@ -264,4 +258,4 @@ def attention_cost_bwd(
                 layers.table, layers.scales, layers.like, layers.mask, grad, 2.0 / layers.elements, layers.n, layers.m,
                 layers.H, own, other, of_keys, causal, layers.aligned, **layers.launch,
             )  # fmt: skip
-    return [made.to(x.dtype) for side, xs in zip(grads, given, strict=True) for made, x in zip(side, xs, strict=True)]
+    return [new.to(x.dtype) for side, xs in zip(grads, students, strict=True) for new, x in zip(side, xs, strict=True)]

@@ -1,8 +1,8 @@
 """The mean squared difference of every student layer from every teacher layer, [N, M], in one pass over all of them.
 
-The maths. cost_ij = sum (s_i - t_j)² / count over the elements of the tokens that count; an element at or below `clamp` is
-taken as 0 on its side. Differences are taken directly: |s|² + |t|² - 2 <s, t> loses its digits exactly where a student
-nears its teacher. The gradient is sum_j 2 g_ij / count (s_i - t_j), 0 where masked or clamped. Nothing is saved.
+The maths. cost_ij = sum (s_i - t_j)² / count over the elements of the valid tokens; an element at or below `clamp` counts
+as 0. Differences are taken directly: |s|² + |t|² - 2 <s, t> loses its digits exactly where a student nears its teacher.
+The gradient is sum_j 2 g_ij / count (s_i - t_j), 0 where masked or clamped. Nothing is saved.
 
 The layers come as tuples of tensors, not stacked and not as a table of addresses: every pointer is a kernel argument, so
 nothing is copied to the device first, nothing synchronises, and a CUDA graph can capture it. The loops over layers are
@@ -19,26 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import contiguous_rows, mask_bytes
+
 TILE_S, TILE_T = 6, 12
 PROGRAMS = 528  # of the forward: 4 on each of an H200's 132 multiprocessors
 MOST_BLOCKS = 256  # that one program adds up in float32
 BACKWARD_PAIRS = 96
-SPILL_LIMIT = {"partial_kernel": 0, "gradient_kernel": 16}  # bytes of stack per thread; triton 3.6 needs 8 in one form
+SPILL_LIMIT = {"partial_kernel": 0, "gradient_kernel": 16}  # bytes of stack per thread
 
 
 @triton.jit
 def read(x_ptr, o_x, m_x, clamp, CLAMP: tl.constexpr):
-    """A block as floats, 0 where masked; which of it is alive, i.e. not clamped."""
+    """A block as float32, 0 where masked or clamped; and which elements are neither."""
     x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    alive = m_x
+    valid = m_x
     if CLAMP:
-        alive = alive & ~(x <= clamp)  # a NaN is not at or below anything
-    return tl.where(alive, x, 0.0), alive
+        valid = valid & ~(x <= clamp)  # NaN stays
+    return tl.where(valid, x, 0.0), valid
 
 
 @triton.jit
-def counted(mask_ptr, row, L):
-    """How many elements of a row count: all or none. No mask (None): all."""
+def valid_length(mask_ptr, row, L):
+    """How many elements of a row are valid: all, or none if it is masked."""
     return L if mask_ptr is None else tl.where(tl.load(mask_ptr + row) != 0, L, 0)
 
 
@@ -62,7 +64,7 @@ def partial_kernel(
         row = unit // parts
         o_b, o_s = row // S, row % S
         o_l = (unit % parts) * BLOCK + tl.arange(0, BLOCK)
-        m_l = o_l < counted(mask_ptr, row, L)
+        m_l = o_l < valid_length(mask_ptr, row, L)
         b_s = ()
         for i in tl.static_range(N_TILE):
             x, _ = read(students[i], o_b * strides_s[i][0] + o_s * strides_s[i][1] + o_l, m_l, clamp, CLAMP)
@@ -82,7 +84,7 @@ def partial_kernel(
 
 @triton.jit
 def total_kernel(partial_ptr, count_ptr, cost_ptr, programs, NM, elements, BLOCK: tl.constexpr):
-    """One pair: its partial sums in a fixed order, divided by what counts."""
+    """One pair: its partial sums in a fixed order, divided by the number of valid elements."""
     i_pair = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, programs, BLOCK):
@@ -99,43 +101,43 @@ def gradient_kernel(
     first_i, M,
     N_TILE: tl.constexpr, M_TILE: tl.constexpr, CLAMP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row: the gradients of a tile's students there."""
+    """The gradients of a tile's students in one block of one row."""
     unit = tl.program_id(0).to(tl.int64)
     row = unit // parts
     o_b, o_s = row // S, row % S
     o_l = (unit % parts) * BLOCK + tl.arange(0, BLOCK)
-    m_l = o_l < counted(mask_ptr, row, L)
+    m_l = o_l < valid_length(mask_ptr, row, L)
     scale = 2.0 / (elements if count_ptr is None else tl.load(count_ptr) * elements)
     for i in tl.static_range(N_TILE):
-        b_s, alive = read(students[i], o_b * strides_s[i][0] + o_s * strides_s[i][1] + o_l, m_l, clamp, CLAMP)
+        b_s, valid = read(students[i], o_b * strides_s[i][0] + o_s * strides_s[i][1] + o_l, m_l, clamp, CLAMP)
         total = tl.zeros([BLOCK], tl.float32)
         for j in tl.static_range(M_TILE):
             weight = tl.load(grad_ptr + (first_i + i) * M + j)
             if weight != 0:
                 b_t, _ = read(teachers[j], o_b * strides_t[j][0] + o_s * strides_t[j][1] + o_l, m_l, clamp, CLAMP)
                 total += (b_s - b_t) * (weight * scale)
-        total = tl.where(alive, total, 0.0)
+        total = tl.where(valid, total, 0.0)
         tl.store(outputs[i] + row * L + o_l, total.to(outputs[i].dtype.element_ty), mask=o_l < L)
 
 
 class Layout:
-    """All layers as rows (b, s) of L dense elements, strides for the leading two; a copy where a layer is not so."""
+    """All layers as contiguous rows (b, s) of L elements, with strides for b and s; a layer is copied if it must be."""
 
     def __init__(self, students: list[Tensor], teachers: list[Tensor], mask: Tensor | None):
         B, S = students[0].shape[:2]
         L = students[0][0, 0].numel() if B and S else 0
-        students, teachers = ([_rows(x, L) for x in xs] for xs in (students, teachers))  # [B, S, L]
+        students, teachers = (
+            [contiguous_rows(x.flatten(2) if x.dim() > 2 else x[..., None]) for x in xs] for xs in (students, teachers)
+        )  # [B, S, L]
         if mask is None and all(x.is_contiguous() for x in (*students, *teachers)):
             students, teachers = ([x.view(1, 1, -1) for x in xs] for xs in (students, teachers))
             B, S, L = 1, 1, B * S * L
         self.students, self.teachers = tuple(students), tuple(teachers)
         self.strides_s, self.strides_t = (tuple(x.stride()[:2] for x in xs) for xs in (students, teachers))
         self.S, self.L, self.rows = S, L, B * S
-        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.mask = mask_bytes(mask)
         self.count = None if mask is None else mask.sum().clamp_min(1)
-        self.elements = max(
-            self.L if mask is not None else self.L * self.rows, 1
-        )  # times the rows that count, with a mask
+        self.elements = max(L if mask is not None else L * self.rows, 1)  # with a mask, of a row
 
     def parts(self, longest: int) -> tuple[int, int]:
         """(elements of a block, blocks of a row): the longest power of two that wastes less than an eighth, if any."""
@@ -143,11 +145,6 @@ class Layout:
         while block > 64 and triton.cdiv(self.L, block) * block > 1.125 * self.L:
             block //= 2
         return block, triton.cdiv(self.L, block)
-
-
-def _rows(x: Tensor, length: int) -> Tensor:
-    x = x.flatten(2) if x.dim() > 2 else x[..., None]
-    return x if length <= 1 or x.stride(2) == 1 else x.contiguous()
 
 
 def layer_cost_fwd(

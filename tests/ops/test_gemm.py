@@ -82,7 +82,7 @@ def test_no_rows_no_columns_no_depth():
 
 
 @pytest.mark.parametrize("how", [0, DIRECT], ids=["packed", "direct"])
-def test_added_to_what_is_there(how):
+def test_start_is_added(how):
     for m, n, k in ((1, 1, 1), (33, 129, 7), (130, 600, 515)):
         a, b = whole_numbers(m, k, 1, torch.float32), whole_numbers(n, k, 2, torch.float32)
         start = whole_numbers(m, n, 3, torch.float32)
@@ -90,7 +90,7 @@ def test_added_to_what_is_there(how):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_reading_where_it_lies_changes_no_bit(dtype):
+def test_reading_in_place_changes_no_bit(dtype):
     if dtype == torch.bfloat16 and not BFLOAT16_MULTIPLIED:
         with pytest.raises(RuntimeError):
             gemm_nt(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype), how=DIRECT)
@@ -160,7 +160,7 @@ def test_two_bfloat16_parts_carry_sixteen_bits():
     assert (rounded > 1e-3) == BFLOAT16_MULTIPLIED
 
 
-def test_bfloat16_widened_where_it_need_not_be():
+def test_bfloat16_widened_to_float32():
     a, b = randn(67, 515, seed=1, dtype=torch.bfloat16), randn(130, 515, seed=2, dtype=torch.bfloat16)
     widened = gemm_nt(a, b, how=FLOAT32_ONLY)
     assert torch.equal(widened, gemm_nt(a.float(), b.float()))
@@ -210,7 +210,7 @@ def test_nothing_is_read_past_the_end():
     assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-2000:]}"
 
 
-def test_mistakes_are_named():
+def test_errors_name_the_argument():
     ones = torch.ones(3, 4)
     for call in (
         lambda: gemm_nt(ones, torch.ones(3, 5)),

@@ -31,7 +31,7 @@ def every_divergence(student, teacher):
             yield torch.autograd.grad(loss, leaf)[0]
 
 
-def test_divergence_never_waits_for_the_device():
+def test_divergence_never_synchronises():
     student, teacher = logits(64, 5000)
     never_waits(lambda: list(every_divergence(student, teacher)))
 
@@ -93,7 +93,7 @@ def relation_states(seed, dtype=torch.bfloat16):
     return *states, torch.arange(200, device="cuda") < torch.tensor([[200], [130], [7]], device="cuda")
 
 
-def test_relation_never_waits_for_the_device():
+def test_relation_never_synchronises():
     states = relation_states(0)
     never_waits(lambda: list(every_relation(*states)))
 
@@ -151,7 +151,7 @@ every_kind_of_gram = pytest.mark.parametrize(
 
 
 @every_kind_of_gram
-def test_gram_never_waits_for_the_device(length, dtype):
+def test_gram_never_synchronises(length, dtype):
     states = gram_states(length, dtype)
     never_waits(lambda: list(every_gram(*states)))
 
@@ -220,7 +220,7 @@ def every_contrast(query, positive, bank, index, scale=None):
         yield torch.autograd.grad(loss, leaf)[0]
 
 
-def test_contrast_never_waits_for_the_device():
+def test_contrast_never_synchronises():
     from fastkd import functional
 
     inputs = contrast_inputs()
@@ -315,7 +315,7 @@ def linear_inputs(rows=300, words=5000, seed=0, dtype=torch.bfloat16):
     return student, teacher, index % 3 > 0, index * 7 % words
 
 
-def test_linear_divergence_never_waits_for_the_device():
+def test_linear_divergence_never_synchronises():
     inputs = linear_inputs()
     never_waits(lambda: list(every_linear_divergence(*inputs)))
 

@@ -33,7 +33,7 @@ def run(provider, inputs):
 
 
 @pytest.mark.parametrize(("case", "provider"), kernels())
-def test_never_waits_for_the_device(case, provider):
+def test_never_synchronises(case, provider):
     assert case is not None, "no kernel of any stem runs on this GPU: is the library built, is triton installed?"
     inputs = case_module.build(case, GPU)
     never_waits(lambda: run(provider, inputs))

@@ -74,7 +74,7 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
-def test_what_waits_for_the_device_never_enters_a_capture(mode, monkeypatch):
+def test_a_synchronising_call_is_never_captured(mode, monkeypatch):
     cuda, x = FakeCuda().install(monkeypatch), torch.ones(3, requires_grad=True)
 
     def waits():
@@ -88,7 +88,7 @@ def test_what_waits_for_the_device_never_enters_a_capture(mode, monkeypatch):
     assert (cuda.captures, cuda.mode, cuda.current) == (2 if mode == "backward" else 1, "default", "default")
 
 
-def test_a_capture_that_fails_all_the_same_gives_its_stream_back(monkeypatch):
+def test_a_failed_capture_releases_its_stream(monkeypatch):
     cuda, x = FakeCuda().install(monkeypatch), torch.ones(3, requires_grad=True)
 
     def refuses():
@@ -101,7 +101,7 @@ def test_a_capture_that_fails_all_the_same_gives_its_stream_back(monkeypatch):
     assert (cuda.captures, cuda.current) == (1, "default")
 
 
-def test_roofs_do_not_need_the_default_generator():
+def test_rooflines_do_not_need_the_default_generator():
     measured, before = roofline.Roofs(CPU, FakeTimer({"roof": 1e-3, "gemm": 1e-3})), torch.get_rng_state()
     measured.measure_copy(1 << 20)
     measured.gemm_rate(torch.float32)
@@ -139,7 +139,7 @@ GREAT = [(case.stem, case.name) for stem in ("divergence", "linear_divergence", 
 
 
 @pytest.mark.parametrize(("stem", "name"), GREAT)
-def test_oracles_of_the_great_cases_keep_nothing_of_a_logit_s_size(stem, name, monkeypatch):
+def test_oracles_of_the_largest_cases_store_no_logits(stem, name, monkeypatch):
     """Sixteen times the logits in float64 is more than a GPU has; the numbers are those of the whole reference."""
     monkeypatch.setattr(case_module, "PIECE", 4)
     sizes = {"N": 11, "R": 11, "V": 50, "Ds": 4, "Dt": 6, "B": 2, "H": 2, "L": 11, "d": 4}
@@ -210,7 +210,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(arguments, monkeypa
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     seen = []
-    launch = backends._where_its_tensors_are(lambda *_: seen.append(current[0]))
+    launch = backends._on_the_tensors_device(lambda *_: seen.append(current[0]))
     launch(*eval(f"({arguments},)", {"x": x}))
     assert seen == [1] and current == [0]
 
@@ -259,7 +259,7 @@ MANY = 65536 + 3  # one more than a grid may have programs along y and z
 @pytest.mark.parametrize(("where", "name"), [("relation", "forward_kernel"), ("relation", "backward_kernel"),
                                             ("layer_cost.attention", "partial_kernel"), ("layer_cost.attention", "gradient_kernel"),
                                             ("contrast.loss", "gathered_kernel")])  # fmt: skip
-def test_so_many_heads_and_examples_fit_into_a_grid(where, name, monkeypatch):
+def test_many_heads_and_examples_fit_into_a_grid(where, name, monkeypatch):
     pytest.importorskip("triton")
     module, launches = importlib.import_module(f"fastkd.kernels.{where}"), Launches()
     for other in vars(module):

@@ -42,14 +42,14 @@ def outcome_of(where, tests, interpreted):
 
 
 @by_name
-def test_the_text_is_there(mutant):
+def test_the_text_to_replace_exists(mutant):
     assert text_of(mutant) != (ROOT / mutant["file"]).read_text()
 
 
 @pytest.mark.long
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
 @by_name
-def test_killed(mutant, tmp_path):
+def test_the_tests_kill_the_mutant(mutant, tmp_path):
     interpreted = mutant["file"].startswith("kernels/")
     status, said = outcome_of(ROOT, mutant["tests"], interpreted)
     assert status == 0, f"these tests must pass before they can notice anything\n{said}"

@@ -47,7 +47,7 @@ class Watched(DistillTrainer):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_method_looks(name, tmp_path):
+def test_no_trainer_method_synchronises(name, tmp_path):
     family = "gpt2" if METHODS[name].families == methods.DECODERS else "bert"
     task = task_of(name, family)
     teacher, student = pair(family, task)
@@ -58,7 +58,7 @@ def test_no_method_looks(name, tmp_path):
     assert not trainer.looks.seen, dict(trainer.looks.seen)
 
 
-def test_the_watch_sees_a_look():
+def test_the_watch_notices_a_synchronisation():
     looks = Looks()
     with looks:
         torch.ones(()).item()

@@ -186,7 +186,7 @@ FOUND = [("gram", n) for n in (553, 560, 669, 1104, 1110, 1281, 1329, 2046)] + [
 
 @pytest.mark.skipif(backends.INTERPRETED, reason="these were wrong in C++ and in the reference")
 @pytest.mark.parametrize(("op", "number"), FOUND)
-def test_cases_that_were_wrong(op, number):
+def test_cases_that_once_failed(op, number):
     fuzz(op, [number])
 
 

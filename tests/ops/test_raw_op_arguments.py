@@ -93,7 +93,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_refusal_names_op_and_argument(mistake):
+def test_an_error_names_the_op_and_the_argument(mistake):
     call, words = REFUSED[mistake]
     with pytest.raises(RuntimeError) as error:
         call(torch.ops.fastkd)

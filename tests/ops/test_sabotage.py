@@ -1,7 +1,6 @@
-"""The suite notices sabotage: every mutant of every stem × backend is killed by the tests that guard precision.
+"""The tests of precision notice sabotage, for every stem and backend: each mutant must fail each of the checks.
 
-Peers' suites accept a gradient of all zeros (a mean-reduced loss has tiny gradients, and absolute tolerances hide them).
-Here each mutant must fail each of the checks; a mutant that survives fails this test.
+A test with an absolute tolerance may accept a gradient of zeros, since a mean-reduced loss has tiny gradients.
 """
 
 from dataclasses import replace
@@ -9,6 +8,7 @@ from dataclasses import replace
 import pytest
 import test_kernels
 import torch
+from subjects import the_reference_in_long
 
 import cases
 
@@ -49,18 +49,17 @@ def mutated(subject, where, how):
     return replace(subject, call=call)
 
 
-@test_kernels.the_reference_in_long
+@the_reference_in_long
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_no_mutant_survives(subject, backend, where, mutant, check):
+    near = check is test_kernels.test_near_convergence
     if where == "loss" and mutant == "one tile dropped":
-        pytest.skip(
-            "a loss row is one number: dropping a tile of it is dropping the row, which has a mutant of its own"
-        )
-    if subject.variant == "tvd" and check is test_kernels.test_near_convergence and mutant == "scaled by 1 %":
-        pytest.skip(
-            "tvd's gradient near convergence is known to 1 % only (signs turn); the ordinary range kills this one"
-        )
+        pytest.skip("a row of the loss is one number, so a dropped tile of it is a dropped row")
+    if subject.variant == "tvd" and near and mutant == "scaled by 1 %":
+        pytest.skip("tvd's gradient near convergence is known to 1 % only (signs change); the ordinary range kills it")
+    if subject.stem == "gram" and near and where == "loss":
+        pytest.skip("1 - rho itself is about 1e-6 there, its tolerance; the ordinary range kills it")
     with pytest.raises(AssertionError):
         check(mutated(subject, where, MUTANTS[mutant]), backend)

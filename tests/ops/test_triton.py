@@ -12,7 +12,7 @@ not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpret
 
 FLOATS = "*fp32"
 DENSE = ("forward_kernel", "backward_kernel")
-SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "words_backward_kernel")
+SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "topk_backward_kernel")
 
 
 def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8):
@@ -42,9 +42,9 @@ def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, 
 
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
 
-    forward, rest, words = kernels.geometry(vocabulary, k)
-    launch = {"topk_forward_kernel": forward, "rest_backward_kernel": rest}.get(name, words)
-    constants = {key: launch.pop(key) for key in ("BLOCK", "STAGES", "WORDS") if key in launch}
+    forward, rest, tokens = kernels.geometry(vocabulary, k)
+    launch = {"topk_forward_kernel": forward, "rest_backward_kernel": rest}.get(name, tokens)
+    constants = {key: launch.pop(key) for key in ("BLOCK", "STAGES", "TOKENS") if key in launch}
     types = {"s_ptr": POINTERS[s], "indices_ptr": "*i64", "marks_ptr": "*i32", "tail_ptr": "*fp64", "mask_ptr": "*i1"}
     types |= {"grad_ptr": POINTERS[s]}
     types |= dict.fromkeys(("inv_T", "k_high", "k_low", "mix_high", "mix_low"), "fp32")

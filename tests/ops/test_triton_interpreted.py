@@ -45,9 +45,9 @@ PARTS = {
         "triton and (near_convergence or masked_rows or frozen)",
         "triton",
     ),
-    "ops/linear_divergence/test_linear_divergence_words.py": ("triton and mass", "triton"),
-    "ops/gram/test_triton_gram.py": ("side and not long", "test"),
-    "ops/gram/test_triton_gram_lines.py": ("mutant and official", "test"),
+    "ops/linear_divergence/test_linear_divergence_vocab.py": ("triton and mass", "triton"),
+    "ops/gram/test_triton_gram.py": ("either_side", "test"),
+    "ops/gram/test_triton_gram_row_stats.py": ("mutant and official", "test"),
     # The interpreter truncates what it rounds to bfloat16, so how good bfloat16 is cannot be seen there.
     "ops/gram/test_gram.py": (None, "triton and (authors or convergence or hazards or dtypes or no_mask)"),
     "ops/gram/test_gram_terms.py": (None, "triton and (mean and official or unreduced or frozen)"),
@@ -71,5 +71,5 @@ def test_the_quick_parts_in_the_interpreter():
 @not_interpreted
 @pytest.mark.long
 @pytest.mark.parametrize("file", PARTS)
-def test_all_of_it_in_the_interpreter(file):
+def test_every_part_in_the_interpreter(file):
     interpreted(f"tests/{file}", "-k", PARTS[file][1])

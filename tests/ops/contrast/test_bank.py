@@ -103,7 +103,7 @@ def test_ids_out_of_range_are_errors_not_crashes(bad):
 
 
 @compiled_only
-def test_partition_keeps_what_is_set_and_leaves_out_what_is_not_finite():
+def test_partition_keeps_a_set_z_and_ignores_scores_that_are_not_finite():
     query, bank, index = unit(6, 5), unit(9, 5, seed=1), torch.arange(18).reshape(6, 3) % 9
     query[2], bank[4, 1] = torch.nan, torch.inf
     options = {"n_data": 9, "temperature": 0.1}
@@ -237,7 +237,7 @@ def test_queue_is_saved_and_restored_exactly(dtype):
     assert all(torch.equal(x, y) for x, y in zip(queue.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_a_key_that_is_not_finite_leaves_its_row():
+def test_a_key_that_is_not_finite_is_not_written():
     queue = NegativeQueue(4, 3)
     before, keys = queue.rows.clone(), randn(3, 3, dtype=FLOAT)
     keys[1, 0] = torch.nan
@@ -245,7 +245,7 @@ def test_a_key_that_is_not_finite_leaves_its_row():
     assert torch.equal(queue.rows[1], before[1]) and queue.ids.tolist() == [7, -1, 9, -1]
 
 
-def test_push_compiles_without_a_break():
+def test_push_compiles_without_a_graph_break():
     torch._dynamo.reset()
     queue, other = NegativeQueue(10, 4), NegativeQueue(10, 4)
     other.load_state_dict(queue.state_dict())
@@ -280,7 +280,7 @@ def run(rows, group=None):
 """
 
 
-def test_two_processes_are_one_with_the_whole_batch():
+def test_two_processes_equal_one_with_the_full_batch():
     ranks = on_two_ranks(TWO_RANKS + "result = run(slice(3 * rank, 3 * rank + 3), group)")
     namespace = {"torch": torch}
     exec(TWO_RANKS, namespace)
@@ -378,6 +378,6 @@ def test_official_in_the_batch_is_given_indices():
         ),
     ],
 )
-def test_mistakes_are_named(name, call):
+def test_errors_name_the_argument(name, call):
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         call()

@@ -212,7 +212,7 @@ def chi_square_is_ordinary(counts, expected):
     seed=st.integers(0, 2**62),
     replacement=st.booleans(),
 )
-def test_other_labels_and_no_repeats(sizes, count, seed, replacement):
+def test_draws_have_other_labels_and_no_repeats(sizes, count, seed, replacement):
     table = classes(*sizes, seed=seed % 1000)
     labels, n_data = table[0], sum(sizes)
     index = torch.arange(n_data)
@@ -229,7 +229,7 @@ def test_other_labels_and_no_repeats(sizes, count, seed, replacement):
 
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("table", [None, classes(5, 1, 9, 6)], ids=["no labels", "labels"])
-def test_uniform_over_the_rest(table, replacement):
+def test_draws_are_uniform_over_the_pool(table, replacement):
     n_data, count, own = 21, 6, 8
     ids = torch.cat([draw(torch.full((500,), own), count, n_data, table, 3, step, replacement) for step in range(40)])
     allowed = torch.arange(n_data) != own if table is None else table[0] != table[0][own]
@@ -265,7 +265,7 @@ def test_shuffle_is_fisher_yates():
             assert row == deck[:K]
 
 
-def test_draws_follow_seed_step_and_place():
+def test_draws_depend_on_seed_step_and_position():
     index = torch.tensor([3, 3, 4])
     first = draw(index, 50, 1000, None, 1, 0)
     assert torch.equal(first, draw(index, 50, 1000, None, 1, 0))
@@ -273,7 +273,7 @@ def test_draws_follow_seed_step_and_place():
     assert all(((first == x).float().mean(1) < 0.1).all() for x in others)
 
 
-def test_random_words_are_splitmix64():
+def test_random_bits_are_splitmix64():
     """Against Python's integers, which do not wrap."""
 
     def mix(x):
@@ -282,11 +282,11 @@ def test_random_words_are_splitmix64():
         return x ^ (x >> 31)
 
     state, index = torch.tensor([2**61 + 12345, 7]), torch.tensor([11, 5])
-    words = contrast_draw.random_words(index, 3, state)
+    bits = contrast_draw.random_bits(index, 3, state)
     for b in range(2):
         stream = mix((mix((mix((mix(2**61 + 12345) + 7) % 2**64) + b) % 2**64) + int(index[b])) % 2**64)
         for k in range(3):
-            assert words[b, k] == mix((stream + (k + 1) * 0x9E3779B97F4A7C15) % 2**64) & (2**63 - 1)
+            assert bits[b, k] == mix((stream + (k + 1) * 0x9E3779B97F4A7C15) % 2**64) & (2**63 - 1)
 
 
 # ---- the bank
@@ -345,6 +345,6 @@ def test_functions_reduce_the_rows():
         ),
     ],
 )
-def test_mistakes_are_named(name, call):
+def test_errors_name_the_argument(name, call):
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         call()

@@ -67,7 +67,7 @@ def test_a_zero_vector_stays_zero_and_a_nan_stays_in_its_row(backend):
 
 
 @compiled_only
-def test_the_projection_goes_to_its_kernel_and_elsewhere_where_it_should(monkeypatch):
+def test_which_implementation_the_projection_uses(monkeypatch):
     seen = []
     original = contrast.UnitLinear.apply
     monkeypatch.setattr(contrast.UnitLinear, "apply", lambda *args: seen.append(1) or original(*args))
@@ -151,7 +151,7 @@ def test_no_mutant_of_the_pair_survives(mutant):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_normaliser_that_cannot_be_set_yet(backend):
+def test_z_stays_unset_without_a_finite_score(backend):
     """No finite score: z stays 0 and nothing is finite; the next batch sets it."""
     queries, banks, index, z = pair(3, 5, 4, 20, set_already=False)
     poisoned = tuple(x * torch.nan for x in queries)
@@ -183,7 +183,7 @@ def test_opcheck_and_compile():
     assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
 
 
-def test_mistakes_in_the_pair_are_named():
+def test_errors_of_the_pair_name_the_argument():
     queries, banks, index, z = pair(3, 5, 4, 20)
     options = {"n_data": 500, "temperature": 0.07, "z": z}
     for call, words in (

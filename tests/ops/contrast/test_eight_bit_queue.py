@@ -51,7 +51,7 @@ def test_eight_bit_queue_is_saved_wraps_and_leaves_what_is_not_finite():
     assert torch.allclose(newest[[1, 2, 3, 4]], unit(4, 5, seed=2), atol=2**-4)
 
 
-def test_eight_bits_without_a_scale_is_named():
+def test_eight_bits_without_a_scale_is_an_error():
     query, bank = unit(2, 5), unit(9, 5).to(EIGHT)
     with pytest.raises(ValueError, match=r"scale: rows in torch\.float8_e4m3fn need one each"):
         functional.info_nce_loss(query, query, bank)

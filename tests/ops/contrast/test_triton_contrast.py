@@ -112,15 +112,15 @@ def in_eight_bits(bank):
 @pytest.fixture(params=["converted", "bytes"])
 def reading(request, monkeypatch):
     """Chips read float8 themselves from sm_89 on; the interpreter can do both."""
+    from fastkd.kernels.blocks import contiguous_rows
     from fastkd.kernels.contrast import loss as kernels
 
-    rows = kernels._rows
     if request.param == "bytes":
-        monkeypatch.setattr(kernels, "_readable", lambda bank: rows(bank).view(torch.uint8))
+        monkeypatch.setattr(kernels, "_readable", lambda bank: contiguous_rows(bank).view(torch.uint8))
     elif DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this chip cannot convert float8")
     else:
-        monkeypatch.setattr(kernels, "_readable", rows)
+        monkeypatch.setattr(kernels, "_readable", contiguous_rows)
     return request.param
 
 
@@ -157,7 +157,7 @@ def test_every_eight_bit_number_is_read(reading):
             assert loss.isnan()
 
 
-def test_a_scale_beside_rows_of_other_types():
+def test_a_scale_with_rows_of_other_dtypes():
     query, positive, bank, index, ids = problem(9, 60, 33)
     scale = torch.linspace(0.1, 3, 60, device=DEVICE)
     for mode in ("shared", "gathered"):

@@ -38,13 +38,13 @@ def test_draws_what_the_reference_draws(how, count, replacement):
     assert torch.equal(found, expected)
 
 
-def test_far_more_draws_than_the_scan_is_for_are_the_reference():
+def test_more_draws_than_the_scan_takes_use_the_reference():
     index, state = torch.tensor([3], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
     found, expected = both(lambda b: functional.sample_negatives(index, 8200, state, n_data=10**6, backend=b))
     assert torch.equal(found, expected)
 
 
-def test_an_id_out_of_range_reads_nothing_that_is_not_ours():
+def test_an_id_out_of_range_reads_within_bounds():
     from fastkd.kernels.contrast import bank as kernels
 
     index, state = torch.tensor([-5, 0, 300, 2**40], device=DEVICE), torch.tensor([1, 2], device=DEVICE)

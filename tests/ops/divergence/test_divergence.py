@@ -212,7 +212,7 @@ def test_huge_logits(kind, temperature, dtype, backend):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_words_masked_on_both_sides_do_not_exist(kind, dtype, backend):
+def test_tokens_masked_on_both_sides_do_not_exist(kind, dtype, backend):
     s, t = randn(5, 12, seed=1, dtype=dtype), randn(5, 12, seed=2, dtype=dtype)
     gone = torch.zeros(5, 12, dtype=torch.bool)
     gone[1:, [0, 5, 11]] = True
@@ -233,7 +233,7 @@ def test_words_masked_on_both_sides_do_not_exist(kind, dtype, backend):
 
 @pytest.mark.parametrize("kind", COMPARISONS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_words_masked_on_one_side_only(kind, side, backend):
+def test_tokens_masked_on_one_side_only(kind, side, backend):
     """Finite where the definition is, infinite where it is (a KL against a word without mass), never NaN."""
     s, t = randn(3, 8, seed=1), randn(3, 8, seed=2)
     (s if side == "student" else t)[:, 2] = -torch.inf
@@ -265,7 +265,7 @@ def test_masks_by_the_most_negative_number_match_masks_by_infinity(kind, backend
 
 @every_kind
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_poisoned_row_poisons_itself_only_and_shows(kind, bad, backend):
+def test_a_nan_row_poisons_only_itself_and_is_reported(kind, bad, backend):
     s, t = randn(4, 33, seed=1), randn(4, 33, seed=2)
     clean, clean_gradient = value_and_gradient(ours(kind, backend), s, t)
     s[2, 7] = bad
@@ -280,7 +280,7 @@ def test_a_poisoned_row_poisons_itself_only_and_shows(kind, bad, backend):
 
 @every_kind
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_masked_rows_give_exactly_nothing_even_if_they_hold_nan(kind, reduction, backend):
+def test_masked_rows_are_zero_even_if_they_hold_nan(kind, reduction, backend):
     s, t = randn(2, 4, 9, seed=1), randn(2, 4, 9, seed=2)
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]])
     few = mask.bool()
@@ -375,7 +375,7 @@ def test_never_negative_never_nan(kind, words, scale, temperature, dtype, seed, 
         ({"backend": "cudnn"}, "backend"),
     ],
 )
-def test_mistakes_name_the_argument(change, named):
+def test_errors_name_the_argument(change, named):
     arguments = {"student_logits": torch.zeros(2, 3), "teacher": torch.zeros(2, 3)} | change
     with pytest.raises(ValueError, match=named):
         divergence(**arguments)

@@ -8,7 +8,7 @@ soft_ce, the logarithm of a number near 1 where a teacher is sure, two units of 
 import math
 
 import pytest
-import test_kernels
+import subjects
 import torch
 from fastkd.bench import baselines
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ from fastkd.ops.divergence import KERNELS
 ULP = torch.finfo(torch.float32).eps
 INTERPRETED = backends.INTERPRETED
 HERE = [
-    pytest.param(name, marks=[pytest.mark.gpu] if test_kernels.device_of(name) == "cuda" else [])
+    pytest.param(name, marks=[pytest.mark.gpu] if subjects.device_of(name) == "cuda" else [])
     for name in (*KERNELS["dense"], "reference")
 ]
 every_backend = pytest.mark.parametrize("backend", HERE)
@@ -89,7 +89,7 @@ def undecided(student, teacher, temperature):
 def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
     student, teacher, keep = draw(**drawn)
     options = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": beta, "t_squared": False}
-    device = test_kernels.device_of(backend)
+    device = subjects.device_of(backend)
 
     def run(x, where, on="cpu"):
         y = teacher.double() if where == "reference" and x.dtype == torch.float64 else teacher
@@ -132,7 +132,7 @@ def test_no_less_accurate_than_eager_over_large_vocabularies(drawn, backend):
 @every_backend
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("words", "stds"), [(32000, (1.0, 4.0)), (501, (5.0, 5.0)), (501, (10.0, 10.0))])
-def test_students_that_have_learnt_nothing(kind, words, stds, backend):
+def test_untrained_students(kind, words, stds, backend):
     words = min(words, 3000) if INTERPRETED else words
     drawn = {"seed": 5, "relation": "independent", "peaks": "none", "masked": None}
     for offset in (0.0, 300.0):
@@ -144,7 +144,7 @@ def test_students_that_have_learnt_nothing(kind, words, stds, backend):
 def test_skew_kl_with_alpha_0_is_forward_kl(peaks, backend):
     drawn = {"words": 200, "seed": 3, "relation": "independent", "stds": (4.0, 8.0), "offset": 0.0, "masked": None}
     student, teacher, _ = draw(peaks=peaks, **drawn)
-    student, teacher = (x.to(test_kernels.device_of(backend)) for x in (student, teacher))
+    student, teacher = (x.to(subjects.device_of(backend)) for x in (student, teacher))
     found = [
         gradients(lambda x, kind=kind: divergence(x, teacher, kind=kind, alpha=0.0, backend=backend), student)
         for kind in ("skew_kl", "forward_kl")
@@ -154,7 +154,7 @@ def test_skew_kl_with_alpha_0_is_forward_kl(peaks, backend):
 
 @every_backend
 @pytest.mark.parametrize("relation", ["independent", "close", "near"])
-def test_the_ends_of_skew_kl_and_jsd(relation, backend):
+def test_skew_kl_and_jsd_at_the_ends_of_their_weight(relation, backend):
     """Near alpha 0 and beta 0 the divergences tend to forward_kl, near beta 1 to reverse_kl: the other weight must survive."""
     drawn = {"words": 300, "seed": 4, "relation": relation, "stds": (3.0, 6.0), "peaks": "none", "masked": None}
     for end in (1e-3, 1e-6, 1e-9):

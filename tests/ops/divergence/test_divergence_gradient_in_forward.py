@@ -73,7 +73,7 @@ def test_any_upstream(reduction, upstream):
     assert (grad[mask == 0] == 0).all()
 
 
-def test_an_upstream_of_its_own_for_every_row():
+def test_a_different_upstream_for_every_row():
     student, teacher = logits()
     upstream = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 1.0])
     _, unit = gradient(student, teacher, reduction="none")
@@ -83,7 +83,7 @@ def test_an_upstream_of_its_own_for_every_row():
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([1, 0, 1, 1, 0, 1])])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_expected_upstream_gradient_is_the_one_that_comes(reduction, mask, monkeypatch):
+def test_functions_announce_the_upstream_gradient_that_comes(reduction, mask, monkeypatch):
     """To the last bit; else every backward would rescale the gradient."""
     student, teacher = logits()
     came = []
@@ -108,7 +108,7 @@ def test_the_first_backward_hands_its_gradient_over_without_a_copy():
 
 
 @pytest.mark.parametrize("nobody", ["no_grad", "inference_mode", "frozen"])
-def test_a_gradient_that_nobody_wants_is_not_made(nobody, made):
+def test_an_unneeded_gradient_is_not_computed(nobody, made):
     student, teacher = logits()
     leaf = student.requires_grad_(nobody != "frozen")
     with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(nobody, torch.enable_grad)():
@@ -148,7 +148,7 @@ def test_tokens_that_one_side_excludes(temperature):
     assert error(grad[:3], true_grad[:3]) <= 2e-6
 
 
-def test_its_ops_are_what_their_schemas_say():
+def test_ops_match_their_schemas():
     student, teacher = logits()
     mask = torch.tensor([True, False, True, True, True, True])
     torch.library.opcheck(torch.ops.fastkd.divergence_fwd_grad, (student, teacher, mask, 0, 1.0, 1.0, True, 4.0))

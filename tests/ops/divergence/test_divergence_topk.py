@@ -1,8 +1,8 @@
 """divergence against a sparse teacher: the reference against what it should be, every kernel against the reference."""
 
 import pytest
+import subjects
 import test_divergence
-import test_kernels
 import torch
 from test_divergence import from_probabilities, value_and_gradient
 
@@ -13,7 +13,7 @@ from fastkd.ops.divergence import KERNELS
 KINDS = test_divergence.COMPARISONS
 NO_TAIL_KINDS = tuple(kind for kind in KINDS if kind != "reverse_kl")  # those that need no teacher mass outside the k
 HERE = [
-    pytest.param(name, marks=[pytest.mark.gpu] if test_kernels.device_of(name) == "cuda" else [])
+    pytest.param(name, marks=[pytest.mark.gpu] if subjects.device_of(name) == "cuda" else [])
     for name in KERNELS["sparse"]
 ]
 every_kernel = pytest.mark.parametrize("backend", HERE)
@@ -56,7 +56,7 @@ def test_without_a_tail_the_rest_of_the_teacher_has_no_mass(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tail_is_one_more_word(kind):
+def test_the_tail_is_one_more_token(kind):
     s, t = randn(5, 19, seed=1), randn(5, 19, seed=2, scale=2.0)
     whole = torch.softmax(t / 2, -1)
     teacher = top_of(t, 6, 2.0, True)
@@ -78,7 +78,7 @@ def test_the_tail_is_one_more_word(kind):
 
 
 @pytest.mark.parametrize("tail", [None, True])
-def test_gradcheck_masks_and_missing_words(tail):
+def test_gradcheck_masks_and_missing_tokens(tail):
     s, t = randn(3, 8, seed=1), randn(3, 8, seed=2)
     mask = torch.tensor([True, False, True])
     for kind in NO_TAIL_KINDS:
@@ -97,7 +97,7 @@ def test_gradcheck_masks_and_missing_words(tail):
     assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-def test_refuses_what_it_cannot_define():
+def test_undefined_arguments_are_errors():
     s, t = randn(2, 8, seed=1), randn(2, 8, seed=2)
     with pytest.raises(ValueError, match="mse"):
         rows_of("mse")(s, top_of(t, 3, 1.0))
@@ -124,7 +124,7 @@ def sparse(teacher, k, temperature, tail):
 
 def run(kind, student, teacher, backend, temperature, **options):
     """Loss and gradient of the student [N, V] where `backend` lives, under a random upstream."""
-    move = lambda x: x.to(test_kernels.device_of(backend)) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    move = lambda x: x.to(subjects.device_of(backend)) if isinstance(x, torch.Tensor) else x  # noqa: E731
     call = rows_of(kind, temperature, backend, **{name: move(x) for name, x in options.items()})
     teacher = TopK(*map(move, teacher))
     loss, (grad,) = gradients(lambda x: call(move(x), teacher), student)
@@ -188,7 +188,7 @@ def test_near_convergence(kind, tail, backend):
 
 @every_kernel
 @pytest.mark.parametrize("tail", ["tensor", True])
-def test_two_words_near_convergence(tail, backend):
+def test_two_tokens_near_convergence(tail, backend):
     """Where nothing averages out: one word of each side of the k."""
     student, teacher = logits(400, 3, seed=19, noise=1e-3)
     check("forward_kl", student, sparse(teacher, 2, 1.3, tail), backend, (1e-6, 1e-6))
@@ -207,7 +207,7 @@ def test_the_rest_however_small(kind, backend):
 @every_kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", [None, "tensor"])
-def test_a_student_without_a_rest(kind, tail, backend):
+def test_a_student_with_no_mass_on_the_rest(kind, tail, backend):
     """It can say nothing but the k words: then what the teacher has of the rest is not compared."""
     if kind == "reverse_kl" and tail is None:
         pytest.skip("refused: infinite")
@@ -220,7 +220,7 @@ def test_a_student_without_a_rest(kind, tail, backend):
 @pytest.mark.parametrize("backend", [*HERE, "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("below", [60.0, 89.0, 200.0, 800.0])
-def test_a_rest_that_the_student_all_but_excludes(kind, below, backend):
+def test_a_rest_with_almost_no_student_mass(kind, below, backend):
     """p / q of the rest is more than float32 holds; what the gradient is made of, q - p or q p / m, is not."""
     student, teacher = logits(3, 50, seed=18)
     top = sparse(teacher, 5, 1.0, "tensor")

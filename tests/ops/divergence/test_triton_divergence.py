@@ -130,7 +130,7 @@ def test_near_convergence_of_a_sure_teacher(kind, offset):
 
 @every_kind
 @pytest.mark.parametrize("where", ["later", "never", "student", "teacher"])
-def test_a_first_block_that_tells_nothing_about_the_row(kind, where):
+def test_a_first_block_unlike_the_rest_of_the_row(kind, where):
     """Reference points guessed from the first block let exponentials overflow, or vanish: the row is done again."""
     student, teacher = logits(2, 5000, seed=7)
     if where == "never":
@@ -187,7 +187,7 @@ def test_masked_rows_are_not_read_and_broken_rows_poison_only_themselves(kind):
 
 
 @every_kind
-def test_words_that_do_not_exist(kind):
+def test_tokens_that_do_not_exist(kind):
     """-inf on both sides, in all of a row, on one side."""
     student, teacher = logits(4, 140, seed=11)
     gone = torch.zeros(4, 140, dtype=torch.bool, device=DEVICE)

@@ -143,7 +143,7 @@ def test_a_mask_of_ones_is_no_mask_in_the_official_grouping(backend, shape):
 
 
 @on_every_backend
-def test_where_a_mask_cannot_be_looked_at_one_that_hides_tokens_gives_nan(backend, monkeypatch):
+def test_without_synchronising_a_mask_that_hides_tokens_gives_nan(backend, monkeypatch):
     """As on a GPU, where looking would synchronise."""
     monkeypatch.setattr(checks, "looks_are_free", lambda x: False)
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
@@ -156,7 +156,7 @@ def test_where_a_mask_cannot_be_looked_at_one_that_hides_tokens_gives_nan(backen
 
 
 @on_every_kind
-def test_relations_forget_order_rotation_and_scale(backend, level, grouping, pearson):
+def test_relations_are_invariant_to_order_rotation_and_scale(backend, level, grouping, pearson):
     student, teacher = randn(4, 6, 5, seed=1), randn(4, 6, 3, seed=2)
     options = {"level": level, "grouping": grouping, "pearson": pearson}
     expected = loss(student, teacher, backend, **options)
@@ -213,7 +213,7 @@ def test_a_padded_sequence_is_the_shorter_sequence(backend):
 
 @pytest.mark.parametrize(("level", "enough"), [("token", 2), ("sequence", 3)])
 @on_every_backend
-def test_a_group_of_too_few_rows_leaves_the_mean(backend, level, enough):
+def test_a_group_with_too_few_valid_rows_is_not_in_the_mean(backend, level, enough):
     student, teacher = randn(5, 5, 4, seed=1), randn(5, 5, 3, seed=2)
     mask = torch.ones(5, 5, dtype=torch.bool)
     groups = mask if level == "token" else mask.T
@@ -321,7 +321,7 @@ def test_dtypes_and_strides(backend):
             assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
-def test_mistakes():
+def test_invalid_arguments_are_errors():
     x = randn(3, 5, 8)
     with pytest.raises(ValueError, match="grouping"):
         loss(x, x, grouping="rows")

@@ -126,7 +126,7 @@ def test_the_expected_upstream_gradient_is_what_a_mean_sends():
             assert torch.equal(found, made)
 
 
-def test_float16_and_compiled_graphs_go_the_other_way():
+def test_float16_and_compiled_graphs_make_the_gradient_in_the_backward():
     students, teachers = layers(torch.float16)
     big = 2.0**20  # a scaler's factor: what is made for upstream 1 must not have been rounded to float16 before
     leaves = [(s * 100).requires_grad_() for s in students]

@@ -1,4 +1,4 @@
-"""gram's kernels: digits where eager loses them, long groups, sabotage, repetition, and torch.compile."""
+"""gram's kernels: inputs where eager loses digits, tiled groups, sabotage, repetition, and torch.compile."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastkd import backends, functional
 from fastkd.ops.gram import KERNELS
 from oracles import relations
 
-# On a GPU, Triton's are tests/ops/gram/test_triton_gram.py's.
+# On a GPU, tests/ops/gram/test_triton_gram.py tests Triton.
 HERE = [b for b in KERNELS if b == "cpu" or backends.INTERPRETED]
 on_every_kernel = pytest.mark.parametrize("backend", HERE)
 on_both_levels = pytest.mark.parametrize("level", ["token", "sequence"])
@@ -42,7 +42,7 @@ def errors(student, teacher, backend, level, **options):
 
 
 def anisotropic(seed, B, N, Ds, Dt, offset, outliers=None, dtype=torch.float32):
-    """Rows with something in common: mean cosine about offset² / (1 + offset²), in all dimensions or in a few."""
+    """Rows with a common part: mean cosine about offset² / (1 + offset²), in all dimensions or in a few."""
     sides = []
     for k, D in enumerate((Ds, Dt)):
         shared = torch.zeros(D, dtype=torch.float64)
@@ -84,14 +84,14 @@ def test_no_mutant_survives(backend, where, mutant, check, monkeypatch):
         pytest.skip("a group's loss is one number: dropping a tile of it is not dropping a number")
     if where == "loss" and mutant in ("scaled by 1 %", "one row dropped") and check is test_near_convergence:
         pytest.skip("1 - rho itself is about 1e-6 here, which is what it is held to; the ordinary range kills these")
-    how, whole = MUTANTS[mutant], KERNELS[backend]
+    how, kernels = MUTANTS[mutant], KERNELS[backend]
 
     def fwd(*args):
-        values, valid, saved = whole.fwd(*args)
+        values, valid, saved = kernels.fwd(*args)
         return [how(x) for x in values] if where == "loss" else values, valid, saved
 
     def bwd(*args):
-        return [how(x) if where == "gradient" else x for x in whole.bwd(*args)]
+        return [how(x) if where == "gradient" else x for x in kernels.bwd(*args)]
 
     monkeypatch.setitem(KERNELS, backend, backends.Kernels(fwd, bwd))
     for level in ("token", "sequence"):
@@ -138,7 +138,7 @@ def check_rows_of_zeros(student, teacher, backend, token, level="token", **optio
 @pytest.mark.parametrize("where", ["student", "teacher", "both"])
 @pytest.mark.parametrize("normalize", [True, False])
 @on_every_kernel
-def test_rows_of_zeros_among_others_row_by_row(backend, normalize, where):
+def test_rows_of_zeros_among_others_per_row(backend, normalize, where):
     for length, level in ((7, "token"), (7, "sequence"), (70, "token")):
         student, teacher = with_zeros(*anisotropic(13, 2, length, 20, 33, 2.0), where, 3)
         if level == "sequence":
@@ -172,7 +172,7 @@ def test_sequences_of_zeros_in_the_official_grouping(backend, where):
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("length", [130, 600])
 @pytest.mark.parametrize("where", ["student", "teacher", "both"])
-def test_rows_of_zeros_in_long_groups(where, length):
+def test_rows_of_zeros_in_tiled_groups(where, length):
     student, teacher = with_zeros(*anisotropic(15, 1, length, 20, 33, 2.0), where, 100)
     check_rows_of_zeros(student, teacher, "cpu", 100, mask=torch.arange(length)[None] != 5)
     lengths = torch.logspace(-3, 3, length)[None, :, None]
@@ -198,8 +198,8 @@ def test_rows_of_zeros_in_half_precision(backend, pearson, dtype):
 @pytest.mark.parametrize("length", [7, 128, 600])
 @pytest.mark.parametrize("pearson", ["matrix", "row"])
 def test_equal_rows_have_no_gradient(pearson, length, dtype):
-    """Their Gram is constant: the value is 1, and on the sphere there is nowhere to go. What rounding leaves of the Gram is
-    divided by eps, and was up to 10000 times a gradient."""
+    """Their Gram is constant: the value is 1, and on the sphere the gradient is 0. Rounding errors of the Gram are divided by
+    eps, which can make them 10000 times a gradient."""
     student, teacher = anisotropic(17, 2, length, 24, 40, 0.5, dtype=dtype)
     _, (usual,) = oracle(student, teacher, "token", pearson=pearson)
     equal = [x[:, :1].expand_as(x).contiguous() for x in (student, teacher)]
@@ -221,8 +221,8 @@ def test_bfloat16_is_as_good_as_float32_arithmetic(backend, level, offset):
         found = run(student, teacher, backend, level)
         float32 = run(student.float(), teacher.float(), "eager", level)
         bfloat16 = gradients(lambda s, t=teacher: baselines.gram.eager(s, t, level), student)
-        for kept, (value, (grad,)) in ((ours, found), (full, float32), (half, bfloat16)):
-            kept.append((relative_error(value, true_value), relative_error(grad, true_grad)))
+        for errors_of, (value, (grad,)) in ((ours, found), (full, float32), (half, bfloat16)):
+            errors_of.append((relative_error(value, true_value), relative_error(grad, true_grad)))
     ours, full, half = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, full, half))
     assert ours[0] <= 2 * full[0] + 1e-7
     assert ours[1] <= 1e-2 and ours[1] <= half[1]
@@ -236,15 +236,15 @@ def test_bfloat16_is_as_good_as_float32_arithmetic(backend, level, offset):
     ("length", "widths"), [(511, (24, 17)), (1100, (24, 17)), (512, (600, 300)), (513, (650, 700)), (577, (650, 700))]
 )
 @on_every_kernel
-def test_long_groups(backend, length, widths, masked, dtype):
-    """On both sides of where a group no longer is one thread's, and of where features are fewer than rows."""
+def test_tiled_groups(backend, length, widths, masked, dtype):
+    """On both sides of the length up to which one thread has a group, and with more and with fewer features than rows."""
     mask = randn(2, length, seed=3) > -0.5 if masked else None
     student, teacher = anisotropic(5, 2, length, *widths, 0.5, dtype=dtype)
     loss_error, grad_error = errors(student, teacher, backend, "token", mask=mask)
     assert loss_error <= 1e-6 and grad_error <= (1e-5 if dtype == torch.float32 else 1e-2)
-    turned = [x.transpose(0, 1) for x in (student, teacher)]
-    turned_mask = None if mask is None else mask.t()
-    value, (grad,) = run(*turned, backend, "sequence", mask=turned_mask)
+    transposed = [x.transpose(0, 1) for x in (student, teacher)]
+    transposed_mask = None if mask is None else mask.t()
+    value, (grad,) = run(*transposed, backend, "sequence", mask=transposed_mask)
     same, (same_grad,) = run(student, teacher, backend, "token", mask=mask)
     assert torch.equal(value, same) and torch.equal(grad.transpose(0, 1), same_grad)
 
@@ -274,25 +274,8 @@ def test_any_number_of_threads_gives_the_same_bits(backend, level):
         assert torch.equal(found[k][0], found[k % 2][0]) and torch.equal(found[k][1][0], found[k % 2][1][0])
 
 
-@on_both_levels
 @on_every_kernel
-def test_two_backwards_and_two_results_at_once(backend, level):
-    student, teacher = anisotropic(8, 5, 6, 20, 12, 1.0)
-    before = student.clone(), teacher.clone()
-    leaf = student.clone().requires_grad_()
-    value = rows(leaf, teacher, backend, level)
-    kept = value.detach().clone()
-    (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
-    first = grad.clone()
-    grad.mul_(3)
-    run(*anisotropic(9, 5, 6, 20, 12, 1.0), backend, level)
-    (again,) = torch.autograd.grad(value.sum(), leaf)
-    assert torch.equal(value, kept) and torch.equal(again, first)
-    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
-
-
-@on_every_kernel
-def test_without_a_gradient_nothing_is_kept_for_one(backend):
+def test_without_a_gradient_nothing_is_saved(backend):
     student, teacher = anisotropic(10, 5, 6, 20, 12, 1.0)
     assert KERNELS[backend].fwd([student], [teacher], None, [0, 1], False, True, 1e-6, False)[2] == []
     assert not rows(student, teacher, backend, "token").requires_grad
@@ -322,12 +305,12 @@ def test_compiled_equals_eager(backend, level):
 def test_opcheck(levels, row, dtype):
     sides = zip(*(anisotropic(12 + k, 3, 4, 5, 6, 1.0, dtype=dtype) for k in range(2)), strict=True)
     layers, mask = [list(side) for side in sides], torch.ones(3, 4, dtype=torch.bool)
-    question, expected = (*layers, mask, levels, row, True, 1e-6), ([0.5, 2.0][: len(levels)], True)
-    for wanted in (False, True):
-        torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*question, wanted))
-    values, valid, saved = torch.ops.fastkd.gram_fwd(*question, True)
+    args, expected = (*layers, mask, levels, row, True, 1e-6), ([0.5, 2.0][: len(levels)], True)
+    for with_gradient in (False, True):
+        torch.library.opcheck(torch.ops.fastkd.gram_fwd, (*args, with_gradient))
+    values, valid, saved = torch.ops.fastkd.gram_fwd(*args, True)
     grads = [torch.rand_like(x) for x in values]
-    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *question[:3], saved, *question[3:]))
-    torch.library.opcheck(torch.ops.fastkd.gram_fwd_grad, (*question, *expected))
-    _, _, found = torch.ops.fastkd.gram_fwd_grad(*question, *expected)
-    torch.library.opcheck(torch.ops.fastkd.gram_rescale_grads, (found, grads, valid, *question, *expected))
+    torch.library.opcheck(torch.ops.fastkd.gram_bwd, (grads, *args[:3], saved, *args[3:]))
+    torch.library.opcheck(torch.ops.fastkd.gram_fwd_grad, (*args, *expected))
+    _, _, made = torch.ops.fastkd.gram_fwd_grad(*args, *expected)
+    torch.library.opcheck(torch.ops.fastkd.gram_rescale_grads, (made, grads, valid, *args, *expected))

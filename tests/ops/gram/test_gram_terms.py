@@ -123,7 +123,7 @@ result = value.detach(), [x.grad for x in leaves]
         assert relative_error(torch.cat([r[1][k] for r in results]) / 2, grad / upstream) < 1e-6
 
 
-def test_mistakes():
+def test_invalid_arguments_are_errors():
     x = randn(3, 5, 8)
     with pytest.raises(ValueError, match=r"student_hidden\[1\] and student_hidden\[0\] must agree"):
         loss([x, x[:, :4]], [x, x[:, :4]])

@@ -117,14 +117,14 @@ def test_long_sequences_by_the_identity(groups, heads, mask, dtype):
 
 @has_cpu
 @pytest.mark.parametrize("distance", [1, 0.3, 0.1, 0.03, 1e-2, 1e-3])
-def test_the_identity_is_not_believed_where_it_cancels(distance):
+def test_the_identity_is_not_used_where_it_cancels(distance):
     cost, gradient = errors_near_convergence(distance, "cpu", **LONG)
     scores, pulled = errors_near_convergence(distance, "cpu", width=64, length=37)
     assert cost <= max(1e-5, 3 * scores) and gradient <= max(1e-5, 3 * pulled)
 
 
 @on_every_kernel
-def test_a_student_that_is_its_teacher(backend):
+def test_student_equal_to_teacher(backend):
     for shape in ({"length": 601}, {}) if backend == "cpu" else ({},):
         teachers = layers(2, 4, 2, **shape)
         costs, grads = both(teachers[:1], teachers[:1], backend)
@@ -133,7 +133,7 @@ def test_a_student_that_is_its_teacher(backend):
 
 @has_cpu
 @on_every_kernel
-def test_frozen_students_get_none_and_cost_nothing(backend, monkeypatch):
+def test_frozen_students_have_no_gradient_and_no_cost(backend, monkeypatch):
     """Of three students one is wholly frozen and one's queries are; the others' gradients are what they were."""
     from fastkd.ops.layer_cost import ATTENTION
 
@@ -193,7 +193,7 @@ def test_bitwise_the_same_for_any_number_of_threads():
 @has_cpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [None, "mean"])
-def test_scores_that_exist_go_through_layer_cost(heads, causal):
+def test_materialised_scores_use_layer_cost(heads, causal):
     generator = torch.Generator().manual_seed(4)
     scores = [10 * torch.randn(B, H, S, S, generator=generator) for _ in range(4)]
     scores[1][:, :, :, -5:] = -1e4
@@ -209,7 +209,7 @@ def test_scores_that_exist_go_through_layer_cost(heads, causal):
 
 
 @has_cpu
-def test_compiled_without_a_break_and_checked_ops():
+def test_compiled_without_a_graph_break_and_opcheck():
     students, teachers = layers(2, 8, 1), layers(2, 8, 2)
     compiled = torch.compile(functional.attention_costs, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(students, teachers), functional.attention_costs(students, teachers))

@@ -106,7 +106,7 @@ def test_attention_costs_in_loops(mask, causal, groups):
             assert averaged[i, j].item() == pytest.approx(((s - t).mean(1) ** 2).mean().item(), rel=1e-12)
 
 
-def test_pairs_equal_the_scores_that_a_model_writes():
+def test_pairs_equal_materialised_scores():
     students, teachers = queries_and_keys(2, 1, 3), queries_and_keys(3, 11, 7)
     additive = torch.where(MASK, 0.0, -10000.0)[:, None, None, :]
 
@@ -119,7 +119,7 @@ def test_pairs_equal_the_scores_that_a_model_writes():
     assert relative_error(attention_costs(scores(students), teachers, mask=MASK), expected) < 1e-12
 
 
-def test_the_value_rule_is_applied_to_each_side_by_itself():
+def test_masked_scores_are_zero_on_each_side_separately():
     s, t = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     s[..., 0, 0], t[..., 0, 0], t[..., 1, 1] = -100.0, 3.0, -10000.0
     assert attention_costs([s], [t]).item() == 9.0 / 4
@@ -273,7 +273,7 @@ def test_dtypes_strides_and_any_trailing_shape(backend):
         assert relative_error(layer_costs([x], [layer], mask=mask, backend=backend), expected) <= precision(backend)
 
 
-def test_mistakes():
+def test_invalid_arguments_are_errors():
     x = hidden(1, 1)[0]
     with pytest.raises(ValueError, match="empty"):
         layer_costs([], [x])

@@ -108,7 +108,7 @@ def test_only_wanted_gradients(backend):
 
 
 @has_cpu
-def test_registered_as_torch_wants_it():
+def test_opcheck():
     students, teachers = hidden(2, 1, backend="cpu"), hidden(3, 11, backend="cpu")
     torch.library.opcheck(torch.ops.fastkd.layer_cost_fwd.default, (students, teachers, MASK, -0.5))
     grad = randn(2, 3, dtype=torch.float32)

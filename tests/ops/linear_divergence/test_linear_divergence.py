@@ -108,7 +108,7 @@ def test_weights_make_a_weighted_mean(recompute, backend):
 
 @every_backend
 @either_way
-def test_masked_rows_that_hold_nan_reach_nothing(recompute, backend):
+def test_masked_rows_that_hold_nan_change_nothing(recompute, backend):
     student, teacher = sides()
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
     wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
@@ -161,7 +161,7 @@ def test_a_subset_vocabulary_slices_the_teachers_head(backend):
         ({"vocab": torch.tensor([0, 9])}, "vocab"),
     ],
 )
-def test_mistakes_name_the_argument(change, named):
+def test_errors_name_the_argument(change, named):
     arguments = {
         "student_hidden": torch.zeros(2, 4), "student_head": torch.zeros(7, 4),
         "teacher_hidden": torch.zeros(2, 3), "teacher_head": torch.zeros(7, 3),

@@ -1,7 +1,7 @@
 """Every implementation of linear_divergence against the reference in float64, values and all three gradients."""
 
 import pytest
-import test_kernels
+import subjects
 import torch
 import torch.nn.functional as F
 from fastkd.bench import baselines
@@ -11,7 +11,7 @@ from fastkd import TopK, backends, linear_divergence
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 HERE = [
-    pytest.param(name, marks=[pytest.mark.gpu] if test_kernels.device_of(name) == "cuda" else [])
+    pytest.param(name, marks=[pytest.mark.gpu] if subjects.device_of(name) == "cuda" else [])
     for name in ("cpu", "triton")
     if name in backends.WRITTEN["linear_divergence"] and (name != "cpu" or backends.UNAVAILABLE["cpu"] is None)
 ]
@@ -39,7 +39,7 @@ def sides(rows, words, widths=(24, 40), dtype=torch.float32, noise=None, seed=1)
 def call(teacher, backend, **options):
     """linear_divergence as a function of the student's hidden states, head and bias."""
     hidden, head, bias = teacher
-    device = test_kernels.device_of(backend)
+    device = subjects.device_of(backend)
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
     options = {name: to(x) for name, x in options.items()}
     if isinstance(hidden, TopK):
@@ -164,7 +164,7 @@ def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, recompute, backend):
 @every_backend
 @either_way
 @every_kind
-def test_a_student_that_has_learnt_nothing(kind, recompute, backend):
+def test_an_untrained_student(kind, recompute, backend):
     """Far from the teacher, whose logits are larger: no worse than eager on logits of as much rounding."""
     rows, words = size(backend, 5, 8000)
     student, teacher = sides(rows, words)
@@ -181,7 +181,7 @@ def test_a_student_that_has_learnt_nothing(kind, recompute, backend):
 
 @every_backend
 @either_way
-def test_masked_rows_that_hold_nan_reach_nothing(recompute, backend):
+def test_masked_rows_that_hold_nan_change_nothing(recompute, backend):
     rows, words = size(backend, 300, 200)
     student, teacher = sides(rows, words)
     mask = torch.arange(rows) % 3 != 1
@@ -196,7 +196,7 @@ def test_masked_rows_that_hold_nan_reach_nothing(recompute, backend):
 
 @every_backend
 @either_way
-def test_words_that_a_bias_of_minus_infinity_takes_away(recompute, backend):
+def test_tokens_with_a_bias_of_minus_infinity(recompute, backend):
     """The padding of a vocabulary; whole blocks of it."""
     rows, words = size(backend, 6, 1800)
     student, teacher = sides(rows, words)
@@ -213,9 +213,9 @@ def test_words_that_a_bias_of_minus_infinity_takes_away(recompute, backend):
 
 
 @every_backend
-def test_what_is_frozen_costs_nothing_and_gets_nothing(backend):
+def test_frozen_layers_have_no_gradient_and_no_cost(backend):
     student, teacher = sides(9, 50)
-    device = test_kernels.device_of(backend)
+    device = subjects.device_of(backend)
     (hidden, head, bias), (t_hidden, t_head, _) = ([x.to(device) for x in side] for side in (student, teacher))
     hidden.requires_grad_()
     linear_divergence(hidden, head, t_hidden, t_head, student_bias=bias, backend=backend).backward()
@@ -236,7 +236,7 @@ def test_what_is_frozen_costs_nothing_and_gets_nothing(backend):
 @either_way
 def test_two_runs_two_results_and_two_backwards(recompute, backend):
     """Bitwise the same twice; nothing returned is a buffer that another call, or another backward, writes to."""
-    device = test_kernels.device_of(backend)
+    device = subjects.device_of(backend)
     student, teacher = sides(*size(backend, 300, 400))
     leaves = [x.to(device).requires_grad_() for x in student]
     run = lambda: linear_divergence(  # noqa: E731
@@ -279,7 +279,7 @@ def test_compiled_equals_eager(backend):
 
 
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
-def test_a_label_outside_the_vocabulary_is_named():
+def test_a_label_outside_the_vocabulary_is_an_error():
     student, teacher = sides(4, 10)
     with pytest.raises(ValueError, match=r"labels: a label that counts must lie in \[0, 10\)"):
         call(teacher, "cpu", labels=torch.tensor([1, 2, 10, 3]), hard_weight=1.0)(*student)
@@ -288,11 +288,11 @@ def test_a_label_outside_the_vocabulary_is_named():
 @pytest.mark.parametrize("backend", [x for x in HERE if x.values == ("triton",)])
 @either_way
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_chunks_of_rows_and_several_blocks_of_words(kind, recompute, backend, monkeypatch):
+def test_chunks_of_rows_and_several_blocks_of_columns(kind, recompute, backend, monkeypatch):
     """As the interpreter cannot have so many rows, chunks of four."""
     from fastkd.kernels import linear_divergence as kernels
 
-    monkeypatch.setattr(kernels, "ROWS", {"speed": 4, "low": 4})
+    monkeypatch.setattr(kernels, "ROWS", {False: 4, True: 4})
     for rows, words in ((11, 130), (5, 2051)):
         student, teacher = sides(rows, words)
         options = {"kind": kind, "mask": torch.arange(rows) != 2, "labels": torch.arange(rows), "hard_weight": 0.2}
@@ -304,7 +304,7 @@ def test_chunks_of_rows_and_several_blocks_of_words(kind, recompute, backend, mo
 @every_backend
 @either_way
 @pytest.mark.parametrize("spare", [0, 2])
-def test_the_number_of_rows_that_count_changes_nothing(spare, recompute, backend):
+def test_num_valid_changes_nothing(spare, recompute, backend):
     student, teacher = sides(11, 40)
     mask = torch.arange(11) % 3 != 1
     for reduction in ("mean", "none"):

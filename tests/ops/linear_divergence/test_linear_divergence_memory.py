@@ -89,7 +89,7 @@ def test_speed_in_one_chunk_adds_less_than_the_gradient_of_the_logits():
 
 
 @pytest.mark.long
-def test_the_mass_of_a_teachers_other_words_takes_a_block():
+def test_the_mass_of_other_tokens_takes_the_memory_of_one_block():
     """A teacher with four times the words: blocks of 1024 rows and words, the kept rows of its head, a few numbers per row."""
     block = 1024 * 1024 * (4 + 4 + 8) / MIB  # logits, exponentials, and those in float64
     more = block + WORDS * WIDTH * 2 / MIB + 8192 * 10 * 8 / MIB

@@ -123,7 +123,7 @@ def test_a_gradient_penalty_on_two_processes_equals_one():
             assert relative_error(found, right) < 1e-11, rank
 
 
-def test_what_cannot_be_sharded_says_so():
+def test_what_cannot_be_sharded_is_an_error():
     hidden, head = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match="vocab: ids are of the whole vocabulary"):
         fastkd.linear_divergence(hidden, head, hidden, head, vocab=torch.arange(5), process_group=object())

@@ -153,7 +153,7 @@ def test_reductions_sum_over_the_relations():
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_relations_of_other_head_counts_have_means_of_their_own(reduction, mask):
+def test_relations_with_different_head_counts_have_their_own_means(reduction, mask):
     """Alike ones share a mean, which must change nothing."""
     xs = [states(1, 3), states(2, 3), torch.cat([states(3, 4), states(4, 4)], 1), states(5, 2)]
     xt = [states(6, 5), states(7, 2), torch.cat([states(8, 4), states(9, 4)], 1), states(10, 3)]
@@ -172,7 +172,7 @@ def test_relations_of_other_head_counts_have_means_of_their_own(reduction, mask)
         assert all(relative_error(a, b) < 1e-13 for a, b in zip(grads, true, strict=True))
 
 
-def test_heads_are_resplit_from_the_concatenated_width():
+def test_heads_are_split_again_from_the_full_width():
     student, teacher = randn(2, 4, 5, 6, seed=1), randn(2, 3, 5, 16, seed=2)  # widths 24 and 48
 
     def split(x, heads):
@@ -190,7 +190,7 @@ def test_dtypes():
     assert relative_error(value, loss([x.double()], [t.double()])) < 1e-6
 
 
-def test_mistakes():
+def test_invalid_arguments_are_errors():
     x = states(1, 3)
     with pytest.raises(ValueError, match="pair up one to one"):
         loss([x], [x, x])

@@ -77,7 +77,7 @@ def test_gradient_is_the_flow_and_every_backend_agrees():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_op_and_mistakes():
+def test_opcheck_and_invalid_arguments():
     cost, a, b = problem()
     torch.library.opcheck(torch.ops.fastkd.cost_attention, (cost, a, b, *CostAttention()))
     with pytest.raises(ValueError, match=r"b: expected one weight per layer, \[2, 12\], got \[2, 11\]"):

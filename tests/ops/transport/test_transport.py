@@ -111,7 +111,7 @@ def test_costs_from_1e_300_to_1e300_in_one_problem():
     certify(cost, masses(3, 4, 42), masses(3, 6, 43))
 
 
-def test_flow_follows_the_order_of_rows_and_columns():
+def test_the_flow_is_equivariant_to_the_order_of_rows_and_columns():
     """Where the optimum is unique, permuting a problem permutes its flow, to the last bit but rounding of the sums."""
     cost, a, b = costs(1, 5, 8, 51), masses(1, 5, 52), masses(1, 8, 53)
     rows, columns = torch.randperm(5), torch.randperm(8)
@@ -121,7 +121,7 @@ def test_flow_follows_the_order_of_rows_and_columns():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_and_strides_are_taken_as_they_are(dtype):
+def test_other_dtypes_and_strides_are_accepted(dtype):
     cost = randn(2, 6, 4, seed=61).to(dtype).transpose(1, 2).requires_grad_()
     a, b = (
         torch.full((2, 4), 0.25, dtype=dtype),
@@ -130,7 +130,7 @@ def test_other_dtypes_and_strides_are_taken_as_they_are(dtype):
     certify(cost, a, b)
 
 
-def test_sums_that_differ_by_rounding_are_shared_out():
+def test_sums_that_differ_by_rounding_are_accepted():
     """Single-precision weights sum to 1 up to 1e-7; every row then gets its mass, every column its share."""
     a, b = (torch.softmax(randn(1, k, seed=k).float(), 1) for k in (4, 12))
     b = b * (1 + 3e-7)
@@ -140,7 +140,7 @@ def test_sums_that_differ_by_rounding_are_shared_out():
     assert ((flow > 0).sum() <= 15).all()
 
 
-def test_no_mass_and_no_problem():
+def test_zero_mass_and_an_empty_batch():
     flow, u, v = transport(costs(1, 2, 3, 81), torch.zeros(1, 2), torch.zeros(1, 3))
     assert (flow == 0).all() and u.isfinite().all() and v.isfinite().all()
     assert [x.shape for x in transport(torch.ones(0, 2, 3), torch.ones(0, 2), torch.ones(0, 3))] == [
@@ -154,7 +154,7 @@ def test_no_mass_and_no_problem():
     ("argument", "value"),
     [(0, math.nan), (0, math.inf), (0, -math.inf), (1, math.nan), (1, -0.1), (1, 0.9), (2, math.nan), (2, math.inf)],
 )
-def test_an_invalid_problem_is_nan_and_alone(argument, value):
+def test_an_invalid_problem_is_nan_and_others_are_solved(argument, value):
     problem = [costs(3, 3, 4, 91), masses(3, 3, 92), masses(3, 4, 93)]
     clean = transport(*problem)
     problem[argument] = problem[argument].clone()

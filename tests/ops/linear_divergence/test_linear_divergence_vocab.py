@@ -70,7 +70,7 @@ def both(kind, student, teacher, backend, kept=KEPT, vocab=None, **options):
 @either_way
 @pytest.mark.parametrize("kind", LEFT_OUT)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_of_kept_ids_the_mass_outside_counts_nowhere(kind, reduction, recompute):
+def test_mass_outside_the_kept_ids_is_ignored(kind, reduction, recompute):
     student, teacher = sides()
     mask, weights = randn(ROWS, seed=3) > -0.5, randn(ROWS, seed=4).abs()
     options = {"mask": mask, "weights": weights, "recompute_logits": recompute, "reduction": reduction}
@@ -100,7 +100,7 @@ def test_kernels_against_float64(kind, recompute, backend):
 
 
 @every_backend
-def test_bfloat16_is_known_as_well_as_its_operands(backend):
+def test_bfloat16_is_as_accurate_as_its_operands(backend):
     if backend == "triton" and backends.INTERPRETED:
         pytest.skip("the interpreter multiplies bfloat16 wrongly")
     kept = torch.arange(0, 900, 3)
@@ -126,7 +126,7 @@ def test_no_mutant_of_the_kept_mass_survives(mutant, place, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "soft_ce"])
-def test_is_what_a_sparse_teacher_without_a_tail_says(kind):
+def test_equals_a_sparse_teacher_without_a_tail(kind):
     student, teacher = sides()
     log_p = torch.log_softmax(shaped(teacher, 1) / OPTIONS["temperature"], -1)[:, KEPT]
     sparse = TopK(torch.arange(len(KEPT)).expand(ROWS, -1).contiguous(), log_p)
@@ -137,7 +137,7 @@ def test_is_what_a_sparse_teacher_without_a_tail_says(kind):
 
 @either_way
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dropped_word_meets_its_stand_in(kind, recompute):
+def test_a_dropped_token_is_counted_as_its_stand_in(kind, recompute):
     """The student's softmax is over all words; padding of the teacher's head is none of them."""
     student, teacher = sides()
     vocab = VocabMap(KEPT, WORDS, replacement=STAND_INS)
@@ -175,7 +175,7 @@ def test_the_gradient_of_a_stand_in_of_thousands_is_summed_in_float32():
 
 @pytest.mark.parametrize("vocab", [KEPT, VocabMap(KEPT, WORDS, replacement=STAND_INS)], ids=["left out", "stand-ins"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_hard_labels_are_the_students_over_its_own_words(vocab, reduction):
+def test_hard_labels_use_the_students_own_vocabulary(vocab, reduction):
     student, teacher = sides()
     labels = torch.tensor([0, 8, -100, 3, 3, -100, 1])
     options = {"vocab": vocab, "teacher_tokens": "all", "labels": labels, "reduction": reduction, **OPTIONS}
@@ -188,7 +188,7 @@ def test_hard_labels_are_the_students_over_its_own_words(vocab, reduction):
     check(found, gradients(apart, *student), (1e-12, 1e-11))
 
 
-def test_all_words_kept_or_no_vocabulary_is_the_same_as_ever():
+def test_keeping_the_full_vocabulary_changes_nothing():
     student, teacher = sides(kept=torch.arange(WORDS))
     wanted = gradients(kernels.call(teacher, "reference"), *student)
     for vocab in (None, torch.arange(WORDS), VocabMap(torch.arange(WORDS), WORDS)):
@@ -212,7 +212,7 @@ def test_the_kept_mass_as_an_op():
 
 
 @pytest.mark.parametrize("how_far", [1e4, -1e4])
-def test_a_kept_part_that_is_all_or_next_to_nothing(how_far):
+def test_a_kept_part_of_almost_all_and_of_almost_nothing(how_far):
     """log of the kept mass is as far as the logits are, or rounds to 0: no overflow, no 0 times infinity."""
     student, (hidden, head, bias) = sides(dtype=torch.float32)
     bias = bias.index_add(0, KEPT, torch.full((len(KEPT),), how_far))
@@ -234,7 +234,7 @@ def test_glmd_from_hidden_states_is_the_public_one():
     assert torch.equal(found, wanted)
 
 
-def test_mistakes():
+def test_invalid_arguments_are_errors():
     student, teacher = sides()
     call = lambda **x: kernels.call(teacher, "auto", **({"teacher_tokens": "all", "vocab": KEPT} | x))(*student)  # noqa: E731
     for kind in set(KINDS) - set(LEFT_OUT):

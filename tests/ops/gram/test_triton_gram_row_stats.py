@@ -1,5 +1,5 @@
-"""gram in Triton where lines of Grams are correlated: the released code's grouping, and row by row in groups longer than one
-program holds. Against float64, on a GPU or in the interpreter (test_triton_interpreted.py starts it)."""
+"""gram in Triton for correlations of rows of Grams: the released code's grouping, and pearson="row" in tiled groups. Against
+float64, on a GPU or in the interpreter (started by test_triton_interpreted.py)."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from test_triton_gram import (
     FLOAT,
     HALF,
     INTERPRETED,
-    LONG,
     MUTANTS,
+    TILED,
     check,
     judge,
     loss,
@@ -39,7 +39,7 @@ def states(form, seed, groups, rows, *widths_and_offset, dtype=FLOAT, **options)
 @of_every_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 2, 7, 2), (3, 5, 33, 65), (5, 16, 64, 40), (4, 1, 9, 9)], ids=str)
 def test_official_grouping(shape, dtype):
-    """Fewer positions than sequences, more, and as many as make a value's lines end within a position."""
+    """Fewer positions than sequences, more, and as many as make a value's rows end within a position."""
     for normalize in (True, False):
         student, teacher = states("official", 1, *shape, 0.3, dtype=dtype)
         check(student, teacher, normalize=normalize, **OPTIONS["official"])
@@ -49,14 +49,14 @@ def test_official_grouping(shape, dtype):
 @in_both
 def test_groups_of_several_tiles(form, dtype):
     for normalize in (True, False):
-        student, teacher = states(form, 2, 2, LONG[dtype], 8, 12, 1.0, dtype=dtype)
+        student, teacher = states(form, 2, 2, TILED[dtype], 8, 12, 1.0, dtype=dtype)
         check(student, teacher, normalize=normalize, **OPTIONS[form])
 
 
 @of_every_dtype
-def test_row_by_row_under_a_mask(dtype):
-    student, teacher = states("row", 3, 5, LONG[dtype], 20, 12, 1.0, dtype=dtype)
-    check(student, teacher, mask=some_masked(5, LONG[dtype]), **OPTIONS["row"])
+def test_per_row_under_a_mask(dtype):
+    student, teacher = states("row", 3, 5, TILED[dtype], 20, 12, 1.0, dtype=dtype)
+    check(student, teacher, mask=some_masked(5, TILED[dtype]), **OPTIONS["row"])
 
 
 @pytest.mark.parametrize("types", [(FLOAT, BFLOAT), (BFLOAT, FLOAT), (HALF, FLOAT)], ids=str)
@@ -68,8 +68,8 @@ def test_mixed_dtypes(form, types):
 
 @pytest.mark.parametrize("rows", [4, 70])
 def test_official_under_a_mask_is_the_references(rows):
-    """The public function refuses a mask that hides anything; what reaches the op means there what it means in the
-    reference: 3 positions whose rows count in part, one of which has too few."""
+    """The public function refuses a mask that hides anything. The op computes what the reference does: 3 positions with
+    some valid rows, one of which has too few."""
     student, teacher = states("official", 5, 3, rows, 8, 9, 0.5)
     mask = torch.ones(rows, 3, dtype=torch.bool)
     mask[::3, 0], mask[1:-1, 1] = False, False
@@ -87,7 +87,7 @@ def test_official_under_a_mask_is_the_references(rows):
 
 @in_both
 def test_a_mask_of_ones_changes_no_bit(form):
-    student, teacher = states(form, 7, 3, LONG[FLOAT], 8, 9, 0.5)
+    student, teacher = states(form, 7, 3, TILED[FLOAT], 8, 9, 0.5)
     expected = run(student, teacher, **OPTIONS[form])
     found = run(student, teacher, mask=torch.ones(student.shape[:2]), **OPTIONS[form])
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
@@ -95,8 +95,8 @@ def test_a_mask_of_ones_changes_no_bit(form):
 
 @pytest.mark.parametrize("garbage", [1e30, float("nan")])
 def test_what_padding_holds_does_not_matter(garbage):
-    student, teacher = states("row", 8, 5, LONG[FLOAT], 8, 9, 0.5)
-    mask = some_masked(5, LONG[FLOAT])
+    student, teacher = states("row", 8, 5, TILED[FLOAT], 8, 9, 0.5)
+    mask = some_masked(5, TILED[FLOAT])
     value, grad = run(student, teacher, mask=mask, **OPTIONS["row"])
     dirty = (x.masked_fill(~mask[..., None], garbage) for x in (student, teacher))
     other, other_grad = run(*dirty, mask=mask, **OPTIONS["row"])
@@ -105,8 +105,10 @@ def test_what_padding_holds_does_not_matter(garbage):
 
 
 @in_both
-def test_a_nan_poisons_what_it_is_part_of(form):
-    student, teacher = states(form, 9, 3, LONG[FLOAT], 8, 9, 0.5) if form == "row" else anisotropic(9, 6, 12, 8, 9, 0.5)
+def test_a_nan_reaches_all_that_is_computed_from_it(form):
+    student, teacher = (
+        states(form, 9, 3, TILED[FLOAT], 8, 9, 0.5) if form == "row" else anisotropic(9, 6, 12, 8, 9, 0.5)
+    )
     clean, clean_grad = run(student, teacher, **OPTIONS[form])
     student[1, 4, 2] = float("nan")
     value, grad = run(student, teacher, **OPTIONS[form])
@@ -122,7 +124,7 @@ def test_a_nan_poisons_what_it_is_part_of(form):
 @in_both
 def test_outlier_dimensions(form, offset):
     """Three dimensions that all rows share: entries are 1 - 1e-4, and the means of positions differ by less."""
-    student, teacher = states(form, 10, 4, LONG[FLOAT] if form == "row" else 33, 64, 96, offset, outliers=3)
+    student, teacher = states(form, 10, 4, TILED[FLOAT] if form == "row" else 33, 64, 96, offset, outliers=3)
     value, grad = run(student, teacher, **OPTIONS[form])
     eager_value, eager_grad = run(student, teacher, "eager", **OPTIONS[form])
     true_value, true_grad = oracle(student, teacher, **OPTIONS[form])
@@ -133,7 +135,7 @@ def test_outlier_dimensions(form, offset):
 
 @in_both
 def test_near_convergence(form):
-    teacher = states(form, 11, 5, LONG[FLOAT] if form == "row" else 24, 48, 48, 2.0)[0]
+    teacher = states(form, 11, 5, TILED[FLOAT] if form == "row" else 24, 48, 48, 2.0)[0]
     student = (teacher + 1e-3 * randn(*teacher.shape, seed=5)).float()
     value, grad = run(student, teacher, **OPTIONS[form])
     _, eager_grad = run(student, teacher, "eager", **OPTIONS[form])
@@ -148,23 +150,23 @@ def test_half_precision_is_as_good_as_float32_arithmetic(form, offset):
     """RMS over seeds: the loss within twice float32 eager's error, the gradient within 1e-2."""
     dtype, ours, full = HALF if INTERPRETED else BFLOAT, [], []
     for seed in range(3 if INTERPRETED else 8):
-        rows = LONG[dtype] if form == "row" else 40
+        rows = TILED[dtype] if form == "row" else 40
         student, teacher = states(form, 20 * seed, 2, rows, 64, 96, offset, dtype=dtype)
         true_value, true_grad = oracle(student, teacher, **OPTIONS[form])
         found = run(student, teacher, **OPTIONS[form])
         eager = run(student.float(), teacher.float(), "eager", **OPTIONS[form])
-        for kept, (value, grad) in ((ours, found), (full, eager)):
-            kept.append((relative_error(value, true_value), relative_error(grad, true_grad)))
+        for errors_of, (value, grad) in ((ours, found), (full, eager)):
+            errors_of.append((relative_error(value, true_value), relative_error(grad, true_grad)))
     ours, full = (torch.tensor(x).square().mean(0).sqrt() for x in (ours, full))
     assert ours[0] <= 2 * full[0] + 1e-7 and ours[1] <= 1e-2
 
 
 @in_both
 def test_weights_made_in_parts(form, monkeypatch):
-    """As many groups at a time as a budget holds, or as many rows of one, which are half the tiles then."""
+    """As many groups as fit into the budget at a time, or as many rows of one group, which are half the tiles then."""
     from fastkd.kernels.gram import tiled
 
-    student, teacher = states(form, 12, 3, 2 * LONG[FLOAT], 8, 12, 1.0)
+    student, teacher = states(form, 12, 3, 2 * TILED[FLOAT], 8, 12, 1.0)
     value, grad = run(student, teacher, **OPTIONS[form])
     for budget in (2 * 192 * 144 * 4, 64 * 144 * 4):  # two groups of three; 64 rows of one
         monkeypatch.setattr(tiled, "BUDGET", budget)
@@ -174,8 +176,8 @@ def test_weights_made_in_parts(form, monkeypatch):
 
 @in_both
 def test_pairs_of_several_kinds(form):
-    """In one call, and beside another level."""
-    rows = LONG[FLOAT] if form == "row" else 6
+    """In one call, and together with another level."""
+    rows = TILED[FLOAT] if form == "row" else 6
     kinds = [(20, 12, FLOAT, FLOAT), (20, 12, FLOAT, HALF), (20, 12, FLOAT, FLOAT)]
     students, teachers = [], []
     for k, (ds, dt, of_s, of_t) in enumerate(kinds):
@@ -192,7 +194,7 @@ def test_pairs_of_several_kinds(form):
 
 @in_both
 def test_strides_change_no_bit(form):
-    student, teacher = states(form, 13, 3, LONG[FLOAT], 8, 9, 0.5)
+    student, teacher = states(form, 13, 3, TILED[FLOAT], 8, 9, 0.5)
     expected = run(student, teacher, **OPTIONS[form])
     wide = torch.full((*student.shape[:2], 40), float("nan"))
     wide[..., 5:13] = student
@@ -237,7 +239,7 @@ def one_tile_dropped(x):
 @pytest.fixture(scope="module")
 def in_the_ordinary_range():
     """What a kernel finds and what is true, for each form: [value, gradient]."""
-    sides = {"official": anisotropic(21, 4, 6, 20, 12, 0.0), "row": anisotropic(21, 2, LONG[FLOAT], 20, 12, 0.0)}
+    sides = {"official": anisotropic(21, 4, 6, 20, 12, 0.0), "row": anisotropic(21, 2, TILED[FLOAT], 20, 12, 0.0)}
     return {form: (run(*x, **OPTIONS[form]), oracle(*x, **OPTIONS[form])) for form, x in sides.items()}
 
 
