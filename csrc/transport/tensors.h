@@ -1,4 +1,4 @@
-// From tensors to a TransportBatch and back, the same for the CPU op and the CUDA op.
+// From tensors to a Batch and back, the same for the CPU op and the CUDA op.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,9 +11,8 @@
 
 #include "transport/simplex.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -45,7 +44,7 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
   Tensor u = torch::stable::new_empty(costs, {problems, n}, ScalarType::Double);
   Tensor v = torch::stable::new_empty(costs, {problems, m}, ScalarType::Double);
   Tensor status = torch::stable::new_empty(costs, {problems}, ScalarType::Int);
-  TransportBatch batch{};
+  Batch batch{};
   batch.cost = costs.const_data_ptr(), batch.a = rows.const_data_ptr(), batch.b = columns.const_data_ptr();
   batch.start_flow = start_flow ? flow_hint.const_data_ptr<double>() : nullptr;
   batch.start_v = start_v ? v_hint.const_data_ptr<double>() : nullptr;
@@ -74,6 +73,5 @@ Moved moved_by(const Tensor& a, const Tensor& b, bool inverse_cost, double tempe
   return {flow, u, v, status, rows, columns};
 }
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

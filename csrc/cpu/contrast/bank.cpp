@@ -9,9 +9,7 @@
 #include "cpu/contrast/rows.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 namespace {
 
 uint64_t mix(uint64_t x) {  // splitmix64
@@ -158,7 +156,7 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
   check("index", index, kI64, "[B]", {kAny});
   check("rows", rows, kFloating, "[B, D]", {index.size(0), bank.size(1)});
   check("scale", scale, kF32, "[K]", {bank.size(0)});
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  const Table& table = chosen_table();
   const Tensor ids = torch::stable::contiguous(index), x = with_contiguous_rows(rows);
   STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1, "bank: the rows must be contiguous");
   const int to_element = element_of_bank(bank), from_element = element_of(x);
@@ -197,7 +195,7 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
   Tensor out = torch::stable::new_empty(z, {}, ScalarType::Float);
   float& found = *out.mutable_data_ptr<float>();
   if (now > 0) return found = now, out;
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  const Table& table = chosen_table();
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank), i = torch::stable::contiguous(index);
   if (scale) scale = torch::stable::contiguous(*scale);
   const float* scales = scales_of(scale);
@@ -231,10 +229,10 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
   return out;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("sample_negatives", TORCH_BOX(&fastkd::sample_negatives));
-  m.impl("update_bank", TORCH_BOX(&fastkd::update_bank));
-  m.impl("nce_partition", TORCH_BOX(&fastkd::nce_partition));
+  m.impl("sample_negatives", TORCH_BOX(&fastkd::contrast::sample_negatives));
+  m.impl("update_bank", TORCH_BOX(&fastkd::contrast::update_bank));
+  m.impl("nce_partition", TORCH_BOX(&fastkd::contrast::nce_partition));
 }

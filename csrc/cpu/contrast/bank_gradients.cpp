@@ -12,9 +12,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 namespace {
 
 constexpr int64_t kBlock = 128;  // rows of the bank
@@ -47,7 +45,7 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
   check_ids(check, query, bank, query_ids, bank_ids);
   check("lse", lse, kF32, "[B]", {query.size(0)});
   check("coefficient", coefficient, kF32, "[B]", {query.size(0)});
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  const Table& table = chosen_table();
   const Gemm& gemm = fastkd::gemm(kFloat32);
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank);
   if (query_ids) query_ids = torch::stable::contiguous(*query_ids);
@@ -88,6 +86,8 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_bank_bwd", TORCH_BOX(&fastkd::info_nce_bank_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("info_nce_bank_bwd", TORCH_BOX(&fastkd::contrast::info_nce_bank_bwd));
+}

@@ -4,6 +4,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -70,5 +72,6 @@ void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, i
 
 }  // namespace
 
-extern const ContrastEmbedTable FASTKD_TABLE(contrast_embed);
-const ContrastEmbedTable FASTKD_TABLE(contrast_embed) = {dots, outer};
+const EmbedTable FASTKD_TABLE(embed_table) = {dots, outer};
+
+}  // namespace fastkd::contrast

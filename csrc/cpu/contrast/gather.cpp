@@ -9,10 +9,7 @@
 #include "cpu/contrast/rows.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-FASTKD_DECLARE(ContrastGatherTable, contrast_gather);
-
-namespace fastkd {
+namespace fastkd::contrast {
 
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
                      int64_t n_data, std::optional<Tensor> scale);
@@ -25,18 +22,18 @@ ScoreOptions options(double scale, double shift) {
 }
 
 // Queries and the bank that their index chooses from.
-struct Side {
+struct QueryAndBank {
   Tensor query, bank;
-  Side(const Tensor& query, const Tensor& bank)
+  QueryAndBank(const Tensor& query, const Tensor& bank)
       : query(with_contiguous_rows(query)), bank(with_contiguous_rows(bank)) {}
 };
 
 // f(side, i, rows, query, sum) for every query of every side whose indices are in range; one that is not is an error
 // after the others.
 template <class F>
-void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) {
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index, F&& f) {
+  const Table& table = chosen_table();
+  const GatherTable& gather = chosen_gather_table();
   const int64_t queries = index.size(0), count = index.size(1), width = sides[0].query.size(1);
   const int64_t padded = padded_width(width), *indices = index.const_data_ptr<int64_t>();
   std::atomic<int64_t> bad{-1};
@@ -83,7 +80,7 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
       torch::stable::new_empty(query, {gradient_in_forward ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *unit_grads = unit_grad.mutable_data_ptr<float>();
   const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
                  [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
                    rows.scales = scales_of(scale);
@@ -108,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   check.that(index.size(1) > 0, "index", "the positive in column 0", "no columns");
   check("z_a", z_a, kF32, "[]", {});
   check("z_b", z_b, kF32, "[]", {});
-  const std::vector<Side> sides = {{query_a, bank_a}, {query_b, bank_b}};
+  const std::vector<QueryAndBank> sides = {{query_a, bank_a}, {query_b, bank_b}};
   const Tensor rows = torch::stable::contiguous(index);
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
   const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data, std::nullopt),
@@ -124,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   Tensor unit_grad[2] = {torch::stable::new_empty(query_a, {count, width}, ScalarType::Float),
                          torch::stable::new_empty(query_b, {count, width}, ScalarType::Float)};
   float* unit_grads[2] = {unit_grad[0].mutable_data_ptr<float>(), unit_grad[1].mutable_data_ptr<float>()};
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const GatherTable& gather = chosen_gather_table();
   for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
     losses[side * count + i] = gather.nce(gathered, row, how[side], sum);
     for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
@@ -151,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
         *lses = lse.mutable_data_ptr<float>();
   float* unit_grads = unit_grad.mutable_data_ptr<float>();
   const ScoreOptions how = options(inverse_temperature, 0);
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const Table& table = chosen_table();
+  const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, index, [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
     rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
@@ -165,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   return {loss, unit_grad, weight, lse};
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("nce_fwd", TORCH_BOX(&fastkd::nce_fwd));
-  m.impl("nce_pair", TORCH_BOX(&fastkd::nce_pair));
+  m.impl("nce_fwd", TORCH_BOX(&fastkd::contrast::nce_fwd));
+  m.impl("nce_pair", TORCH_BOX(&fastkd::contrast::nce_pair));
 }

@@ -6,6 +6,8 @@
 #include "cpu/contrast/widen.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 bool in_range(const int64_t* index, int64_t count, int64_t rows) {
@@ -172,5 +174,6 @@ double softmax(const Gathered& rows, const float* query, ScoreOptions options, f
 
 }  // namespace
 
-extern const ContrastGatherTable FASTKD_TABLE(contrast_gather);
-const ContrastGatherTable FASTKD_TABLE(contrast_gather) = {in_range, nce, softmax};
+const GatherTable FASTKD_TABLE(gather_table) = {in_range, nce, softmax};
+
+}  // namespace fastkd::contrast

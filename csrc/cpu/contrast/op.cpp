@@ -19,9 +19,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive,
                                                              const Tensor& bank, const Tensor& index,
@@ -39,7 +37,7 @@ constexpr int64_t kMaxKeys = 256, kLeastBlocks = 8;
 
 // Everything that depends on sizes, dtypes and the machine.
 struct Plan {
-  const ContrastTable& table;
+  const Table& table;
   const Gemm& gemm;
   bool bfloat16, in_place, split_query, split_weights, gradient_in_forward;
   int64_t queries, width, padded, bank_rows, panels, keys, blocks, groups, ranges, packed_bytes;
@@ -47,7 +45,7 @@ struct Plan {
   int64_t row_bytes, row_stride;  // of the bank
 
   Plan(const Tensor& query, const Tensor& bank, bool scaled, bool gradient_in_forward)
-      : table(FASTKD_CHOOSE(contrast)),
+      : table(chosen_table()),
         gemm(fastkd::gemm(scaled ? int(kFloat32) : element_of(bank))),
         gradient_in_forward(gradient_in_forward) {
     element = element_of_bank(bank);
@@ -274,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, con
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped; scale [K] of the rows. Loss rows [B];
@@ -313,4 +311,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "Tensor? scale=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_fwd", TORCH_BOX(&fastkd::info_nce_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_fwd", TORCH_BOX(&fastkd::contrast::info_nce_fwd)); }

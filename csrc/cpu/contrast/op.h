@@ -1,6 +1,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::contrast {
+
 constexpr int64_t kPanel = 32;       // queries that go through a block of the bank together: the row of a score tile
 constexpr int64_t kColumnStep = 32;  // the width that weighted sums work in
 constexpr int64_t kGathered =
@@ -16,7 +20,7 @@ struct PanelState {
 };
 
 // One block of the bank against a panel. Scores are [keys][kPanel]: what belongs to a query stays in its lane.
-struct ContrastTable {
+struct Table {
   // Drops the scores whose key has the query's id.
   void (*exclude)(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids);
   // Scores become weights e^(score - largest): in place, or where `high` is not null as bfloat16 pairs of neighbouring
@@ -58,7 +62,7 @@ struct ScoreOptions {
   float scale, scale_low, shift, shift_low;
 };
 
-struct ContrastGatherTable {
+struct GatherTable {
   bool (*in_range)(const int64_t* index, int64_t count, int64_t rows);
   // query and sum are [padded] floats; sum, if not null, takes the weighted sum of the rows.
   // Returns sum of softplus(score), of the first row softplus(-score); weights are its derivatives.
@@ -66,3 +70,8 @@ struct ContrastGatherTable {
   // Weights are e^(score - largest); returns their sum.
   double (*softmax)(const Gathered& rows, const float* query, ScoreOptions options, float* largest, float* sum);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+FASTKD_DECLARE_TABLE(GatherTable, gather_table);
+
+}  // namespace fastkd::contrast

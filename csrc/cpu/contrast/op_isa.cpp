@@ -10,6 +10,8 @@
 #include "cpu/contrast/widen.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -182,7 +184,7 @@ void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint
   }
 }
 #else
-constexpr decltype(ContrastTable::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
+constexpr decltype(Table::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
 #endif
 
 void share(float* scores, int64_t keys, const float* shift, const float* factor) {
@@ -243,6 +245,7 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
 
 }  // namespace
 
-extern const ContrastTable FASTKD_TABLE(contrast);
-const ContrastTable FASTKD_TABLE(contrast) = {exclude, softmax,    weighted_sum, weighted_sum_bfloat16,
-                                              share,   add_scaled, widen,        update_row};
+const Table FASTKD_TABLE(table) = {exclude, softmax,    weighted_sum, weighted_sum_bfloat16,
+                                   share,   add_scaled, widen,        update_row};
+
+}  // namespace fastkd::contrast

@@ -5,6 +5,8 @@
 #include "cpu/contrast/op.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 typedef uint8_t vbytes __attribute__((vector_size(kLanes)));
@@ -54,3 +56,5 @@ inline void widen_row(const void* x, int element, int64_t count, float scale, fl
 }
 
 }  // namespace
+
+}  // namespace fastkd::contrast

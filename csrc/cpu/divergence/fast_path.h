@@ -6,6 +6,8 @@
 // divergence/op_isa.cpp takes the accurate path. Only for divergence/op_isa.cpp, which has `sweep`.
 #pragma once
 
+namespace fastkd::divergence {
+
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
@@ -97,7 +99,7 @@ inline Apart refuse(const Part& row, double inverse_temperature) {
 // grad (or null) = (q - p) * scale. `scratch` holds apart_scratch(columns) floats, wherever there is a gradient.
 template <bool kEntropy, bool kGradient>
 Apart apart(const float* s, const float* t, int64_t columns, float inverse_temperature, float scale, float* grad,
-            float* scratch, DivergenceStats* stats) {
+            float* scratch, RowStats* stats) {
   const float per_two = inverse_temperature * kLog2E;
   float* maxima = scratch + columns;  // of s and t, per chunk
   Part row = {-kInfinity, -kInfinity, 0, 0, 0, 0};
@@ -135,3 +137,5 @@ Apart apart(const float* s, const float* t, int64_t columns, float inverse_tempe
 }
 
 }  // namespace
+
+}  // namespace fastkd::divergence

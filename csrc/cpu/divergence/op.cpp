@@ -9,12 +9,10 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(DivergenceTable, divergence);
-
-namespace fastkd {
+namespace fastkd::divergence {
 namespace {
 
-constexpr int64_t kStats = sizeof(DivergenceStats) / sizeof(float);
+constexpr int64_t kStats = sizeof(RowStats) / sizeof(float);
 
 void check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
            int64_t kind) {
@@ -22,16 +20,15 @@ void check(const char* op, const Tensor& student, const Tensor& teacher, const s
   check("s", student, kFloating, "[N, V]", {kAny, kAny});
   check("t", teacher, kFloating, "[N, V]", {student.size(0), student.size(1)});
   check("mask", mask, kBool, "[N]", {student.size(0)});
-  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 6", kind);
+  check.that(kind >= 0 && kind < kKinds, "kind", "0 to 6", kind);
 }
 
-DivergenceOptions options(int64_t kind, double temperature, double mix) {
+Options options(int64_t kind, double temperature, double mix) {
   return {int(kind), float(1 / temperature), float(mix), float(1 - mix)};
 }
 
 // Row i of `x` as floats, through `scratch` where x is half precision.
-const float* float_row(const DivergenceTable& table, const Tensor& x, int element, int64_t i,
-                       std::vector<float>& scratch) {
+const float* float_row(const Table& table, const Tensor& x, int element, int64_t i, std::vector<float>& scratch) {
   const int64_t columns = x.size(1);
   if (element != kFloat32 && scratch.empty()) scratch.resize(columns);
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * columns * int64_t(x.element_size());
@@ -53,18 +50,18 @@ const bool* rows_kept(const std::optional<Tensor>& mask, Tensor* holder) {
 }
 
 // Values, stats, and (grad: [N, V], or none) the gradient of upstream * value.
-std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor& teacher, const bool* kept,
-                                            DivergenceOptions how, float* grad, float upstream) {
+std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor& teacher, const bool* kept, Options how,
+                                            float* grad, float upstream) {
   const Tensor s = torch::stable::contiguous(student), t = torch::stable::contiguous(teacher);
   const int64_t rows = s.size(0), columns = s.size(1);
   Tensor values = torch::stable::new_empty(s, {rows}, ScalarType::Float);
   Tensor stats = torch::stable::new_empty(s, {rows, kStats}, ScalarType::Float);
   const int element_s = element_of(s), element_t = element_of(t);
   float* value = values.mutable_data_ptr<float>();
-  auto* stat = reinterpret_cast<DivergenceStats*>(stats.mutable_data_ptr<float>());
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  auto* stat = reinterpret_cast<RowStats*>(stats.mutable_data_ptr<float>());
+  const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch_s, scratch_t, scratch(grad ? DivergenceGradient::scratch_size(columns) : 0);
+    std::vector<float> scratch_s, scratch_t, scratch(grad ? GradRequest::scratch_size(columns) : 0);
     for (int64_t i = begin; i < end; ++i) {
       float* out = grad ? grad + i * columns : nullptr;
       if (kept && !kept[i]) {
@@ -143,10 +140,10 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   const bool* kept = rows_kept(mask, &holder);
   const int element_s = element_of(s), element_t = element_of(t);
   const float* up = g.const_data_ptr<float>();
-  const auto* stat = reinterpret_cast<const DivergenceStats*>(of_rows.const_data_ptr<float>());
+  const auto* stat = reinterpret_cast<const RowStats*>(of_rows.const_data_ptr<float>());
   char* out = static_cast<char*>(grad.mutable_data_ptr());
-  const DivergenceOptions how = options(kind, temperature, mix);
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  const Options how = options(kind, temperature, mix);
+  const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch_s, scratch_t, scratch_out(element_s == kFloat32 ? 0 : columns);
     for (int64_t i = begin; i < end; ++i) {
@@ -165,7 +162,7 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::divergence
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
@@ -189,8 +186,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence_fwd));
-  m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence_fwd_grad));
-  m.impl("divergence_rescale_grad", TORCH_BOX(&fastkd::divergence_rescale_grad));
-  m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence_bwd));
+  m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence::divergence_fwd));
+  m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence::divergence_fwd_grad));
+  m.impl("divergence_rescale_grad", TORCH_BOX(&fastkd::divergence::divergence_rescale_grad));
+  m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence::divergence_bwd));
 }

@@ -21,6 +21,7 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::divergence {
 namespace {
 
 constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles after so many elements
@@ -54,16 +55,18 @@ template <int N, class F>
 }
 
 }  // namespace
+}  // namespace fastkd::divergence
 
 #include "cpu/divergence/fast_path.h"
 #include "cpu/divergence/pair.h"
 
+namespace fastkd::divergence {
 namespace {
 
 // Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
 // `exponential_t`, for a gradient.
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
-void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
+void add_moments(const Row& row, const float* s, const float* t, int64_t columns, RowSums* sums, float* excess,
                  float* exponential_t) {
   constexpr int kSums = kEntropy ? 5 : kLoss ? 4 : 2;
   double totals[kSums];
@@ -121,7 +124,7 @@ float beside(const float* s, const float* t, int64_t begin, int64_t columns, flo
 }
 
 // The sums relative to larger maxima: every e^t is multiplied by `t` and every c grows by `delta`, so e^s by `s`.
-void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSums* sums) {
+void move_to(float max_s, float max_t, double inverse_temperature, RowSums* sums) {
   const double up_s = (double(sums->max_s) - max_s) * inverse_temperature;
   const double up_t = (double(sums->max_t) - max_t) * inverse_temperature;
   const bool first = sums->sum_t == 0 && sums->sum_s == 0;
@@ -139,8 +142,7 @@ void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSum
 }
 
 template <int kKind, bool kKeep>
-void gather(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums,
-            DivergenceGradient gradient) {
+void gather(const float* s, const float* t, int64_t columns, Options options, RowSums* sums, GradRequest gradient) {
   if constexpr (kKind == kMSE) {
     double totals[1];
     accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
@@ -171,7 +173,7 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
 }
 
 // KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
-double kl_from(const DivergenceSums& m, double kappa) {
+double kl_from(const RowSums& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
   if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
@@ -180,14 +182,14 @@ double kl_from(const DivergenceSums& m, double kappa) {
   return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
 }
 
-double entropy_of(const DivergenceSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
+double entropy_of(const RowSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
 
-inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
+inline Row row_of(Options options, const RowStats& stats) {
   return row_of(stats.max_s, stats.max_t, options.inverse_temperature, stats.sum_s, stats.sum_t, stats.kappa);
 }
 
 // h of the student's likeliest token. Where a token has nearly all of q, h - mean would be a difference of equals.
-float centre_of(DivergenceOptions options, const DivergenceStats& stats, float top_t) {
+float centre_of(Options options, const RowStats& stats, float top_t) {
   static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
   const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
   const float h = kSlope[options.kind](top, options, 0, 0)[0];
@@ -195,7 +197,7 @@ float centre_of(DivergenceOptions options, const DivergenceStats& stats, float t
   return std::fabs(h) < kInfinity ? h : 0;
 }
 
-bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+bool conclude(Options options, const RowSums& sums, RowStats* stats, float* value) {
   *stats = {};
   *value = options.kind == kMSE ? float(sums.value) : 0;
   if (options.kind == kMSE || (sums.max_s == -kInfinity && sums.max_t == -kInfinity)) return false;
@@ -214,8 +216,7 @@ bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceS
 // The value with the final kappa, and the mean of h - centre over the q that the backward will see, so that its
 // rounding cancels.
 template <int kKind>
-void refine(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
-            DivergenceSums* sums) {
+void refine(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats, RowSums* sums) {
   const Row row = row_of(options, stats);
   const float centre = stats.centre;
   double totals[3];
@@ -230,15 +231,15 @@ void refine(const float* s, const float* t, int64_t columns, DivergenceOptions o
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
 
-void finish(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+void finish(Options options, const RowSums& sums, RowStats* stats, float* value) {
   const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
   *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
   stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
 }
 
 template <int kKind>
-void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
-              float upstream, float* grad) {
+void backward(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats, float upstream,
+              float* grad) {
   const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
   const Row row = row_of(options, stats);
   const float centre = stats.centre, mean = stats.mean;
@@ -261,9 +262,9 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
 
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
-float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                      DivergenceStats* stats, DivergenceGradient gradient, double between) {
-  DivergenceSums sums;
+float careful_forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                      GradRequest gradient, double between) {
+  RowSums sums;
   sums.between = between;
   float value;
   gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
@@ -288,8 +289,7 @@ float careful_forward(const float* s, const float* t, int64_t columns, Divergenc
 }
 
 template <int kKind>
-float forward(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
-              DivergenceGradient gradient) {
+float forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats, GradRequest gradient) {
   if constexpr (kKind == kForwardKL || kKind == kSoftCE) {
     constexpr bool kEntropy = kKind == kSoftCE;
     const float scale = gradient.upstream * options.inverse_temperature;
@@ -305,29 +305,29 @@ float forward(const float* s, const float* t, int64_t columns, DivergenceOptions
   }
 }
 
-float forward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
-                  DivergenceGradient gradient) {
+float forward_any(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                  GradRequest gradient) {
   static constexpr decltype(&forward<0>) kForward[] = {forward<0>, forward<1>, forward<2>, forward<3>,
                                                        forward<4>, forward<5>, forward<6>};
   return kForward[options.kind](s, t, columns, options, stats, gradient);
 }
 
-void backward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                  const DivergenceStats& stats, float upstream, float* grad) {
+void backward_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                  float upstream, float* grad) {
   static constexpr decltype(&backward<0>) kBackward[] = {backward<0>, backward<1>, backward<2>, backward<3>,
                                                          backward<4>, backward<5>, backward<6>};
   kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
 }
 
-void gather_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums) {
+void gather_any(const float* s, const float* t, int64_t columns, Options options, RowSums* sums) {
   static constexpr decltype(&gather<0, false>) kGather[] = {gather<0, false>, gather<1, false>, gather<2, false>,
                                                             gather<3, false>, gather<4, false>, gather<5, false>,
                                                             gather<6, false>};
   kGather[options.kind](s, t, columns, options, sums, {});
 }
 
-void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                const DivergenceStats& stats, DivergenceSums* sums) {
+void refine_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                RowSums* sums) {
   static constexpr decltype(&refine<0>) kRefine[] = {refine<0>, refine<1>, refine<2>, refine<3>, refine<4>, refine<0>};
   kRefine[options.kind](s, t, columns, options, stats, sums);
 }
@@ -379,7 +379,7 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 
 }  // namespace
 
-extern const DivergenceTable FASTKD_TABLE(divergence);
-const DivergenceTable FASTKD_TABLE(divergence) = {forward_any,    backward_any, gather_any, conclude,
-                                                  refine_any,     finish,       largest,    sum_of_exponentials,
-                                                  scaled_softmax, as_floats,    narrow};
+const Table FASTKD_TABLE(table) = {forward_any, backward_any,        gather_any,     conclude,  refine_any, finish,
+                                   largest,     sum_of_exponentials, scaled_softmax, as_floats, narrow};
+
+}  // namespace fastkd::divergence

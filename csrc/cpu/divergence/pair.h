@@ -3,6 +3,8 @@
 // mathematics.
 #pragma once
 
+namespace fastkd::divergence {
+
 namespace {
 
 // What the softmaxes of one row need; the arithmetic of one vector of it.
@@ -74,7 +76,7 @@ inline ToMixture to_mixture(vfloat a, vfloat m, vfloat n) {
   return {there ? x.log1p : none, there ? a * x.y_minus_log1p : n + none};
 }
 
-inline vfloat mixture(const Pair& x, const DivergenceOptions& o) { return o.rest * x.p + o.mix * x.q; }
+inline vfloat mixture(const Pair& x, const Options& o) { return o.rest * x.p + o.mix * x.q; }
 
 // p lambda(n / p), the term of KL(p || p + n), where log(1 + n / p) is known. Without p it is n, the limit.
 inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
@@ -88,7 +90,7 @@ inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
 // and q agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the
 // teacher is.
 template <int kKind>
-[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre, float mean) {
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const Options& o, float centre, float mean) {
   if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre - mean;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
     const bool far = centre == o.mix;
@@ -107,7 +109,7 @@ template <int kKind>
 }
 
 template <int kKind>
-[[gnu::always_inline]] inline vfloat term(const Pair& x, const DivergenceOptions& o) {
+[[gnu::always_inline]] inline vfloat term(const Pair& x, const Options& o) {
   if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
   if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
   if constexpr (kKind == kSkewKL || kKind == kJSD) {
@@ -120,3 +122,5 @@ template <int kKind>
 }
 
 }  // namespace
+
+}  // namespace fastkd::divergence

@@ -11,7 +11,7 @@
 #include "cpu/divergence/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::divergence {
 namespace {
 
 // T logsumexp(s / T) of all words and of the rest, and the mean of h under q, each as a float and what it lacks; and
@@ -84,16 +84,15 @@ inline void check_sparse(const Check& check, const Tensor& indices, const std::o
 }
 
 // log sum e^(s / T); -inf where no word exists.
-inline double log_sum_exp(const DivergenceTable& table, const float* s, int64_t columns, double inverse_temperature) {
+inline double log_sum_exp(const Table& table, const float* s, int64_t columns, double inverse_temperature) {
   const float max = table.largest(s, columns);
   if (max == -std::numeric_limits<float>::infinity()) return max;
   return max * inverse_temperature + std::log(table.sum_of_exponentials(s, columns, inverse_temperature, max));
 }
 
 // `rest` is scratch for a row.
-inline float topk_forward(const DivergenceTable& table, const TopKTeacher& teacher, int64_t i, const float* s,
-                          int64_t columns, float* rest, int kind, double inverse_temperature, double mix,
-                          TopKStats* stats) {
+inline float topk_forward(const Table& table, const TopKTeacher& teacher, int64_t i, const float* s, int64_t columns,
+                          float* rest, int kind, double inverse_temperature, double mix, TopKStats* stats) {
   constexpr double kNothing = -std::numeric_limits<double>::infinity();
   const int64_t* index = teacher.index(i);
   std::memcpy(rest, s, columns * sizeof(float));
@@ -122,9 +121,9 @@ inline float topk_forward(const DivergenceTable& table, const TopKTeacher& teach
   return float(value);
 }
 
-inline void topk_backward(const DivergenceTable& table, const TopKTeacher& teacher, int64_t i, const float* s,
-                          int64_t columns, int kind, double inverse_temperature, double mix, const TopKStats& stats,
-                          float upstream, float* grad) {
+inline void topk_backward(const Table& table, const TopKTeacher& teacher, int64_t i, const float* s, int64_t columns,
+                          int kind, double inverse_temperature, double mix, const TopKStats& stats, float upstream,
+                          float* grad) {
   const double scale = upstream * inverse_temperature;
   const double log_sum = double(stats.log_sum) + stats.lacking, mean = double(stats.mean) + stats.mean_lacking;
   table.scaled_softmax(s, columns, float(inverse_temperature), stats.rest_log_sum, stats.rest_lacking,
@@ -138,4 +137,4 @@ inline void topk_backward(const DivergenceTable& table, const TopKTeacher& teach
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::divergence

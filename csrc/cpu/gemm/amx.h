@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+namespace fastkd {
 namespace {
 
 constexpr int AMX_ROWS = 32, AMX_UNITS = 16, AMX_BYTES = 2048;  // of a panel; of a block; of a block of a panel
@@ -179,3 +180,4 @@ constexpr Gemm amx_implementation() {
 }
 
 }  // namespace
+}  // namespace fastkd

@@ -10,6 +10,7 @@
 #include "cpu/gemm/write.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd {
 namespace {
 
 #ifndef FASTKD_GEMM_MR
@@ -209,6 +210,7 @@ constexpr Gemm amx = {};
 
 }  // namespace
 
-extern const GemmTable FASTKD_TABLE(gemm);
-const GemmTable FASTKD_TABLE(gemm) = {implementation<MultiplyFloat32>(), bfloat16, amx,
-                                      amx_implementation<emulated_tiles, NoConfiguration>()};
+const GemmTable FASTKD_TABLE(gemm_table) = {implementation<MultiplyFloat32>(), bfloat16, amx,
+                                            amx_implementation<emulated_tiles, NoConfiguration>()};
+
+}  // namespace fastkd

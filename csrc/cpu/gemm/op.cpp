@@ -7,18 +7,16 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(GemmTable, gemm);
-
 namespace fastkd {
 
 static bool use_amx() {
   static const char* wish = std::getenv("FASTKD_AMX");
-  static const bool on = wish && !std::strcmp(wish, "1") && FASTKD_CHOOSE(gemm).amx.tile && has_amx_bf16();
+  static const bool on = wish && !std::strcmp(wish, "1") && chosen_gemm_table().amx.tile && has_amx_bf16();
   return on;
 }
 
 const Gemm& gemm(int element, bool float32_only) {
-  const GemmTable& table = FASTKD_CHOOSE(gemm);
+  const GemmTable& table = chosen_gemm_table();
   if (element != kBFloat16 || float32_only) return table.float32;
   return use_amx() ? table.amx : has_avx512_bf16() ? table.bfloat16 : table.float32;
 }
@@ -112,7 +110,7 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   if (start) torch::stable::copy_(out, *start);
   if (m == 0 || n == 0) return out;
   const int element = element_of(a);
-  const Gemm& chosen = how & kEmulateAmx ? FASTKD_CHOOSE(gemm).emulated_amx
+  const Gemm& chosen = how & kEmulateAmx ? chosen_gemm_table().emulated_amx
                                          : gemm(how & kRound ? (int)kBFloat16 : element, how & kFloat32Only);
   const bool direct = how & kDirect, split = (how & kSplit) && chosen.operand == kBFloat16 && element == kFloat32;
   STD_TORCH_CHECK(!direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),

@@ -9,6 +9,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/simd/lanes.h"
 
+namespace fastkd {
 namespace {
 
 constexpr int W = kLanes;
@@ -36,7 +37,7 @@ FASTKD_INLINE Words bfloat16_bits(Floats x) {
 struct Float32 {
   static constexpr bool pairs_as_it_lies = false;
   typedef float Type;
-  static FASTKD_INLINE Floats load(const float* x) { return ::load(x); }
+  static FASTKD_INLINE Floats load(const float* x) { return fastkd::load(x); }
 };
 struct BFloat16 {
   static constexpr bool pairs_as_it_lies = true;
@@ -59,7 +60,7 @@ struct LowPart {
   static constexpr bool pairs_as_it_lies = false;
   typedef float Type;
   static FASTKD_INLINE Floats load(const float* x) {
-    const Floats value = ::load(x);
+    const Floats value = fastkd::load(x);
     return value - floats(bfloat16_bits(value));
   }
 };
@@ -274,3 +275,4 @@ int64_t packed_bytes(int64_t rows, int64_t k) {
 }
 
 }  // namespace
+}  // namespace fastkd

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/gemm/pack.h"
 
+namespace fastkd {
 namespace {
 
 // Where a register tile goes: rows and columns that exist, and how.
@@ -51,3 +52,4 @@ void write_sums(const float* sums, int64_t sums_stride, const Corner& at) {
 }
 
 }  // namespace
+}  // namespace fastkd

@@ -6,7 +6,7 @@
 
 #include "cpu/gram/side.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 constexpr int64_t kTokenRows = 2, kSequenceRows = 3;  // fewer valid ones under a mask: the group does not count
 
@@ -42,9 +42,9 @@ struct GroupMask {
   }
 };
 
-struct Call {
-  const GramTable& table;
-  Side s, t;
+struct Term {
+  const Table& table;
+  GroupRows s, t;
   GroupMask mask;
   int64_t groups, length;
   bool sequence, row, official, by_features;
@@ -71,13 +71,13 @@ inline Weights conclude(double pp, double qq, double pq, double eps, float upstr
   return {upstream * (a > 0 ? pq * b / (a * den * den) : a == 0 ? 0. : a), b == 0 ? 0. : -upstream / den};
 }
 
-inline char* out_row(const Call& call, int64_t group, int64_t i) {
+inline char* out_row(const Term& call, int64_t group, int64_t i) {
   const int64_t b = call.sequence ? i : group, position = call.sequence ? group : i;
   const int64_t positions = call.sequence ? call.groups : call.length;
   return call.out + (b * positions + position) * call.s.width * call.out_item;
 }
 
-inline void write_zeros(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
+inline void write_zeros(const Term& call, int64_t group, const std::vector<int64_t>& kept) {
   if (!call.out || call.add || int64_t(kept.size()) == call.length) return;
   size_t next = 0;
   for (int64_t i = 0; i < call.length; ++i) {
@@ -93,7 +93,7 @@ struct Scratch {
   float *pull, *u, *before, *ones;
   char* packed;
 
-  Scratch(Arena& arena, const Side& s, int64_t rows, int64_t columns, int64_t ones_count) {
+  Scratch(Arena& arena, const GroupRows& s, int64_t rows, int64_t columns, int64_t ones_count) {
     pull = arena.take<float>(rows * s.padded);
     u = arena.take<float>(s.padded);
     before = arena.take<float>(s.padded);
@@ -102,14 +102,14 @@ struct Scratch {
   }
 };
 
-inline GramLines take_lines(Arena& arena, int64_t count) {
+inline RowWeights take_lines(Arena& arena, int64_t count) {
   float* taken[6];
   for (float*& x : taken) x = arena.take<float>(count);
   return {taken[0], taken[1], taken[2], taken[3], taken[4], taken[5]};
 }
 
 // pull (+)= weights[rows, j..j_end) x rows j to j_end of the student; their sums are added up.
-inline void pull_rows(const Side& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
+inline void pull_rows(const GroupRows& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
                       int64_t block, const Scratch& scratch, double* sums) {
   const int64_t columns = j_end - j;
   for (int64_t k : s.zeros)  // their weights, of size 1 / eps, would leave their rounding in the sums
@@ -123,9 +123,9 @@ inline void pull_rows(const Side& s, float* weights, int64_t stride, int64_t row
 }
 
 // Rows [begin, end), prepared as they lie from `rows` on.
-inline void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& kept, int64_t begin, int64_t end,
+inline void finish_rows(const Term& call, int64_t group, const std::vector<int64_t>& kept, int64_t begin, int64_t end,
                         const char* rows, int64_t row_bytes, const Scratch& scratch, const double* sums) {
-  const Side& s = call.s;
+  const GroupRows& s = call.s;
   const int element = call.out_item == 4 ? kFloat32 : kBFloat16;
   const bool direct = element == kFloat32 && s.padded == s.width;
   const int64_t out_bytes = s.width * call.out_item;
@@ -139,7 +139,8 @@ inline void finish_rows(const Call& call, int64_t group, const std::vector<int64
       for (int64_t k = 0; k < s.width; ++k) pull[k] = s.live(i) ? 0 : s.centre[k] * sum;
       sum = 0;
     }
-    const GramRow of = {rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i], sum};
+    const RowGradient of = {
+        rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i], sum};
     char* to = out_row(call, group, kept[i]);
     if (direct) {
       auto* floats = reinterpret_cast<float*>(to);
@@ -152,4 +153,4 @@ inline void finish_rows(const Call& call, int64_t group, const std::vector<int64
   }
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

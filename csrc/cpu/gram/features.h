@@ -16,19 +16,19 @@
 
 #include "cpu/gram/args.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 constexpr int64_t kBlockRows = 1024;
 
 struct Features {
-  Call call;  // both sides as floats
+  Term call;  // both sides as floats
   int64_t wide, stride, strip, columns, block;
   Memory memory;
   float *rows, *wanted;
   char *packed_a, *packed_b, *weights;
   double *h, *onto_s, *onto_t;
 
-  explicit Features(const Call& of)
+  explicit Features(const Term& of)
       : call(of),
         wide(of.s.padded + of.t.padded),
         stride(wide + kSkew),
@@ -73,7 +73,7 @@ struct Features {
     call.valid[group] = n > 0;
     call.values[group] = 0;
     if (n == 0) return;
-    for (Side* side : {&call.s, &call.t}) {
+    for (GroupRows* side : {&call.s, &call.t}) {
       side->scale_and_sum(group, kept, true);
       side->mean(group, kept);
     }
@@ -191,4 +191,4 @@ struct Features {
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

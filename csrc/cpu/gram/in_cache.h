@@ -5,17 +5,17 @@
 
 #include "cpu/gram/row_stats.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 struct Whole {
-  Call call;  // a copy: the sides point into this thread's scratch
+  Term call;  // a copy: the sides point into this thread's scratch
   int64_t stride, block;
   Memory memory;
   float *p, *q;
-  GramLines lines;
+  RowWeights lines;
   std::unique_ptr<Scratch> scratch;
 
-  explicit Whole(const Call& of) : call(of), stride(gram_padded(of.length) + kSkew), block(gram_padded(of.length)) {
+  explicit Whole(const Term& of) : call(of), stride(gram_padded(of.length) + kSkew), block(gram_padded(of.length)) {
     memory.fill([&](Arena& arena) { carve(arena); });
     for (int64_t i = 0; i < stride; ++i) scratch->ones[i] = 1;
   }
@@ -35,7 +35,7 @@ struct Whole {
   void make(int64_t group, const std::vector<int64_t>& kept, double levels[2]) {
     const int64_t n = int64_t(kept.size());
     for (int side = 1; side >= 0; --side) {  // the teacher's rows make room for the student's
-      Side& x = side ? call.t : call.s;
+      GroupRows& x = side ? call.t : call.s;
       float* out = side ? q : p;
       x.prepare(group, kept, false);
       each(false, n, x.strip, [&](int64_t i, int64_t end) {
@@ -110,4 +110,4 @@ struct Whole {
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

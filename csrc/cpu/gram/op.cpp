@@ -28,9 +28,7 @@
 #include "cpu/gram/tiled.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(GramTable, gram);
-
-namespace fastkd {
+namespace fastkd::gram {
 namespace {
 
 using Tensors = std::vector<Tensor>;
@@ -40,7 +38,7 @@ constexpr int64_t kFewRows = 320;  // up to here, gradients by features are less
 enum Level : int64_t { kToken, kSequence, kOfficial };
 
 // What an op was asked for, whatever the pair.
-struct Question {
+struct Args {
   std::optional<Tensor> mask;
   std::vector<int64_t> levels;
   bool row, normalize;
@@ -48,7 +46,7 @@ struct Question {
 };
 
 // A gradient per level (for upstream 1), or one of all levels together, or none; and the upstream of every level.
-struct Aim {
+struct GradRequest {
   Tensors out;
   std::vector<Upstream> upstream;
 };
@@ -59,7 +57,7 @@ Tensor rows_side_by_side(const Tensor& x) {
 
 // The released code's groups: all positions are measured before the first gradient is known.
 template <class Work, class Each>
-void by_official_groups(const Call& call, const Each& each_group) {
+void by_official_groups(const Term& call, const Each& each_group) {
   OfficialGroups found(call.length, call.groups);
   each_group([&](Work& work, int64_t group) { work.measure(group, &found.lines[group * call.length]); });
   found.conclude_all(call);
@@ -75,7 +73,7 @@ bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gr
   return n > kFewRows && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
 }
 
-void correlate(const Call& call) {
+void correlate(const Term& call) {
   if (call.by_features) {
     Features work(call);
     for (int64_t group = 0; group < call.groups; ++group) work.run(group);
@@ -100,9 +98,9 @@ void correlate(const Call& call) {
   each_group([](Whole& work, int64_t group) { work.run(group); });
 }
 
-Call call_of(const Question& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+Term call_of(const Args& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
              Tensor& values, Tensor& valid) {
-  const GramTable& table = FASTKD_CHOOSE(gram);
+  const Table& table = chosen_table();
   const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   const std::vector<int64_t> shape =
@@ -111,9 +109,9 @@ Call call_of(const Question& asked, int64_t level, bool with_gradient, const Ten
   const bool by_features = !by_line && features_are_fewer(double(length), s, t, with_gradient);
   values = torch::stable::new_empty(s, shape, ScalarType::Float);
   valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
-  Call call = {table,
-               Side(table, s, sequence, asked.normalize, by_line, by_features, norms),
-               Side(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
+  Term call = {table,
+               GroupRows(table, s, sequence, asked.normalize, by_line, by_features, norms),
+               GroupRows(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
                GroupMask(asked.mask, sequence, length),
                groups,
                length,
@@ -128,18 +126,18 @@ Call call_of(const Question& asked, int64_t level, bool with_gradient, const Ten
                nullptr,
                0,
                false};
-  Side::agree(call.s, call.t);
+  GroupRows::agree(call.s, call.t);
   return call;
 }
 
 // All levels of a pair of layers, one after another.
-void all_levels(const Question& asked, const Tensor& student, const Tensor& teacher, Aim& aim, Tensors* values,
+void all_levels(const Args& asked, const Tensor& student, const Tensor& teacher, GradRequest& aim, Tensors* values,
                 Tensors* valid) {
   const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
   Norms norms[2];
   for (size_t k = 0; k < asked.levels.size(); ++k) {
     Tensor one_minus_rho, counts;
-    Call call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
+    Term call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
     if (!aim.out.empty()) {
       const bool together = aim.out.size() == 1;
       Tensor& out = aim.out[together ? 0 : k];
@@ -166,7 +164,7 @@ Tensor gradient_like(const Tensor& student) {
 }
 
 // Pairs of layers [B, N, D], D its own, and what is asked of them.
-void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Question& asked) {
+void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Args& asked) {
   check.length("students", students, kAny);
   check.length("teachers", teachers, int64_t(students.size()));
   check.length("levels", asked.levels, kAny);
@@ -182,7 +180,7 @@ void check_question(const Check& check, const Tensors& students, const Tensors& 
 
 // What goes with the values of every term: [G], or row by row [G, R].
 void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
-                 const Question& asked) {
+                 const Args& asked) {
   const size_t terms = asked.levels.size();
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check.length(name, xs, int64_t(students.size() * terms));
@@ -196,7 +194,7 @@ void check_terms(const Check& check, const char* name, const Tensors& xs, unsign
 }
 
 // A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
-bool units_do(const Question& asked) {
+bool units_do(const Args& asked) {
   for (int64_t level : asked.levels)
     if (level == kOfficial || asked.row) return false;
   return true;
@@ -205,11 +203,11 @@ bool units_do(const Question& asked) {
 std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
                                                std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                bool with_gradient) {
-  const Question asked = {mask, levels, row, normalize, eps};
+  const Args asked = {mask, levels, row, normalize, eps};
   check_question(Check("gram_fwd"), students, teachers, asked);
   Tensors values, valid, saved;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    Aim aim = {{}, std::vector<Upstream>(levels.size())};
+    GradRequest aim = {{}, std::vector<Upstream>(levels.size())};
     for (size_t k = 0; with_gradient && units_do(asked) && k < levels.size(); ++k)
       aim.out.push_back(gradient_like(students[pair]));
     all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
@@ -219,7 +217,7 @@ std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teacher
 }
 
 // What gram_fwd left for gram_bwd: nothing, or a gradient of every term.
-void check_units(const Check& check, Tensors& saved, const Tensors& students, const Question& asked) {
+void check_units(const Check& check, Tensors& saved, const Tensors& students, const Args& asked) {
   if (saved.empty()) return;
   const size_t terms = asked.levels.size();
   check.length("saved", saved, units_do(asked) ? int64_t(students.size() * terms) : 0);
@@ -231,9 +229,8 @@ void check_units(const Check& check, Tensors& saved, const Tensors& students, co
 }
 
 // The sum of units, each times its upstream, in the student's dtype.
-Tensor weighted(const Tensor& student, const Question& asked, const std::vector<Upstream>& upstream,
-                const Tensor* units) {
-  const GramTable& table = FASTKD_CHOOSE(gram);
+Tensor weighted(const Tensor& student, const Args& asked, const std::vector<Upstream>& upstream, const Tensor* units) {
+  const Table& table = chosen_table();
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
   use_huge_pages(grad);
   const int64_t positions = student.size(1), width = student.size(2), terms = int64_t(upstream.size());
@@ -255,8 +252,8 @@ Tensor weighted(const Tensor& student, const Question& asked, const std::vector<
 }
 
 // All levels' gradients once more, for the upstream that came.
-Tensor again(const Question& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
-  Aim aim = {{gradient_like(student)}, std::move(upstream)};
+Tensor again(const Args& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
+  GradRequest aim = {{gradient_like(student)}, std::move(upstream)};
   all_levels(asked, student, teacher, aim, nullptr, nullptr);
   if (student.scalar_type() != ScalarType::Half) return aim.out[0];
   return weighted(student, asked, {Upstream()}, aim.out.data());
@@ -270,7 +267,7 @@ std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t term
 
 Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
                  std::vector<int64_t> levels, bool row, bool normalize, double eps) {
-  const Question asked = {mask, levels, row, normalize, eps};
+  const Args asked = {mask, levels, row, normalize, eps};
   const Check check("gram_bwd");
   check_question(check, students, teachers, asked);
   check_terms(check, "grads", grads, kF32, students, asked);
@@ -288,8 +285,8 @@ Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optiona
 
 // What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
 // values that count for a mean.
-std::vector<Upstream> expected_upstream(const Question& asked, const Tensor& student,
-                                        const std::vector<double>& weights, bool mean) {
+std::vector<Upstream> expected_upstream(const Args& asked, const Tensor& student, const std::vector<double>& weights,
+                                        bool mean) {
   std::vector<Upstream> found(asked.levels.size());
   for (size_t k = 0; k < found.size(); ++k) {
     const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
@@ -311,14 +308,14 @@ std::vector<Upstream> expected_upstream(const Question& asked, const Tensor& stu
 std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
                                                     std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                     std::vector<double> weights, bool mean) {
-  const Question asked = {mask, levels, row, normalize, eps};
+  const Args asked = {mask, levels, row, normalize, eps};
   const Check check("gram_fwd_grad");
   check_question(check, students, teachers, asked);
   check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
   check.length("weights", weights, int64_t(levels.size()));
   Tensors values, valid, grads;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    Aim aim = {{gradient_like(students[pair])}, expected_upstream(asked, students[pair], weights, mean)};
+    GradRequest aim = {{gradient_like(students[pair])}, expected_upstream(asked, students[pair], weights, mean)};
     all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
     grads.push_back(aim.out[0]);
   }
@@ -346,7 +343,7 @@ std::optional<float> common_factor(const std::vector<Upstream>& expected, const 
 void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
                         std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
                         std::vector<double> weights, bool mean) {
-  const Question asked = {mask, levels, row, normalize, eps};
+  const Args asked = {mask, levels, row, normalize, eps};
   const Check check("gram_rescale_grads");
   check_question(check, students, teachers, asked);
   check_terms(check, "grads", grads, kF32, students, asked);
@@ -358,7 +355,7 @@ void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors stu
     check.contiguous("found", found[i]);
   }
   for (Tensor& x : valid) x = dense(x);
-  const GramTable& table = FASTKD_CHOOSE(gram);
+  const Table& table = chosen_table();
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   for (size_t pair = 0; pair < students.size(); ++pair) {
@@ -384,7 +381,7 @@ void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors stu
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::gram
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
@@ -406,8 +403,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("gram_fwd", TORCH_BOX(&fastkd::gram_fwd));
-  m.impl("gram_bwd", TORCH_BOX(&fastkd::gram_bwd));
-  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram_fwd_grad));
-  m.impl("gram_rescale_grads", TORCH_BOX(&fastkd::gram_rescale_grads));
+  m.impl("gram_fwd", TORCH_BOX(&fastkd::gram::gram_fwd));
+  m.impl("gram_bwd", TORCH_BOX(&fastkd::gram::gram_bwd));
+  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram::gram_fwd_grad));
+  m.impl("gram_rescale_grads", TORCH_BOX(&fastkd::gram::gram_rescale_grads));
 }

@@ -6,6 +6,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::gram {
+
 namespace {
 
 static_assert(kGramLanes % kLanes == 0, "padded rows must be whole vectors");
@@ -105,7 +107,7 @@ void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64
 }
 
 // In float64: the gradient is the component of q orthogonal to p, and may be much smaller than these sums.
-GramMoments line(const float* p, const float* q, int64_t columns) {
+Moments line(const float* p, const float* q, int64_t columns) {
   const int64_t whole = columns / kLanes * kLanes;
   const auto each = [&](float fill_p, float fill_q, const auto& add) {
     for (int64_t j = 0; j < whole; j += kLanes) add(load(p + j), load(q + j));
@@ -117,7 +119,7 @@ GramMoments line(const float* p, const float* q, int64_t columns) {
     std::copy(q + whole, q + columns, edge_q);
     add(load(edge_p), load(edge_q));
   };
-  GramMoments found = {double(columns), 0, 0, 0, 0, 0};
+  Moments found = {double(columns), 0, 0, 0, 0, 0};
   if (columns == 0) return found;
   vdouble sum_p = {}, sum_q = {}, pp = {}, qq = {}, pq = {};
   each(0, 0, [&](vfloat x, vfloat y) {
@@ -139,8 +141,8 @@ GramMoments line(const float* p, const float* q, int64_t columns) {
   return found;
 }
 
-void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const GramLines& i,
-             const GramLines& j) {
+void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const RowWeights& i,
+             const RowWeights& j) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = p + r * stride;
     const float* other = q + r * stride;
@@ -174,7 +176,7 @@ double weigh(float* row, int64_t count, const float* scale) {
   return sum_lanes(sum);
 }
 
-void finish(const GramRow& of, int64_t count, float* pull, float* scratch, const float* before, float* out) {
+void finish(const RowGradient& of, int64_t count, float* pull, float* scratch, const float* before, float* out) {
   vfloat along_u = {};
   const auto* v = static_cast<const float*>(of.row);
   for (int64_t k = 0; k < count; k += kLanes) {
@@ -231,6 +233,7 @@ void blend(const void* const* rows, int element, const float* by, int64_t terms,
 
 }  // namespace
 
-extern const GramTable FASTKD_TABLE(gram);
-const GramTable FASTKD_TABLE(gram) = {copy,   take,  add_scaled, shift,      place, moments, line, combine,
-                                      mirror, weigh, finish,     accumulate, widen, narrow,  blend};
+const Table FASTKD_TABLE(table) = {copy,   take,  add_scaled, shift,      place, moments, line, combine,
+                                   mirror, weigh, finish,     accumulate, widen, narrow,  blend};
+
+}  // namespace fastkd::gram

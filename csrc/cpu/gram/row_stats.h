@@ -4,9 +4,9 @@
 
 #include "cpu/gram/args.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
-inline void set_line(const GramLines& lines, int64_t i, Weights weights, double mean_p, double mean_q) {
+inline void set_line(const RowWeights& lines, int64_t i, Weights weights, double mean_p, double mean_q) {
   const double along = weights.of_q == 0 ? 0 : -weights.of_p / weights.of_q;
   lines.of_q[i] = float(weights.of_q);
   lines.high[i] = float(along);
@@ -17,26 +17,26 @@ inline void set_line(const GramLines& lines, int64_t i, Weights weights, double 
 }
 
 // The same weights for rows [begin, end), whose means are 0.
-inline void fill_lines(const GramLines& lines, int64_t begin, int64_t end, Weights weights) {
+inline void fill_lines(const RowWeights& lines, int64_t begin, int64_t end, Weights weights) {
   for (int64_t i = begin; i < end; ++i) set_line(lines, i, weights, 0, 0);
 }
 
 // Of a row of zeros, what is left of a line without its mean is 0; the mean of equal floats may be rounded.
-inline GramMoments without_rounding(const Call& call, GramMoments of, int64_t i) {
+inline Moments without_rounding(const Term& call, Moments of, int64_t i) {
   if (call.s.zero(i)) of.pp = of.pq = 0;
   if (call.t.zero(i)) of.qq = of.pq = 0;
   return of;
 }
 
 // Row-wise: `place` is the row's among the values.
-inline void conclude_row(const Call& call, int64_t place, const GramMoments& line, const GramLines& lines, int64_t i) {
-  const GramMoments of = without_rounding(call, line, i);
+inline void conclude_row(const Term& call, int64_t place, const Moments& line, const RowWeights& lines, int64_t i) {
+  const Moments of = without_rounding(call, line, i);
   const Weights weights = conclude(of.pp, of.qq, of.pq, call.eps, call.upstream[place], call.values + place);
   set_line(lines, i, of.count == 1 ? Weights{} : weights, of.mean_p, of.mean_q);
 }
 
 // What a group begins with: its values are there (0 where nothing counts), and so are the rows that have no gradient.
-inline void start_group(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
+inline void start_group(const Term& call, int64_t group, const std::vector<int64_t>& kept) {
   write_zeros(call, group, kept);
   if (!call.row) {
     call.valid[group] = !kept.empty();
@@ -51,16 +51,16 @@ inline void start_group(const Call& call, int64_t group, const std::vector<int64
 }
 
 // Moments of one line, or of many; means are of the entries themselves, not of what is left without a position's mean.
-using LineSums = GramMoments;
+using LineSums = Moments;
 
-inline LineSums line_sums(const Call& call, const GramMoments& line, int64_t i, const double levels[2]) {
-  GramMoments of = without_rounding(call, line, i);
+inline LineSums line_sums(const Term& call, const Moments& line, int64_t i, const double levels[2]) {
+  Moments of = without_rounding(call, line, i);
   of.mean_p += levels[0];
   of.mean_q += levels[1];
   return of;
 }
 
-inline void merge(GramMoments& into, const GramMoments& other) {
+inline void merge(Moments& into, const Moments& other) {
   if (other.count == 0) return;
   const double count = into.count + other.count, share = into.count * other.count / count;
   const double p = other.mean_p - into.mean_p, q = other.mean_q - into.mean_q;
@@ -76,7 +76,7 @@ inline void merge(GramMoments& into, const GramMoments& other) {
 struct OfficialGroups {
   int64_t sequences, positions;
   std::vector<LineSums> lines;  // [positions, sequences]
-  std::vector<GramMoments> groups;
+  std::vector<Moments> groups;
   std::vector<Weights> weights;
 
   OfficialGroups(int64_t sequences, int64_t positions)
@@ -86,10 +86,10 @@ struct OfficialGroups {
         groups(sequences),
         weights(sequences) {}
 
-  void conclude_all(const Call& call) {
+  void conclude_all(const Term& call) {
     for (size_t line = 0; line < lines.size(); ++line) merge(groups[line / positions], lines[line]);
     for (int64_t g = 0; g < sequences; ++g) {
-      const GramMoments& of = groups[g];
+      const Moments& of = groups[g];
       call.valid[g] = of.count > 0;
       call.values[g] = 0;
       if (of.count == 0) continue;
@@ -99,10 +99,10 @@ struct OfficialGroups {
   }
 
   // The i-th line that counts at a position, `sequence` of it.
-  void line(int64_t position, int64_t sequence, const double levels[2], const GramLines& lines, int64_t i) const {
+  void line(int64_t position, int64_t sequence, const double levels[2], const RowWeights& lines, int64_t i) const {
     const int64_t g = (position * sequences + sequence) / positions;
     set_line(lines, i, weights[g], groups[g].mean_p - levels[0], groups[g].mean_q - levels[1]);
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

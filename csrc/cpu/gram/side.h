@@ -11,7 +11,7 @@
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 constexpr int64_t kSkew = 16;  // floats added to a row's stride: powers of two would fall on the same cache sets
 constexpr double kLeastNorm = 1e-12;
@@ -41,8 +41,8 @@ struct Norms {
   bool known = false;
 };
 
-struct Side {
-  const GramTable& table;
+struct GroupRows {
+  const Table& table;
   const Gemm& gemm;
   const char* data;
   int element;
@@ -66,8 +66,8 @@ struct Side {
   double square, level;
 
   // `as_floats`: bfloat16 rows too.
-  Side(const GramTable& table, const Tensor& x, bool sequence, bool normalize, bool by_line, bool as_floats,
-       Norms* norms)
+  GroupRows(const Table& table, const Tensor& x, bool sequence, bool normalize, bool by_line, bool as_floats,
+            Norms* norms)
       : table(table),
         gemm(fastkd::gemm(element_of(x), as_floats)),
         data(static_cast<const char*>(x.const_data_ptr())),
@@ -95,7 +95,7 @@ struct Side {
     chunk = 2 * strip;
   }
   // Both sides' Grams are cut alike.
-  static void agree(Side& s, Side& t) {
+  static void agree(GroupRows& s, GroupRows& t) {
     int64_t rows = s.strip;
     while (rows % t.strip) rows += s.strip;
     s.cut_by(rows);
@@ -270,4 +270,4 @@ struct Side {
   char* piece(int64_t begin, int64_t block) const { return turned + begin / block * gemm.bytes_b(width, block); }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

@@ -6,15 +6,15 @@
 
 #include "cpu/gram/row_stats.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 struct Long {
-  Call call;
+  Term call;
   int64_t strip, columns;  // rows and columns of a tile
   Memory memory;
-  GramLines lines;
+  RowWeights lines;
 
-  explicit Long(const Call& of) : call(of), strip(of.s.strip), columns(16 * of.s.strip) {
+  explicit Long(const Term& of) : call(of), strip(of.s.strip), columns(16 * of.s.strip) {
     memory.fill([&](Arena& arena) {
       lines = take_lines(arena, gram_padded(call.length) + kGramLanes);
       call.t.carve(arena, 0);
@@ -82,8 +82,8 @@ struct Long {
     return conclude(sums[0], sums[1], sums[2], call.eps, call.upstream[group], call.values + group);
   }
 
-  std::vector<GramMoments> every_line(int64_t n) const {
-    std::vector<GramMoments> found(n);
+  std::vector<Moments> every_line(int64_t n) const {
+    std::vector<Moments> found(n);
     for_tiles(n, false, [&](Tiles& tiles, int64_t, int64_t i, int64_t end, int64_t j, int64_t j_end) {
       for (int64_t k = i; k < end; ++k) {
         const int64_t at = (k - i) * tiles.stride;
@@ -99,7 +99,7 @@ struct Long {
     if (kept.empty()) return;
     const int64_t n = prepare(group, kept);
     if (call.row) {
-      const std::vector<GramMoments> found = every_line(n);
+      const std::vector<Moments> found = every_line(n);
       for (int64_t i = 0; i < n; ++i) conclude_row(call, group * call.length + kept[i], found[i], lines, i);
     } else {
       fill_lines(lines, 0, n, correlate(group, n));
@@ -113,7 +113,7 @@ struct Long {
     if (kept.empty()) return;
     const int64_t n = prepare(group, kept);
     const double levels[2] = {call.s.level, call.t.level};
-    const std::vector<GramMoments> of_line = every_line(n);
+    const std::vector<Moments> of_line = every_line(n);
     for (int64_t i = 0; i < n; ++i) found[kept[i]] = line_sums(call, of_line[i], i, levels);
   }
   void apply(int64_t group, const OfficialGroups& groups) {
@@ -139,4 +139,4 @@ struct Long {
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

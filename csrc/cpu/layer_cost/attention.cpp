@@ -14,9 +14,7 @@
 #include "cpu/layer_cost/space.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kCacheBytes = 512 << 10;  // for the scores of all layers: half of a second cache
@@ -71,7 +69,7 @@ void sums_of_scores(const AttentionShape& shape, const Layers& layers, const std
                     const std::vector<int>& teachers, double* sums) {
   const int n = int(students.size()), m = int(teachers.size());
   const int64_t pairs = int64_t(n) * m;
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   std::vector<int> chosen = students;
   for (const int j : teachers) chosen.push_back(layers.students + j);
   std::vector<bool> used(layers.count());
@@ -206,7 +204,7 @@ void pulls_of_scores(const AttentionShape& shape, const Layers& layers, std::vec
   for (int i = 0; i < n; ++i)
     if (!wanted[i]) pulls[i] = {};
   const std::vector<bool> used = used_layers(pulls, layers.teachers);
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     Scores unit(shape, layers);
     std::vector<PullOfScores> own(n);
@@ -262,9 +260,9 @@ std::vector<Tensor> attention_cost_bwd(const Tensor& grad, std::vector<Tensor> s
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("attention_cost_fwd", TORCH_BOX(&fastkd::attention_cost_fwd));
-  m.impl("attention_cost_bwd", TORCH_BOX(&fastkd::attention_cost_bwd));
+  m.impl("attention_cost_fwd", TORCH_BOX(&fastkd::layer_cost::attention_cost_fwd));
+  m.impl("attention_cost_bwd", TORCH_BOX(&fastkd::layer_cost::attention_cost_bwd));
 }

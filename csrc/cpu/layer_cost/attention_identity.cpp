@@ -17,9 +17,7 @@
 #include "cpu/layer_cost/space.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kChunk = 256;  // rows of a product that are added up in float32
@@ -33,12 +31,12 @@ constexpr double kForward = 1.4, kBackward = 2;  // a product here costs as many
 using Matrix = std::vector<double>;  // [d of one layer, d of another]
 
 // One side (queries or keys) of all layers in one unit, turned and packed chunk by chunk.
-class Side {
+class PackedChunks {
  public:
   int64_t rows = 0;
   std::vector<GemmSource> source;
 
-  explicit Side(int layers) : source(layers), a_(layers), b_(layers) {}
+  explicit PackedChunks(int layers) : source(layers), a_(layers), b_(layers) {}
 
   void pack(int l, const GemmSource& x) {
     const Gemm& product = gemm(kFloat32);
@@ -107,7 +105,7 @@ class Sums : public AttentionUnit {
   }
 
  private:
-  Side q_, k_;
+  PackedChunks q_, k_;
   std::vector<std::vector<double>> diagonal_q_, diagonal_k_;  // squares of the columns
   std::vector<Inner> own_;
   Matrix of_q_, of_k_;
@@ -146,8 +144,8 @@ struct Squares {
 };
 class PullOfProducts {
  public:
-  const std::vector<float>& run(Side& x, Side& y, int i, const std::vector<int>& of, const std::vector<float>& weights,
-                                Squares& found) {
+  const std::vector<float>& run(PackedChunks& x, PackedChunks& y, int i, const std::vector<int>& of,
+                                const std::vector<float>& weights, Squares& found) {
     const Gemm& product = gemm(kFloat32);
     const int64_t width = x.source[i].k, rows = x.rows;
     out_.assign(rows * width, 0.f);
@@ -240,10 +238,10 @@ std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& laye
   const int n = layers.students;
   std::vector<Squares> of_q(shape.units() * n), of_k(shape.units() * n);
   const std::vector<bool> used = used_layers(pulls, layers.teachers);
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     AttentionUnit unit(shape, layers);
-    Side q(layers.count()), k(layers.count());
+    PackedChunks q(layers.count()), k(layers.count());
     PullOfProducts pull;
     for (int64_t u = first; u < last; ++u) {
       unit.begin(u);
@@ -281,4 +279,4 @@ std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& laye
   return doubtful;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

@@ -9,7 +9,7 @@
 #include "cpu/layer_cost/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::layer_cost {
 
 // Queries [B, H, S, d] or keys [B, H, S', d] of one layer.
 struct LayerHeads {
@@ -118,7 +118,7 @@ struct Target {
         length(like.size(2)),
         width(like.size(3)) {}
 
-  void write(const LayerCostTable& table, int64_t b, int64_t h, int64_t s, const float* from) const {
+  void write(const Table& table, int64_t b, int64_t h, int64_t s, const float* from) const {
     char* to = data + ((b * heads + h) * length + s) * width * item;
     if (element == kFloat32)
       std::memcpy(to, from, width * sizeof(float));
@@ -126,7 +126,7 @@ struct Target {
       table.narrow(from, element, width, to);
   }
   // `from` [keys that count, d]; null: nothing pulls. The other keys get zeros.
-  void write_keys(const LayerCostTable& table, const AttentionUnit& unit, const float* from) const {
+  void write_keys(const Table& table, const AttentionUnit& unit, const float* from) const {
     const std::vector<float> nothing(width, 0.f);
     for (int64_t s = 0, j = 0; s < length; ++s) {
       const bool counts = j < unit.valid && unit.position[j] == s;
@@ -147,4 +147,4 @@ void identity_sums(const AttentionShape& shape, const Layers& layers, double* su
 std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
                                  const std::vector<Target>& to_q, const std::vector<Target>& to_k);
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

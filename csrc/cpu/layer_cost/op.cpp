@@ -12,16 +12,14 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kCache = 16 << 20;  // larger gradients would only push out what is read next
 
 // What one thread puts before the arithmetic: the same elements of every layer.
 struct Panel {
-  const LayerCostTable& table;
+  const Table& table;
   const std::vector<Layer>& layers;
   const Space& space;
   const Elements natural;
@@ -31,8 +29,8 @@ struct Panel {
   std::vector<const void*> data;
   bool in_place = false;  // nothing of this block was packed: the layers come in their natural elements
 
-  Panel(const LayerCostTable& table, const std::vector<Layer>& layers, size_t students, const Space& space,
-        const float* clamp, int64_t block)
+  Panel(const Table& table, const std::vector<Layer>& layers, size_t students, const Space& space, const float* clamp,
+        int64_t block)
       : table(table),
         layers(layers),
         space(space),
@@ -96,7 +94,7 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
   const int n = int(students.size()), m = int(teachers.size());
   const int64_t pairs = int64_t(n) * m;
   const float limit = clamp ? float(*clamp) : 0;
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   std::vector<double> partial(blocks.chunks * pairs);
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
     Panel panel(table, layers, n, space, clamp ? &limit : nullptr, blocks.block);
@@ -129,7 +127,7 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
 
 // What one thread needs for its part of the gradients.
 struct Backward {
-  const LayerCostTable& table;
+  const Table& table;
   const std::vector<Layer>& layers;
   const Space& space;
   const std::vector<Pull>& pulls;
@@ -199,8 +197,8 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
   const float limit = clamp ? float(*clamp) : 0;
   const Elements elements(layers, students.size());
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
-    Backward backward = {FASTKD_CHOOSE(layer_cost), layers,       space,           pulls, out, elements,
-                         clamp ? &limit : nullptr,  blocks.block, bytes >= kCache, {},    {},  {}};
+    Backward backward = {chosen_table(),           layers,       space,           pulls, out, elements,
+                         clamp ? &limit : nullptr, blocks.block, bytes >= kCache, {},    {},  {}};
     for (int64_t chunk = end; chunk-- > begin;)  // backwards, from what the forward left in the cache
       blocks.of(chunk, [&](int64_t from, int64_t to) {
         space.pieces(from, to, [&](int64_t row, int64_t column, int64_t count, bool valid) {
@@ -212,7 +210,7 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
@@ -229,6 +227,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("layer_cost_fwd", TORCH_BOX(&fastkd::layer_cost_fwd));
-  m.impl("layer_cost_bwd", TORCH_BOX(&fastkd::layer_cost_bwd));
+  m.impl("layer_cost_fwd", TORCH_BOX(&fastkd::layer_cost::layer_cost_fwd));
+  m.impl("layer_cost_bwd", TORCH_BOX(&fastkd::layer_cost::layer_cost_bwd));
 }

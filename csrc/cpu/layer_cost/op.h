@@ -1,6 +1,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::layer_cost {
+
 // One block of every layer at a time. Both sides come as float32, or both as bfloat16, or float32 beside bfloat16
 // (students, teachers); everything else is packed into floats first. `element` as in cpu/runtime/tensors.h; `clamp`:
 // null, or the value at and below which an element counts as 0.
@@ -11,7 +15,7 @@ constexpr bool layers_are_read_as_they_are(int element_s, int element_t) {
   return element_t == 0 ? element_s == 0 : element_t == 1 && element_s <= 1;
 }
 
-struct LayerCostTable {
+struct Table {
   // sums[(i * teachers + j) * kLayerLanes + lane] += (s_i - t_j)^2 over `count` elements, for all pairs; lanes are to
   // be added up at the end. count: a multiple of kLayerLanes.
   void (*distances)(const void* const* s, int element_s, int students, const void* const* t, int element_t,
@@ -24,3 +28,7 @@ struct LayerCostTable {
   void (*pack)(const void* in, int element, const float* clamp, int64_t count, float* out);
   void (*narrow)(const float* in, int element, int64_t count, void* out);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+
+}  // namespace fastkd::layer_cost

@@ -16,6 +16,8 @@
 #include <immintrin.h>
 #endif
 
+namespace fastkd::layer_cost {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -232,5 +234,6 @@ void gradient(const void* s, int element_s, const void* const* t, int element_t,
 
 }  // namespace
 
-extern const LayerCostTable FASTKD_TABLE(layer_cost);
-const LayerCostTable FASTKD_TABLE(layer_cost) = {distances, gradient, pack, narrow};
+const Table FASTKD_TABLE(table) = {distances, gradient, pack, narrow};
+
+}  // namespace fastkd::layer_cost

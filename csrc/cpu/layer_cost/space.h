@@ -9,7 +9,7 @@
 #include "cpu/layer_cost/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::layer_cost {
 
 constexpr int64_t kPanelBytes = 640 << 10;  // a block of all layers, as floats, stays in the second cache
 constexpr int64_t kBlockStep = 1024;        // blocks are a multiple of it: long enough for the hardware's prefetcher
@@ -168,4 +168,4 @@ inline std::vector<bool> used_layers(const std::vector<Pull>& pulls, int teacher
   return used;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

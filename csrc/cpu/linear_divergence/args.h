@@ -7,10 +7,7 @@
 #include "cpu/linear_divergence/products.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(DivergenceTable, divergence);
-FASTKD_DECLARE(LinearTable, linear_divergence);
-
-namespace fastkd {
+namespace fastkd::linear_divergence {
 namespace {
 
 using Maybe = std::optional<Tensor>;
@@ -20,8 +17,8 @@ constexpr int64_t kSkew = 16;  // floats added to a row's stride: powers of two 
 // What a row leaves to the backward.
 struct RowStats {
   union {
-    DivergenceStats dense;
-    TopKStats sparse;
+    divergence::RowStats dense;
+    divergence::TopKStats sparse;
   };
   float hard_log_sum;  // of e^s: for the hard labels
 };
@@ -29,13 +26,13 @@ static_assert(sizeof(RowStats) == kStats * sizeof(float), "stats are [N, kStats]
 
 // A row whose words come in parts.
 struct RowSums {
-  DivergenceSums soft;
+  divergence::RowSums soft;
   float largest = -__builtin_inff(), label = 0;
   double exponentials = 0;
 };
 
 struct Options {
-  DivergenceOptions soft;
+  divergence::Options soft;
   double inverse_temperature, mix;
   float factor, hard;  // of the divergence, and of the cross-entropy with the labels
 };
@@ -56,26 +53,26 @@ inline void check_call(const Check& check, const Tensor& hidden, const Tensor& h
   check_side(check, kStudent, hidden, head, bias, kAny, kAny);
   const int64_t rows = hidden.size(0), words = head.size(0);
   check.that(words > 0, "head", "at least one row", "none");
-  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 6", kind);
+  check.that(kind >= 0 && kind < divergence::kKinds, "kind", "0 to 6", kind);
   check("mask", mask, kBool, "[N]", {rows});
   check("labels", labels, kI64, "[N]", {rows});
-  if (indices) return check_sparse(check, *indices, log_probs, tail, rows, kind);
+  if (indices) return divergence::check_sparse(check, *indices, log_probs, tail, rows, kind);
   check.that(t_hidden && t_head, "t_hidden, t_head", "both, or indices and log_probs", "None");
   check_side(check, kTeacher, *t_hidden, *t_head, t_bias, rows, words);
 }
 
-struct Call {
-  const DivergenceTable& divergence = FASTKD_CHOOSE(divergence);
-  const LinearTable& linear = FASTKD_CHOOSE(linear_divergence);
+struct Args {
+  const divergence::Table& divergence = divergence::chosen_table();
+  const Table& linear = chosen_table();
   Options options;
-  LinearSide student, teacher;
-  std::optional<TopKTeacher> sparse;
+  HiddenAndHead student, teacher;
+  std::optional<divergence::TopKTeacher> sparse;
   Tensor label_ids;
   const int64_t* labels = nullptr;
   std::vector<int64_t> kept;
   int64_t rows, words, width;
 
-  Call(const Tensor& hidden, const Tensor& head, const Maybe& bias, const Maybe& t_hidden, const Maybe& t_head,
+  Args(const Tensor& hidden, const Tensor& head, const Maybe& bias, const Maybe& t_hidden, const Maybe& t_head,
        const Maybe& t_bias, const Maybe& indices, const Maybe& log_probs, const Maybe& tail, const Maybe& mask,
        const Maybe& hard_labels, int64_t kind, double temperature, double mix, double factor, double hard, double scale,
        double cap, double t_scale, double t_cap)
@@ -91,7 +88,7 @@ struct Call {
     if (indices)
       sparse.emplace(*indices, *log_probs, tail, words);
     else
-      teacher = LinearSide(*t_hidden, *t_head, t_bias, t_scale, t_cap);
+      teacher = HiddenAndHead(*t_hidden, *t_head, t_bias, t_scale, t_cap);
     const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
     const bool* counts = mask ? keep.const_data_ptr<bool>() : nullptr;
     for (int64_t i = 0; i < rows; ++i)
@@ -109,7 +106,7 @@ struct Call {
 
   // Below, s and t are `count` logits of row n from word `first` on.
 
-  void finish(const LinearSide& side, float* x, int64_t first, int64_t count) const {
+  void finish(const HiddenAndHead& side, float* x, int64_t first, int64_t count) const {
     if (side.has_bias || side.shaped()) linear.shape(x, side.bias_from(first), side.scale, side.cap, count);
   }
 
@@ -173,7 +170,7 @@ inline Tensor large(const Tensor& like, int64_t rows, int64_t columns, ScalarTyp
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::linear_divergence
 
 #define FASTKD_LINEAR_PARAMETERS                                                                                   \
   const Tensor &hidden, const Tensor &head, const Maybe &bias, const Maybe &t_hidden, const Maybe &t_head,         \
@@ -183,5 +180,5 @@ inline Tensor large(const Tensor& like, int64_t rows, int64_t columns, ScalarTyp
 #define FASTKD_LINEAR_CHECK(check) \
   check_call(check, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind)
 #define FASTKD_LINEAR_CALL                                                                                           \
-  Call(hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind, temperature, mix, \
+  Args(hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels, kind, temperature, mix, \
        factor, hard, scale, cap, t_scale, t_cap)

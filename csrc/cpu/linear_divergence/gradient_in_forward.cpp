@@ -11,9 +11,7 @@
 // gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, and apart.
 #include "cpu/linear_divergence/args.h"
 
-FASTKD_DECLARE(LinearTurnTable, linear_turn);
-
-namespace fastkd {
+namespace fastkd::linear_divergence {
 namespace {
 
 constexpr int64_t kLogitBytes = 16 << 20;                // for the logits that exist at once, within
@@ -25,10 +23,10 @@ constexpr int64_t kPulled = 64;                          // words whose sums are
 
 // Hidden rows that count, brought together if they do not lie so.
 struct HiddenRows {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   Scratch together;
 
-  HiddenRows(const Call& call, const LinearSide& side, int64_t most) : side(side) {
+  HiddenRows(const Args& call, const HiddenAndHead& side, int64_t most) : side(side) {
     if (call.gaps()) together = Scratch(side.hidden, most * side.width * int64_t(side.hidden.element_size()));
   }
   const char* take(const int64_t* kept, int64_t count) const {
@@ -41,12 +39,12 @@ struct HiddenRows {
 
 // Logits of all words for a few rows.
 struct SideLogits {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   HiddenRows rows;
   Scratch packed;
   bool direct;  // the head as it lies is an operand
 
-  SideLogits(const Call& call, const LinearSide& side, int64_t most)
+  SideLogits(const Args& call, const HiddenAndHead& side, int64_t most)
       : side(side),
         rows(call, side, most),
         packed(side.hidden, side.gemm->bytes_b(most + side.gemm->rows_b, side.width)),
@@ -54,7 +52,7 @@ struct SideLogits {
 
   void make(const int64_t* kept, int64_t count, float* out, int64_t stride) const {
     const Gemm& gemm = *side.gemm;
-    const LinearTurnTable& table = FASTKD_CHOOSE(linear_turn);
+    const TransposeTable& table = chosen_transpose_table();
     const int64_t width = side.width, across = (count + 15) / 16 * 16;
     gemm.pack_b({rows.take(kept, count), element_of(side.hidden), width, 1, count, width}, packed.get());
     const int64_t tile_bytes = kWords * across * 4;
@@ -74,7 +72,7 @@ struct SideLogits {
 };
 
 // The gradient of a chunk's logits: [tile of words][row][word], the first rows in the place of the head's gradient.
-struct Kept {
+struct LogitGradient {
   int element;
   int64_t item, words, slot, spare, tile_bytes;  // tile_bytes: of a word in the head's gradient
   char *place, *beside;
@@ -95,14 +93,14 @@ struct Kept {
 
 // Logits of both sides for a few rows, in memory of the caller's; the teacher's give way to the gradient.
 struct Logits {
-  const Call& call;
+  const Args& call;
   const int64_t stride, together;  // together: rows
   SideLogits student;
   std::optional<SideLogits> teacher;
 
-  explicit Logits(const Call& call)
+  explicit Logits(const Args& call)
       : call(call),
-        stride(Call::stride_of(call.words)),
+        stride(Args::stride_of(call.words)),
         together(std::clamp(kLogitBytes / bytes(kTogether) * kTogether, kTogether, kMostTogether)),
         student(call, call.student, call.fit(together)) {
     if (!call.sparse) teacher.emplace(call, call.teacher, call.fit(together));
@@ -128,11 +126,11 @@ struct Logits {
 
 // Hidden rows [begin, end) as the second operand of gradient^T x rows.
 struct Turned {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   const int64_t count;
   const Scratch packed;
 
-  Turned(const LinearSide& side, const char* rows, int64_t begin, int64_t end)
+  Turned(const HiddenAndHead& side, const char* rows, int64_t begin, int64_t end)
       : side(side), count(end - begin), packed(side.hidden, side.gemm->bytes_b(side.width + side.gemm->rows_b, count)) {
     const int64_t item = int64_t(side.hidden.element_size()), width = side.width;
     share(count ? width : 0, kWidthBlock, 0, [&](int64_t d, int64_t d_end, char*) {
@@ -147,20 +145,20 @@ struct Turned {
 };
 
 struct FwdGrad {
-  const Call& call;
+  const Args& call;
   const float* const weight;
   const bool to_hidden, to_head, to_bias;
   const bool narrow;  // the head's gradient is bfloat16
   const int64_t count;
   Tensor values, hidden, head, bias;
   const Logits logits;
-  Kept gradient = {};
+  LogitGradient gradient = {};
   Scratch memory;  // the spare rows, then room for the logits of `few`; or first of `logits.together`, of other rows
   int64_t few;     // rows whose logits exist beside the spare rows
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks
 
-  FwdGrad(const Call& call, const float* weight, bool to_hidden, bool to_head, bool to_bias)
+  FwdGrad(const Args& call, const float* weight, bool to_hidden, bool to_head, bool to_bias)
       : call(call),
         weight(weight),
         to_hidden(to_hidden),
@@ -289,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_fwd_grad(const Tens
   const Check check("linear_divergence_fwd_grad");
   FASTKD_LINEAR_CHECK(check);
   check("weights", weights, kF32, "[N]", {hidden.size(0)});
-  const Call call = FASTKD_LINEAR_CALL;
+  const Args call = FASTKD_LINEAR_CALL;
   const Tensor w = torch::stable::contiguous(weights);
   FwdGrad pass(call, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);
   pass.run();
@@ -297,8 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_fwd_grad(const Tens
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::linear_divergence
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("linear_divergence_fwd_grad", TORCH_BOX(&fastkd::linear_divergence_fwd_grad));
+  m.impl("linear_divergence_fwd_grad", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_fwd_grad));
 }

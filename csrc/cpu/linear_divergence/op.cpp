@@ -7,17 +7,17 @@
 // rows. With the gradient in the forward: linear_divergence/gradient_in_forward.cpp.
 #include "cpu/linear_divergence/args.h"
 
-namespace fastkd {
+namespace fastkd::linear_divergence {
 namespace {
 
 constexpr int64_t kSparseRows = 128, kLowRows = 1024, kLowWords = 3 * kDepth;
 
-int64_t low_words(const Call& call) { return call.sparse ? call.words : std::min(call.words, kLowWords); }
-int64_t low_rows(const Call& call) { return call.sparse ? kSparseRows : kLowRows; }
+int64_t low_words(const Args& call) { return call.sparse ? call.words : std::min(call.words, kLowWords); }
+int64_t low_rows(const Args& call) { return call.sparse ? kSparseRows : kLowRows; }
 
 // Logits of both sides for some rows and words; the teacher's give way to the gradient.
 struct Block {
-  const Call& call;
+  const Args& call;
   PackedRows student;
   std::optional<PackedRows> teacher;
   Scratch memory;
@@ -26,10 +26,10 @@ struct Block {
   const int64_t* kept = nullptr;
   int64_t count = 0, first = 0, words = 0;
 
-  Block(const Call& call, int64_t most_rows, int64_t most_words, bool turns)
+  Block(const Args& call, int64_t most_rows, int64_t most_words, bool turns)
       : call(call),
         student(call.student, call.fit(most_rows), call.gaps(), turns),
-        stride(Call::stride_of(most_words)) {
+        stride(Args::stride_of(most_words)) {
     if (!call.sparse) teacher.emplace(call.teacher, call.fit(most_rows), call.gaps(), false);
     const int64_t size = call.fit(most_rows) * stride;
     memory = Scratch(call.student.hidden, 2 * size * 4);
@@ -67,7 +67,7 @@ struct Gradients {
   Tensor hidden, head, bias;
   float *of_head, *of_bias;
 
-  Gradients(const Call& call, bool to_hidden, bool to_head, bool to_bias) {
+  Gradients(const Args& call, bool to_hidden, bool to_head, bool to_bias) {
     const Tensor& like = call.student.hidden;
     const bool none = call.kept.empty();
     hidden = zeros(like, to_hidden ? call.rows : 0, call.width);
@@ -80,12 +80,12 @@ struct Gradients {
 
 // What a block's gradient is multiplied with. Sums of hidden rows that do not lie together are made apart.
 struct Pull {
-  const Call& call;
+  const Args& call;
   const Gradients& to;
   std::optional<HiddenPull> hidden;
   Scratch apart;
 
-  Pull(const Call& call, const Gradients& to, int64_t most_rows) : call(call), to(to) {
+  Pull(const Args& call, const Gradients& to, int64_t most_rows) : call(call), to(to) {
     if (to.hidden.size(0) == 0) return;
     hidden.emplace(call.student);
     if (call.gaps()) apart = Scratch(call.student.hidden, call.fit(most_rows) * call.width * 4);
@@ -109,7 +109,7 @@ struct Pull {
   }
 };
 
-std::tuple<Tensor, Tensor> low_forward(const Call& call) {
+std::tuple<Tensor, Tensor> low_forward(const Args& call) {
   Tensor values = zeros(call.student.hidden, call.rows, 1), stats = zeros(call.student.hidden, call.rows, kStats);
   if (call.kept.empty()) return {values, stats};
   float* value = values.mutable_data_ptr<float>();
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> low_forward(const Call& call) {
   return {values, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> low_backward(const Call& call, const Tensor& upstream, const Tensor& stats,
+std::tuple<Tensor, Tensor, Tensor> low_backward(const Args& call, const Tensor& upstream, const Tensor& stats,
                                                 bool to_hidden, bool to_head, bool to_bias) {
   const Gradients to(call, to_hidden, to_head && element_of(call.student.head) == kFloat32, to_bias);
   const bool narrow = to_head && !to.of_head;
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_divergence_bwd(const Tensor& grad, con
 void scale(const Tensor& x, const Tensor& factor, Tensor out) {
   const int64_t columns = x.size(1), from_item = int64_t(x.element_size()), item = int64_t(out.element_size());
   const float by = *factor.const_data_ptr<float>();
-  const LinearTable& table = FASTKD_CHOOSE(linear_divergence);
+  const Table& table = chosen_table();
   const int from = element_of(x), element = element_of(out);
   parallel_for(0, x.size(0), grain(columns), [&](int64_t begin, int64_t end) {
     table.scale(static_cast<const char*>(x.const_data_ptr()) + begin * columns * from_item, from, by,
@@ -237,7 +237,7 @@ void linear_divergence_rescale_grad(Tensor x, const Tensor& factor) {
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::linear_divergence
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // The same from hidden [N, D] and head [V, D] of both sides (of the sparse teacher: indices, log_probs, tail), times
@@ -259,8 +259,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("linear_divergence_fwd", TORCH_BOX(&fastkd::linear_divergence_fwd));
-  m.impl("linear_divergence_bwd", TORCH_BOX(&fastkd::linear_divergence_bwd));
-  m.impl("linear_divergence_scale", TORCH_BOX(&fastkd::linear_divergence_scale));
-  m.impl("linear_divergence_rescale_grad", TORCH_BOX(&fastkd::linear_divergence_rescale_grad));
+  m.impl("linear_divergence_fwd", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_fwd));
+  m.impl("linear_divergence_bwd", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_bwd));
+  m.impl("linear_divergence_scale", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_scale));
+  m.impl("linear_divergence_rescale_grad", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_rescale_grad));
 }

@@ -1,8 +1,12 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::linear_divergence {
+
 // What is done to a piece of a row of logits besides the divergence. A cap of 0 is none.
-struct LinearTable {
+struct Table {
   // x = cap tanh(scale (x + bias) / cap)
   void (*shape)(float* x, const float* bias, float scale, float cap, int64_t count);
   // grad *= d shape / dx, which follows from the shaped logits
@@ -17,6 +21,11 @@ struct LinearTable {
 
 // to [columns][to_stride] = from [rows][from_stride]^T. Whole vectors are read and written: a row of `from` is as long
 // as a multiple of 16 columns, and a row of `to` as a multiple of 16 rows.
-struct LinearTurnTable {
+struct TransposeTable {
   void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+FASTKD_DECLARE_TABLE(TransposeTable, transpose_table);
+
+}  // namespace fastkd::linear_divergence

@@ -4,6 +4,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::linear_divergence {
+
 namespace {
 
 // f(x, i) on vectors of x at i, stored back into x.
@@ -63,5 +65,6 @@ void scale(const void* in, int in_element, float factor, void* out, int element,
 
 }  // namespace
 
-extern const LinearTable FASTKD_TABLE(linear_divergence);
-const LinearTable FASTKD_TABLE(linear_divergence) = {shape, unshape, add_softmax, add, scale};
+const Table FASTKD_TABLE(table) = {shape, unshape, add_softmax, add, scale};
+
+}  // namespace fastkd::linear_divergence

@@ -10,7 +10,7 @@
 #include "cpu/linear_divergence/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::linear_divergence {
 namespace {
 
 constexpr int64_t kWords = 128;      // of a tile: as packed, they and their logits stay in L2
@@ -58,14 +58,15 @@ void share(int64_t count, int64_t step, int64_t bytes, const F& f) {
 }
 
 // hidden [N, D] and head [V, D] of one model, bias [V] and what shapes its logits.
-struct LinearSide {
+struct HiddenAndHead {
   Tensor hidden, head, bias;
   const Gemm* gemm = nullptr;
   int64_t width = 0, words = 0;
   float scale = 1, cap = 0;
 
-  LinearSide() = default;
-  LinearSide(const Tensor& states, const Tensor& weights, const std::optional<Tensor>& offset, double scale, double cap)
+  HiddenAndHead() = default;
+  HiddenAndHead(const Tensor& states, const Tensor& weights, const std::optional<Tensor>& offset, double scale,
+                double cap)
       : hidden(torch::stable::contiguous(states)),
         head(torch::stable::contiguous(weights)),
         gemm(&fastkd::gemm(kBFloat16, element_of(states) != kBFloat16 || element_of(weights) != kBFloat16)),
@@ -90,12 +91,12 @@ struct LinearSide {
 
 // Some rows of a side, packed; those that do not lie together are brought together first.
 struct PackedRows {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   Scratch packed, together, turned;
   const char* rows = nullptr;
   int64_t count = 0;
 
-  PackedRows(const LinearSide& side, int64_t most, bool gaps, bool turns) : side(side) {
+  PackedRows(const HiddenAndHead& side, int64_t most, bool gaps, bool turns) : side(side) {
     const Gemm& gemm = *side.gemm;
     packed = Scratch(side.hidden, gemm.bytes_a(most + gemm.rows_a, side.width));
     if (gaps) together = Scratch(side.hidden, most * side.width * int64_t(side.hidden.element_size()));
@@ -135,8 +136,8 @@ struct PackedRows {
 };
 
 // gradient [count][stride] of the logits of words [v, v_end) -> head [v_end - v, D] (+)= gradient^T rows, and the bias.
-inline void pull_head(const LinearTable& table, const PackedRows& rows, const float* gradient, int64_t stride,
-                      int64_t words, float* head, float* bias, bool accumulate) {
+inline void pull_head(const Table& table, const PackedRows& rows, const float* gradient, int64_t stride, int64_t words,
+                      float* head, float* bias, bool accumulate) {
   const Gemm& gemm = *rows.side.gemm;
   const int64_t width = rows.side.width, count = rows.count;
   if (head) rows.turn();
@@ -152,10 +153,10 @@ inline void pull_head(const LinearTable& table, const PackedRows& rows, const fl
 // hidden [rows, D] (+)= gradient x head, a few pieces of words at a time: turn() makes the head's part of them,
 // multiply() takes the gradient of some rows with it.
 struct HiddenPull {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   Scratch turned;
 
-  explicit HiddenPull(const LinearSide& side)
+  explicit HiddenPull(const HiddenAndHead& side)
       : side(side), turned(side.hidden, kPieces * side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth)) {}
 
   // f(begin, end): the words of turn() and multiply().
@@ -208,4 +209,4 @@ struct HiddenPull {
 };
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::linear_divergence

@@ -3,6 +3,8 @@
 #include "cpu/linear_divergence/op.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::linear_divergence {
+
 namespace {
 
 void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
@@ -21,5 +23,6 @@ void turn(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
 
 }  // namespace
 
-extern const LinearTurnTable FASTKD_TABLE(linear_turn);
-const LinearTurnTable FASTKD_TABLE(linear_turn) = {turn};
+const TransposeTable FASTKD_TABLE(transpose_table) = {turn};
+
+}  // namespace fastkd::linear_divergence

@@ -8,31 +8,33 @@
 #include "cpu/relation/side.h"
 #include "cpu/simd/transpose.h"
 
-namespace fastkd {
+namespace fastkd::relation {
 
 // Everything [B·H, …]; dx and dy null where no gradient is wanted, upstream null for 1.
-struct RelationOut {
+struct Outputs {
   float *values, *stats;  // stats [4][L] per (sequence, head)
   char *dx, *dy;
   int64_t item;
   const float* upstream;
 };
 
-struct RelationCall {
-  const RelationTable& table;
+struct Inputs {
+  const Table& table;
   const TurnTable& turn;
-  RelationSide s, t;
+  QueriesAndKeys s, t;
   const bool* mask;
   int64_t mask_batch, mask_token;
   bool causal;
   int64_t heads, length, block;  // block: queries at a time, a multiple of every panel
 
-  Kept kept(int64_t pair) const { return {mask ? mask + pair / heads * mask_batch : nullptr, mask_token, length}; }
+  ValidTokens kept(int64_t pair) const {
+    return {mask ? mask + pair / heads * mask_batch : nullptr, mask_token, length};
+  }
 };
 
 // The statistics of a block of queries.
 struct BlockStats {
-  RelationStats of;
+  Stats of;
   float *values, *g;
 
   void carve(Arena& arena, int64_t block) {
@@ -44,7 +46,7 @@ struct BlockStats {
   float* part(int k) const { return k == 0 ? of.max_t : k == 1 ? of.sum_t : k == 2 ? of.max_s : of.excess; }
 
   // Queries [first, last) of a (sequence, head).
-  void write(const RelationOut& out, int64_t pair, int64_t length, const Kept& kept, int64_t first,
+  void write(const Outputs& out, int64_t pair, int64_t length, const ValidTokens& kept, int64_t first,
              int64_t last) const {
     for (int64_t i = first; i < last; ++i) {
       if (out.values) out.values[pair * length + kept.tokens[i]] = values[i - first];
@@ -52,11 +54,11 @@ struct BlockStats {
         for (int k = 0; k < 4; ++k) out.stats[(pair * 4 + k) * length + kept.tokens[i]] = part(k)[i - first];
     }
   }
-  void read(const RelationOut& out, int64_t pair, int64_t length, const Kept& kept, int64_t first, int64_t last) {
+  void read(const Outputs& out, int64_t pair, int64_t length, const ValidTokens& kept, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       for (int k = 0; k < 4; ++k) part(k)[i - first] = out.stats[(pair * 4 + k) * length + kept.tokens[i]];
   }
-  void read_upstream(const RelationOut& out, int64_t pair, int64_t length, const Kept& kept, int64_t first,
+  void read_upstream(const Outputs& out, int64_t pair, int64_t length, const ValidTokens& kept, int64_t first,
                      int64_t last) {
     for (int64_t i = first; i < last; ++i)
       g[i - first] = out.upstream ? out.upstream[pair * length + kept.tokens[i]] : 1;
@@ -64,7 +66,7 @@ struct BlockStats {
 };
 
 // What is masked: value 0, gradient 0.
-inline void write_zeros(const RelationCall& call, const RelationOut& out, int64_t pair, const Kept& kept) {
+inline void write_zeros(const Inputs& call, const Outputs& out, int64_t pair, const ValidTokens& kept) {
   if (kept.count() == call.length) return;
   const int64_t row = call.s.width * out.item;
   for (int64_t i = 0, next = 0; i < call.length; ++i) {
@@ -79,7 +81,7 @@ inline void write_zeros(const RelationCall& call, const RelationOut& out, int64_
 }
 
 // Rows [first, last) of a gradient, from float32 to where they belong.
-inline void write_rows(const RelationCall& call, const float* rows, int64_t stride, const Kept& kept, int64_t pair,
+inline void write_rows(const Inputs& call, const float* rows, int64_t stride, const ValidTokens& kept, int64_t pair,
                        int64_t first, int64_t last, char* to, int64_t item) {
   for (int64_t i = first; i < last; ++i) {
     char* row = to + (pair * call.length + kept.tokens[i]) * call.s.width * item;
@@ -92,7 +94,7 @@ inline void write_rows(const RelationCall& call, const float* rows, int64_t stri
 
 // All scores of a (sequence, head) of both sides: [blocks of queries][keys][queries of a block].
 struct RelationWhole {
-  RelationCall call;
+  Inputs call;
   bool gradient;
   int64_t block, padded, row;
   Memory memory;
@@ -100,7 +102,7 @@ struct RelationWhole {
   char *turned_x, *turned_y, *packed;
   std::vector<BlockStats> stats;
 
-  RelationWhole(const RelationCall& of, bool gradient)
+  RelationWhole(const Inputs& of, bool gradient)
       : call(of),
         gradient(gradient),
         block(of.block),
@@ -126,14 +128,14 @@ struct RelationWhole {
   float* square(float* matrix, int64_t queries, int64_t keys) const {
     return matrix + (queries * padded + keys * block) * block;
   }
-  RelationTile strip(int64_t i, int64_t n) const {
+  Tile strip(int64_t i, int64_t n) const {
     const int64_t first = i * block, last = first + block < n ? first + block : n;
     const int64_t lanes = (last - first + kRelationLanes - 1) / kRelationLanes * kRelationLanes;
     return {square(s, i, 0), square(t, i, 0), block, call.causal ? last : n, lanes};
   }
 
-  void run(int64_t pair, const RelationOut& out) {
-    const Kept kept = call.kept(pair);
+  void run(int64_t pair, const Outputs& out) {
+    const ValidTokens kept = call.kept(pair);
     const int64_t n = kept.count();
     write_zeros(call, out, pair, kept);
     if (n == 0) return;
@@ -143,7 +145,7 @@ struct RelationWhole {
     scores(call.t, n, t);
     for (int64_t i = 0; i * block < n; ++i) {
       const int64_t first = i * block, last = first + block < n ? first + block : n;
-      const RelationTile tile = strip(i, n);
+      const Tile tile = strip(i, n);
       if (call.causal) call.table.hide({square(s, i, i), square(t, i, i), block, last - first, last - first});
       call.table.statistics(tile, gradient, stats[i].of, stats[i].values);
       stats[i].write(out, pair, call.length, kept, first, last);
@@ -151,7 +153,7 @@ struct RelationWhole {
     if (gradient) pull(pair, kept, out);
   }
 
-  void scores(const RelationSide& side, int64_t n, float* matrix) const {
+  void scores(const QueriesAndKeys& side, int64_t n, float* matrix) const {
     const bool triangle = side.self && !call.causal;
     for (int64_t i = 0; i * block < n; ++i) {
       const int64_t first = i * block, last = first + block < n ? first + block : n;
@@ -162,14 +164,14 @@ struct RelationWhole {
     }
   }
 
-  void pull(int64_t pair, const Kept& kept, const RelationOut& out) {
+  void pull(int64_t pair, const ValidTokens& kept, const Outputs& out) {
     const int64_t n = kept.count(), blocks = (n + block - 1) / block;
     call.s.turn(call.s.queries, 0, n, turned_x);
     if (!call.s.self) call.s.turn(call.s.keys, 0, n, turned_y);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = i * block, last = first + block < n ? first + block : n;
       stats[i].read_upstream(out, pair, call.length, kept, first, last);
-      const RelationTile tile = strip(i, n);
+      const Tile tile = strip(i, n);
       call.table.from_kept(tile, stats[i].of, stats[i].g);
       if (tile.keys < n)
         std::memset(tile.s + tile.keys * block, 0, (blocks * block - tile.keys) * block * sizeof(float));
@@ -183,7 +185,7 @@ struct RelationWhole {
     multiply(pair, kept, turned_x, out.dy, out.item);
   }
 
-  void multiply(int64_t pair, const Kept& kept, const char* turned, char* to, int64_t item) {
+  void multiply(int64_t pair, const ValidTokens& kept, const char* turned, char* to, int64_t item) {
     const Gemm& gemm = call.s.gemm;
     const int64_t n = kept.count(), width = call.s.width;
     for (int64_t i = 0; i * block < n; ++i) {
@@ -224,14 +226,14 @@ struct RelationLong {
     BlockStats stats;
   };
 
-  RelationCall call;
+  Inputs call;
   bool gradient;
   int64_t block, piece, padded, row;  // piece: keys that are multiplied at a time
   Memory memory;
   char *turned_x, *turned_y;
   std::vector<Slice> slices;
 
-  RelationLong(const RelationCall& of, bool gradient, int64_t count)
+  RelationLong(const Inputs& of, bool gradient, int64_t count)
       : call(of),
         gradient(gradient),
         block(of.block),
@@ -259,8 +261,8 @@ struct RelationLong {
     }
   }
 
-  void run(int64_t pair, const RelationOut& out) {
-    const Kept kept = call.kept(pair);
+  void run(int64_t pair, const Outputs& out) {
+    const ValidTokens kept = call.kept(pair);
     const int64_t n = kept.count(), count = int64_t(slices.size());
     write_zeros(call, out, pair, kept);
     if (n == 0) return;
@@ -285,14 +287,14 @@ struct RelationLong {
     for (int64_t j = 0; j < n; j += piece) call.s.turn(call.s.keys, j, j + piece < n ? j + piece : n, piece_y(j));
   }
 
-  void strip(Slice& slice, int64_t pair, const Kept& kept, int64_t first, const RelationOut& out) const {
+  void strip(Slice& slice, int64_t pair, const ValidTokens& kept, int64_t first, const Outputs& out) const {
     const int64_t n = kept.count(), last = first + block < n ? first + block : n, end = call.causal ? last : n;
     const int64_t lanes = (last - first + kRelationLanes - 1) / kRelationLanes * kRelationLanes;
     call.s.scores(0, end, first, last, slice.s, block);
     call.t.scores(0, end, first, last, slice.t, block);
     if (call.causal)
       call.table.hide({slice.s + first * block, slice.t + first * block, block, last - first, last - first});
-    const RelationTile tile = {slice.s, slice.t, block, end, lanes};
+    const Tile tile = {slice.s, slice.t, block, end, lanes};
     if (!gradient) {
       call.table.statistics(tile, false, slice.stats.of, slice.stats.values);
       return slice.stats.write(out, pair, call.length, kept, first, last);
@@ -315,11 +317,11 @@ struct RelationLong {
     gemm.tile(slice.packed, piece_x(first), {keys, width, queries}, {slice.dy + j * row, row, call.s.scale, true});
   }
 
-  void finish(float* Slice::* part, int64_t pair, const Kept& kept, char* to, int64_t item) {
+  void finish(float* Slice::* part, int64_t pair, const ValidTokens& kept, char* to, int64_t item) {
     const int64_t n = kept.count();
     const float* sum = summed(slices, n * row, [&](Slice& slice) { return slice.*part; });
     write_rows(call, sum, row, kept, pair, 0, n, to, item);
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::relation

@@ -25,10 +25,7 @@
 
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(RelationTable, relation);
-FASTKD_DECLARE(TurnTable, turn);
-
-namespace fastkd {
+namespace fastkd::relation {
 namespace {
 
 constexpr int64_t kWhole = 512;
@@ -40,14 +37,14 @@ Tensor rows_side_by_side(const Tensor& x) {
   return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
-struct Arguments {
+struct Args {
   Tensor xs, ys, xt, yt;
   std::optional<Tensor> mask;
   bool self_s, self_t, causal;
   double scale_s, scale_t;
 
-  Arguments(const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt, const std::optional<Tensor>& yt,
-            const std::optional<Tensor>& mask, bool causal, double scale_s, double scale_t)
+  Args(const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt, const std::optional<Tensor>& yt,
+       const std::optional<Tensor>& mask, bool causal, double scale_s, double scale_t)
       : xs(rows_side_by_side(xs)),
         ys(ys ? rows_side_by_side(*ys) : this->xs),
         xt(rows_side_by_side(xt)),
@@ -59,19 +56,19 @@ struct Arguments {
         scale_s(scale_s),
         scale_t(scale_t) {}
 
-  RelationCall call() const {
+  Inputs call() const {
     const bool* counts = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-    RelationCall made = {FASTKD_CHOOSE(relation),
-                         FASTKD_CHOOSE(turn),
-                         RelationSide(xs, ys, self_s, float(scale_s), mask.has_value()),
-                         RelationSide(xt, yt, self_t, float(scale_t), mask.has_value()),
-                         counts,
-                         mask ? mask->stride(0) : 0,
-                         mask ? mask->stride(1) : 0,
-                         causal,
-                         xs.size(1),
-                         xs.size(2),
-                         kBlock};
+    Inputs made = {chosen_table(),
+                   chosen_turn_table(),
+                   QueriesAndKeys(xs, ys, self_s, float(scale_s), mask.has_value()),
+                   QueriesAndKeys(xt, yt, self_t, float(scale_t), mask.has_value()),
+                   counts,
+                   mask ? mask->stride(0) : 0,
+                   mask ? mask->stride(1) : 0,
+                   causal,
+                   xs.size(1),
+                   xs.size(2),
+                   kBlock};
     for (const int64_t rows : {int64_t(made.s.gemm.rows_a), int64_t(made.s.gemm.rows_b), int64_t(made.t.gemm.rows_a),
                                int64_t(made.t.gemm.rows_b), kTurnLanes})
       made.block = std::lcm(made.block, rows);
@@ -96,21 +93,21 @@ Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return torch::stable::new_empty(like, shape, type);
 }
 
-Tensor fresh_gradient(const Arguments& of, bool wanted) {
+Tensor fresh_gradient(const Args& of, bool wanted) {
   const auto type = of.xs.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
   Tensor made = fresh(of.xs, {of.xs.size(0), of.xs.size(1), wanted ? of.xs.size(2) : 0, of.xs.size(3)}, type);
   use_huge_pages(made);
   return made;
 }
 
-RelationOut out_of(const Tensor& dx, const Tensor& dy) {
+Outputs out_of(const Tensor& dx, const Tensor& dy) {
   const auto data = [](const Tensor& x) { return x.numel() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr; };
   return {nullptr, nullptr, data(dx), data(dy), int64_t(dx.element_size()), nullptr};
 }
 
 // What is to be done for every (sequence, head); the gradient where `out` has room for it.
-void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>& pairs) {
-  const RelationCall call = of.call();
+void run(const Args& of, const Outputs& out, const std::vector<int64_t>& pairs) {
+  const Inputs call = of.call();
   const int64_t count = int64_t(pairs.size());
   if (call.length > kWhole) {
     const bool share = count < kFewHeads;
@@ -139,13 +136,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
                                                         bool causal, double scale_s, double scale_t,
                                                         bool gradient_in_forward) {
   check(Check("relation_fwd"), xs, ys, xt, yt, mask);
-  const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
+  const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
   STD_TORCH_CHECK(!gradient_in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
   Tensor values = fresh(xs, {B, H, L}, ScalarType::Float);
   Tensor stats = fresh(xs, {B, H, 4, L}, ScalarType::Float);
   Tensor dx = fresh_gradient(of, gradient_in_forward), dy = fresh_gradient(of, gradient_in_forward && !of.self_s);
-  RelationOut out = out_of(dx, dy);
+  Outputs out = out_of(dx, dy);
   out.values = values.mutable_data_ptr<float>();
   out.stats = stats.mutable_data_ptr<float>();
   std::vector<int64_t> pairs(values.numel() ? of.pairs() : 0);
@@ -155,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
 }
 
 // Whether the queries of a (sequence, head) that count all have the same upstream gradient.
-bool same_for_all(const float* g, const Kept& kept) {
+bool same_for_all(const float* g, const ValidTokens& kept) {
   for (const int64_t i : kept.tokens)
     if (!(g[i] == g[kept.tokens[0]])) return false;
   return true;
@@ -174,12 +171,12 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   op("unit_grad_x", unit_grad_x, gradient, "[B, H, L, d]", {B, H, made, xs.size(3)});
   op("unit_grad_y", unit_grad_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
   const Tensor of_queries = dense(stats), for_x = dense(unit_grad_x), for_y = dense(unit_grad_y);
-  const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
-  const RelationCall call = of.call();
+  const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
+  const Inputs call = of.call();
   const Tensor g = torch::stable::contiguous(grad);
   const float* upstream = g.const_data_ptr<float>();
   Tensor dx = fresh_gradient(of, true), dy = fresh_gradient(of, !of.self_s);
-  RelationOut out = out_of(dx, dy);
+  Outputs out = out_of(dx, dy);
   out.upstream = upstream;
   if (xs.size(2) > kWhole) out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
   const int64_t L = call.length, size = L * call.s.width;
@@ -193,7 +190,7 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
     };
     parallel_for(0, of.pairs(), grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        const Kept kept = call.kept(pair);
+        const ValidTokens kept = call.kept(pair);
         if (kept.count() && !same_for_all(upstream + pair * L, kept)) continue;
         const float by = kept.count() ? upstream[pair * L + kept.first()] : 0;
         scale(for_x, out.dx, pair, by);
@@ -210,7 +207,7 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::relation
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
@@ -224,6 +221,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("relation_fwd", TORCH_BOX(&fastkd::relation_fwd));
-  m.impl("relation_bwd", TORCH_BOX(&fastkd::relation_bwd));
+  m.impl("relation_fwd", TORCH_BOX(&fastkd::relation::relation_fwd));
+  m.impl("relation_bwd", TORCH_BOX(&fastkd::relation::relation_bwd));
 }

@@ -4,6 +4,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::relation {
+
 namespace {
 
 static_assert(kRelationLanes % kLanes == 0, "queries must be whole vectors");
@@ -11,7 +13,7 @@ static_assert(kRelationLanes % kLanes == 0, "queries must be whole vectors");
 constexpr float kNever = -1e30f;  // finite, so that the difference of two such scores is a number
 constexpr int64_t kRun = 64;      // rows that are summed before they meet the others
 
-void hide(const RelationTile& at) {
+void hide(const Tile& at) {
   for (int64_t key = 1; key < at.keys; ++key)
     for (int64_t i = 0; i < key && i < at.queries; ++i) at.s[key * at.stride + i] = at.t[key * at.stride + i] = kNever;
 }
@@ -28,7 +30,7 @@ struct Column {
   vfloat student(vfloat a) const { return a - max_s; }
 };
 
-Column maxima(const RelationTile& at, int64_t lane) {
+Column maxima(const Tile& at, int64_t lane) {
   vfloat max_t = splat(-kInfinity), max_s = max_t;
   for (int64_t key = 0; key < at.keys; ++key) {
     max_t = larger(max_t, load(at.t + key * at.stride + lane));
@@ -57,7 +59,7 @@ inline Share share(const Column& column, vfloat a, vfloat b) {
 }
 
 // The value of a query with these sums, and what is remembered of them.
-vfloat value_of(const Share& sum, const Column& column, const RelationStats& of, int64_t lane) {
+vfloat value_of(const Share& sum, const Column& column, const Stats& of, int64_t lane) {
   const vfloat apart = sum.excess / sum.t;
   const vint near = magnitude(apart) < 0.5f;
   store(of.max_t + lane, column.max_t);
@@ -69,11 +71,11 @@ vfloat value_of(const Share& sum, const Column& column, const RelationStats& of,
 }
 
 // What was remembered, read again.
-struct Sums {
+struct SavedSums {
   vfloat t, s, excess;
   vint near;
 
-  Sums(const RelationStats& of, int64_t lane) : t(load(of.sum_t + lane)), excess(load(of.excess + lane)) {
+  SavedSums(const Stats& of, int64_t lane) : t(load(of.sum_t + lane)), excess(load(of.excess + lane)) {
     near = t > 0.f;
     t = magnitude(t);
     s = near ? t + excess : excess;
@@ -81,7 +83,7 @@ struct Sums {
 };
 
 template <bool kKeep>
-void statistics_of(const RelationTile& at, const RelationStats& of, float* values, int64_t lane) {
+void statistics_of(const Tile& at, const Stats& of, float* values, int64_t lane) {
   const Column column = maxima(at, lane);
   Share sum = {};
   for (int64_t begin = 0; begin < at.keys; begin += kRun) {
@@ -101,19 +103,20 @@ void statistics_of(const RelationTile& at, const RelationStats& of, float* value
   store(values + lane, value_of(sum, column, of, lane));
 }
 
-void statistics(const RelationTile& at, bool keep, const RelationStats& of, float* values) {
+void statistics(const Tile& at, bool keep, const Stats& of, float* values) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes)
     keep ? statistics_of<true>(at, of, values, lane) : statistics_of<false>(at, of, values, lane);
 }
 
-// Kept are e_t and, where |c| < 1, e_s - e_t; else -e_t and e_s: each to its last digit. Where the sums are near,
+// ValidTokens are e_t and, where |c| < 1, e_s - e_t; else -e_t and e_s: each to its last digit. Where the sums are
+// near,
 //
 //     q - p = (e_s - e_t) / sum_s - e_t (sum_s - sum_t) / (sum_t sum_s): both small where q is near p;
 //
 // else e_s / sum_s - e_t / sum_t.
-void from_kept(const RelationTile& at, const RelationStats& of, const float* g) {
+void from_kept(const Tile& at, const Stats& of, const float* g) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
-    const Sums sum(of, lane);
+    const SavedSums sum(of, lane);
     const vfloat of_student = load(g + lane) / sum.s;
     const vfloat of_teacher = sum.near ? -sum.excess / sum.t * of_student : -load(g + lane) / sum.t;
     const vfloat difference_lacks = sum.near ? vfloat{} : splat(1),
@@ -131,18 +134,18 @@ struct Pull {
   Column column;
   vfloat p_scale, q_scale, kappa;
 
-  Pull(const RelationStats& of, const float* g, int64_t lane) : column{load(of.max_t + lane), load(of.max_s + lane)} {
-    const Sums sum(of, lane);
+  Pull(const Stats& of, const float* g, int64_t lane) : column{load(of.max_t + lane), load(of.max_s + lane)} {
+    const SavedSums sum(of, lane);
     p_scale = load(g + lane) / sum.t, q_scale = load(g + lane) / sum.s;
     kappa = sum.near ? logarithm(sum.excess / sum.t).log1p : natural_logarithm(sum.s / sum.t);
   }
   // Of a vector of queries, or of one for all lanes.
-  Pull(const RelationPull& of, int64_t lane)
+  Pull(const GradientFactors& of, int64_t lane)
       : column{load(of.max_t + lane), load(of.max_s + lane)},
         p_scale(load(of.p_scale + lane)),
         q_scale(load(of.q_scale + lane)),
         kappa(load(of.kappa + lane)) {}
-  static Pull one(const RelationPull& of, int64_t i) {
+  static Pull one(const GradientFactors& of, int64_t i) {
     return {{splat(of.max_t[i]), splat(of.max_s[i])}, splat(of.p_scale[i]), splat(of.q_scale[i]), splat(of.kappa[i])};
   }
   Pull(Column column, vfloat p_scale, vfloat q_scale, vfloat kappa)
@@ -156,7 +159,7 @@ struct Pull {
   }
 };
 
-void from_scores(const RelationTile& at, const RelationStats& of, const float* g) {
+void from_scores(const Tile& at, const Stats& of, const float* g) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
     const Pull pull(of, g, lane);
     for (int64_t key = 0; key < at.keys; ++key) {
@@ -182,7 +185,7 @@ void own_scores(const void* rows, int element, int64_t stride, int64_t count, in
   }
 }
 
-void down(const RelationTile& at, const RelationStats& queries, const RelationSums& sums) {
+void down(const Tile& at, const Stats& queries, const Sums& sums) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
     const Column column = {load(queries.max_t + lane), load(queries.max_s + lane)};
     Share sum = {};
@@ -196,7 +199,7 @@ void down(const RelationTile& at, const RelationStats& queries, const RelationSu
   }
 }
 
-void across(const RelationTile& at, const RelationStats& keys, const RelationSums& sums) {
+void across(const Tile& at, const Stats& keys, const Sums& sums) {
   for (int64_t key = 0; key < at.keys; ++key) {
     const Column column = {splat(keys.max_t[key]), splat(keys.max_s[key])};
     Share sum = {};
@@ -210,7 +213,7 @@ void across(const RelationTile& at, const RelationStats& keys, const RelationSum
   }
 }
 
-void finish(const RelationSums& sums, int64_t count, const RelationStats& of, float* values) {
+void finish(const Sums& sums, int64_t count, const Stats& of, float* values) {
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const Share sum = {load(sums.t + lane), load(sums.s + lane), load(sums.excess + lane), load(sums.bregman + lane),
                        load(sums.cross + lane)};
@@ -218,7 +221,7 @@ void finish(const RelationSums& sums, int64_t count, const RelationStats& of, fl
   }
 }
 
-void prepare(const RelationStats& of, const float* g, int64_t count, const RelationPull& to) {
+void prepare(const Stats& of, const float* g, int64_t count, const GradientFactors& to) {
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     const Pull pull(of, g, lane);
     store(to.max_t + lane, pull.column.max_t);
@@ -229,7 +232,7 @@ void prepare(const RelationStats& of, const float* g, int64_t count, const Relat
   }
 }
 
-void both(const RelationTile& at, const RelationPull& queries, const RelationPull& keys) {
+void both(const Tile& at, const GradientFactors& queries, const GradientFactors& keys) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
     const Pull query(queries, lane);
     for (int64_t key = 0; key < at.keys; ++key) {
@@ -262,6 +265,7 @@ void multiply(const void* in, bool bfloat16, float by, int64_t count, void* out)
 
 }  // namespace
 
-extern const RelationTable FASTKD_TABLE(relation);
-const RelationTable FASTKD_TABLE(relation) = {hide,   statistics, from_kept, from_scores, own_scores, down,
-                                              across, finish,     prepare,   both,        narrow,     multiply};
+const Table FASTKD_TABLE(table) = {hide,   statistics, from_kept, from_scores, own_scores, down,
+                                   across, finish,     prepare,   both,        narrow,     multiply};
+
+}  // namespace fastkd::relation

@@ -10,7 +10,7 @@
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::relation {
 
 // x or y [B, H, L, d] as it lies; strides in bytes. An undefined y is x.
 struct Heads {
@@ -33,14 +33,14 @@ struct Rows {
 };
 
 // The tokens of a sequence that count; `run`: one after another, so that nothing need be gathered.
-struct Kept {
+struct ValidTokens {
   std::vector<int64_t> tokens;
   bool run = true;
 
   int64_t count() const { return int64_t(tokens.size()); }
   int64_t first() const { return tokens.empty() ? 0 : tokens[0]; }
 
-  Kept(const bool* mask, int64_t mask_stride, int64_t length) {
+  ValidTokens(const bool* mask, int64_t mask_stride, int64_t length) {
     tokens.reserve(length);
     for (int64_t i = 0; i < length; ++i)
       if (!mask || mask[i * mask_stride]) tokens.push_back(i);
@@ -48,7 +48,7 @@ struct Kept {
   }
 };
 
-struct RelationSide {
+struct QueriesAndKeys {
   const Gemm& gemm;
   Heads x, y;
   int element;
@@ -60,7 +60,7 @@ struct RelationSide {
   Rows queries, keys;
   char *gathered_x, *gathered_y, *packed_queries, *packed_keys;
 
-  RelationSide(const Tensor& x, const Tensor& y, bool self, float scale, bool gathers)
+  QueriesAndKeys(const Tensor& x, const Tensor& y, bool self, float scale, bool gathers)
       : gemm(fastkd::gemm(element_of(x))),
         x(x),
         y(y),
@@ -78,7 +78,7 @@ struct RelationSide {
     packed_keys = arena.take<char>(direct ? 0 : gemm.bytes_a(length, width));
   }
 
-  Rows rows(const Heads& of, int64_t b, int64_t h, const Kept& kept, char* gathered) const {
+  Rows rows(const Heads& of, int64_t b, int64_t h, const ValidTokens& kept, char* gathered) const {
     const char* from = of.data + b * of.of_batch + h * of.of_head;
     if (kept.run) return {from + kept.first() * of.of_row, of.of_row / of.item};
     for (int64_t i = 0; i < kept.count(); ++i)
@@ -86,7 +86,7 @@ struct RelationSide {
     return {gathered, width};
   }
 
-  void take(int64_t b, int64_t h, const Kept& kept) {
+  void take(int64_t b, int64_t h, const ValidTokens& kept) {
     queries = rows(x, b, h, kept, gathered_x);
     keys = self ? queries : rows(y, b, h, kept, gathered_y);
     gemm.pack_b({queries.data, element, queries.stride, 1, kept.count(), width}, packed_queries);
@@ -111,4 +111,4 @@ struct RelationSide {
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::relation

@@ -15,31 +15,31 @@
 
 #include "cpu/relation/blocks.h"
 
-namespace fastkd {
+namespace fastkd::relation {
 
 struct RelationMirror {
   struct Slice {
     float *s, *t, *dx;
     char* packed;
-    RelationSums sums;
+    Sums sums;
   };
 
   static constexpr float kAbove = 40.f;  // by which a score may exceed the query's own: e^40 times 1e6 keys is a float
 
-  RelationCall call;
+  Inputs call;
   bool gradient;
   int64_t block, padded, row;
   Memory memory;
   BlockStats stats;
-  RelationPull pull;
+  GradientFactors pull;
   char* turned;
   std::vector<Slice> slices;
 
-  static bool possible(const RelationCall& call) {
+  static bool possible(const Inputs& call) {
     return call.s.self && call.t.self && !call.causal && call.s.scale >= 0 && call.t.scale >= 0;
   }
 
-  RelationMirror(const RelationCall& of, bool gradient, int64_t count)
+  RelationMirror(const Inputs& of, bool gradient, int64_t count)
       : call(of),
         gradient(gradient),
         block(of.block),
@@ -69,8 +69,8 @@ struct RelationMirror {
   }
 
   // False: nothing was written, the scores are too far apart.
-  bool run(int64_t pair, const RelationOut& out) {
-    const Kept kept = call.kept(pair);
+  bool run(int64_t pair, const Outputs& out) {
+    const ValidTokens kept = call.kept(pair);
     const int64_t n = kept.count();
     if (n == 0) return write_zeros(call, out, pair, kept), true;
     call.s.take(pair / call.heads, pair % call.heads, kept);
@@ -81,7 +81,7 @@ struct RelationMirror {
     return true;
   }
 
-  bool own_scores(const RelationSide& side, int64_t n, float* own) const {
+  bool own_scores(const QueriesAndKeys& side, int64_t n, float* own) const {
     call.table.own_scores(side.queries.data, side.element, side.queries.stride, n, side.width, side.scale, own);
     std::fill(own + n, own + padded, 0.f);
     float most = 0;
@@ -91,11 +91,11 @@ struct RelationMirror {
     return true;
   }
 
-  void forward(int64_t pair, const Kept& kept, const RelationOut& out) {
+  void forward(int64_t pair, const ValidTokens& kept, const Outputs& out) {
     const int64_t n = kept.count();
     each_slice(slices, [&](Slice& slice, int64_t k) {
       std::memset(slice.sums.t, 0, 5 * padded * sizeof(float));
-      each_tile(slice, n, k, [&](const RelationTile& tile, int64_t i, int64_t j) {
+      each_tile(slice, n, k, [&](const Tile& tile, int64_t i, int64_t j) {
         call.table.down(tile, from(i), of(slice.sums, i));
         if (j > i) call.table.across(tile, from(j), of(slice.sums, j));
       });
@@ -105,7 +105,7 @@ struct RelationMirror {
     stats.write(out, pair, call.length, kept, 0, n);
   }
 
-  void backward(int64_t pair, const Kept& kept, const RelationOut& out) {
+  void backward(int64_t pair, const ValidTokens& kept, const Outputs& out) {
     const int64_t n = kept.count();
     stats.read(out, pair, call.length, kept, 0, n);
     stats.read_upstream(out, pair, call.length, kept, 0, n);
@@ -113,7 +113,7 @@ struct RelationMirror {
     for (int64_t i = 0; i < n; i += block) call.s.turn(call.s.queries, i, std::min(i + block, n), piece(i));
     each_slice(slices, [&](Slice& slice, int64_t k) {
       std::memset(slice.dx, 0, padded * row * sizeof(float));
-      each_tile(slice, n, k, [&](const RelationTile& tile, int64_t i, int64_t j) {
+      each_tile(slice, n, k, [&](const Tile& tile, int64_t i, int64_t j) {
         call.table.both(tile, of(pull, i), of(pull, j));
         const int64_t queries = std::min(block, n - i), width = call.s.width;
         const Gemm& gemm = call.s.gemm;
@@ -142,15 +142,13 @@ struct RelationMirror {
   }
 
   char* piece(int64_t i) const { return turned + i / block * call.s.gemm.bytes_b(call.s.width, block); }
-  RelationStats from(int64_t i) const {
+  Stats from(int64_t i) const {
     return {stats.of.max_t + i, stats.of.sum_t + i, stats.of.max_s + i, stats.of.excess + i};
   }
-  static RelationSums of(const RelationSums& x, int64_t i) {
-    return {x.t + i, x.s + i, x.excess + i, x.bregman + i, x.cross + i};
-  }
-  static RelationPull of(const RelationPull& x, int64_t i) {
+  static Sums of(const Sums& x, int64_t i) { return {x.t + i, x.s + i, x.excess + i, x.bregman + i, x.cross + i}; }
+  static GradientFactors of(const GradientFactors& x, int64_t i) {
     return {x.max_t + i, x.max_s + i, x.p_scale + i, x.q_scale + i, x.kappa + i};
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::relation

@@ -1,6 +1,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd {
+
 // Transposition of square blocks of float32; `size` is a multiple of kTurnLanes, rows of both lie `stride` apart.
 constexpr int64_t kTurnLanes = 16;
 
@@ -9,3 +13,7 @@ struct TurnTable {
   void (*exchange)(float* a, float* b, int64_t stride, int64_t size);        // a, b = b^T, a^T; a may be b
   void (*symmetrise)(float* a, float* b, int64_t stride, int64_t size);      // a += b^T, b = a^T; a may be b
 };
+
+FASTKD_DECLARE_TABLE(TurnTable, turn_table);
+
+}  // namespace fastkd

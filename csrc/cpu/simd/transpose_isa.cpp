@@ -4,6 +4,7 @@
 #include "cpu/gemm/pack.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd {
 namespace {
 
 static_assert(kTurnLanes % W == 0, "blocks must be whole vectors");
@@ -57,5 +58,6 @@ void symmetrise(float* a, float* b, int64_t stride, int64_t size) {
 
 }  // namespace
 
-extern const TurnTable FASTKD_TABLE(turn);
-const TurnTable FASTKD_TABLE(turn) = {copy, exchange, symmetrise};
+const TurnTable FASTKD_TABLE(turn_table) = {copy, exchange, symmetrise};
+
+}  // namespace fastkd
