@@ -73,9 +73,9 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
         gemm.tile_direct(own.data(), padded, panels.scores.data() + p * panels.score_bytes, {keys, here, width},
                          {scores.data(), kPanel, alpha, false});
         if (bank_ids)
-          table.exclude(scores.data(), keys, here, query_ids->const_data_ptr<int64_t>() + p * kPanel,
-                        bank_ids->const_data_ptr<int64_t>() + first);
-        table.share(scores.data(), keys, shift.data() + p * kPanel, factor.data() + p * kPanel);
+          table.exclude_ids(scores.data(), keys, here, query_ids->const_data_ptr<int64_t>() + p * kPanel,
+                            bank_ids->const_data_ptr<int64_t>() + first);
+        table.softmax_gradient(scores.data(), keys, shift.data() + p * kPanel, factor.data() + p * kPanel);
         gemm.pack_a({scores.data(), kFloat32, kPanel, 1, keys, here}, packed.data());
         gemm.tile(packed.data(), panels.sums.data() + p * panels.sum_bytes, {keys, width, here},
                   {gradient + first * width, width, 1.f, p > 0});

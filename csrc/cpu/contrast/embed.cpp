@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
   constexpr int64_t kStep = 4;  // outputs that one pass over x serves
   parallel_for(0, (d + kStep - 1) / kStep, grain(rows * width), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kStep, last = std::min(end * kStep, d);
-    table.dots(from, rows, by + first * width, last - first, width, out + first, d);
+    table.dot_products(from, rows, by + first * width, last - first, width, out + first, d);
   });
   for (int64_t i = 0; i < rows; ++i, out += d) {
     double sum = 0;
@@ -115,7 +115,7 @@ struct Columns {
     const bool direct = count == kBlock && lines == stride;
     float* out = direct ? to + column : own;
     for (int64_t at = 0; at < kBlock && at < count; at += kEmbedColumns)
-      table.outer(a.data(), stride, b + at, kBlock, k, stride, out + at, direct ? width : kBlock);
+      table.outer_products(a.data(), stride, b + at, kBlock, k, stride, out + at, direct ? width : kBlock);
     for (int64_t i = 0; !direct && i < lines; ++i) std::copy_n(own + i * kBlock, count, to + i * width + column);
   }
 

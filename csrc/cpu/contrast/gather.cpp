@@ -36,7 +36,7 @@ void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index,
   const GatherTable& gather = chosen_gather_table();
   const int64_t queries = index.size(0), count = index.size(1), width = sides[0].query.size(1);
   const int64_t padded = padded_width(width), *indices = index.const_data_ptr<int64_t>();
-  std::atomic<int64_t> bad{-1};
+  std::atomic<int64_t> bank_rows{-1};
   parallel_for(0, queries * int64_t(sides.size()), grain(count * width), [&](int64_t t, int64_t end) {
     std::vector<float> memory((kGathered + 2) * padded + 16);
     float *sum = aligned(memory.data()), *row = sum + padded;
@@ -54,8 +54,8 @@ void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index,
                              nullptr,
                              0,
                              row + padded};
-      if (!gather.in_range(rows.index, count, bank.size(0))) {
-        bad = bank.size(0);
+      if (!gather.indices_in_range(rows.index, count, bank.size(0))) {
+        bank_rows = bank.size(0);
         continue;
       }
       std::fill_n(memory.data(), memory.size(), 0.f);
@@ -63,7 +63,7 @@ void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index,
       f(side, i, rows, row, sum);
     }
   });
-  STD_TORCH_CHECK(bad < 0, "index: indices must lie in [0, ", bad.load(), "), the rows of bank");
+  STD_TORCH_CHECK(bank_rows < 0, "index: indices must lie in [0, ", bank_rows.load(), "), the rows of bank");
 }
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
@@ -79,14 +79,14 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
   Tensor unit_grad =
       torch::stable::new_empty(query, {gradient_in_forward ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
+  const ScoreOptions options_of_scores = options(1 / temperature, *shift.const_data_ptr<double>());
   const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
                  [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
                    rows.scales = scales_of(scale);
-                   losses[i] = float(gather.nce(rows, row, how, gradient_in_forward ? sum : nullptr));
+                   losses[i] = float(gather.nce(rows, row, options_of_scores, gradient_in_forward ? sum : nullptr));
                    for (int64_t d = 0; gradient_in_forward && d < width; ++d)
-                     unit_grads[i * width + d] = sum[d] * how.scale;
+                     unit_grads[i * width + d] = sum[d] * options_of_scores.scale;
                  });
   return {loss, unit_grad};
 }
@@ -110,10 +110,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
   const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data, std::nullopt),
                        nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data, std::nullopt)};
-  ScoreOptions how[2];
+  ScoreOptions options_of_scores[2];
   for (int s = 0; s < 2; ++s) {
     const double now = *z[s].const_data_ptr<float>();
-    how[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
+    options_of_scores[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
   }
   const double dropped = double(negatives) * (std::log(double(negatives) / double(n_data)) - std::log(noise));
   Tensor loss = torch::stable::new_empty(query_a, {count}, ScalarType::Float);
@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   float* unit_grads[2] = {unit_grad[0].mutable_data_ptr<float>(), unit_grad[1].mutable_data_ptr<float>()};
   const GatherTable& gather = chosen_gather_table();
   for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
-    losses[side * count + i] = gather.nce(gathered, row, how[side], sum);
-    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
+    losses[side * count + i] = gather.nce(gathered, row, options_of_scores[side], sum);
+    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * options_of_scores[side].scale * 0.5f;
   });
   for (int64_t i = 0; i < count; ++i)
     loss.mutable_data_ptr<float>()[i] = float((losses[i] + losses[count + i]) / 2 - dropped);
@@ -147,14 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
         *lses = lse.mutable_data_ptr<float>();
   float* unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions how = options(inverse_temperature, 0);
+  const ScoreOptions options_of_scores = options(inverse_temperature, 0);
   const Table& table = chosen_table();
   const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, index, [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
     rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
     float largest;
-    const double mass = gather.softmax(rows, row, how, &largest, gradient_in_forward ? sum : nullptr);
+    const double mass = gather.softmax(rows, row, options_of_scores, &largest, gradient_in_forward ? sum : nullptr);
     float_row(table, positive, i, rows.scratch);
     finish_row(row, rows.scratch, width, inverse_temperature, largest, mass, sum,
                {losses + i, weights + i, lses + i, gradient_in_forward ? unit_grads + i * width : nullptr});

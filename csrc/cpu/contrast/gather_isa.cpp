@@ -10,7 +10,7 @@ namespace fastkd::contrast {
 
 namespace {
 
-bool in_range(const int64_t* index, int64_t count, int64_t rows) {
+bool indices_in_range(const int64_t* index, int64_t count, int64_t rows) {
   uint64_t bad = 0;
 #pragma omp simd reduction(| : bad)
   for (int64_t k = 0; k < count; ++k) bad |= uint64_t(uint64_t(index[k]) >= uint64_t(rows));
@@ -122,10 +122,10 @@ inline vfloat score(vfloat dot, ScoreOptions o) {
 }
 
 // softplus and its derivative. sign -1: of the positive, softplus(-u).
-struct Noise {
+struct NoiseTerm {
   vfloat loss, weight;
 };
-inline Noise noise(vfloat u, vfloat sign) {
+inline NoiseTerm noise_term(vfloat u, vfloat sign) {
   const vfloat v = u * sign, e = exp(-magnitude(v));
   const vfloat loss = (v > 0.f ? v : vfloat{}) + logarithm(e).log1p;
   return {loss, sign * ((v > 0.f ? splat(1.f) : e) / (1.f + e))};
@@ -137,9 +137,9 @@ double nce(const Gathered& rows, const float* query, ScoreOptions options, float
     for (int64_t i = 0; i < count; i += kLanes) {
       float sign[kLanes], losses[kLanes];
       for (int l = 0; l < kLanes; ++l) sign[l] = begin + i + l == 0 ? -1.f : 1.f;
-      const Noise found = noise(score(load(weights + i), options), load(sign));
-      store(losses, found.loss);
-      store(weights + i, found.weight);
+      const NoiseTerm term = noise_term(score(load(weights + i), options), load(sign));
+      store(losses, term.loss);
+      store(weights + i, term.weight);
       for (int64_t l = 0; l < kLanes && i + l < count; ++l) loss += losses[l];
     }
   });
@@ -174,6 +174,6 @@ double softmax(const Gathered& rows, const float* query, ScoreOptions options, f
 
 }  // namespace
 
-const GatherTable FASTKD_TABLE(gather_table) = {in_range, nce, softmax};
+const GatherTable FASTKD_TABLE(gather_table) = {indices_in_range, nce, softmax};
 
 }  // namespace fastkd::contrast

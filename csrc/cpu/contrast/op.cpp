@@ -146,7 +146,7 @@ struct Task {
       const int64_t key = b * plan.keys, keys = std::min(plan.keys, plan.bank_rows - key);
       const void* rows = block(key, keys);
       for (int64_t panel = first; panel < last; ++panel)
-        against(rows, key, keys, panel, range, panel == first && b + 1 < end);
+        score_panel(rows, key, keys, panel, range, panel == first && b + 1 < end);
     }
   }
 
@@ -156,8 +156,8 @@ struct Task {
     if (plan.in_place) return rows;
     if (!plan.bfloat16)
       for (int64_t j = 0; j < keys; ++j)
-        plan.table.widen(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded, scales ? scales[key + j] : 1,
-                         own_block + j * plan.padded);
+        plan.table.to_float32(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded,
+                              scales ? scales[key + j] : 1, own_block + j * plan.padded);
     else
       for (int64_t j = 0; j < keys; ++j) {
         auto* row = reinterpret_cast<uint16_t*>(own_block) + j * plan.padded;
@@ -167,18 +167,18 @@ struct Task {
     return own_block;
   }
 
-  void against(const void* rows, int64_t key, int64_t keys, int64_t panel, int64_t range, bool ahead) {
+  void score_panel(const void* rows, int64_t key, int64_t keys, int64_t panel, int64_t range, bool ahead) {
     const int64_t queries = plan.in_panel(panel), stride = plan.in_place ? plan.row_stride : plan.padded;
     const GemmShape shape = {keys, queries, plan.width};
     GemmOut out = {scores, kPanel, alpha, false};
     plan.gemm.tile_direct(rows, stride, packed.high + panel * plan.packed_bytes, shape, out);
     out.accumulate = true;
     if (packed.low) plan.gemm.tile_direct(rows, stride, packed.low + panel * plan.packed_bytes, shape, out);
-    if (bank_ids) plan.table.exclude(scores, keys, queries, query_ids + panel * kPanel, bank_ids + key);
+    if (bank_ids) plan.table.exclude_ids(scores, keys, queries, query_ids + panel * kPanel, bank_ids + key);
     PanelState* state = partials.state(range, panel);
     const bool units = plan.bfloat16 && plan.gradient_in_forward;
     uint32_t* rest = units && plan.split_weights ? low : nullptr;
-    plan.table.softmax(scores, keys, queries, state, units ? high : nullptr, rest);
+    plan.table.softmax_weights(scores, keys, queries, state, units ? high : nullptr, rest);
     if (!plan.gradient_in_forward) return;
     float* sum = partials.sum(range, panel);
     ahead = ahead && plan.in_place;
@@ -206,7 +206,7 @@ void merge(const Plan& plan, const Partials& partials, int64_t i, double* larges
     const double scale = std::exp(state->largest[lane] - shift);
     *mass += scale * state->sum[lane];
     if (plan.gradient_in_forward)
-      plan.table.add_scaled(partials.sum(r, panel) + lane * plan.padded, float(scale), plan.padded, mean);
+      plan.table.add_scaled_row(partials.sum(r, panel) + lane * plan.padded, float(scale), plan.padded, mean);
   }
 }
 

@@ -22,7 +22,7 @@ constexpr int kRows = 4;
 constexpr int kVectors = 2, kColumns = kVectors * kLanes;
 static_assert(kPanel % kLanes == 0 && kPanel % kRows == 0 && kColumnStep % kColumns == 0, "panels are whole");
 
-void exclude(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids) {
+void exclude_ids(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids) {
   for (int64_t j = 0; j < keys; ++j, scores += kPanel) {
     const int64_t id = bank_ids[j];
 #pragma omp simd
@@ -47,7 +47,7 @@ inline void store_pairs(uint32_t* out, vint first, vint second) {  // bits of bf
 }
 
 // Two neighbouring keys; an odd last one has no second.
-inline vfloat weigh(float* scores, bool second, vfloat shift, uint32_t* high, uint32_t* low) {
+inline vfloat weigh_keys(float* scores, bool second, vfloat shift, uint32_t* high, uint32_t* low) {
   const vfloat a = exp(load(scores) - shift), b = second ? exp(load(scores + kPanel) - shift) : vfloat{};
   if (!high) {
     store(scores, a);
@@ -60,7 +60,7 @@ inline vfloat weigh(float* scores, bool second, vfloat shift, uint32_t* high, ui
   return a + b;
 }
 
-void softmax(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high, uint32_t* low) {
+void softmax_weights(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high, uint32_t* low) {
   for (int64_t i = 0; i < queries; i += kLanes) {
     const vfloat before = load(state->largest + i), top = largest_of(scores + i, keys, before);
     const vfloat shift = top == -kInfinity ? vfloat{} : top;  // nothing but excluded keys so far: weights 0, not NaN
@@ -68,8 +68,8 @@ void softmax(float* scores, int64_t keys, int64_t queries, PanelState* state, ui
     vfloat total[2] = {};
     for (int64_t j = 0; j < keys; j += 2) {
       const int64_t unit = j / 2 * kPanel + i;
-      total[j / 2 % 2] +=
-          weigh(scores + j * kPanel + i, j + 1 < keys, shift, high ? high + unit : nullptr, low ? low + unit : nullptr);
+      total[j / 2 % 2] += weigh_keys(scores + j * kPanel + i, j + 1 < keys, shift, high ? high + unit : nullptr,
+                                     low ? low + unit : nullptr);
     }
     float sums[kLanes];
     store(sums, total[0] + total[1]);
@@ -187,7 +187,7 @@ void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint
 constexpr decltype(Table::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
 #endif
 
-void share(float* scores, int64_t keys, const float* shift, const float* factor) {
+void softmax_gradient(float* scores, int64_t keys, const float* shift, const float* factor) {
   for (int64_t i = 0; i < kPanel; i += kLanes) {
     const vfloat of = load(factor + i), lse = load(shift + i), from = lse == -kInfinity ? vfloat{} : lse;
     for (int64_t j = 0; j < keys; ++j) {
@@ -197,12 +197,12 @@ void share(float* scores, int64_t keys, const float* shift, const float* factor)
   }
 }
 
-void add_scaled(const float* x, float scale, int64_t count, float* sum) {
+void add_scaled_row(const float* x, float scale, int64_t count, float* sum) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) sum[i] += scale * x[i];
 }
 
-void widen(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
+void to_float32(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
   widen_row(x, element, count, scale, out);
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
@@ -222,8 +222,8 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
                 double momentum, float* scratch) {
   float *old = scratch, *now = scratch + width;
   const float keep = float(momentum), take = float(1 - momentum);
-  widen(bank, bank_element, width, width, factor ? *factor : 1, old);
-  widen(row, row_element, width, width, 1, now);
+  to_float32(bank, bank_element, width, width, factor ? *factor : 1, old);
+  to_float32(row, row_element, width, width, 1, now);
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {
@@ -245,7 +245,7 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {exclude, softmax,    weighted_sum, weighted_sum_bfloat16,
-                                   share,   add_scaled, widen,        update_row};
+const Table FASTKD_TABLE(table) = {exclude_ids,      softmax_weights, weighted_sum, weighted_sum_bfloat16,
+                                   softmax_gradient, add_scaled_row,  to_float32,   update_row};
 
 }  // namespace fastkd::contrast

@@ -24,7 +24,7 @@ inline int element_of_bank(const Tensor& x) {
 // Row i of x [N, D] times `scale` as floats, with zeros up to the padded width.
 inline void float_row(const Table& table, const Tensor& x, int64_t i, float* out, float scale = 1) {
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
-  table.widen(row, element_of_bank(x), x.size(1), padded_width(x.size(1)), scale, out);
+  table.to_float32(row, element_of_bank(x), x.size(1), padded_width(x.size(1)), scale, out);
 }
 
 inline const float* scales_of(const std::optional<Tensor>& scale) {

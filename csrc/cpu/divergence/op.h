@@ -38,7 +38,7 @@ struct GradRequest {
 // second look at the row: the value, q and q (h - centre).
 struct RowSums {
   float max_s = -__builtin_inff(), max_t = -__builtin_inff();
-  double between = __builtin_nan("");
+  double log_sum_gap = __builtin_nan("");
   float top_t = 0;  // the teacher's logit where the student's is max_s
   double sum_s = 0, sum_t = 0, excess = 0, mean_c = 0, bregman = 0, entropy = 0;
   double value = 0, sum_q = 0, mean_h = 0;
@@ -51,16 +51,16 @@ struct Table {
                    float upstream, float* grad);
   // The forward in parts: gather() for each part of the row, then conclude(); where that returns true, refine() for
   // each part again, and finish().
-  void (*gather)(const float* s, const float* t, int64_t columns, Options options, RowSums* sums);
-  bool (*conclude)(Options options, const RowSums& sums, RowStats* stats, float* value);
-  void (*refine)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
-                 RowSums* sums);
-  void (*finish)(Options options, const RowSums& sums, RowStats* stats, float* value);
+  void (*accumulate_part)(const float* s, const float* t, int64_t columns, Options options, RowSums* sums);
+  bool (*finish_sums)(Options options, const RowSums& sums, RowStats* stats, float* value);
+  void (*refine_part)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                      RowSums* sums);
+  void (*finish_value)(Options options, const RowSums& sums, RowStats* stats, float* value);
   // For the sparse teacher: parts of softmax(s / T). The sum is of e^((s - largest) / T), in double; log_sum and
   // lacking are T logsumexp(s / T) as two floats.
   float (*largest)(const float* s, int64_t columns);
   double (*sum_of_exponentials)(const float* s, int64_t columns, double inverse_temperature, float largest);
-  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float log_sum_low,
                          float scale, float* out);
   // Rows in half precision, to floats and back.
   const float* (*as_floats)(const void* row, int element, float* scratch, int64_t count);

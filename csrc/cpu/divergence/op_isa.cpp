@@ -117,14 +117,14 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
 }
 
 // t where s is max_s, in the chunk from `begin`.
-float beside(const float* s, const float* t, int64_t begin, int64_t columns, float max_s) {
+float teacher_at_student_maximum(const float* s, const float* t, int64_t begin, int64_t columns, float max_s) {
   for (int64_t i = begin; i < columns && i < begin + kChunk; ++i)
     if (s[i] == max_s) return t[i];
   return max_s;
 }
 
 // The sums relative to larger maxima: every e^t is multiplied by `t` and every c grows by `delta`, so e^s by `s`.
-void move_to(float max_s, float max_t, double inverse_temperature, RowSums* sums) {
+void rebase_sums(float max_s, float max_t, double inverse_temperature, RowSums* sums) {
   const double up_s = (double(sums->max_s) - max_s) * inverse_temperature;
   const double up_t = (double(sums->max_t) - max_t) * inverse_temperature;
   const bool first = sums->sum_t == 0 && sums->sum_s == 0;
@@ -142,7 +142,8 @@ void move_to(float max_s, float max_t, double inverse_temperature, RowSums* sums
 }
 
 template <int kKind, bool kKeep>
-void gather(const float* s, const float* t, int64_t columns, Options options, RowSums* sums, GradRequest gradient) {
+void accumulate_part(const float* s, const float* t, int64_t columns, Options options, RowSums* sums,
+                     GradRequest gradient) {
   if constexpr (kKind == kMSE) {
     double totals[1];
     accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
@@ -154,15 +155,15 @@ void gather(const float* s, const float* t, int64_t columns, Options options, Ro
     int64_t top = 0;
     Row row = maxima(s, t, columns, options.inverse_temperature, &top);
     if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
-    if (row.max_s > sums->max_s) sums->top_t = beside(s, t, top, columns, row.max_s);
+    if (row.max_s > sums->max_s) sums->top_t = teacher_at_student_maximum(s, t, top, columns, row.max_s);
     row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
     row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
     if (row.max_s == -kInfinity) row.max_s = row.max_t;
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
     const float top_s = row.max_s;
-    const double balanced = row.max_t + sums->between;
+    const double balanced = row.max_t + sums->log_sum_gap;
     if (std::fabs(balanced - row.max_s) * options.inverse_temperature < 20) row.max_s = float(balanced);
-    move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
+    rebase_sums(row.max_s, row.max_t, options.inverse_temperature, sums);
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
     row.exact = exact(row, (top_s - sums->top_t) - (row.max_s - row.max_t));
     by_exactness(row, [&](auto exact) {
@@ -197,7 +198,7 @@ float centre_of(Options options, const RowStats& stats, float top_t) {
   return std::fabs(h) < kInfinity ? h : 0;
 }
 
-bool conclude(Options options, const RowSums& sums, RowStats* stats, float* value) {
+bool finish_sums(Options options, const RowSums& sums, RowStats* stats, float* value) {
   *stats = {};
   *value = options.kind == kMSE ? float(sums.value) : 0;
   if (options.kind == kMSE || (sums.max_s == -kInfinity && sums.max_t == -kInfinity)) return false;
@@ -216,7 +217,8 @@ bool conclude(Options options, const RowSums& sums, RowStats* stats, float* valu
 // The value with the final kappa, and the mean of h - centre over the q that the backward will see, so that its
 // rounding cancels.
 template <int kKind>
-void refine(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats, RowSums* sums) {
+void refine_part(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                 RowSums* sums) {
   const Row row = row_of(options, stats);
   const float centre = stats.centre;
   double totals[3];
@@ -231,7 +233,7 @@ void refine(const float* s, const float* t, int64_t columns, Options options, co
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
 
-void finish(Options options, const RowSums& sums, RowStats* stats, float* value) {
+void finish_value(Options options, const RowSums& sums, RowStats* stats, float* value) {
   const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
   *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
   stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
@@ -262,13 +264,13 @@ void backward(const float* s, const float* t, int64_t columns, Options options, 
 
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
-float careful_forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
-                      GradRequest gradient, double between) {
+float accurate_forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                       GradRequest gradient, double log_sum_gap) {
   RowSums sums;
-  sums.between = between;
+  sums.log_sum_gap = log_sum_gap;
   float value;
-  gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
-  const bool again = conclude(options, sums, stats, &value);
+  accumulate_part<kKind, kKeep>(s, t, columns, options, &sums, gradient);
+  const bool again = finish_sums(options, sums, stats, &value);
   if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t), of which neither is much larger
     const double scale = double(gradient.upstream) * options.inverse_temperature, sum_s = sums.sum_s;
     const float of_excess = float(scale / sum_s), of_teacher = float(scale * (sums.excess / sum_s) / sums.sum_t);
@@ -282,8 +284,8 @@ float careful_forward(const float* s, const float* t, int64_t columns, Options o
       });
   }
   if (again) {
-    refine<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
-    finish(options, sums, stats, &value);
+    refine_part<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
+    finish_value(options, sums, stats, &value);
   }
   return value;
 }
@@ -293,13 +295,13 @@ float forward(const float* s, const float* t, int64_t columns, Options options, 
   if constexpr (kKind == kForwardKL || kKind == kSoftCE) {
     constexpr bool kEntropy = kKind == kSoftCE;
     const float scale = gradient.upstream * options.inverse_temperature;
-    const auto quick = gradient.out ? apart<kEntropy, true> : apart<kEntropy, false>;
-    const Apart x = quick(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
+    const auto fast = gradient.out ? fast_forward<kEntropy, true> : fast_forward<kEntropy, false>;
+    const FastResult x = fast(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
     if (!x.refused) return float(kEntropy ? x.kl + x.entropy : x.kl);
-    const auto careful = gradient.out ? careful_forward<kKind, true> : careful_forward<kKind, false>;
-    return careful(s, t, columns, options, stats, gradient, x.between);
+    const auto accurate = gradient.out ? accurate_forward<kKind, true> : accurate_forward<kKind, false>;
+    return accurate(s, t, columns, options, stats, gradient, x.log_sum_gap);
   } else {
-    const float value = careful_forward<kKind, false>(s, t, columns, options, stats, gradient, NAN);
+    const float value = accurate_forward<kKind, false>(s, t, columns, options, stats, gradient, NAN);
     if (gradient.out) backward<kKind>(s, t, columns, options, *stats, gradient.upstream, gradient.out);
     return value;
   }
@@ -319,16 +321,17 @@ void backward_any(const float* s, const float* t, int64_t columns, Options optio
   kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
 }
 
-void gather_any(const float* s, const float* t, int64_t columns, Options options, RowSums* sums) {
-  static constexpr decltype(&gather<0, false>) kGather[] = {gather<0, false>, gather<1, false>, gather<2, false>,
-                                                            gather<3, false>, gather<4, false>, gather<5, false>,
-                                                            gather<6, false>};
-  kGather[options.kind](s, t, columns, options, sums, {});
+void accumulate_part_any(const float* s, const float* t, int64_t columns, Options options, RowSums* sums) {
+  static constexpr decltype(&accumulate_part<0, false>) kAccumulate[] = {
+      accumulate_part<0, false>, accumulate_part<1, false>, accumulate_part<2, false>, accumulate_part<3, false>,
+      accumulate_part<4, false>, accumulate_part<5, false>, accumulate_part<6, false>};
+  kAccumulate[options.kind](s, t, columns, options, sums, {});
 }
 
-void refine_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
-                RowSums* sums) {
-  static constexpr decltype(&refine<0>) kRefine[] = {refine<0>, refine<1>, refine<2>, refine<3>, refine<4>, refine<0>};
+void refine_part_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                     RowSums* sums) {
+  static constexpr decltype(&refine_part<0>) kRefine[] = {refine_part<0>, refine_part<1>, refine_part<2>,
+                                                          refine_part<3>, refine_part<4>, refine_part<0>};
   kRefine[options.kind](s, t, columns, options, stats, sums);
 }
 
@@ -366,10 +369,10 @@ double sum_of_exponentials(const float* s, int64_t columns, double inverse_tempe
   return sum_lanes(sum);
 }
 
-void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float log_sum_low,
                     float scale, float* out) {
   sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t i, int count) {
-    store_some(out + i, exp(((a - log_sum) - lacking) * inverse_temperature) * scale, count);
+    store_some(out + i, exp(((a - log_sum) - log_sum_low) * inverse_temperature) * scale, count);
   });
 }
 
@@ -379,7 +382,8 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {forward_any, backward_any,        gather_any,     conclude,  refine_any, finish,
-                                   largest,     sum_of_exponentials, scaled_softmax, as_floats, narrow};
+const Table FASTKD_TABLE(table) = {forward_any,  backward_any, accumulate_part_any, finish_sums,    refine_part_any,
+                                   finish_value, largest,      sum_of_exponentials, scaled_softmax, as_floats,
+                                   narrow};
 
 }  // namespace fastkd::divergence

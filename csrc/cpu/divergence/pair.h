@@ -34,7 +34,7 @@ inline bool exact(const Row& row, float unlike) {
 }
 
 inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
-  const double between = double(max_s) - max_t, offset = between + kappa / inverse_temperature;
+  const double log_sum_gap = double(max_s) - max_t, offset = log_sum_gap + kappa / inverse_temperature;
   const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
   Row row = {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, false};
   row.exact = exact(row, float(8 * kappa / inverse_temperature));  // kappa is small where the offset is constant
@@ -68,7 +68,7 @@ struct ToMixture {
   vfloat log_ratio, term;
 };
 
-inline ToMixture to_mixture(vfloat a, vfloat m, vfloat n) {
+inline ToMixture against_mixture(vfloat a, vfloat m, vfloat n) {
   const vint there = a > kTiny;
   const vfloat per_a = 1.f / (there ? a : splat(1.f));
   const Logarithm x = logarithm(n * per_a, m * per_a);
@@ -100,7 +100,7 @@ template <int kKind>
     return (there ? h - (far ? 0 : centre) : m * 0.f) - mean;
   }
   if constexpr (kKind == kJSD)
-    return -o.mix * to_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
+    return -o.mix * against_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
   if constexpr (kKind == kTVD) {
     const float up = 0.5f - centre - mean, down = -0.5f - centre - mean;
     return x.difference > 0.f ? splat(up) : (x.difference < 0.f ? splat(down) : x.difference * 0.f + (-centre - mean));
@@ -113,9 +113,9 @@ template <int kKind>
   if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
   if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
   if constexpr (kKind == kSkewKL || kKind == kJSD) {
-    const vfloat m = mixture(x, o), of_p = to_mixture(x.p, m, o.mix * x.difference).term;
+    const vfloat m = mixture(x, o), of_p = against_mixture(x.p, m, o.mix * x.difference).term;
     if (kKind == kSkewKL) return of_p;
-    return o.rest * of_p + o.mix * to_mixture(x.q, m, -o.rest * x.difference).term;
+    return o.rest * of_p + o.mix * against_mixture(x.q, m, -o.rest * x.difference).term;
   }
   if constexpr (kKind == kTVD) return 0.5f * magnitude(x.difference);
   return vfloat{};

@@ -28,7 +28,7 @@ struct Inputs {
         teacher(ids, probs, rest, columns) {
     if (has_mask) mask = torch::stable::contiguous(*keep);
   }
-  bool kept(int64_t i) const { return !has_mask || mask.const_data_ptr<bool>()[i]; }
+  bool valid(int64_t i) const { return !has_mask || mask.const_data_ptr<bool>()[i]; }
   const float* row(const Table& table, int64_t i, std::vector<float>& scratch) const {
     const char* start = static_cast<const char*>(s.const_data_ptr()) + i * columns * int64_t(s.element_size());
     return table.as_floats(start, element, scratch.data(), columns);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> divergence_topk_fwd(const Tensor& student, const Tens
     for (int64_t i = begin; i < end; ++i) {
       value[i] = 0;
       stat[i] = {};
-      if (in.kept(i))
+      if (in.valid(i))
         value[i] = topk_forward(table, in.teacher, i, in.row(table, i, scratch), in.columns, rest.data(), int(kind),
                                 1 / temperature, mix, stat + i);
     }
@@ -87,7 +87,7 @@ Tensor divergence_topk_bwd(const Tensor& upstream, const Tensor& student, const 
     std::vector<float> scratch(half), scratch_out(half);
     for (int64_t i = begin; i < end; ++i) {
       char* row = out + i * in.columns * width;
-      if (!in.kept(i)) {
+      if (!in.valid(i)) {
         std::memset(row, 0, in.columns * width);
         continue;
       }

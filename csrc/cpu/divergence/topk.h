@@ -17,11 +17,11 @@ namespace {
 // T logsumexp(s / T) of all words and of the rest, and the mean of h under q, each as a float and what it lacks; and
 // the rest's q (h - mean).
 struct TopKStats {
-  float log_sum, lacking, rest_log_sum, rest_lacking, mean, mean_lacking, rest_grad;
+  float log_sum, log_sum_low, rest_log_sum, rest_log_sum_low, mean, mean_low, rest_grad;
 };
 // One word, or the rest: its contribution to the row and q h. Without a tail p and q differ in mass, so the terms are
 // plain; with one they are Bregman's, which are never negative.
-struct Word {
+struct TokenTerm {
   double value, weighted;
 };
 
@@ -31,7 +31,7 @@ inline double kl_term(double a, double log_a, double log_b, bool same_mass) {
   return same_mass ? a * (std::expm1(d) - d) : -a * d;
 }
 
-inline Word word(int kind, double log_p, double log_q, double mix, bool same_mass) {
+inline TokenTerm token_term(int kind, double log_p, double log_q, double mix, bool same_mass) {
   const double p = std::exp(log_p), q = std::exp(log_q);
   const double m = p + mix * (q - p), log_m = std::log(m);
   switch (kind) {
@@ -105,19 +105,20 @@ inline float topk_forward(const Table& table, const TopKTeacher& teacher, int64_
   const double log_sum = top + std::log(sum), log_rest_q = log_rest - log_sum;
   // A student that can say nothing but the k words has no rest: then the teacher's is not compared either.
   const double log_tail = log_rest == kNothing ? kNothing : teacher.log_rest(i);
-  const Word rest_word = word(kind, log_tail, log_rest_q, mix, teacher.has_tail);
-  double value = rest_word.value, mean = rest_word.weighted;
+  const TokenTerm rest_term = token_term(kind, log_tail, log_rest_q, mix, teacher.has_tail);
+  double value = rest_term.value, mean = rest_term.weighted;
   for (int64_t j = 0; j < teacher.k; ++j) {
     const double log_q = s[index[j]] * inverse_temperature - log_sum;
-    const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
+    const TokenTerm x = token_term(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
     value += x.value;
     mean += x.weighted;
   }
   const double raw = log_sum / inverse_temperature;
   const double rest_raw = (log_rest == kNothing ? log_sum : log_rest) / inverse_temperature;
-  const double rest_grad = rest_word.weighted - std::exp(log_rest_q) * mean;
-  const auto lacks = [](double x) { return float(x - float(x)); };
-  *stats = {float(raw), lacks(raw), float(rest_raw), lacks(rest_raw), float(mean), lacks(mean), float(rest_grad)};
+  const double rest_grad = rest_term.weighted - std::exp(log_rest_q) * mean;
+  const auto low_part = [](double x) { return float(x - float(x)); };
+  *stats = {float(raw),  low_part(raw),  float(rest_raw), low_part(rest_raw),
+            float(mean), low_part(mean), float(rest_grad)};
   return float(value);
 }
 
@@ -125,13 +126,13 @@ inline void topk_backward(const Table& table, const TopKTeacher& teacher, int64_
                           int kind, double inverse_temperature, double mix, const TopKStats& stats, float upstream,
                           float* grad) {
   const double scale = upstream * inverse_temperature;
-  const double log_sum = double(stats.log_sum) + stats.lacking, mean = double(stats.mean) + stats.mean_lacking;
-  table.scaled_softmax(s, columns, float(inverse_temperature), stats.rest_log_sum, stats.rest_lacking,
+  const double log_sum = double(stats.log_sum) + stats.log_sum_low, mean = double(stats.mean) + stats.mean_low;
+  table.scaled_softmax(s, columns, float(inverse_temperature), stats.rest_log_sum, stats.rest_log_sum_low,
                        float(stats.rest_grad * scale), grad);
   for (int64_t j = 0; j < teacher.k; ++j) {
     const int64_t v = teacher.index(i)[j];
     const double log_q = (s[v] - log_sum) * inverse_temperature;
-    const Word x = word(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
+    const TokenTerm x = token_term(kind, teacher.log_prob(i)[j], log_q, mix, teacher.has_tail);
     grad[v] = float((x.weighted - std::exp(log_q) * mean) * scale);
   }
 }

@@ -33,7 +33,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kWhole = 512;
+constexpr int64_t kMostInCache = 512;
 constexpr int64_t kFewRows = 320;  // up to here, gradients by features are less accurate than eager's near convergence
 enum Level : int64_t { kToken, kSequence, kOfficial };
 
@@ -57,11 +57,11 @@ Tensor rows_side_by_side(const Tensor& x) {
 
 // The released code's groups: all positions are measured before the first gradient is known.
 template <class Work, class Each>
-void by_official_groups(const Term& call, const Each& each_group) {
-  OfficialGroups found(call.length, call.groups);
-  each_group([&](Work& work, int64_t group) { work.measure(group, &found.lines[group * call.length]); });
-  found.conclude_all(call);
-  if (call.out) each_group([&](Work& work, int64_t group) { work.apply(group, found); });
+void by_official_groups(const Term& term, const Each& each_group) {
+  OfficialGroups official(term.length, term.groups);
+  each_group([&](Work& work, int64_t group) { work.measure_rows(group, &official.rows[group * term.length]); });
+  official.conclude_all(term);
+  if (term.out) each_group([&](Work& work, int64_t group) { work.apply_official(group, official); });
 }
 
 // Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
@@ -73,82 +73,82 @@ bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gr
   return n > kFewRows && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
 }
 
-void correlate(const Term& call) {
-  if (call.by_features) {
-    Features work(call);
-    for (int64_t group = 0; group < call.groups; ++group) work.run(group);
+void correlate(const Term& term) {
+  if (term.by_features) {
+    Features work(term);
+    for (int64_t group = 0; group < term.groups; ++group) work.run(group);
     return;
   }
-  if (call.length > kWhole) {
+  if (term.length > kMostInCache) {
     const auto each_group = [&](const auto& f) {
-      Long work(call);
-      for (int64_t group = 0; group < call.groups; ++group) f(work, group);
+      Tiled work(term);
+      for (int64_t group = 0; group < term.groups; ++group) f(work, group);
     };
-    if (call.official) return by_official_groups<Long>(call, each_group);
-    return each_group([](Long& work, int64_t group) { work.run(group); });
+    if (term.official) return by_official_groups<Tiled>(term, each_group);
+    return each_group([](Tiled& work, int64_t group) { work.run(group); });
   }
   const auto each_group = [&](const auto& f) {
-    const int64_t worth = grain(call.length * call.length * (call.s.width + call.t.width), 1 << 20);
-    parallel_for(0, call.groups, worth, [&](int64_t begin, int64_t end) {
-      Whole work(call);
+    const int64_t least_groups = grain(term.length * term.length * (term.s.width + term.t.width), 1 << 20);
+    parallel_for(0, term.groups, least_groups, [&](int64_t begin, int64_t end) {
+      InCache work(term);
       for (int64_t group = begin; group < end; ++group) f(work, group);
     });
   };
-  if (call.official) return by_official_groups<Whole>(call, each_group);
-  each_group([](Whole& work, int64_t group) { work.run(group); });
+  if (term.official) return by_official_groups<InCache>(term, each_group);
+  each_group([](InCache& work, int64_t group) { work.run(group); });
 }
 
-Term call_of(const Args& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+Term term_of(const Args& args, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
              Tensor& values, Tensor& valid) {
   const Table& table = chosen_table();
-  const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
+  const bool sequence = level != kToken, official = level == kOfficial && !args.row;
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   const std::vector<int64_t> shape =
-      asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
-  const bool by_line = asked.row || official;
-  const bool by_features = !by_line && features_are_fewer(double(length), s, t, with_gradient);
+      args.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
+  const bool per_row = args.row || official;
+  const bool by_features = !per_row && features_are_fewer(double(length), s, t, with_gradient);
   values = torch::stable::new_empty(s, shape, ScalarType::Float);
   valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
-  Term call = {table,
-               GroupRows(table, s, sequence, asked.normalize, by_line, by_features, norms),
-               GroupRows(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
-               GroupMask(asked.mask, sequence, length),
+  Term term = {table,
+               GroupRows(table, s, sequence, args.normalize, per_row, by_features, norms),
+               GroupRows(table, t, sequence, args.normalize, per_row, by_features, norms + 1),
+               GroupMask(args.mask, sequence, length),
                groups,
                length,
                sequence,
-               asked.row,
+               args.row,
                official,
                by_features,
-               asked.eps,
+               args.eps,
                values.mutable_data_ptr<float>(),
                static_cast<bool*>(valid.mutable_data_ptr()),
                {},
                nullptr,
                0,
                false};
-  GroupRows::agree(call.s, call.t);
-  return call;
+  GroupRows::align_strips(term.s, term.t);
+  return term;
 }
 
 // All levels of a pair of layers, one after another.
-void all_levels(const Args& asked, const Tensor& student, const Tensor& teacher, GradRequest& aim, Tensors* values,
+void all_levels(const Args& args, const Tensor& student, const Tensor& teacher, GradRequest& request, Tensors* values,
                 Tensors* valid) {
   const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
   Norms norms[2];
-  for (size_t k = 0; k < asked.levels.size(); ++k) {
+  for (size_t k = 0; k < args.levels.size(); ++k) {
     Tensor one_minus_rho, counts;
-    Term call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
-    if (!aim.out.empty()) {
-      const bool together = aim.out.size() == 1;
-      Tensor& out = aim.out[together ? 0 : k];
-      call.upstream = aim.upstream[k];
-      call.out = static_cast<char*>(out.mutable_data_ptr());
-      call.out_item = int64_t(out.element_size());
-      call.add = together && k > 0;
+    Term term = term_of(args, args.levels[k], !request.out.empty(), s, t, norms, one_minus_rho, counts);
+    if (!request.out.empty()) {
+      const bool together = request.out.size() == 1;
+      Tensor& out = request.out[together ? 0 : k];
+      term.upstream = request.upstream[k];
+      term.out = static_cast<char*>(out.mutable_data_ptr());
+      term.out_item = int64_t(out.element_size());
+      term.add = together && k > 0;
     }
-    correlate(call);
+    correlate(term);
     // With a mask, a level has seen the rows of its own groups only.
-    norms[0].known = norms[1].known = asked.normalize && !asked.mask;
+    norms[0].known = norms[1].known = args.normalize && !args.mask;
     if (values) values->push_back(one_minus_rho);
     if (valid) valid->push_back(counts);
   }
@@ -164,29 +164,29 @@ Tensor gradient_like(const Tensor& student) {
 }
 
 // Pairs of layers [B, N, D], D its own, and what is asked of them.
-void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Args& asked) {
+void check_args(const Check& check, const Tensors& students, const Tensors& teachers, const Args& args) {
   check.length("students", students, kAny);
   check.length("teachers", teachers, int64_t(students.size()));
-  check.length("levels", asked.levels, kAny);
-  for (const int64_t level : asked.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
+  check.length("levels", args.levels, kAny);
+  for (const int64_t level : args.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
   check("students", students[0], kFloating, "[B, N, D]", {kAny, kAny, kAny}, 0);
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check("students", students, kFloating, "[B, N, D]", {B, N, kAny});
   check("teachers", teachers, kFloating, "[B, N, D]", {B, N, kAny});
   for (const auto* side : {&students, &teachers})
     for (const Tensor& x : *side) check.that(x.size(2) > 0, "students, teachers", "D > 0", "an empty axis");
-  check("mask", asked.mask, kBool, "[B, N]", {B, N});
+  check("mask", args.mask, kBool, "[B, N]", {B, N});
 }
 
 // What goes with the values of every term: [G], or row by row [G, R].
 void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
-                 const Args& asked) {
-  const size_t terms = asked.levels.size();
+                 const Args& args) {
+  const size_t terms = args.levels.size();
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check.length(name, xs, int64_t(students.size() * terms));
   for (size_t i = 0; i < xs.size(); ++i) {
-    const int64_t level = asked.levels[i % terms];
-    if (asked.row)
+    const int64_t level = args.levels[i % terms];
+    if (args.row)
       check(name, xs[i], dtype, "[G, R]", {level == kToken ? B : N, level == kToken ? N : B}, int64_t(i));
     else
       check(name, xs[i], dtype, "[G]", {level == kSequence ? N : B}, int64_t(i));
@@ -194,33 +194,33 @@ void check_terms(const Check& check, const char* name, const Tensors& xs, unsign
 }
 
 // A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
-bool units_do(const Args& asked) {
-  for (int64_t level : asked.levels)
-    if (level == kOfficial || asked.row) return false;
+bool unit_gradients_suffice(const Args& args) {
+  for (int64_t level : args.levels)
+    if (level == kOfficial || args.row) return false;
   return true;
 }
 
 std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
                                                std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                bool with_gradient) {
-  const Args asked = {mask, levels, row, normalize, eps};
-  check_question(Check("gram_fwd"), students, teachers, asked);
+  const Args args = {mask, levels, row, normalize, eps};
+  check_args(Check("gram_fwd"), students, teachers, args);
   Tensors values, valid, saved;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    GradRequest aim = {{}, std::vector<Upstream>(levels.size())};
-    for (size_t k = 0; with_gradient && units_do(asked) && k < levels.size(); ++k)
-      aim.out.push_back(gradient_like(students[pair]));
-    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
-    saved.insert(saved.end(), aim.out.begin(), aim.out.end());
+    GradRequest request = {{}, std::vector<Upstream>(levels.size())};
+    for (size_t k = 0; with_gradient && unit_gradients_suffice(args) && k < levels.size(); ++k)
+      request.out.push_back(gradient_like(students[pair]));
+    all_levels(args, students[pair], teachers[pair], request, &values, &valid);
+    saved.insert(saved.end(), request.out.begin(), request.out.end());
   }
   return {values, valid, saved};
 }
 
 // What gram_fwd left for gram_bwd: nothing, or a gradient of every term.
-void check_units(const Check& check, Tensors& saved, const Tensors& students, const Args& asked) {
+void check_saved(const Check& check, Tensors& saved, const Tensors& students, const Args& args) {
   if (saved.empty()) return;
-  const size_t terms = asked.levels.size();
-  check.length("saved", saved, units_do(asked) ? int64_t(students.size() * terms) : 0);
+  const size_t terms = args.levels.size();
+  check.length("saved", saved, unit_gradients_suffice(args) ? int64_t(students.size() * terms) : 0);
   for (size_t i = 0; i < saved.size(); ++i) {
     const Tensor& student = students[i / terms];
     check.like("saved", saved[i], dtype_of(student) == kBF16 ? kBF16 : kF32, student, int64_t(i));
@@ -229,7 +229,7 @@ void check_units(const Check& check, Tensors& saved, const Tensors& students, co
 }
 
 // The sum of units, each times its upstream, in the student's dtype.
-Tensor weighted(const Tensor& student, const Args& asked, const std::vector<Upstream>& upstream, const Tensor* units) {
+Tensor weighted(const Tensor& student, const Args& args, const std::vector<Upstream>& upstream, const Tensor* units) {
   const Table& table = chosen_table();
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
   use_huge_pages(grad);
@@ -242,21 +242,21 @@ Tensor weighted(const Tensor& student, const Args& asked, const std::vector<Upst
     std::vector<const void*> from(terms);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t k = 0; k < terms; ++k) {
-        by[k] = upstream[k][asked.levels[k] == kToken ? i / positions : i % positions];
+        by[k] = upstream[k][args.levels[k] == kToken ? i / positions : i % positions];
         from[k] = static_cast<const char*>(units[k].const_data_ptr()) + i * row_in;
       }
-      table.blend(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
+      table.weighted_sum(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
     }
   });
   return grad;
 }
 
 // All levels' gradients once more, for the upstream that came.
-Tensor again(const Args& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
-  GradRequest aim = {{gradient_like(student)}, std::move(upstream)};
-  all_levels(asked, student, teacher, aim, nullptr, nullptr);
-  if (student.scalar_type() != ScalarType::Half) return aim.out[0];
-  return weighted(student, asked, {Upstream()}, aim.out.data());
+Tensor recompute(const Args& args, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
+  GradRequest request = {{gradient_like(student)}, std::move(upstream)};
+  all_levels(args, student, teacher, request, nullptr, nullptr);
+  if (student.scalar_type() != ScalarType::Half) return request.out[0];
+  return weighted(student, args, {Upstream()}, request.out.data());
 }
 
 std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t terms) {
@@ -267,37 +267,37 @@ std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t term
 
 Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
                  std::vector<int64_t> levels, bool row, bool normalize, double eps) {
-  const Args asked = {mask, levels, row, normalize, eps};
+  const Args args = {mask, levels, row, normalize, eps};
   const Check check("gram_bwd");
-  check_question(check, students, teachers, asked);
-  check_terms(check, "grads", grads, kF32, students, asked);
-  check_units(check, saved, students, asked);
+  check_args(check, students, teachers, args);
+  check_terms(check, "grads", grads, kF32, students, args);
+  check_saved(check, saved, students, args);
   Tensors found;
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   for (size_t pair = 0; pair < students.size(); ++pair) {
     const std::vector<Upstream> upstream = upstream_of(grads, pair, terms);
-    found.push_back(saved.empty() ? again(asked, students[pair], teachers[pair], upstream)
-                                  : weighted(students[pair], asked, upstream, &saved[pair * terms]));
+    found.push_back(saved.empty() ? recompute(args, students[pair], teachers[pair], upstream)
+                                  : weighted(students[pair], args, upstream, &saved[pair * terms]));
   }
   return found;
 }
 
 // What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
 // values that count for a mean.
-std::vector<Upstream> expected_upstream(const Args& asked, const Tensor& student, const std::vector<double>& weights,
+std::vector<Upstream> expected_upstream(const Args& args, const Tensor& student, const std::vector<double>& weights,
                                         bool mean) {
-  std::vector<Upstream> found(asked.levels.size());
+  std::vector<Upstream> found(args.levels.size());
   for (size_t k = 0; k < found.size(); ++k) {
-    const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
+    const bool sequence = args.levels[k] != kToken, official = args.levels[k] == kOfficial && !args.row;
     const int64_t groups = student.size(sequence ? 1 : 0), length = student.size(sequence ? 0 : 1);
-    int64_t count = asked.row ? groups * length : official ? length : groups;
-    if (asked.mask && !official) {
+    int64_t count = args.row ? groups * length : official ? length : groups;
+    if (args.mask && !official) {
       count = 0;
-      const GroupMask mask(asked.mask, sequence, length);
+      const GroupMask mask(args.mask, sequence, length);
       for (int64_t group = 0; group < groups; ++group) {
-        const auto kept = int64_t(mask.kept(group).size());
-        count += asked.row ? kept : kept > 0;
+        const auto valid = int64_t(mask.valid_rows(group).size());
+        count += args.row ? valid : valid > 0;
       }
     }
     found[k].all = float(weights[k]) / (mean && count > 0 ? float(count) : 1.f);
@@ -308,16 +308,16 @@ std::vector<Upstream> expected_upstream(const Args& asked, const Tensor& student
 std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
                                                     std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                     std::vector<double> weights, bool mean) {
-  const Args asked = {mask, levels, row, normalize, eps};
+  const Args args = {mask, levels, row, normalize, eps};
   const Check check("gram_fwd_grad");
-  check_question(check, students, teachers, asked);
+  check_args(check, students, teachers, args);
   check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
   check.length("weights", weights, int64_t(levels.size()));
   Tensors values, valid, grads;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    GradRequest aim = {{gradient_like(students[pair])}, expected_upstream(asked, students[pair], weights, mean)};
-    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
-    grads.push_back(aim.out[0]);
+    GradRequest request = {{gradient_like(students[pair])}, expected_upstream(args, students[pair], weights, mean)};
+    all_levels(args, students[pair], teachers[pair], request, &values, &valid);
+    grads.push_back(request.out[0]);
   }
   return {values, valid, grads};
 }
@@ -343,11 +343,11 @@ std::optional<float> common_factor(const std::vector<Upstream>& expected, const 
 void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
                         std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
                         std::vector<double> weights, bool mean) {
-  const Args asked = {mask, levels, row, normalize, eps};
+  const Args args = {mask, levels, row, normalize, eps};
   const Check check("gram_rescale_grads");
-  check_question(check, students, teachers, asked);
-  check_terms(check, "grads", grads, kF32, students, asked);
-  check_terms(check, "valid", valid, kBool, students, asked);
+  check_args(check, students, teachers, args);
+  check_terms(check, "grads", grads, kF32, students, args);
+  check_terms(check, "valid", valid, kBool, students, args);
   check.length("weights", weights, int64_t(levels.size()));
   check.length("found", found, int64_t(students.size()));
   for (size_t i = 0; i < found.size(); ++i) {
@@ -359,10 +359,11 @@ void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors stu
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    const std::vector<Upstream> expected = expected_upstream(asked, students[pair], weights, mean);
+    const std::vector<Upstream> expected = expected_upstream(args, students[pair], weights, mean);
     const std::optional<float> factor = common_factor(expected, &grads[pair * terms], &valid[pair * terms]);
     if (!factor) {
-      torch::stable::copy_(found[pair], again(asked, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
+      torch::stable::copy_(found[pair],
+                           recompute(args, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
       continue;
     }
     if (*factor == 1) continue;
@@ -374,7 +375,7 @@ void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors stu
       std::vector<float> scratch(gram_padded(width));
       for (int64_t i = begin; i < end; ++i) {
         const void* from = out + i * bytes;
-        table.blend(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
+        table.weighted_sum(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
       }
     });
   }

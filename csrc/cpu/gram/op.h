@@ -37,36 +37,37 @@ struct Moments {
 
 struct Table {
   // `count` (any) elements to `out` as they are (raw) or as floats. `element`: cpu/runtime/tensors.h.
-  void (*copy)(const void* row, int element, bool raw, int64_t count, void* out);
+  void (*copy_row)(const void* row, int element, bool raw, int64_t count, void* out);
   // The same unless `out` is null, and the sum of squares.
-  double (*take)(const void* row, int element, bool raw, int64_t count, void* out);
-  void (*add_scaled)(const void* row, bool raw, float scale, int64_t count, float* sums);
+  double (*squared_norm)(const void* row, int element, bool raw, int64_t count, void* out);
+  void (*add_scaled_row)(const void* row, bool raw, float scale, int64_t count, float* sums);
   // out = scale * row - centre; returns <out, centre>, or (square) <out, out>.
-  double (*shift)(const float* row, float scale, const float* centre, bool square, int64_t count, float* out);
+  double (*centre_row)(const float* row, float scale, const float* centre, bool square, int64_t count, float* out);
   // tile = tile * scale_i * scale_j + offset_i + offset_j, then zeros from `columns` (any) to the next multiple.
-  void (*place)(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i, const float* scale_j,
-                const float* offset_i, const float* offset_j);
+  void (*scale_and_offset)(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i,
+                           const float* scale_j, const float* offset_i, const float* offset_j);
   // Adds sum p p, sum q q and sum p q over a tile; columns from `once` on count twice.
-  void (*moments)(const float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, int64_t once,
-                  double* sums);
-  Moments (*line)(const float* p, const float* q, int64_t columns);  // any number of columns
+  void (*add_moments)(const float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, int64_t once,
+                      double* sums);
+  Moments (*row_moments)(const float* p, const float* q, int64_t columns);  // any number of columns
   // p = W[i, j] + W[j, i], then zeros from `columns` (any) to the next multiple; p and q are symmetric.
-  void (*combine)(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const RowWeights& i,
-                  const RowWeights& j);
+  void (*symmetric_weights)(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns,
+                            const RowWeights& i, const RowWeights& j);
   // Rows [begin, end) of a symmetric matrix are written from `end` on to the columns that they are.
-  void (*mirror)(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size);
+  void (*fill_lower_triangle)(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size);
   // The sum of a row, whose elements are then multiplied by `scale` unless that is null.
-  double (*weigh)(float* row, int64_t count, const float* scale);
+  double (*sum_and_scale)(float* row, int64_t count, const float* scale);
   // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient, plus `before`
   // unless that is null. `scratch`: count floats.
-  void (*finish)(const RowGradient& of, int64_t count, float* pull, float* scratch, const float* before, float* out);
-  void (*accumulate)(const float* from, int64_t count, double* into);      // any count
-  void (*widen)(const void* in, int element, int64_t count, float* out);   // any count
-  void (*narrow)(const float* in, int element, int64_t count, void* out);  // any count
+  void (*input_gradient)(const RowGradient& of, int64_t count, float* product, float* scratch, const float* before,
+                         float* out);
+  void (*add_to_float64)(const float* from, int64_t count, double* into);        // any count
+  void (*to_float32)(const void* in, int element, int64_t count, float* out);    // any count
+  void (*from_float32)(const float* in, int element, int64_t count, void* out);  // any count
   // The sum of by[k] times row k of `count` (any) elements, float32 or bfloat16, to an element type of its own; `sum`
   // is scratch for gram_padded(count) floats.
-  void (*blend)(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
-                int element_out, void* out);
+  void (*weighted_sum)(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+                       int element_out, void* out);
 };
 
 FASTKD_DECLARE_TABLE(Table, table);

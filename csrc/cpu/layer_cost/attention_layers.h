@@ -100,16 +100,16 @@ class AttentionUnit {
   std::vector<std::vector<char>> keys_;
 };
 
-inline GemmSource turned(const GemmSource& x) { return {x.data, x.element, x.k_stride, x.row_stride, x.k, x.rows}; }
+inline GemmSource transposed(const GemmSource& x) { return {x.data, x.element, x.k_stride, x.row_stride, x.k, x.rows}; }
 
 // A gradient [B, H, S, d] on its way out: rows of floats, in the layer's own element.
-struct Target {
+struct GradientOutput {
   Tensor tensor;
   char* data;
   int element;
   int64_t item, heads, length, width;
 
-  explicit Target(const Tensor& like)
+  explicit GradientOutput(const Tensor& like)
       : tensor(torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)})),
         data(static_cast<char*>(tensor.mutable_data_ptr())),
         element(element_of(like)),
@@ -123,7 +123,7 @@ struct Target {
     if (element == kFloat32)
       std::memcpy(to, from, width * sizeof(float));
     else
-      table.narrow(from, element, width, to);
+      table.from_float32(from, element, width, to);
   }
   // `from` [keys that count, d]; null: nothing pulls. The other keys get zeros.
   void write_keys(const Table& table, const AttentionUnit& unit, const float* from) const {
@@ -137,14 +137,16 @@ struct Target {
 };
 
 // The identity's way, for long sequences (layer_cost/attention_identity.cpp).
-struct Pull;
+struct WeightedTeachers;
 constexpr double kTrusted = 5e-6;  // of a result: how far off the identity may be
 bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers);
-bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls);
+bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers,
+                         const std::vector<WeightedTeachers>& teachers_of);
 // sums [students, teachers] of squared differences, and how far off each may be.
-void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* doubts);
+void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* error_bounds);
 // Which students' gradients may be off by too much.
-std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                                 const std::vector<Target>& to_q, const std::vector<Target>& to_k);
+std::vector<bool> identity_gradients(const AttentionShape& shape, const Layers& layers,
+                                     const std::vector<WeightedTeachers>& teachers_of,
+                                     const std::vector<GradientOutput>& to_q, const std::vector<GradientOutput>& to_k);
 
 }  // namespace fastkd::layer_cost

@@ -56,7 +56,7 @@ struct Panel {
         if (in_place || (whole && layers[l].element == kFloat32))
           data[l] = from;
         else
-          table.pack(from, layers[l].element, clamp, count, own(l) + done);
+          table.to_float32(from, layers[l].element, clamp, count, own(l) + done);
       }
       done += count;
     });
@@ -106,8 +106,8 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
         const int64_t count = panel.load(from, to);
         const Elements as = panel.natural;
         if (count)
-          table.distances(data, panel.in_place ? as.s : kFloat32, n, data + n, panel.in_place ? as.t : kFloat32, m,
-                          count, sums.data());
+          table.squared_distances(data, panel.in_place ? as.s : kFloat32, n, data + n, panel.in_place ? as.t : kFloat32,
+                                  m, count, sums.data());
       });
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const double* first = sums.data() + pair * kLayerSums;
@@ -130,7 +130,7 @@ struct Backward {
   const Table& table;
   const std::vector<Layer>& layers;
   const Space& space;
-  const std::vector<Pull>& pulls;
+  const std::vector<WeightedTeachers>& teachers_of;
   const std::vector<char*>& out;
   const Elements elements;
   const float* clamp;
@@ -146,32 +146,32 @@ struct Backward {
   const void* read(size_t l, int element, int64_t row, int64_t column, int64_t count) {
     const void* from = space.at(layers[l], row, column);
     if (layers[l].element == element) return from;
-    table.pack(from, layers[l].element, nullptr, count, own(l));
+    table.to_float32(from, layers[l].element, nullptr, count, own(l));
     return own(l);
   }
   // A piece that lies together in every layer; the gradients have no gaps at all.
   void run(int64_t row, int64_t column, int64_t count, bool valid) {
     const int64_t place = row * space.length + column;
     data.assign(layers.size(), nullptr);
-    for (size_t i = 0; i < pulls.size(); ++i) {
-      const Pull& pull = pulls[i];
+    for (size_t i = 0; i < teachers_of.size(); ++i) {
+      const WeightedTeachers& teachers = teachers_of[i];
       char* to = out[i] + place * layers[i].item;
-      if (!valid || pull.teacher.empty()) {
+      if (!valid || teachers.teacher.empty()) {
         std::memset(to, 0, count * layers[i].item);
         continue;
       }
       chosen.clear();
-      for (const int j : pull.teacher) {
-        const size_t l = pulls.size() + j;
+      for (const int j : teachers.teacher) {
+        const size_t l = teachers_of.size() + j;
         if (!data[l]) data[l] = read(l, elements.t, row, column, count);
         chosen.push_back(data[l]);
       }
       const void* s = read(i, elements.s, row, column, count);
       const bool rounded = layers[i].element != elements.s;
       void* target = rounded ? static_cast<void*>(own(layers.size())) : to;
-      table.gradient(s, elements.s, chosen.data(), elements.t, pull.weight.data(), int(chosen.size()), count, clamp,
+      table.gradient(s, elements.s, chosen.data(), elements.t, teachers.weight.data(), int(chosen.size()), count, clamp,
                      stream && !rounded, target);
-      if (rounded) table.narrow(static_cast<float*>(target), layers[i].element, count, to);
+      if (rounded) table.from_float32(static_cast<float*>(target), layers[i].element, count, to);
     }
   }
 };
@@ -184,7 +184,8 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
   const std::vector<Layer> layers = layers_of(students, teachers);
   const Space space(layers, mask);
   const Blocks blocks(space, layers.size());
-  const std::vector<Pull> pulls = pulls_of(grad, int(students.size()), int(teachers.size()), space.elements);
+  const std::vector<WeightedTeachers> teachers_of =
+      weighted_teachers(grad, int(students.size()), int(teachers.size()), space.elements);
   std::vector<Tensor> grads;
   std::vector<char*> out;
   int64_t bytes = 0;
@@ -197,8 +198,8 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
   const float limit = clamp ? float(*clamp) : 0;
   const Elements elements(layers, students.size());
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
-    Backward backward = {chosen_table(),           layers,       space,           pulls, out, elements,
-                         clamp ? &limit : nullptr, blocks.block, bytes >= kCache, {},    {},  {}};
+    Backward backward = {chosen_table(),           layers,       space,           teachers_of, out, elements,
+                         clamp ? &limit : nullptr, blocks.block, bytes >= kCache, {},          {},  {}};
     for (int64_t chunk = end; chunk-- > begin;)  // backwards, from what the forward left in the cache
       blocks.of(chunk, [&](int64_t from, int64_t to) {
         space.pieces(from, to, [&](int64_t row, int64_t column, int64_t count, bool valid) {

@@ -18,15 +18,15 @@ constexpr bool layers_are_read_as_they_are(int element_s, int element_t) {
 struct Table {
   // sums[(i * teachers + j) * kLayerLanes + lane] += (s_i - t_j)^2 over `count` elements, for all pairs; lanes are to
   // be added up at the end. count: a multiple of kLayerLanes.
-  void (*distances)(const void* const* s, int element_s, int students, const void* const* t, int element_t,
-                    int teachers, int64_t count, double* sums);
+  void (*squared_distances)(const void* const* s, int element_s, int students, const void* const* t, int element_t,
+                            int teachers, int64_t count, double* sums);
   // out = sum over q of weights_q (s - t_q), 0 where s is clamped, in the element of s. `stream`: past the cache, where
   // `out` allows it.
   void (*gradient)(const void* s, int element_s, const void* const* t, int element_t, const float* weights,
                    int teachers, int64_t count, const float* clamp, bool stream, void* out);
   // `count` elements widened, clamped and packed; and back, rounded.
-  void (*pack)(const void* in, int element, const float* clamp, int64_t count, float* out);
-  void (*narrow)(const float* in, int element, int64_t count, void* out);
+  void (*to_float32)(const void* in, int element, const float* clamp, int64_t count, float* out);
+  void (*from_float32)(const float* in, int element, int64_t count, void* out);
 };
 
 FASTKD_DECLARE_TABLE(Table, table);

@@ -109,23 +109,23 @@ void distances_of(const void* const* s, int students, const void* const* t, int 
     }
 }
 
-void distances(const void* const* s, int element_s, int students, const void* const* t, int element_t, int teachers,
-               int64_t count, double* sums) {
+void squared_distances(const void* const* s, int element_s, int students, const void* const* t, int element_t,
+                       int teachers, int64_t count, double* sums) {
   const auto run = element_t == 0 ? distances_of<0, 0> : element_s == 0 ? distances_of<0, 1> : distances_of<1, 1>;
   run(s, students, t, teachers, count, sums);
 }
 
-inline vfloat kept(vfloat x, const float* clamp) { return clamp ? (x <= *clamp ? vfloat{} : x) : x; }
+inline vfloat clamped(vfloat x, const float* clamp) { return clamp ? (x <= *clamp ? vfloat{} : x) : x; }
 
-void pack(const void* in, int element, const float* clamp, int64_t count, float* out) {
+void to_float32(const void* in, int element, const float* clamp, int64_t count, float* out) {
   const float* from = as_floats(in, element, out, count);
   if (from == out && !clamp) return;
   int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) store(out + k, kept(load(from + k), clamp));
-  if (k < count) store_some(out + k, kept(load_some(from + k, int(count - k), 0), clamp), int(count - k));
+  for (; k + kLanes <= count; k += kLanes) store(out + k, clamped(load(from + k), clamp));
+  if (k < count) store_some(out + k, clamped(load_some(from + k, int(count - k), 0), clamp), int(count - k));
 }
 
-void narrow(const float* in, int element, int64_t count, void* out) {
+void from_float32(const float* in, int element, int64_t count, void* out) {
   (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
 }
 
@@ -191,7 +191,8 @@ int64_t gradient_from(int64_t k, const void* s, const void* const* t, const floa
     vfloat a[kWidth], sums[kWidth] = {};
     for (int v = 0; v < kWidth; ++v) a[v] = load_as<kS>(s, k + v * kLanes);
     for (int q = 0; q < teachers; ++q)
-      for (int v = 0; v < kWidth; ++v) sums[v] += (a[v] - kept(load_as<kT>(t[q], k + v * kLanes), clamp)) * weights[q];
+      for (int v = 0; v < kWidth; ++v)
+        sums[v] += (a[v] - clamped(load_as<kT>(t[q], k + v * kLanes), clamp)) * weights[q];
     if (clamp)
       for (int v = 0; v < kWidth; ++v) sums[v] = a[v] <= *clamp ? vfloat{} : sums[v];
     for (int v = 0; v < kWidth; ++v) store_as<kS, kStream>(out, k + v * kLanes, sums[v]);
@@ -221,7 +222,7 @@ void gradient_of(const void* s, const void* const* t, const float* weights, int 
   float last_s[kLanes], last_t[kLanes], last[kLanes];
   vfloat a = load_as<kS>(end(s, kSize, last_s), 0), sum = {};
   for (int q = 0; q < teachers; ++q)
-    sum += (a - kept(load_as<kT>(end(t[q], kT == 0 ? 4 : 2, last_t), 0), clamp)) * weights[q];
+    sum += (a - clamped(load_as<kT>(end(t[q], kT == 0 ? 4 : 2, last_t), 0), clamp)) * weights[q];
   store_as<kS, false>(last, 0, clamp ? (a <= *clamp ? vfloat{} : sum) : sum);
   std::memcpy(static_cast<char*>(out) + k * kSize, last, rest * kSize);
 }
@@ -234,6 +235,6 @@ void gradient(const void* s, int element_s, const void* const* t, int element_t,
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {distances, gradient, pack, narrow};
+const Table FASTKD_TABLE(table) = {squared_distances, gradient, to_float32, from_float32};
 
 }  // namespace fastkd::layer_cost

@@ -28,7 +28,7 @@
 namespace fastkd::relation {
 namespace {
 
-constexpr int64_t kWhole = 512;
+constexpr int64_t kMostInCache = 512;
 constexpr int64_t kBlock = 32;     // queries at a time, at least
 constexpr int64_t kFewHeads = 16;  // fewer: the threads share one (sequence, head)
 constexpr int64_t kSlices = 8;
@@ -40,7 +40,7 @@ Tensor rows_side_by_side(const Tensor& x) {
 struct Args {
   Tensor xs, ys, xt, yt;
   std::optional<Tensor> mask;
-  bool self_s, self_t, causal;
+  bool with_itself_s, with_itself_t, causal;
   double scale_s, scale_t;
 
   Args(const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt, const std::optional<Tensor>& yt,
@@ -50,18 +50,18 @@ struct Args {
         xt(rows_side_by_side(xt)),
         yt(yt ? rows_side_by_side(*yt) : this->xt),
         mask(mask),
-        self_s(!ys),
-        self_t(!yt),
+        with_itself_s(!ys),
+        with_itself_t(!yt),
         causal(causal),
         scale_s(scale_s),
         scale_t(scale_t) {}
 
-  Inputs call() const {
+  Inputs inputs() const {
     const bool* counts = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     Inputs made = {chosen_table(),
-                   chosen_turn_table(),
-                   QueriesAndKeys(xs, ys, self_s, float(scale_s), mask.has_value()),
-                   QueriesAndKeys(xt, yt, self_t, float(scale_t), mask.has_value()),
+                   chosen_transpose_table(),
+                   QueriesAndKeys(xs, ys, with_itself_s, float(scale_s), mask.has_value()),
+                   QueriesAndKeys(xt, yt, with_itself_t, float(scale_t), mask.has_value()),
                    counts,
                    mask ? mask->stride(0) : 0,
                    mask ? mask->stride(1) : 0,
@@ -70,7 +70,7 @@ struct Args {
                    xs.size(2),
                    kBlock};
     for (const int64_t rows : {int64_t(made.s.gemm.rows_a), int64_t(made.s.gemm.rows_b), int64_t(made.t.gemm.rows_a),
-                               int64_t(made.t.gemm.rows_b), kTurnLanes})
+                               int64_t(made.t.gemm.rows_b), kTransposeLanes})
       made.block = std::lcm(made.block, rows);
     return made;
   }
@@ -89,13 +89,13 @@ void check(const Check& check, const Tensor& xs, const std::optional<Tensor>& ys
   check("mask", mask, kBool, "[B, L]", {B, L});
 }
 
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
 
-Tensor fresh_gradient(const Args& of, bool wanted) {
+Tensor empty_gradient(const Args& of, bool wanted) {
   const auto type = of.xs.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-  Tensor made = fresh(of.xs, {of.xs.size(0), of.xs.size(1), wanted ? of.xs.size(2) : 0, of.xs.size(3)}, type);
+  Tensor made = empty(of.xs, {of.xs.size(0), of.xs.size(1), wanted ? of.xs.size(2) : 0, of.xs.size(3)}, type);
   use_huge_pages(made);
   return made;
 }
@@ -107,26 +107,26 @@ Outputs out_of(const Tensor& dx, const Tensor& dy) {
 
 // What is to be done for every (sequence, head); the gradient where `out` has room for it.
 void run(const Args& of, const Outputs& out, const std::vector<int64_t>& pairs) {
-  const Inputs call = of.call();
+  const Inputs inputs = of.inputs();
   const int64_t count = int64_t(pairs.size());
-  if (call.length > kWhole) {
+  if (inputs.length > kMostInCache) {
     const bool share = count < kFewHeads;
     const bool gradient = out.dx != nullptr;
     const int64_t slices = share ? kSlices : 1;
     const auto some = [&](int64_t begin, int64_t end) {
-      std::optional<RelationMirror> mirror;
-      std::optional<RelationLong> strips;
-      if (RelationMirror::possible(call)) mirror.emplace(call, gradient, slices);
+      std::optional<Symmetric> symmetric;
+      std::optional<PerStrip> strips;
+      if (Symmetric::possible(inputs)) symmetric.emplace(inputs, gradient, slices);
       for (int64_t i = begin; i < end; ++i) {
-        if (mirror && mirror->run(pairs[i], out)) continue;
-        if (!strips) strips.emplace(call, gradient, slices);
+        if (symmetric && symmetric->run(pairs[i], out)) continue;
+        if (!strips) strips.emplace(inputs, gradient, slices);
         strips->run(pairs[i], out);
       }
     };
     return share ? some(0, count) : parallel_for(0, count, 1, some);
   }
   parallel_for(0, count, grain(of.work(), 1 << 20), [&](int64_t begin, int64_t end) {
-    RelationWhole work(call, out.dx != nullptr);
+    InCache work(inputs, out.dx != nullptr);
     for (int64_t i = begin; i < end; ++i) work.run(pairs[i], out);
   });
 }
@@ -138,10 +138,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
   check(Check("relation_fwd"), xs, ys, xt, yt, mask);
   const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
-  STD_TORCH_CHECK(!gradient_in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
-  Tensor values = fresh(xs, {B, H, L}, ScalarType::Float);
-  Tensor stats = fresh(xs, {B, H, 4, L}, ScalarType::Float);
-  Tensor dx = fresh_gradient(of, gradient_in_forward), dy = fresh_gradient(of, gradient_in_forward && !of.self_s);
+  STD_TORCH_CHECK(!gradient_in_forward || L <= kMostInCache,
+                  "relation_fwd: a gradient in the forward takes up to 512 keys");
+  Tensor values = empty(xs, {B, H, L}, ScalarType::Float);
+  Tensor stats = empty(xs, {B, H, 4, L}, ScalarType::Float);
+  Tensor dx = empty_gradient(of, gradient_in_forward),
+         dy = empty_gradient(of, gradient_in_forward && !of.with_itself_s);
   Outputs out = out_of(dx, dy);
   out.values = values.mutable_data_ptr<float>();
   out.stats = stats.mutable_data_ptr<float>();
@@ -152,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
 }
 
 // Whether the queries of a (sequence, head) that count all have the same upstream gradient.
-bool same_for_all(const float* g, const ValidTokens& kept) {
-  for (const int64_t i : kept.tokens)
-    if (!(g[i] == g[kept.tokens[0]])) return false;
+bool same_for_all(const float* g, const ValidTokens& valid) {
+  for (const int64_t i : valid.tokens)
+    if (!(g[i] == g[valid.tokens[0]])) return false;
   return true;
 }
 
@@ -172,37 +174,38 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   op("unit_grad_y", unit_grad_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
   const Tensor of_queries = dense(stats), for_x = dense(unit_grad_x), for_y = dense(unit_grad_y);
   const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
-  const Inputs call = of.call();
+  const Inputs inputs = of.inputs();
   const Tensor g = torch::stable::contiguous(grad);
   const float* upstream = g.const_data_ptr<float>();
-  Tensor dx = fresh_gradient(of, true), dy = fresh_gradient(of, !of.self_s);
+  Tensor dx = empty_gradient(of, true), dy = empty_gradient(of, !of.with_itself_s);
   Outputs out = out_of(dx, dy);
   out.upstream = upstream;
-  if (xs.size(2) > kWhole) out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
-  const int64_t L = call.length, size = L * call.s.width;
+  if (xs.size(2) > kMostInCache)
+    out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
+  const int64_t L = inputs.length, size = L * inputs.s.width;
   std::vector<char> scaled(of.pairs(), 0);
   if (unit_grad_x.numel()) {
     const auto scale = [&](const Tensor& unit, char* to, int64_t pair, float by) {
       if (!to) return;
       const int64_t at = pair * size * out.item;
       const auto* from = static_cast<const char*>(unit.const_data_ptr());
-      call.table.multiply(from + at, out.item == 2, by, size, to + at);
+      inputs.table.scale(from + at, out.item == 2, by, size, to + at);
     };
     parallel_for(0, of.pairs(), grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        const ValidTokens kept = call.kept(pair);
-        if (kept.count() && !same_for_all(upstream + pair * L, kept)) continue;
-        const float by = kept.count() ? upstream[pair * L + kept.first()] : 0;
+        const ValidTokens valid = inputs.valid_tokens(pair);
+        if (valid.count() && !same_for_all(upstream + pair * L, valid)) continue;
+        const float by = valid.count() ? upstream[pair * L + valid.first()] : 0;
         scale(for_x, out.dx, pair, by);
         scale(for_y, out.dy, pair, by);
         scaled[pair] = 1;
       }
     });
   }
-  std::vector<int64_t> again;
+  std::vector<int64_t> remaining;
   for (int64_t pair = 0; pair < of.pairs(); ++pair)
-    if (!scaled[pair] && size) again.push_back(pair);
-  run(of, out, again);
+    if (!scaled[pair] && size) remaining.push_back(pair);
+  run(of, out, remaining);
   return {dx, dy};
 }
 

@@ -7,7 +7,7 @@ namespace fastkd::relation {
 
 // A tile of scores is [keys][queries], rows `stride` apart: queries lie in the lanes, so nothing is summed across them.
 // `queries` is filled up to a multiple of kRelationLanes; what comes out of the lanes beyond is never looked at.
-constexpr int64_t kRelationLanes = 16;
+constexpr int64_t kQueryLanes = 16;
 
 struct Tile {
   float *s, *t;
@@ -33,24 +33,25 @@ struct GradientFactors {
 
 struct Table {
   // Scores of keys after the query, in the square at the diagonal, become so small that they count for nothing.
-  void (*hide)(const Tile& at);
+  void (*mask_future_keys)(const Tile& at);
   // `keep`: what `from_kept` needs is left where the scores were.
   void (*statistics)(const Tile& at, bool keep, const Stats& of, float* values);
   // s = g (q - p), from what `statistics` kept, or from scores once more.
-  void (*from_kept)(const Tile& at, const Stats& of, const float* g);
-  void (*from_scores)(const Tile& at, const Stats& of, const float* g);
+  void (*gradient_from_saved)(const Tile& at, const Stats& of, const float* g);
+  void (*gradient_from_scores)(const Tile& at, const Stats& of, const float* g);
   // The same in parts, where scores are symmetric: a tile's queries (in the lanes) and its keys (the rows, all lanes of
   // which count) each get what the other is to them. `finish` takes whole vectors of queries, as does `prepare`.
-  void (*own_scores)(const void* rows, int element, int64_t stride, int64_t count, int64_t width, float scale,
-                     float* out);  // scale x . x
-  void (*down)(const Tile& at, const Stats& queries, const Sums& sums);
-  void (*across)(const Tile& at, const Stats& keys, const Sums& sums);
-  void (*finish)(const Sums& sums, int64_t count, const Stats& of, float* values);
-  void (*prepare)(const Stats& of, const float* g, int64_t count, const GradientFactors& pull);
-  void (*both)(const Tile& at, const GradientFactors& queries, const GradientFactors& keys);  // s = W + W^T
-  void (*narrow)(const float* in, int64_t count, uint16_t* out);                              // to bfloat16
+  void (*diagonal_scores)(const void* rows, int element, int64_t stride, int64_t count, int64_t width, float scale,
+                          float* out);  // scale x . x
+  void (*add_query_sums)(const Tile& at, const Stats& queries, const Sums& sums);
+  void (*add_key_sums)(const Tile& at, const Stats& keys, const Sums& sums);
+  void (*values_from_sums)(const Sums& sums, int64_t count, const Stats& of, float* values);
+  void (*gradient_factors)(const Stats& of, const float* g, int64_t count, const GradientFactors& factors);
+  void (*symmetric_gradient)(const Tile& at, const GradientFactors& queries,
+                             const GradientFactors& keys);             // s = W + W^T
+  void (*to_bfloat16)(const float* in, int64_t count, uint16_t* out);  // to bfloat16
   // out = by * in, both float32 or both bfloat16
-  void (*multiply)(const void* in, bool bfloat16, float by, int64_t count, void* out);
+  void (*scale)(const void* in, bool bfloat16, float by, int64_t count, void* out);
 };
 
 FASTKD_DECLARE_TABLE(Table, table);

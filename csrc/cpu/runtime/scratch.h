@@ -12,7 +12,7 @@ struct Arena {
   int64_t used = 0;
 
   template <class T>
-  T* take(int64_t count) {
+  T* piece(int64_t count) {
     T* place = reinterpret_cast<T*>(base + used);
     used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return place;
@@ -20,16 +20,16 @@ struct Arena {
 };
 
 // Scratch of one thread, or shared by all.
-struct Memory {
+struct Workspace {
   std::unique_ptr<char[]> bytes;
 
   template <class F>
-  void fill(const F& carve) {
+  void allocate(const F& lay_out) {
     Arena arena;
-    carve(arena);
+    lay_out(arena);
     bytes.reset(new char[arena.used + 64]);
     arena = {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) & ~uintptr_t(63)), 0};
-    carve(arena);
+    lay_out(arena);
   }
 };
 

@@ -7,7 +7,7 @@
 namespace fastkd {
 namespace {
 
-static_assert(kTurnLanes % W == 0, "blocks must be whole vectors");
+static_assert(kTransposeLanes % W == 0, "blocks must be whole vectors");
 
 FASTKD_INLINE void load_block(const float* from, int64_t stride, Floats (&x)[W]) {
 #pragma GCC unroll 16
@@ -58,6 +58,6 @@ void symmetrise(float* a, float* b, int64_t stride, int64_t size) {
 
 }  // namespace
 
-const TurnTable FASTKD_TABLE(turn_table) = {copy, exchange, symmetrise};
+const TransposeTable FASTKD_TABLE(transpose_table) = {copy, exchange, symmetrise};
 
 }  // namespace fastkd
