@@ -23,25 +23,13 @@ struct Float32 {
 };
 struct BFloat16 {
   static constexpr int bytes = 2;
-  static vfloat at(const char* row, int64_t d) {
-    vhalf half;
-    std::memcpy(&half, row + 2 * d, sizeof half);
-    return from_bits(__builtin_convertvector(half, vint) << 16);
-  }
+  static vfloat at(const char* row, int64_t d) { return load_bfloat16(reinterpret_cast<const uint16_t*>(row) + d); }
 };
 
 // Every second line of a row, from byte `from` on, into the second cache: the first has room for fewer requests on
 // their way. The other half is asked for while the gradient is summed, since memory is to be busy all the time.
 inline void fetch_half(const char* row, int64_t bytes, int64_t from) {
   for (int64_t at = from; at < bytes; at += 128) __builtin_prefetch(row + at, 0, 2);
-}
-
-inline float total(vfloat x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  return sum_lanes(x);
-#endif
 }
 
 // width: a multiple of kColumnStep; kWidth, if not 0, is the same number known beforehand.
@@ -51,7 +39,7 @@ inline float dot(const char* row, const float* query, int64_t width) {
 #pragma GCC unroll 8
   for (int64_t d = 0; d < (kWidth ? kWidth : width); d += 2 * kLanes)
     for (int c = 0; c < 2; ++c) sum[c] += Element::at(row, d + c * kLanes) * load(query + d + c * kLanes);
-  return total(sum[0] + sum[1]);
+  return sum_lanes(sum[0] + sum[1]);
 }
 
 // sum += weights of kGathered rows times the rows; fetches the odd lines of `next`. width: a multiple of kColumnStep.

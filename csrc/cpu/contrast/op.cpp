@@ -85,13 +85,12 @@ struct Partials {
 
 // The queries, packed panel after panel; a second set holds what rounding to bfloat16 left over.
 struct PackedQueries {
-  Tensor memory;
+  Scratch scratch;
   char *high, *low;
-  PackedQueries(const Plan& plan, const Tensor& query, const Tensor& as_float) {
-    const int64_t bytes = plan.panels * plan.packed_bytes;
-    memory = torch::stable::new_empty(query, {(bytes * (plan.split_query ? 2 : 1) + 64) / 4}, ScalarType::Float);
-    high = reinterpret_cast<char*>(aligned(memory.mutable_data_ptr<float>())),
-    low = plan.split_query ? high + bytes : nullptr;
+  PackedQueries(const Plan& plan, const Tensor& query, const Tensor& as_float)
+      : scratch(query, plan.panels * plan.packed_bytes * (plan.split_query ? 2 : 1)),
+        high(scratch.get()),
+        low(plan.split_query ? high + plan.panels * plan.packed_bytes : nullptr) {
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       const float* rows = as_float.const_data_ptr<float>() + panel * kPanel * plan.padded;
       GemmSource source = {rows, kFloat32, plan.padded, 1, plan.in_panel(panel), plan.width};

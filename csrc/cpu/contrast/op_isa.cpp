@@ -39,8 +39,6 @@ inline vfloat largest_of(const float* scores, int64_t keys, vfloat start) {
   return larger(larger(top[0], top[1]), larger(top[2], top[3]));
 }
 
-inline vint round_to_bfloat16(vfloat x) { return (bits(x) + 0x7fff + ((bits(x) >> 16) & 1)) & ~0xffff; }
-
 inline void store_pairs(uint32_t* out, vint first, vint second) {  // bits of bfloat16 in the upper halves
   const vint both = ((first >> 16) & 0xffff) | second;
   std::memcpy(out, &both, sizeof both);
@@ -54,9 +52,9 @@ inline vfloat weigh_keys(float* scores, bool second, vfloat shift, uint32_t* hig
     if (second) store(scores + kPanel, b);
     return a + b;
   }
-  const vint high_a = round_to_bfloat16(a), high_b = round_to_bfloat16(b);
+  const vint high_a = (vint)bfloat16_bits(a), high_b = (vint)bfloat16_bits(b);
   store_pairs(high, high_a, high_b);
-  if (low) store_pairs(low, round_to_bfloat16(a - from_bits(high_a)), round_to_bfloat16(b - from_bits(high_b)));
+  if (low) store_pairs(low, (vint)bfloat16_bits(a - from_bits(high_a)), (vint)bfloat16_bits(b - from_bits(high_b)));
   return a + b;
 }
 

@@ -4,15 +4,9 @@
 #include <vector>
 
 #include "cpu/contrast/op.h"
-#include "cpu/runtime/tensors.h"
+#include "cpu/runtime/scratch.h"
 
 namespace fastkd::contrast {
-
-// Vectors that straddle cache lines cost twice.
-template <class T>
-T* aligned(T* x) {
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t(63));
-}
 
 inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / kColumnStep * kColumnStep; }
 

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/runtime/tensors.h"
+#include "cpu/runtime/scratch.h"
 #include "cpu/simd/isa.h"
 
 namespace fastkd {
@@ -92,14 +92,6 @@ void run(const Operands& o) {
   });
 }
 
-char* aligned(const Tensor& workspace) {
-  return (char*)(((uintptr_t)workspace.mutable_data_ptr<float>() + 63) & ~(uintptr_t)63);
-}
-
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes / 4 + 16}, ScalarType::Float);
-}
-
 Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& start, double alpha, int64_t how) {
   const Check check("gemm_nt");
   check("a", a, kFloating, "[M, K]", {kAny, kAny});
@@ -115,7 +107,7 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   const bool direct = how & kDirect, split = (how & kSplit) && chosen.operand == kBFloat16 && element == kFloat32;
   STD_TORCH_CHECK(!direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),
                   "gemm_nt: reading a where it lies needs k contiguous and a dtype that is multiplied as it is");
-  const Tensor packed_a = scratch(a, direct ? 0 : chosen.bytes_a(m, k)), packed_b = scratch(a, chosen.bytes_b(n, k));
+  const Scratch packed_a(a, direct ? 0 : chosen.bytes_a(m, k)), packed_b(a, chosen.bytes_b(n, k));
   run({chosen,
        source(a),
        source(b),
@@ -123,8 +115,8 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
        {out.mutable_data_ptr<float>(), n, (float)alpha, start.has_value()},
        direct,
        split,
-       aligned(packed_a),
-       aligned(packed_b)});
+       packed_a.get(),
+       packed_b.get()});
   return out;
 }
 

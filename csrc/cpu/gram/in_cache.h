@@ -4,8 +4,16 @@
 #include <memory>
 
 #include "cpu/gram/row_stats.h"
+#include "cpu/simd/transpose.h"
 
 namespace fastkd::gram {
+
+// Rows [begin, end) of a symmetric matrix, from column `end` on, are written to where they stand as columns. Strips are
+// made of whole blocks of kTransposeLanes rows: only the last one is not, and it has no columns to write.
+inline void fill_lower_triangle(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size) {
+  chosen_transpose_table().transpose(matrix + begin * stride + end, stride, end - begin, size - end,
+                                     matrix + end * stride + begin, stride);
+}
 
 struct InCache {
   Term term;  // a copy: the sides point into this thread's scratch
@@ -40,7 +48,7 @@ struct InCache {
       x.prepare(group, valid, false);
       each(false, n, x.strip, [&](int64_t i, int64_t end) {
         x.tile(i, end, i, n, scratch->ones, out + i * stride + i, stride);
-        if (term.per_row()) term.table.fill_lower_triangle(out, stride, i, end, n);
+        if (term.per_row()) fill_lower_triangle(out, stride, i, end, n);
       });
       levels[side] = x.level;
     }
@@ -102,7 +110,7 @@ struct InCache {
     each(false, n, term.s.strip, [&](int64_t i, int64_t end) {
       const int64_t j = all ? 0 : i, at = i * stride + j;
       term.table.symmetric_weights(p + at, q + at, stride, end - i, n - j, weights.from(i), weights.from(j));
-      if (!all) term.table.fill_lower_triangle(p, stride, i, end, n);
+      if (!all) fill_lower_triangle(p, stride, i, end, n);
     });
     std::vector<double> sums(term.s.strip);
     each(false, n, term.s.strip, [&](int64_t i, int64_t end) {

@@ -53,8 +53,6 @@ struct Table {
   // p = W[i, j] + W[j, i], then zeros from `columns` (any) to the next multiple; p and q are symmetric.
   void (*symmetric_weights)(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns,
                             const RowWeights& i, const RowWeights& j);
-  // Rows [begin, end) of a symmetric matrix are written from `end` on to the columns that they are.
-  void (*fill_lower_triangle)(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size);
   // The sum of a row, whose elements are then multiplied by `scale` unless that is null.
   double (*sum_and_scale)(float* row, int64_t count, const float* scale);
   // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient, plus `before`

@@ -158,14 +158,6 @@ void symmetric_weights(float* p, const float* q, int64_t stride, int64_t rows, i
   }
 }
 
-void fill_lower_triangle(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t j = end; j < size; j += kBlock)
-    for (int64_t i = begin; i < end; i += kBlock)
-      for (int64_t b = j; b < j + kBlock && b < size; ++b)
-        for (int64_t a = i; a < i + kBlock && a < end; ++a) matrix[b * stride + a] = matrix[a * stride + b];
-}
-
 double sum_and_scale(float* row, int64_t count, const float* scale) {
   vdouble sum = {};
   for (int64_t k = 0; k < count; k += kLanes) {
@@ -234,9 +226,8 @@ void weighted_sum(const void* const* rows, int element, const float* by, int64_t
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {
-    copy_row,       squared_norm,   add_scaled_row,    centre_row,          scale_and_offset,
-    add_moments,    row_moments,    symmetric_weights, fill_lower_triangle, sum_and_scale,
-    input_gradient, add_to_float64, to_float32,        from_float32,        weighted_sum};
+const Table FASTKD_TABLE(table) = {copy_row,       squared_norm, add_scaled_row,    centre_row,    scale_and_offset,
+                                   add_moments,    row_moments,  symmetric_weights, sum_and_scale, input_gradient,
+                                   add_to_float64, to_float32,   from_float32,      weighted_sum};
 
 }  // namespace fastkd::gram

@@ -157,17 +157,6 @@ inline void finish_streaming() {
 #endif
 }
 
-inline vhalf as_bfloat16(vfloat x) {
-  const vint wide = bits(x), nan = (wide & 0x7fffffff) > 0x7f800000;
-  const vint rounded = wide + 0x7fff + ((wide >> 16) & 1);  // to nearest, ties to even
-  const vint upper = (nan ? wide | 0x400000 : rounded) >> 16;
-#if defined(__AVX512F__)
-  return (vhalf)_mm512_cvtepi32_epi16((__m512i)upper);
-#else
-  return __builtin_convertvector(upper, vhalf);
-#endif
-}
-
 template <int kElement, bool kStream>
 inline void store_as(void* p, int64_t i, vfloat x) {
   if constexpr (kElement == 0) {
@@ -175,7 +164,7 @@ inline void store_as(void* p, int64_t i, vfloat x) {
     kStream ? store_past_the_cache(to, x) : store(to, x);
   } else {
     uint16_t* to = static_cast<uint16_t*>(p) + i;
-    const vhalf narrow = as_bfloat16(x);
+    const vhalf narrow = to_bfloat16(x);
     if (kStream)
       store_past_the_cache(to, narrow);
     else

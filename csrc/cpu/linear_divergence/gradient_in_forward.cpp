@@ -10,6 +10,7 @@
 // logits. A tile is packed before its place is written to. So nothing of the size of a head exists but the head's
 // gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, and apart.
 #include "cpu/linear_divergence/args.h"
+#include "cpu/simd/transpose.h"
 
 namespace fastkd::linear_divergence {
 namespace {
@@ -69,7 +70,7 @@ struct SideLogits {
                        gemm.tile(local + tile_bytes, packed.get(), {end - begin, count, width},
                                  {tile, across, 1, false});
                      }
-                     table.turn(tile, across, end - begin, count, out + begin, stride);
+                     table.transpose(tile, across, end - begin, count, out + begin, stride);
                    });
   }
 };
@@ -276,7 +277,7 @@ struct GradientInForward {
     const Gemm& gemm = *args.student.gemm;
     const int64_t width = args.width, bytes_first = gemm.bytes_a(kTile + gemm.rows_a, there);
     const int64_t bytes_packed = bytes_first + gemm.bytes_a(kTile + gemm.rows_a, rows - there);
-    float* to = narrow ? (sums.memory.defined() ? sums.floats() : nullptr) : head.mutable_data_ptr<float>();
+    float* to = narrow ? (sums.tensor.defined() ? sums.floats() : nullptr) : head.mutable_data_ptr<float>();
     parallel_steps(
         args.vocabulary, kTile, bytes_packed + (to ? 0 : kHeadRows * width * 4),
         [&](int64_t v, int64_t v_end, char* a) {

@@ -19,13 +19,6 @@ struct Table {
   void (*scale_row)(const void* in, int in_element, float factor, void* out, int element, int64_t count);
 };
 
-// to [columns][to_stride] = from [rows][from_stride]^T. Whole vectors are read and written: a row of `from` is as long
-// as a multiple of 16 columns, and a row of `to` as a multiple of 16 rows.
-struct TransposeTable {
-  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
-};
-
 FASTKD_DECLARE_TABLE(Table, table);
-FASTKD_DECLARE_TABLE(TransposeTable, transpose_table);
 
 }  // namespace fastkd::linear_divergence

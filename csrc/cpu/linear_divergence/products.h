@@ -3,12 +3,11 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "cpu/gemm/gemm.h"
 #include "cpu/linear_divergence/op.h"
-#include "cpu/runtime/tensors.h"
+#include "cpu/runtime/scratch.h"
 
 namespace fastkd::linear_divergence {
 namespace {
@@ -20,28 +19,6 @@ constexpr int64_t kStrip = 32;       // of them that are turned together: a whol
 constexpr int64_t kPieces = 3;       // of it that are there at a time
 constexpr int64_t kWidthBlock = 96;  // of the turned operands, packed by one thread
 
-inline char* aligned(void* x) {
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t(63));
-}
-
-// Memory of one call, or of one thread within it.
-struct Scratch {
-  Tensor memory;
-  Scratch() = default;
-  Scratch(const Tensor& like, int64_t bytes)
-      : memory(torch::stable::new_empty(like, {bytes / 4 + 32}, ScalarType::Float)) {
-    use_huge_pages(memory);
-  }
-  char* get() const { return aligned(memory.mutable_data_ptr<float>()); }
-  float* floats() const { return reinterpret_cast<float*>(get()); }
-};
-
-struct Local {
-  std::unique_ptr<char[]> memory;
-  explicit Local(int64_t bytes) : memory(new char[bytes + 64]) {}
-  char* get() const { return aligned(memory.get()); }
-};
-
 // f(begin, end) on `step` of `count` at a time.
 template <class F>
 void for_steps(int64_t count, int64_t step, const F& f) {
@@ -52,7 +29,7 @@ void for_steps(int64_t count, int64_t step, const F& f) {
 template <class F>
 void parallel_steps(int64_t count, int64_t step, int64_t bytes, const F& f) {
   parallel_for(0, (count + step - 1) / step, 1, [&](int64_t first, int64_t last) {
-    const Local local(bytes);
+    const Workspace local(bytes);
     for (int64_t i = first; i < last; ++i) f(i * step, std::min(count, (i + 1) * step), local.get());
   });
 }

@@ -20,7 +20,7 @@ struct Outputs {
 
 struct Inputs {
   const Table& table;
-  const TransposeTable& transpose;
+  const TransposeTable& transposes;
   QueriesAndKeys s, t;
   const bool* mask;
   int64_t mask_batch, mask_token;
@@ -162,7 +162,7 @@ struct InCache {
       const int64_t begin = triangle ? first : 0, end = inputs.causal ? last : n;
       side.scores(begin, end, first, last, square(matrix, i, 0) + begin * block, block);
       for (int64_t j = 0; triangle && j < i; ++j)
-        inputs.transpose.copy(square(matrix, j, i), square(matrix, i, j), block, block);
+        inputs.transposes.transpose(square(matrix, j, i), block, block, block, square(matrix, i, j), block);
     }
   }
 
@@ -178,12 +178,12 @@ struct InCache {
       if (tile.keys < n)
         std::memset(tile.s + tile.keys * block, 0, (blocks * block - tile.keys) * block * sizeof(float));
       for (int64_t j = 0; inputs.s.with_itself && j <= i; ++j)
-        inputs.transpose.symmetrise(square(s, i, j), square(s, j, i), block, block);
+        inputs.transposes.symmetrise(square(s, i, j), square(s, j, i), block, block);
     }
     multiply(pair, valid, inputs.s.with_itself ? transposed_x : transposed_y, out.dx, out.item);
     if (inputs.s.with_itself) return;
     for (int64_t i = 0; i < blocks; ++i)
-      for (int64_t j = 0; j <= i; ++j) inputs.transpose.exchange(square(s, i, j), square(s, j, i), block, block);
+      for (int64_t j = 0; j <= i; ++j) inputs.transposes.exchange(square(s, i, j), square(s, j, i), block, block);
     multiply(pair, valid, transposed_x, out.dy, out.item);
   }
 
