@@ -25,32 +25,14 @@
 
 #include "cpu/gram/features.h"
 #include "cpu/gram/in_cache.h"
+#include "cpu/gram/levels.h"
 #include "cpu/gram/tiled.h"
-#include "cpu/simd/isa.h"
 
 namespace fastkd::gram {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 constexpr int64_t kMostInCache = 512;
 constexpr int64_t kFewRows = 320;  // up to here, gradients by features are less accurate than eager's near convergence
-enum Level : int64_t { kToken, kSequence, kOfficial };
-
-// What an op was asked for, whatever the pair.
-struct Args {
-  std::optional<Tensor> mask;
-  std::vector<int64_t> levels;
-  bool row, normalize;
-  double eps;
-};
-
-// A gradient per level (for upstream 1), or one of all levels together, or none; and the upstream of every level.
-struct GradRequest {
-  Tensors out;
-  std::vector<Upstream> upstream;
-};
-
 Tensor rows_side_by_side(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
@@ -130,7 +112,8 @@ Term term_of(const Args& args, int64_t level, bool with_gradient, const Tensor& 
   return term;
 }
 
-// All levels of a pair of layers, one after another.
+}  // namespace
+
 void all_levels(const Args& args, const Tensor& student, const Tensor& teacher, GradRequest& request, Tensors* values,
                 Tensors* valid) {
   const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
@@ -154,7 +137,6 @@ void all_levels(const Args& args, const Tensor& student, const Tensor& teacher, 
   }
 }
 
-// float32 where the student is float16, whose range gradients leave before a scaler has had its say.
 Tensor gradient_like(const Tensor& student) {
   const bool bfloat16 = student.scalar_type() == ScalarType::BFloat16;
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)},
@@ -163,7 +145,6 @@ Tensor gradient_like(const Tensor& student) {
   return grad;
 }
 
-// Pairs of layers [B, N, D], D its own, and what is asked of them.
 void check_args(const Check& check, const Tensors& students, const Tensors& teachers, const Args& args) {
   check.length("students", students, kAny);
   check.length("teachers", teachers, int64_t(students.size()));
@@ -178,7 +159,6 @@ void check_args(const Check& check, const Tensors& students, const Tensors& teac
   check("mask", args.mask, kBool, "[B, N]", {B, N});
 }
 
-// What goes with the values of every term: [G], or row by row [G, R].
 void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
                  const Args& args) {
   const size_t terms = args.levels.size();
@@ -193,6 +173,7 @@ void check_terms(const Check& check, const char* name, const Tensors& xs, unsign
   }
 }
 
+namespace {
 // A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
 bool unit_gradients_suffice(const Args& args) {
   for (int64_t level : args.levels)
@@ -251,7 +232,8 @@ Tensor weighted(const Tensor& student, const Args& args, const std::vector<Upstr
   return grad;
 }
 
-// All levels' gradients once more, for the upstream that came.
+}  // namespace
+
 Tensor recompute(const Args& args, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
   GradRequest request = {{gradient_like(student)}, std::move(upstream)};
   all_levels(args, student, teacher, request, nullptr, nullptr);
@@ -265,6 +247,7 @@ std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t term
   return found;
 }
 
+namespace {
 Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
                  std::vector<int64_t> levels, bool row, bool normalize, double eps) {
   const Args args = {mask, levels, row, normalize, eps};
@@ -281,104 +264,6 @@ Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optiona
                                   : weighted(students[pair], args, upstream, &saved[pair * terms]));
   }
   return found;
-}
-
-// What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
-// values that count for a mean.
-std::vector<Upstream> expected_upstream(const Args& args, const Tensor& student, const std::vector<double>& weights,
-                                        bool mean) {
-  std::vector<Upstream> found(args.levels.size());
-  for (size_t k = 0; k < found.size(); ++k) {
-    const bool sequence = args.levels[k] != kToken, official = args.levels[k] == kOfficial && !args.row;
-    const int64_t groups = student.size(sequence ? 1 : 0), length = student.size(sequence ? 0 : 1);
-    int64_t count = args.row ? groups * length : official ? length : groups;
-    if (args.mask && !official) {
-      count = 0;
-      const GroupMask mask(args.mask, sequence, length);
-      for (int64_t group = 0; group < groups; ++group) {
-        const auto valid = int64_t(mask.valid_rows(group).size());
-        count += args.row ? valid : valid > 0;
-      }
-    }
-    found[k].all = float(weights[k]) / (mean && count > 0 ? float(count) : 1.f);
-  }
-  return found;
-}
-
-std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
-                                                    std::vector<int64_t> levels, bool row, bool normalize, double eps,
-                                                    std::vector<double> weights, bool mean) {
-  const Args args = {mask, levels, row, normalize, eps};
-  const Check check("gram_fwd_grad");
-  check_args(check, students, teachers, args);
-  check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
-  check.length("weights", weights, int64_t(levels.size()));
-  Tensors values, valid, grads;
-  for (size_t pair = 0; pair < students.size(); ++pair) {
-    GradRequest request = {{gradient_like(students[pair])}, expected_upstream(args, students[pair], weights, mean)};
-    all_levels(args, students[pair], teachers[pair], request, &values, &valid);
-    grads.push_back(request.out[0]);
-  }
-  return {values, valid, grads};
-}
-
-// Whether every upstream that counts is the expected one times the same number, up to a few roundings; that number.
-std::optional<float> common_factor(const std::vector<Upstream>& expected, const Tensor* came, const Tensor* valid) {
-  constexpr float kRoundings = 4e-7f;
-  std::optional<float> factor;
-  for (size_t k = 0; k < expected.size(); ++k) {
-    const float* up = came[k].const_data_ptr<float>();
-    const bool* counts = valid[k].const_data_ptr<bool>();
-    for (int64_t i = 0; i < came[k].numel(); ++i) {
-      if (!counts[i]) continue;
-      const float ratio = up[i] / expected[k].all;
-      if (!factor) factor = ratio;
-      if (!(std::abs(ratio - *factor) <= kRoundings * std::abs(*factor))) return std::nullopt;
-    }
-  }
-  return !factor || std::abs(*factor - 1) <= kRoundings ? 1.f : *factor;
-}
-
-// Rescales the gradients made for the expected upstream gradient to the one that came; most often they are equal.
-void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
-                        std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
-                        std::vector<double> weights, bool mean) {
-  const Args args = {mask, levels, row, normalize, eps};
-  const Check check("gram_rescale_grads");
-  check_args(check, students, teachers, args);
-  check_terms(check, "grads", grads, kF32, students, args);
-  check_terms(check, "valid", valid, kBool, students, args);
-  check.length("weights", weights, int64_t(levels.size()));
-  check.length("found", found, int64_t(students.size()));
-  for (size_t i = 0; i < found.size(); ++i) {
-    check.like("found", found[i], kF32 | kBF16, students[i], int64_t(i));
-    check.contiguous("found", found[i]);
-  }
-  for (Tensor& x : valid) x = dense(x);
-  const Table& table = chosen_table();
-  const size_t terms = levels.size();
-  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
-  for (size_t pair = 0; pair < students.size(); ++pair) {
-    const std::vector<Upstream> expected = expected_upstream(args, students[pair], weights, mean);
-    const std::optional<float> factor = common_factor(expected, &grads[pair * terms], &valid[pair * terms]);
-    if (!factor) {
-      torch::stable::copy_(found[pair],
-                           recompute(args, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
-      continue;
-    }
-    if (*factor == 1) continue;
-    auto* out = static_cast<char*>(found[pair].mutable_data_ptr());
-    const int element = element_of(found[pair]);
-    const int64_t width = students[pair].size(2), bytes = width * int64_t(found[pair].element_size());
-    const int64_t rows = students[pair].size(0) * students[pair].size(1);
-    parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(gram_padded(width));
-      for (int64_t i = begin; i < end; ++i) {
-        const void* from = out + i * bytes;
-        table.weighted_sum(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
-      }
-    });
-  }
 }
 
 }  // namespace
@@ -399,13 +284,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
       "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
-      "gram_rescale_grads(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "gram_rescale_grads(Tensor(a!)[] gradients, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] "
+      "teachers, "
       "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("gram_fwd", TORCH_BOX(&fastkd::gram::gram_fwd));
   m.impl("gram_bwd", TORCH_BOX(&fastkd::gram::gram_bwd));
-  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram::gram_fwd_grad));
-  m.impl("gram_rescale_grads", TORCH_BOX(&fastkd::gram::gram_rescale_grads));
 }
