@@ -31,9 +31,12 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
   const ScalarType type = cost.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "cost: expected float64 or float32");
   STD_TORCH_CHECK(a.scalar_type() == type && b.scalar_type() == type, "a, b: expected the dtype of cost");
-  STD_TORCH_CHECK(cost.dim() == 3 && a.dim() == 2 && b.dim() == 2, "expected cost [P, N, M], a [P, N], b [P, M]");
+  STD_TORCH_CHECK(cost.dim() == 3 && a.dim() == 2 && b.dim() == 2,
+                  "cost, a, b: expected [P, N, M], [P, N] and [P, M], got ", cost.dim(), ", ", a.dim(), " and ",
+                  b.dim(), " axes");
   const int64_t problems = cost.size(0), n = cost.size(1), m = cost.size(2);
-  STD_TORCH_CHECK(n >= 1 && n <= SIDE && m >= 1 && m <= SIDE, "cost: expected 1 <= N, M <= 64");
+  STD_TORCH_CHECK(n >= 1 && n <= SIDE && m >= 1 && m <= SIDE, "cost: expected 1 to 64 rows and columns, got ", n, " x ",
+                  m);
   STD_TORCH_CHECK(a.size(0) == problems && a.size(1) == n && b.size(0) == problems && b.size(1) == m,
                   "a, b: expected one mass per row and per column of cost");
   const Tensor costs = torch::stable::contiguous(cost);
@@ -64,7 +67,8 @@ using Moved =
 template <class Solve>
 Moved moved_by(const Tensor& a, const Tensor& b, bool inverse_cost, double temperature, bool product_of_sums,
                bool joint, bool double_softmax, Solve solve) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "expected a [P, N], b [P, M]");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a, b: expected [P, N] and [P, M], got ", a.dim(), " and ", b.dim(),
+                  " axes");
   Tensor rows = torch::stable::new_empty(a, {a.size(0), a.size(1)}, ScalarType::Double);
   Tensor columns = torch::stable::new_empty(b, {b.size(0), b.size(1)}, ScalarType::Double);
   const auto [flow, u, v, status] =

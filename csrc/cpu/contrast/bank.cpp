@@ -158,9 +158,11 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
   check("scale", scale, kF32, "[K]", {bank.size(0)});
   const Table& table = chosen_table();
   const Tensor ids = torch::stable::contiguous(index), x = with_contiguous_rows(rows);
-  STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1, "bank: the rows must be contiguous");
+  STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1,
+                  "bank: expected contiguous rows, got gaps between their elements");
   const int to_element = element_of_bank(bank), from_element = element_of(x);
-  STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1, "scale: must be contiguous");
+  STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1,
+                  "scale: expected a contiguous tensor, got one with gaps");
   float* factors = scale ? scale->mutable_data_ptr<float>() : nullptr;
   const int64_t count = ids.size(0), width = bank.size(1), *id = ids.const_data_ptr<int64_t>();
   std::unordered_map<int64_t, int64_t> last;

@@ -65,7 +65,8 @@ struct TopKTeacher {
     if (has_tail) tail = torch::stable::contiguous(*rest);
     const int64_t* index = indices.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < ids.size(0) * k; ++i)
-      STD_TORCH_CHECK(index[i] >= 0 && index[i] < columns, "teacher.indices: an index lies outside the vocabulary");
+      STD_TORCH_CHECK(index[i] >= 0 && index[i] < columns, "teacher.indices: expected token ids in [0, ", columns,
+                      "), got ", index[i]);
   }
   const int64_t* index(int64_t i) const { return indices.const_data_ptr<int64_t>() + i * k; }
   const double* log_prob(int64_t i) const { return log_probs.const_data_ptr<double>() + i * k; }

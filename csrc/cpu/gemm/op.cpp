@@ -105,8 +105,9 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   const Gemm& chosen = how & kEmulateAmx ? chosen_gemm_table().emulated_amx
                                          : gemm(how & kRound ? (int)kBFloat16 : element, how & kFloat32Only);
   const bool direct = how & kDirect, split = (how & kSplit) && chosen.operand == kBFloat16 && element == kFloat32;
-  STD_TORCH_CHECK(!direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),
-                  "gemm_nt: reading a where it lies needs k contiguous and a dtype that is multiplied as it is");
+  STD_TORCH_CHECK(
+      !direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),
+      "gemm_nt: a: reading it in place needs a contiguous last axis and a dtype that is multiplied unconverted");
   const Scratch packed_a(a, direct ? 0 : chosen.bytes_a(m, k)), packed_b(a, chosen.bytes_b(n, k));
   run({chosen,
        source(a),

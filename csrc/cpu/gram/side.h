@@ -193,7 +193,10 @@ struct GroupRows {
     if (all_equal) {
       table.copy_row(first, element, false, width, centre);
       square = 0;
-      for (int64_t k = 0; k < width; ++k) square += double(centre[k] *= scale[0]) * centre[k];
+      for (int64_t k = 0; k < width; ++k) {
+        centre[k] *= scale[0];
+        square += double(centre[k]) * centre[k];
+      }
     }
     if (per_row && centring_adds_rounding(n, others)) {
       std::memset(centre, 0, padded * sizeof(float));

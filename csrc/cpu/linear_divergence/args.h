@@ -97,7 +97,8 @@ struct Args {
       label_ids = torch::stable::contiguous(*hard_labels);
       labels = label_ids.const_data_ptr<int64_t>();
       for (int64_t i : valid_rows)
-        STD_TORCH_CHECK(labels[i] >= 0 && labels[i] < vocabulary, "labels: a label lies outside the vocabulary");
+        STD_TORCH_CHECK(labels[i] >= 0 && labels[i] < vocabulary, "labels: expected token ids in [0, ", vocabulary,
+                        "), got ", labels[i]);
     }
   }
   bool has_invalid_rows() const { return int64_t(valid_rows.size()) < rows; }

@@ -138,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
   check(Check("relation_fwd"), xs, ys, xt, yt, mask);
   const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
-  STD_TORCH_CHECK(!gradient_in_forward || L <= kMostInCache,
-                  "relation_fwd: a gradient in the forward takes up to 512 keys");
+  STD_TORCH_CHECK(!gradient_in_forward || L <= kMostInCache, "relation_fwd: gradient_in_forward: expected at most ",
+                  kMostInCache, " keys, got ", L);
   Tensor values = empty(xs, {B, H, L}, ScalarType::Float);
   Tensor stats = empty(xs, {B, H, 4, L}, ScalarType::Float);
   Tensor dx = empty_gradient(of, gradient_in_forward),
