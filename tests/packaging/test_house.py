@@ -111,7 +111,7 @@ def test_no_two_files_define_one_name():
                 inside.pop()
             elif (defined := re.match(r"(?:struct|class) (?:alignas\S+ )?(\w+)[^;]*{", line)) and "" not in inside:
                 places.setdefault("::".join([*inside, defined[1]]), []).append(path.name)
-    assert {"fastkd::layer_cost::Layers", "fastkd::layer_cost::LayerHeads"} <= places.keys()  # the search finds something
+    assert "fastkd::layer_cost::Layers" in places  # the search finds something
     assert not {name: files for name, files in places.items() if len(files) > 1}
 
 

@@ -108,7 +108,7 @@ struct Columns {
     return out;
   }
 
-  // to [lines][width] at `column` = a^T b, by way of `own` [padded lines][kBlock] where it does not fit.
+  // to [lines][width] at `column` = a^T b; through `own` [padded lines][kBlock] where whole tiles would not fit.
   void multiply(const std::vector<float>& a, int64_t stride, const float* b, int64_t k, int64_t lines, int64_t column,
                 float* to, float* own) const {
     const int64_t count = std::min(kBlock, width - column);

@@ -1,4 +1,4 @@
-// A row of the bank as floats, whatever it is kept in. Only for *_isa.cpp units (cpu/simd/vec.h).
+// A row of the bank as floats, whatever its dtype. Only for *_isa.cpp units (cpu/simd/vec.h).
 #pragma once
 #include <cmath>
 

@@ -1,6 +1,6 @@
-// KL(p || q) and its gradient q - p of a row whose student and teacher are far apart: two plain exponentials per word,
-// each computed once, kept in the cache until the gradient needs them. The row is read once, in chunks that stay in the
-// first cache; every chunk has maxima of its own, so that nothing waits for those of the row.
+// KL(p || q) and its gradient q - p of a row whose student and teacher differ much: two plain exponentials per token,
+// each computed once and left in the cache until the gradient needs them. The row is read once, in chunks that stay in
+// the first cache; every chunk has maxima of its own, so that nothing waits for those of the row.
 //
 // Subtracting q from p is safe here only because they differ. A row where that would lose digits is refused, and
 // divergence/op_isa.cpp takes the accurate path. Only for divergence/op_isa.cpp, which has `sweep`.
@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309;
-constexpr int64_t kFastChunk = 128 * kLanes;  // words of a chunk: 8 KiB of each side at 16 lanes
+constexpr int64_t kFastChunk = 128 * kLanes;  // tokens of a chunk: 8 KiB of each side at 16 lanes
 constexpr double kSmallestKL = 0.1;           // nats: rows closer than this are refused
 
 // Of one chunk, or of all so far, measured from their maxima: sums of e^s, of e^t, of e^t (s - t) and of e^t t.
@@ -108,7 +108,7 @@ FastResult fast_forward(const float* s, const float* t, int64_t columns, float i
     ChunkSums part;
     float low_s;
     extremes(s, t, begin, end, &low_s, &part);
-    // Words that the student all but excludes make exponentials of 0, and the logarithms are then not in them.
+    // Exponentials of tokens that the student all but excludes are 0, and their logarithms cannot be recovered.
     if (!((low_s - part.max_s) * per_two > -150.f) || !(part.max_t > -kInfinity))
       return refuse(row, inverse_temperature);
     exponentials<kEntropy, kGradient>(s, t, begin, end, per_two, grad, scratch, &part);
@@ -117,7 +117,8 @@ FastResult fast_forward(const float* s, const float* t, int64_t columns, float i
     row = {std::fmax(before.max_s, part.max_s), std::fmax(before.max_t, part.max_t), 0, 0, 0, 0};
     if (k > 0) add_chunk(before, inverse_temperature, &row);
     add_chunk(part, inverse_temperature, &row);
-    if (k == 0 && kl_of(row) < 0) return refuse(row, inverse_temperature);  // most rows that are close say so at once
+    if (k == 0 && kl_of(row) < 0)
+      return refuse(row, inverse_temperature);  // the first chunk refuses most of these rows
   }
   const double kl = kl_of(row);
   if (!(kl > 0)) return refuse(row, inverse_temperature);

@@ -33,8 +33,8 @@ struct GradRequest {
 };
 
 // A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^s, e^t, e^t
-// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Where `between` is known, about T (logsumexp(s / T) - logsumexp(t /
-// T)), max_s is max_t + between instead of the student's maximum: that makes c, and with it kappa, small. Then of a
+// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Where `log_sum_gap` is known, about T (logsumexp(s / T) - logsumexp(t /
+// T)), max_s is max_t + log_sum_gap instead of the student's maximum: that makes c, and with it kappa, small. Then of a
 // second look at the row: the value, q and q (h - centre).
 struct RowSums {
   float max_s = -__builtin_inff(), max_t = -__builtin_inff();
@@ -49,8 +49,8 @@ struct Table {
                    GradRequest gradient);
   void (*backward)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
                    float upstream, float* grad);
-  // The forward in parts: gather() for each part of the row, then conclude(); where that returns true, refine() for
-  // each part again, and finish().
+  // The forward in parts: accumulate_part() for each part of the row, then finish_sums(); where that returns true,
+  // refine_part() for each part again, and finish_value().
   void (*accumulate_part)(const float* s, const float* t, int64_t columns, Options options, RowSums* sums);
   bool (*finish_sums)(Options options, const RowSums& sums, RowStats* stats, float* value);
   void (*refine_part)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,

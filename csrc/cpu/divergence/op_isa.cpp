@@ -176,7 +176,7 @@ void accumulate_part(const float* s, const float* t, int64_t columns, Options op
 // KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
 double kl_from(const RowSums& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
-  if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
+  if (mean_c == -kInfinity) return kInfinity;  // q is 0 for a token whose p is not
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
   if (shifted > 0.25 * bregman) return shifted;  // first: of the terms of mean_c, but not of bregman's, signs differ
   if (direct > 0.25 * (std::fabs(kappa) + std::fabs(mean_c))) return direct;
@@ -341,7 +341,7 @@ float largest(const float* s, int64_t columns) {
   return max_lanes(best);
 }
 
-// e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few words, to 1e-7 at best.
+// e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few tokens, to 1e-7 at best.
 inline vdouble exp_of_negative(vdouble x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: see exponential() in simd/vec.h
   const vdouble shifted = x * 1.4426950408889634 + kRound;

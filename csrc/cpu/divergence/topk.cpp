@@ -1,4 +1,4 @@
-// A sparse teacher: k words with log-probabilities per row, and perhaps the log-mass of the rest as one more word.
+// A sparse teacher: k tokens with log-probabilities per row, and perhaps the log-mass of the rest as one more token.
 #include "cpu/divergence/topk.h"
 
 #include <tuple>

@@ -1,7 +1,7 @@
 // One row against a sparse teacher: the student's softmax is over the whole vocabulary; everything else happens on k +
-// 1 numbers, in double. The gradient of a word is (q h - q mean) / T, and the rest's is shared out by each word's part
-// of it. q h is bounded where h, which may hold p / q, is not. Near p = q, h (which is known up to a constant only) is
-// small, and the logarithms are kept with the digits to tell.
+// 1 numbers, in double. The gradient of a token is (q h - q mean) / T; that of the rest is divided among its tokens in
+// proportion to their probability. q h is bounded where h, which may hold p / q, is not. Near p = q, h (which is known
+// up to a constant only) is small, and the logarithms are kept with the digits to tell.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -14,12 +14,12 @@
 namespace fastkd::divergence {
 namespace {
 
-// T logsumexp(s / T) of all words and of the rest, and the mean of h under q, each as a float and what it lacks; and
-// the rest's q (h - mean).
+// T logsumexp(s / T) of all tokens and of the rest, and the mean of h under q, each as the sum of two floats; and
+// q (h - mean) of the rest.
 struct TopKStats {
   float log_sum, log_sum_low, rest_log_sum, rest_log_sum_low, mean, mean_low, rest_grad;
 };
-// One word, or the rest: its contribution to the row and q h. Without a tail p and q differ in mass, so the terms are
+// One token, or the rest: its contribution to the row and q h. Without a tail p and q differ in mass, so the terms are
 // plain; with one they are Bregman's, which are never negative.
 struct TokenTerm {
   double value, weighted;
@@ -51,7 +51,7 @@ inline TokenTerm token_term(int kind, double log_p, double log_q, double mix, bo
   }
 }
 
-// k words per row with log-probabilities, and perhaps the log-mass of the rest as one more word; then the masses are 1.
+// k tokens per row with log-probabilities, and perhaps the log-mass of the rest as one more token; then they sum to 1.
 struct TopKTeacher {
   Tensor indices, log_probs, tail;
   int64_t k;
@@ -84,7 +84,7 @@ inline void check_sparse(const Check& check, const Tensor& indices, const std::o
   check.that(kind != kMSE, "kind", "one that compares probabilities, 0 to 5", kind);
 }
 
-// log sum e^(s / T); -inf where no word exists.
+// log sum e^(s / T); -inf where every logit is -inf.
 inline double log_sum_exp(const Table& table, const float* s, int64_t columns, double inverse_temperature) {
   const float max = table.largest(s, columns);
   if (max == -std::numeric_limits<float>::infinity()) return max;
@@ -104,7 +104,7 @@ inline float topk_forward(const Table& table, const TopKTeacher& teacher, int64_
   double sum = log_rest == kNothing ? 0 : std::exp(log_rest - top);
   for (int64_t j = 0; j < teacher.k; ++j) sum += std::exp(s[index[j]] * inverse_temperature - top);
   const double log_sum = top + std::log(sum), log_rest_q = log_rest - log_sum;
-  // A student that can say nothing but the k words has no rest: then the teacher's is not compared either.
+  // Where the student gives the tokens of the rest no probability at all, the rest is left out of the comparison.
   const double log_tail = log_rest == kNothing ? kNothing : teacher.log_rest(i);
   const TokenTerm rest_term = token_term(kind, log_tail, log_rest_q, mix, teacher.has_tail);
   double value = rest_term.value, mean = rest_term.weighted;

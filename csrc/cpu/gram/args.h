@@ -1,4 +1,4 @@
-// One term: a pair of layers at one level, and what is to be done with each group's sums and rows.
+// One term, a pair of layers at one level, and the work on the sums and rows of each of its groups.
 #pragma once
 
 #include <array>
@@ -108,7 +108,7 @@ inline RowWeights allocate_row_weights(Arena& arena, int64_t count) {
   return {taken[0], taken[1], taken[2], taken[3], taken[4], taken[5]};
 }
 
-// pull (+)= weights[rows, j..j_end) x rows j to j_end of the student; their sums are added up.
+// product (+)= weights[rows, j..j_end) x rows j to j_end of the student; the sums of the weights are added to `sums`.
 inline void multiply_rows(const GroupRows& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
                           int64_t block, const GradientBuffers& scratch, double* sums) {
   const int64_t columns = j_end - j;

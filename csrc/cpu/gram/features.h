@@ -112,7 +112,7 @@ struct Features {
     const int64_t strips = (wide + strip - 1) / strip;
     parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
       std::vector<float> tile(strip * columns);
-      for (int64_t at = first; at < last; ++at) {  // a long and a short one by turns
+      for (int64_t at = first; at < last; ++at) {  // alternately a long and a short strip
         const int64_t i = (at % 2 ? strips - 1 - at / 2 : at / 2) * strip, end = i + strip < wide ? i + strip : wide;
         for (int64_t j = i; j < wide; j += columns) {
           const int64_t j_end = j + columns < wide ? j + columns : wide;

@@ -1,4 +1,4 @@
-// Groups of at most kWhole rows: P and Q lie in a scratch of their own, and the sides one after the other in another.
+// Groups of at most kMostInCache rows: P and Q lie in the thread's workspace, where the two sides share one place.
 #pragma once
 
 #include <memory>
@@ -39,7 +39,7 @@ struct InCache {
     arena.used = arena.used > for_student.used ? arena.used : for_student.used;
   }
 
-  // P and Q of the group, their upper triangles or (by line) all of them; `levels`: the means that they lost.
+  // P and Q of the group, their upper triangles or (per row) all of them; `levels`: the means that were subtracted.
   void compute_grams(int64_t group, const std::vector<int64_t>& valid, double levels[2]) {
     const int64_t n = int64_t(valid.size());
     for (int side = 1; side >= 0; --side) {  // the teacher's rows make room for the student's

@@ -17,10 +17,10 @@
 //
 // Apart from the upstream factor, W depends on its own group only. The gradient is therefore made in the forward, while
 // P and Q are there, for the expected upstream where the caller names one, else for 1: recomputing P and Q would be
-// twice the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that
-// thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads share
-// the group (gram/tiled.h); where there are more rows than features, and more than kFewRows, the Gram of the features
-// gives the same sums (gram/features.h). Sums are in an order that depends on shapes only.
+// twice the work. A group of at most kMostInCache rows is one thread's, its P and Q (the upper triangle computed) in
+// that thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads
+// share the group (gram/tiled.h); where there are more rows than features, and more than kFewRows, the Gram of the
+// features gives the same sums (gram/features.h). Sums are in an order that depends on shapes only.
 #include <tuple>
 
 #include "cpu/gram/features.h"

@@ -38,7 +38,7 @@ struct Moments {
 struct Table {
   // `count` (any) elements to `out` as they are (raw) or as floats. `element`: cpu/runtime/tensors.h.
   void (*copy_row)(const void* row, int element, bool raw, int64_t count, void* out);
-  // The same unless `out` is null, and the sum of squares.
+  // Returns the sum of squares; copies too, unless `out` is null.
   double (*squared_norm)(const void* row, int element, bool raw, int64_t count, void* out);
   void (*add_scaled_row)(const void* row, bool raw, float scale, int64_t count, float* sums);
   // out = scale * row - centre; returns <out, centre>, or (square) <out, out>.
@@ -55,8 +55,8 @@ struct Table {
                             const RowWeights& i, const RowWeights& j);
   // The sum of a row, whose elements are then multiplied by `scale` unless that is null.
   double (*sum_and_scale)(float* row, int64_t count, const float* scale);
-  // `pull` holds the weighted sum of the other rows; `out` (which may be pull) becomes the gradient, plus `before`
-  // unless that is null. `scratch`: count floats.
+  // `product` holds the weighted sum of the other rows; `out` (which may be `product`) becomes the gradient, plus
+  // `before` unless that is null. `scratch`: count floats.
   void (*input_gradient)(const RowGradient& of, int64_t count, float* product, float* scratch, const float* before,
                          float* out);
   void (*add_to_float64)(const float* from, int64_t count, double* into);        // any count

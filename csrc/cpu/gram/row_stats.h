@@ -1,5 +1,6 @@
-// What becomes of the rows of P and Q one by one: in matrix-wise correlation nothing, in row-wise one each, and in the
-// released code's, where line (n, a) of the buffer [N, B, B] belongs to group (n B + a) / N, many to a correlation.
+// The statistics and weights of single rows of P and Q: one correlation is of all rows of a matrix, of one row each
+// (row-wise), or, in the released code, of many: there row (n, a) of the buffer [N, B, B] belongs to group (n B + a) /
+// N.
 #pragma once
 
 #include "cpu/gram/args.h"
@@ -22,7 +23,7 @@ inline void fill_rows(const RowWeights& row_weights, int64_t begin, int64_t end,
   for (int64_t i = begin; i < end; ++i) set_row(row_weights, i, weights, 0, 0);
 }
 
-// Of a row of zeros, what is left of a line without its mean is 0; the mean of equal floats may be rounded.
+// A row of zeros has a constant row of the Gram, whose moments about its mean are 0; the mean itself may be rounded.
 inline Moments without_rounding(const Term& term, Moments of, int64_t i) {
   if (term.s.is_zero(i)) of.pp = of.pq = 0;
   if (term.t.is_zero(i)) of.qq = of.pq = 0;
@@ -53,7 +54,7 @@ inline void start_group(const Term& term, int64_t group, const std::vector<int64
   for (int64_t i : valid) term.valid[group * term.length + i] = true;
 }
 
-// Moments of one line, or of many; means are of the entries themselves, not of what is left without a position's mean.
+// The moments with means of the entries themselves: `levels` are the means that were subtracted from P and Q.
 using Moments = Moments;
 
 inline Moments with_levels(const Term& term, const Moments& row, int64_t i, const double levels[2]) {
@@ -75,7 +76,7 @@ inline void merge(Moments& into, const Moments& other) {
   into.count = count;
 }
 
-// The released code's groups: as many as there are sequences, of as many lines each as there are positions.
+// The released code's groups: as many as there are sequences, of as many rows each as there are positions.
 struct OfficialGroups {
   int64_t sequences, positions;
   std::vector<Moments> rows;  // [positions, sequences]

@@ -107,14 +107,14 @@ struct GroupRows {
   bool is_zero(int64_t i) const { return !zeros.empty() && std::binary_search(zeros.begin(), zeros.end(), i); }
   bool unit_length(int64_t i) const { return normalize && scale[i] < float(1 / kLeastNorm); }  // u is of length 1
 
-  // What a pass over the rows of a group finds.
+  // The statistics of a pass over the rows of a group.
   void lay_out_means(Arena& arena) {
     rows = nullptr;
     scale = arena.piece<float>(gram_padded(most_rows));
     centre = arena.piece<float>(padded);
     sums = arena.piece<float>((most_rows + chunk - 1) / chunk * padded);
   }
-  // `block`: rows behind one piece of the turned operand, 0 where no gradient is wanted.
+  // `block`: rows in one piece of the transposed operand, 0 where no gradient is requested.
   void lay_out(Arena& arena, int64_t block) {
     const int64_t n = gram_padded(most_rows);
     lay_out_means(arena);
@@ -125,7 +125,7 @@ struct GroupRows {
     squares = arena.piece<float>(n);
   }
 
-  // Rows `kept` of the group: scaled, and their mean taken away.
+  // The valid rows of the group: scaled, and their mean subtracted.
   void prepare(int64_t group, const std::vector<int64_t>& valid, bool threads) {
     const int64_t n = int64_t(valid.size());
     scale_and_sum(group, valid, threads);

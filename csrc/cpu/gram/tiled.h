@@ -1,5 +1,5 @@
-// Groups of more than kWhole rows, one after another: every thread takes strips of the same Gram, a tile of P and Q at
-// a time.
+// Groups of more than kMostInCache rows, one after another: every thread takes strips of the same Gram, a tile of P and
+// Q at a time.
 #pragma once
 
 #include <memory>
@@ -51,7 +51,7 @@ struct Tiled {
     const int64_t strips = (n + strip - 1) / strip;
     parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
       Tiles tiles(*this);
-      for (int64_t at = first; at < last; ++at) {  // a long and a short one by turns: the upper triangle's strips
+      for (int64_t at = first; at < last; ++at) {  // alternately a long and a short strip of the upper triangle
         const int64_t which = at % 2 ? strips - 1 - at / 2 : at / 2, i = which * strip;
         const int64_t end = i + strip < n ? i + strip : n;
         for (int64_t j = upper ? i : 0; j < n; j += columns) {

@@ -30,7 +30,7 @@ constexpr double kForward = 1.4, kBackward = 2;  // a product here costs as many
 
 using Matrix = std::vector<double>;  // [d of one layer, d of another]
 
-// One side (queries or keys) of all layers in one unit, turned and packed chunk by chunk.
+// One side (queries or keys) of all layers in one unit, transposed and packed chunk by chunk.
 class PackedChunks {
  public:
   int64_t rows = 0;

@@ -1,4 +1,4 @@
-// Queries and keys of every layer, one head of one sequence at a time: what attention_cost's two ways share.
+// Queries and keys of every layer, one head of one sequence at a time: what the two methods of attention_cost share.
 #pragma once
 
 #include <algorithm>
@@ -125,7 +125,7 @@ struct GradientOutput {
     else
       table.from_float32(from, element, width, to);
   }
-  // `from` [keys that count, d]; null: nothing pulls. The other keys get zeros.
+  // `from` [keys that count, d]; null: all gradients are 0. The keys that do not count get zeros.
   void write_keys(const Table& table, const AttentionUnit& unit, const float* from) const {
     const std::vector<float> nothing(width, 0.f);
     for (int64_t s = 0, j = 0; s < length; ++s) {
@@ -136,7 +136,7 @@ struct GradientOutput {
   }
 };
 
-// The identity's way, for long sequences (layer_cost/attention_identity.cpp).
+// The method by the identity, for long sequences (layer_cost/attention_identity.cpp).
 struct WeightedTeachers;
 constexpr double kTrusted = 5e-6;  // of a result: how far off the identity may be
 bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers);

@@ -16,8 +16,8 @@ constexpr bool layers_are_read_as_they_are(int element_s, int element_t) {
 }
 
 struct Table {
-  // sums[(i * teachers + j) * kLayerLanes + lane] += (s_i - t_j)^2 over `count` elements, for all pairs; lanes are to
-  // be added up at the end. count: a multiple of kLayerLanes.
+  // sums[(i * teachers + j) * kLayerSums + lane] += (s_i - t_j)^2 over `count` elements, for all pairs; lanes are to
+  // be added up at the end. count: a multiple of kLayerPad.
   void (*squared_distances)(const void* const* s, int element_s, int students, const void* const* t, int element_t,
                             int teachers, int64_t count, double* sums);
   // out = sum over q of weights_q (s - t_q), 0 where s is clamped, in the element of s. `stream`: past the cache, where

@@ -24,7 +24,7 @@ struct RowStats {
 };
 static_assert(sizeof(RowStats) == kStats * sizeof(float), "stats are [N, kStats]");
 
-// A row whose words come in parts.
+// The sums of a row whose tokens come in parts.
 struct RowSums {
   divergence::RowSums soft;
   float largest = -__builtin_inff(), label = 0;
@@ -44,7 +44,7 @@ inline void check_side(const Check& check, const char* const names[3], const Ten
   check(names[2], bias, kF32, "[V]", {head.size(0)});
 }
 
-// The arguments that all ops have.
+// Checks the arguments that all ops have.
 inline void check_args(const Check& check, const Tensor& hidden, const Tensor& head, const Maybe& bias,
                        const Maybe& t_hidden, const Maybe& t_head, const Maybe& t_bias, const Maybe& indices,
                        const Maybe& log_probs, const Maybe& tail, const Maybe& mask, const Maybe& labels,
@@ -105,7 +105,7 @@ struct Args {
   int64_t fit(int64_t most_rows) const { return std::min<int64_t>(most_rows, valid_rows.size()); }
   static int64_t stride_of(int64_t tokens) { return (tokens + 15) / 16 * 16 + kSkew; }
 
-  // Below, s and t are `count` logits of row n from word `first` on.
+  // Below, s and t are `count` logits of row n from token `first` on.
 
   void finish_logits(const HiddenAndHead& side, float* x, int64_t first, int64_t count) const {
     if (side.has_bias || side.changes_logits())
@@ -146,7 +146,7 @@ struct Args {
     return options.factor * value + options.hard * float(log_sum - sums.label);
   }
 
-  // A row that is all there.
+  // The value of a row whose logits are all there.
   float forward_row(int64_t n, const float* s, float* t, RowStats* stats) const {
     const Options& o = options;
     RowSums sums;

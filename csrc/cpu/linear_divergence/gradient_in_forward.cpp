@@ -1,14 +1,15 @@
 // linear_divergence with the gradient in the forward: it is formed while the logits are there, so that
-// nothing is multiplied twice (3 Ds + Dt products of rows x words).
+// nothing is multiplied twice (3 Ds + Dt products of rows x tokens).
 //
 // All logits of a few rows at a time, in float32: head rows times hidden rows (the head is read where it lies, the few
-// hidden rows stay in the cache), turned on the way. Of them the gradient is kept, in the element that the products
-// take, for a chunk of rows; then two products finish the chunk, words outermost.
+// hidden rows stay in the cache), transposed on the way. Only their gradient is stored, in the element that the
+// products take, for a chunk of rows; then two products finish the chunk, with the tokens as the outer loop.
 //
-// A chunk's gradient lies where the gradient of the head will be: a tile of words has room there for `slot` rows, Ds of
-// them if head and operand are of one element, and for `spare` rows in memory of its own, which until then holds the
+// A chunk's gradient lies where the gradient of the head will be: a tile of tokens has room there for `slot` rows, Ds
+// of them if head and operand are of one element, and for `spare` rows in memory of its own, which until then holds the
 // logits. A tile is packed before its place is written to. So nothing of the size of a head exists but the head's
-// gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, and apart.
+// gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, in a buffer of
+// their own.
 #include "cpu/linear_divergence/args.h"
 #include "cpu/simd/transpose.h"
 
@@ -17,12 +18,12 @@ namespace {
 
 constexpr int64_t kLogitBytes = 16 << 20;                // for the logits that exist at once, within
 constexpr int64_t kFewestRows = 64, kMostRows = 128;     // rows of them
-constexpr int64_t kTile = kDepth;                        // words of a tile of the gradient
+constexpr int64_t kTile = kDepth;                        // tokens of a tile of the gradient
 constexpr int64_t kSpareBytes = 16 << 20;                // for the spare rows, within
 constexpr int64_t kFewestSpare = 128, kMostSpare = 256;  // rows
-constexpr int64_t kHeadRows = 64;                        // words whose sums are in the cache at once
+constexpr int64_t kHeadRows = 64;                        // rows of the head's gradient that are in the cache at once
 
-// Hidden rows that count, brought together if they do not lie so.
+// The valid hidden rows, gathered if they are not contiguous.
 struct HiddenRows {
   const HiddenAndHead& side;
   Scratch gathered;
@@ -39,7 +40,7 @@ struct HiddenRows {
   }
 };
 
-// Logits of all words for a few rows.
+// Logits of all tokens for a few rows.
 struct SideLogits {
   const HiddenAndHead& side;
   HiddenRows rows;
@@ -75,10 +76,10 @@ struct SideLogits {
   }
 };
 
-// The gradient of a chunk's logits: [tile of words][row][word], the first rows in the place of the head's gradient.
+// The gradient of a chunk's logits: [tile of tokens][row][token], the first rows in the place of the head's gradient.
 struct LogitGradient {
   int element;
-  int64_t item, tokens, slot, spare, tile_bytes;  // tile_bytes: of a word in the head's gradient
+  int64_t item, tokens, slot, spare, tile_bytes;  // tile_bytes: of a token in the head's gradient
   char *place, *beside;
 
   char* at(int64_t row, int64_t tile) const {
@@ -86,7 +87,7 @@ struct LogitGradient {
     if (row < slot) return place + tile * tile_bytes + row * across * item;
     return beside + (tile * spare + (row - slot) * across) * item;
   }
-  // Some rows, either all in their place or all beside it.
+  // Some rows, all of them in the head's gradient or all of them spare rows.
   GemmSource rows(int64_t row, int64_t count, int64_t tile, int64_t depth) const {
     return {at(row, tile), element, depth, 1, count, depth};
   }
@@ -98,7 +99,7 @@ struct LogitGradient {
 // Logits of both sides for a few rows, in memory of the caller's; the teacher's give way to the gradient.
 struct Logits {
   const Args& args;
-  const int64_t stride, rows_at_once;  // together: rows
+  const int64_t stride, rows_at_once;  // rows_at_once: rows whose logits exist at once
   SideLogits student;
   std::optional<SideLogits> teacher;
 
@@ -157,7 +158,7 @@ struct GradientInForward {
   Tensor values, hidden, head, bias;
   const Logits logits;
   LogitGradient gradient = {};
-  Scratch memory;  // the spare rows, then room for the logits of `few`; or first of `logits.together`, of other rows
+  Scratch memory;  // the spare rows, then room for the logits of `few`; before that, of `logits.rows_at_once` rows
   int64_t few;     // rows whose logits exist beside the spare rows
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks

@@ -1,7 +1,9 @@
-// linear_divergence where memory counts: blocks of kLowRows rows and kLowWords words; logits exist for a block only.
+// linear_divergence with the logits recomputed: blocks of kBlockRows rows and kBlockTokens tokens; logits exist for one
+// block only.
 //
-// linear_divergence_fwd    rows' sums are carried from block to block; leaves eight numbers per row.
-// linear_divergence_bwd    the same blocks again, words outermost: the logits are made a second time (another Ds + Dt).
+// linear_divergence_fwd    carries the sums of each row from block to block; saves eight numbers per row.
+// linear_divergence_bwd    computes the logits of the same blocks again (another Ds + Dt), with the tokens as the outer
+// loop.
 //
 // Rows that do not count are left out before anything is multiplied. A sparse teacher has no head, and needs whole
 // rows. With the gradient in the forward: linear_divergence/gradient_in_forward.cpp.
@@ -17,7 +19,7 @@ int64_t tokens_per_block(const Args& args) {
 }
 int64_t rows_per_block(const Args& args) { return args.sparse ? kSparseRows : kBlockRows; }
 
-// Logits of both sides for some rows and words; the teacher's give way to the gradient.
+// Logits of both sides for some rows and tokens; the gradient is written over the teacher's.
 struct Block {
   const Args& args;
   PackedRows student;
@@ -64,7 +66,7 @@ struct Block {
   }
 };
 
-// The gradients, in float32; without rows where nobody wants them.
+// The gradients, in float32; those that are not requested have no rows.
 struct Gradients {
   Tensor hidden, head, bias;
   float *of_head, *of_bias;
@@ -81,7 +83,8 @@ struct Gradients {
   }
 };
 
-// What a block's gradient is multiplied with. Sums of hidden rows that do not lie together are made apart.
+// The gradient of the hidden rows. Where the rows of a block are not contiguous, their sums are formed in a buffer of
+// their own and added.
 struct HiddenSums {
   const Args& args;
   const Gradients& to;

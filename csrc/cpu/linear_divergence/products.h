@@ -1,5 +1,5 @@
-// The four products of linear_divergence on a block of rows x words, shared out over the threads so that every number
-// is one thread's: nothing is reduced between threads, and results do not depend on how many there are.
+// The four products of linear_divergence on a block of rows x tokens. Every number is computed by one thread: nothing
+// is reduced between threads, and the results do not depend on how many there are.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -13,11 +13,11 @@ namespace fastkd::linear_divergence {
 namespace {
 
 constexpr int64_t kTokens = 128;     // of a tile: as packed, they and their logits stay in L2
-constexpr int64_t kRows = 64;        // that are packed, or pulled, together
-constexpr int64_t kDepth = 512;      // words behind one piece of the turned head
-constexpr int64_t kStrip = 32;       // of them that are turned together: a whole block of every panel's layout
-constexpr int64_t kPieces = 3;       // of it that are there at a time
-constexpr int64_t kWidthBlock = 96;  // of the turned operands, packed by one thread
+constexpr int64_t kRows = 64;        // rows that are packed, or multiplied, together
+constexpr int64_t kDepth = 512;      // tokens in one piece of the transposed head
+constexpr int64_t kStrip = 32;       // tokens that are transposed together: a whole block of every panel's layout
+constexpr int64_t kPieces = 3;       // pieces of the transposed head that exist at a time
+constexpr int64_t kWidthBlock = 96;  // width of the transposed operands that one thread packs at a time
 
 // f(begin, end) on `step` of `count` at a time.
 template <class F>
@@ -66,7 +66,7 @@ struct HiddenAndHead {
   }
 };
 
-// Some rows of a side, packed; those that do not lie together are brought together first.
+// Some rows of a side, packed; rows that are not contiguous are gathered first.
 struct PackedRows {
   const HiddenAndHead& side;
   Scratch packed, gathered, transposed;
@@ -102,7 +102,7 @@ struct PackedRows {
     });
   }
 
-  // out [count][stride]: logits of words [v, v_end), without bias.
+  // out [count][stride]: logits of tokens [v, v_end), without bias.
   void logits(int64_t v, int64_t v_end, float* out, int64_t stride) const {
     const Gemm& gemm = *side.gemm;
     parallel_steps(
@@ -113,7 +113,8 @@ struct PackedRows {
   }
 };
 
-// gradient [count][stride] of the logits of words [v, v_end) -> head [v_end - v, D] (+)= gradient^T rows, and the bias.
+// gradient [count][stride] of the logits of tokens [v, v_end) -> head [v_end - v, D] (+)= gradient^T rows, and the
+// bias.
 inline void head_gradient(const Table& table, const PackedRows& rows, const float* gradient, int64_t stride,
                           int64_t tokens, float* head, float* bias, bool accumulate) {
   const Gemm& gemm = *rows.side.gemm;
@@ -130,8 +131,8 @@ inline void head_gradient(const Table& table, const PackedRows& rows, const floa
       });
 }
 
-// hidden [rows, D] (+)= gradient x head, a few pieces of words at a time: turn() makes the head's part of them,
-// multiply() takes the gradient of some rows with it.
+// hidden [rows, D] (+)= gradient x head, a few pieces of tokens at a time: pack_transposed() packs the head of these
+// tokens, multiply() multiplies the gradient of some rows with it.
 struct HiddenProduct {
   const HiddenAndHead& side;
   Scratch transposed;
@@ -139,7 +140,7 @@ struct HiddenProduct {
   explicit HiddenProduct(const HiddenAndHead& side)
       : side(side), transposed(side.hidden, kPieces * side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth)) {}
 
-  // f(begin, end): the words of turn() and multiply().
+  // f(begin, end): the tokens of one pack_transposed() and the multiply() that follow it.
   template <class F>
   static void each(int64_t v, int64_t v_end, const F& f) {
     for (int64_t w = v; w < v_end; w += kPieces * kDepth) f(w, std::min(v_end, w + kPieces * kDepth));
@@ -151,7 +152,8 @@ struct HiddenProduct {
     });
   }
 
-  // source(row, rows, word, words) says where so much of the gradient lies; what lies as an operand does is not packed.
+  // source(row, rows, token, tokens) says where this part of the gradient lies; it is packed unless it can be an
+  // operand as it lies.
   template <class F>
   void multiply(int64_t rows, int64_t v, int64_t v_end, const F& source, float* hidden, bool accumulate) const {
     const Gemm& gemm = *side.gemm;
@@ -175,7 +177,7 @@ struct HiddenProduct {
   char* piece(int64_t token) const { return transposed.get() + token / kDepth * piece_bytes(); }
   int64_t piece_bytes() const { return side.gemm->bytes_b(side.width + side.gemm->rows_b, kDepth); }
 
-  // A few words, all of their width before the next ones: the head is read in the order in which it lies. Within a
+  // A few tokens, over their whole width before the next ones: the head is read in the order in which it lies. Within a
   // panel k goes on from strip to strip.
   void pack_transposed_strip(int64_t token, int64_t tokens, int64_t begin, int64_t end) const {
     const Gemm& gemm = *side.gemm;

@@ -1,4 +1,4 @@
-// What is done for one (sequence, head) of a relation: all at once where its scores fit in scratch, or a block of
+// The work on one (sequence, head) of a relation: all of its scores where they fit in the cache, or a block of
 // queries at a time. The mathematics is in relation/op.cpp.
 #pragma once
 
@@ -65,7 +65,7 @@ struct BlockStats {
   }
 };
 
-// What is masked: value 0, gradient 0.
+// The value and the gradient of a masked token are 0.
 inline void write_zeros(const Inputs& inputs, const Outputs& out, int64_t pair, const ValidTokens& valid) {
   if (valid.count() == inputs.length) return;
   const int64_t row = inputs.s.width * out.item;
@@ -311,7 +311,7 @@ struct PerStrip {
     for (int64_t j = 0; j < end; j += piece) multiply(slice, n, first, last, j);
   }
 
-  // Keys [j, j + piece) and queries [first, last): what each pulls the others to.
+  // Adds the gradients of keys [j, j + piece) and queries [first, last) with respect to each other.
   void multiply(Slice& slice, int64_t n, int64_t first, int64_t last, int64_t j) const {
     const Gemm& gemm = inputs.s.gemm;
     const int64_t keys = j + piece < n ? piece : n - j, queries = last - first, width = inputs.s.width;

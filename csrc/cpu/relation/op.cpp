@@ -8,13 +8,13 @@
 //     KL = sum p (expm1(c) - c) - (E - log(1 + E)):   each term >= 0, nothing cancels as q nears p;
 //     q - p = p expm1(c - kappa) = dKL/ds,  W[i, j] = g_i (q - p)[i, j],  dx = scale W y,  dy = scale Wᵀ x.
 //
-// Of a relation of x with itself dx = scale (W + Wᵀ) x, one product instead of two, and half of the scores are the
-// other half's mirror image.
+// Of a relation of x with itself dx = scale (W + Wᵀ) x, one product instead of two, and the scores are symmetric, so
+// that only half of them are computed.
 //
-// Up to kWhole keys the scores of one (sequence, head) fit in a thread's scratch, and the gradient for upstream 1 is
-// made in the forward, from the exponentials that are there anyway; the backward scales it where the upstream gradient
-// is the same for all queries of a head (any mean or sum), and else starts again with it. Longer ones keep four numbers
-// per query, and the backward makes the scores again: of x with itself tile by tile above the diagonal
+// Up to kMostInCache keys the scores of one (sequence, head) fit in a thread's scratch, and the gradient for upstream 1
+// is made in the forward, from the exponentials that are there anyway; the backward scales it where the upstream
+// gradient is the same for all queries of a head (any mean or sum), and else starts again with it. Longer ones keep
+// four numbers per query, and the backward makes the scores again: of x with itself tile by tile above the diagonal
 // (relation/symmetric.h), else a strip of queries at a time. Masked tokens are left out of both queries and keys before
 // anything else, so they cost nothing. Every sum is in an order that depends on shapes and the mask only.
 #include "cpu/relation/symmetric.h"

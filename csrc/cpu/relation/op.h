@@ -6,7 +6,7 @@
 namespace fastkd::relation {
 
 // A tile of scores is [keys][queries], rows `stride` apart: queries lie in the lanes, so nothing is summed across them.
-// `queries` is filled up to a multiple of kRelationLanes; what comes out of the lanes beyond is never looked at.
+// `queries` is filled up to a multiple of kRelationLanes; the results of the lanes beyond are never read.
 constexpr int64_t kQueryLanes = 16;
 
 struct Tile {
@@ -14,8 +14,8 @@ struct Tile {
   int64_t stride, keys, queries;
 };
 
-// Per query: a score of each side that is taken off all of its scores, at or near the largest; sum e^(t - max t), and
-// sum e^(s - max s) less that. Where the sums are so far apart that their difference would lose digits, sum_t is
+// Per query: a score of each side that is subtracted from all of its scores, at or near the largest; sum e^(t - max t),
+// and sum e^(s - max s) less that. Where the sums are so far apart that their difference would lose digits, sum_t is
 // negative, and `excess` is the student's sum itself.
 struct Stats {
   float *max_t, *sum_t, *max_s, *excess;
@@ -34,13 +34,13 @@ struct GradientFactors {
 struct Table {
   // Scores of keys after the query, in the square at the diagonal, become so small that they count for nothing.
   void (*mask_future_keys)(const Tile& at);
-  // `keep`: what `from_kept` needs is left where the scores were.
+  // `keep`: what `gradient_from_saved` needs replaces the scores.
   void (*statistics)(const Tile& at, bool keep, const Stats& of, float* values);
-  // s = g (q - p), from what `statistics` kept, or from scores once more.
+  // s = g (q - p), from what `statistics` saved, or from the scores again.
   void (*gradient_from_saved)(const Tile& at, const Stats& of, const float* g);
   void (*gradient_from_scores)(const Tile& at, const Stats& of, const float* g);
   // The same in parts, where scores are symmetric: a tile's queries (in the lanes) and its keys (the rows, all lanes of
-  // which count) each get what the other is to them. `finish` takes whole vectors of queries, as does `prepare`.
+  // which are valid) each add up their part. `values_from_sums` and `gradient_factors` take whole vectors of queries.
   void (*diagonal_scores)(const void* rows, int element, int64_t stride, int64_t count, int64_t width, float scale,
                           float* out);  // scale x . x
   void (*add_query_sums)(const Tile& at, const Stats& queries, const Sums& sums);

@@ -1,9 +1,9 @@
 // A long relation of x with itself: its scores are symmetric, so those above the diagonal are made once and serve both
-// halves. A block of queries meets a block of keys at a time, on or beyond the diagonal, and each gets what the other
-// is to it, so that both tiles of scores stay in a cache whatever the length.
+// halves. One block of queries and one block of keys are taken at a time, on or beyond the diagonal, and the tile adds
+// to both, so that both tiles of scores stay in a cache whatever the length.
 //
-// Nobody knows the largest score of a query before all of its keys were seen. Its score with itself stands in for it,
-// where no other can be much larger: s_ij <= sqrt(s_ii s_jj) for any i, j. Else `forward` declines.
+// The largest score of a query is not known before all of its keys have been seen. Its score with itself stands in for
+// it, where no other can be much larger: s_ij <= sqrt(s_ii s_jj) for any i, j. Elsewhere `run` returns false.
 //
 //     M = W + W^T,  dx = scale M x:  block (I, J) of M adds to rows I, and its transpose to rows J.
 #pragma once
