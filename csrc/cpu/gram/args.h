@@ -4,7 +4,7 @@
 #include <array>
 #include <optional>
 
-#include "cpu/gram/side.h"
+#include "cpu/gram/group_rows.h"
 
 namespace fastkd::gram {
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/relation/side.h"
+#include "cpu/relation/queries_and_keys.h"
 #include "cpu/simd/transpose.h"
 
 namespace fastkd::relation {
