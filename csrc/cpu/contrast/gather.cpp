@@ -79,14 +79,14 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
   Tensor unit_grad =
       torch::stable::new_empty(query, {gradient_in_forward ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions options_of_scores = options(1 / temperature, *shift.const_data_ptr<double>());
+  const ScoreOptions score_options = options(1 / temperature, *shift.const_data_ptr<double>());
   const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
                  [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
                    rows.scales = scales_of(scale);
-                   losses[i] = float(gather.nce(rows, row, options_of_scores, gradient_in_forward ? sum : nullptr));
+                   losses[i] = float(gather.nce(rows, row, score_options, gradient_in_forward ? sum : nullptr));
                    for (int64_t d = 0; gradient_in_forward && d < width; ++d)
-                     unit_grads[i * width + d] = sum[d] * options_of_scores.scale;
+                     unit_grads[i * width + d] = sum[d] * score_options.scale;
                  });
   return {loss, unit_grad};
 }
@@ -110,10 +110,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
   const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data, std::nullopt),
                        nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data, std::nullopt)};
-  ScoreOptions options_of_scores[2];
+  ScoreOptions score_options[2];
   for (int s = 0; s < 2; ++s) {
     const double now = *z[s].const_data_ptr<float>();
-    options_of_scores[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
+    score_options[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
   }
   const double dropped = double(negatives) * (std::log(double(negatives) / double(n_data)) - std::log(noise));
   Tensor loss = torch::stable::new_empty(query_a, {count}, ScalarType::Float);
@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   float* unit_grads[2] = {unit_grad[0].mutable_data_ptr<float>(), unit_grad[1].mutable_data_ptr<float>()};
   const GatherTable& gather = chosen_gather_table();
   for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
-    losses[side * count + i] = gather.nce(gathered, row, options_of_scores[side], sum);
-    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * options_of_scores[side].scale * 0.5f;
+    losses[side * count + i] = gather.nce(gathered, row, score_options[side], sum);
+    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * score_options[side].scale * 0.5f;
   });
   for (int64_t i = 0; i < count; ++i)
     loss.mutable_data_ptr<float>()[i] = float((losses[i] + losses[count + i]) / 2 - dropped);
@@ -147,14 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
         *lses = lse.mutable_data_ptr<float>();
   float* unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions options_of_scores = options(inverse_temperature, 0);
+  const ScoreOptions score_options = options(inverse_temperature, 0);
   const Table& table = chosen_table();
   const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, index, [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
     rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
     float largest;
-    const double mass = gather.softmax(rows, row, options_of_scores, &largest, gradient_in_forward ? sum : nullptr);
+    const double mass = gather.softmax(rows, row, score_options, &largest, gradient_in_forward ? sum : nullptr);
     float_row(table, positive, i, rows.scratch);
     finish_row(row, rows.scratch, width, inverse_temperature, largest, mass, sum,
                {losses + i, weights + i, lses + i, gradient_in_forward ? unit_grads + i * width : nullptr});

@@ -217,7 +217,7 @@ struct GroupRows {
   }
 
   // v = u - c to `to`; returns <c, v>. Where |u| is 1 that is (1 - |c|^2 - |v|^2) / 2, up to a constant: the better way
-  // where c is the larger part, since no error of |u| counts then. `there`: what is copied has been.
+  // where c is the larger part, since no error of |u| counts then. `copied_already`: `to` holds the row.
   double shift_row(const char* x, int64_t i, bool copied_already, float* to) const {
     if (copied && !copied_already) table.copy_row(x, element, false, width, to);
     const auto* from = copied ? to : reinterpret_cast<const float*>(x);
