@@ -8,8 +8,6 @@
 #include "cpu/simd/isa.h"
 #include "transport/transport.h"
 
-FASTKD_DECLARE(TransportTable, transport);
-
 namespace py = pybind11;
 
 namespace {
@@ -28,9 +26,10 @@ py::tuple emd(const Array& a, const Array& b, const Array& cost) {
   if (n < 1 || m < 1 || n > 64 || m > 64) throw py::value_error("M: the exact solver takes 1 to 64 rows and columns");
   py::array_t<double> flow({n, m}), u(n), v(m);
   int32_t status = 0, pivots = 0;
-  const TransportBatch problem{cost.data(),      a.data(),         b.data(), nullptr, nullptr, flow.mutable_data(),
-                               u.mutable_data(), v.mutable_data(), &status,  &pivots, int(n),  int(m)};
-  FASTKD_CHOOSE(transport).doubles(problem, 0, 1);
+  const fastkd::transport::Batch problem{
+      cost.data(),      a.data(),         b.data(), nullptr, nullptr, flow.mutable_data(),
+      u.mutable_data(), v.mutable_data(), &status,  &pivots, int(n),  int(m)};
+  fastkd::transport::chosen_table().doubles(problem, 0, 1);
   return py::make_tuple(flow, u, v, status, pivots);
 }
 

@@ -9,37 +9,37 @@
 #include "transport/tensors.h"
 #include "transport/warp.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
 
 using torch::stable::Tensor;
 
 template <class Cost>
-__global__ void __launch_bounds__(32) transport_kernel(const TransportBatch batch) {
+__global__ void __launch_bounds__(32) transport_kernel(const Batch batch) {
   extern __shared__ double cost[];  // [n, m]
-  __shared__ transport::Workspace workspace;
+  __shared__ Workspace workspace;
   if (threadIdx.x == 0) workspace.cost = cost;
-  transport::WarpLanes lanes;
-  transport::solve<Cost>(lanes, workspace, batch, blockIdx.x);
+  WarpLanes lanes;
+  solve<Cost>(lanes, workspace, batch, blockIdx.x);
 }
 
 // All kinds of cost one after the other, then the weights that follow from them: one warp, one launch.
 template <class Cost>
-__global__ void __launch_bounds__(32) cost_attention_kernel(const TransportBatch batch, int problems) {
+__global__ void __launch_bounds__(32) cost_attention_kernel(const Batch batch, int problems) {
   extern __shared__ double cost[];  // [n, m]
-  __shared__ transport::Workspace workspace;
+  __shared__ Workspace workspace;
   if (threadIdx.x == 0) workspace.cost = cost;
-  transport::WarpLanes lanes;
-  for (int p = 0; p < problems; ++p) transport::solve<Cost>(lanes, workspace, batch, p);
-  transport::move_weights<Cost>(lanes, batch, problems);
+  WarpLanes lanes;
+  for (int p = 0; p < problems; ++p) solve<Cost>(lanes, workspace, batch, p);
+  move_weights<Cost>(lanes, batch, problems);
 }
 
-transport::Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_flow,
-                        const std::optional<Tensor>& start_v, const CostAttention& attention) {
+Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_flow,
+             const std::optional<Tensor>& start_v, const CostAttention& attention) {
   const torch::stable::accelerator::DeviceGuard guard(cost.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(cost.get_device_index(), &stream));
-  const auto launch = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
+  const auto launch = [&](const Batch& batch, int64_t problems, bool in_doubles) {
     STD_TORCH_CHECK(problems <= INT32_MAX, "cost: more than 2^31 - 1 problems");
     // At most 32 KiB of costs beside the 5.6 KiB workspace: within the 48 KiB that every chip grants unasked.
     const auto kernel = in_doubles ? transport_kernel<double> : transport_kernel<float>;
@@ -53,24 +53,24 @@ transport::Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, co
     kernel<<<unsigned(problems), 32, bytes, static_cast<cudaStream_t>(stream)>>>(batch);
     STD_TORCH_CHECK(cudaGetLastError() == cudaSuccess, "fastkd::transport: the launch failed");
   };
-  return transport::plan_of(cost, a, b, start_flow, start_v, launch, attention);
+  return plan_of(cost, a, b, start_flow, start_v, launch, attention);
 }
 
-transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
-                               std::optional<Tensor> start_v) {
+Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                    std::optional<Tensor> start_v) {
   return plan_of(cost, a, b, start_flow, start_v, {});
 }
 
-transport::Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
-                                double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost, double temperature,
+                     bool product_of_sums, bool joint, bool double_softmax) {
   const auto solve = [&](const CostAttention& how) { return plan_of(cost, a, b, {}, {}, how); };
-  return transport::moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
+  return moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
-  m.impl("transport", TORCH_BOX(&fastkd::transport_plan));
-  m.impl("cost_attention", TORCH_BOX(&fastkd::cost_attention));
+  m.impl("transport", TORCH_BOX(&fastkd::transport::transport_plan));
+  m.impl("cost_attention", TORCH_BOX(&fastkd::transport::cost_attention));
 }

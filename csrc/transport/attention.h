@@ -6,9 +6,8 @@
 
 #include "transport/simplex.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 constexpr double SMALLEST_UNIT = 1.4916681462400413e-154;  // inert: keeps ratios finite
 constexpr double SMALLEST_WEIGHT = 1e-8;                   // a weight of 0 would be 0/0 in the next step
@@ -33,7 +32,7 @@ FASTKD_LANES void softmax(Lanes& lanes, double* x, int count, double temperature
 
 // The new weights of one side of problem p: the cheaper a layer's unit of mass, the heavier.
 template <class Cost, class Lanes>
-FASTKD_LANES void move_side(Lanes& lanes, const TransportBatch& batch, int64_t p, bool rows, double* out) {
+FASTKD_LANES void move_side(Lanes& lanes, const Batch& batch, int64_t p, bool rows, double* out) {
   const CostAttention& how = batch.attention;
   const int count = rows ? batch.n : batch.m, others = rows ? batch.m : batch.n;
   const int step = rows ? 1 : batch.m, stride = rows ? batch.m : 1;
@@ -60,7 +59,7 @@ FASTKD_LANES void move_side(Lanes& lanes, const TransportBatch& batch, int64_t p
 
 // All weights of `problems` kinds of cost, after every one of them was solved.
 template <class Cost, class Lanes>
-FASTKD_LANES void move_weights(Lanes& lanes, const TransportBatch& batch, int64_t problems) {
+FASTKD_LANES void move_weights(Lanes& lanes, const Batch& batch, int64_t problems) {
   const CostAttention& how = batch.attention;
   for (int side = 0; side < 2; ++side) {
     const bool rows = side == 0;
@@ -88,6 +87,5 @@ FASTKD_LANES void move_weights(Lanes& lanes, const TransportBatch& batch, int64_
   }
 }
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

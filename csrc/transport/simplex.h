@@ -24,9 +24,8 @@
 
 #include "transport/start.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 // ---- the tree ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ FASTKD_LANES void write_plan(Lanes& lanes, Workspace& w, double* flow, double* u
 
 // Problem p of the batch. w.cost must hold n rows of lanes.stride(m) doubles.
 template <class Cost, class Lanes>
-FASTKD_LANES void solve(Lanes& lanes, Workspace& w, const TransportBatch& batch, int64_t p) {
+FASTKD_LANES void solve(Lanes& lanes, Workspace& w, const Batch& batch, int64_t p) {
   const int n = batch.n, m = batch.m, stride = lanes.stride(m);
   lanes.single([&] { w.n = n, w.m = m, w.stride = stride; });
   const int exponent = load_cost(lanes, w, static_cast<const Cost*>(batch.cost) + p * n * m);
@@ -185,6 +184,5 @@ FASTKD_LANES void solve(Lanes& lanes, Workspace& w, const TransportBatch& batch,
   });
 }
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

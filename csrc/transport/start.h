@@ -12,9 +12,8 @@
 #define FASTKD_LANES inline
 #endif
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 constexpr int SIDE = 64;                      // most rows, most columns
 constexpr int ROOT = 255;                     // parent of the root
@@ -247,6 +246,5 @@ FASTKD_LANES int start(Lanes& lanes, Workspace& w, const double* start_flow, con
   return row;
 }
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

@@ -1,4 +1,4 @@
-// From tensors to a TransportBatch and back, the same for the CPU op and the CUDA op.
+// From tensors to a Batch and back, the same for the CPU op and the CUDA op.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,9 +11,8 @@
 
 #include "transport/simplex.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -32,9 +31,12 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
   const ScalarType type = cost.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "cost: expected float64 or float32");
   STD_TORCH_CHECK(a.scalar_type() == type && b.scalar_type() == type, "a, b: expected the dtype of cost");
-  STD_TORCH_CHECK(cost.dim() == 3 && a.dim() == 2 && b.dim() == 2, "expected cost [P, N, M], a [P, N], b [P, M]");
+  STD_TORCH_CHECK(cost.dim() == 3 && a.dim() == 2 && b.dim() == 2,
+                  "cost, a, b: expected [P, N, M], [P, N] and [P, M], got ", cost.dim(), ", ", a.dim(), " and ",
+                  b.dim(), " axes");
   const int64_t problems = cost.size(0), n = cost.size(1), m = cost.size(2);
-  STD_TORCH_CHECK(n >= 1 && n <= SIDE && m >= 1 && m <= SIDE, "cost: expected 1 <= N, M <= 64");
+  STD_TORCH_CHECK(n >= 1 && n <= SIDE && m >= 1 && m <= SIDE, "cost: expected 1 to 64 rows and columns, got ", n, " x ",
+                  m);
   STD_TORCH_CHECK(a.size(0) == problems && a.size(1) == n && b.size(0) == problems && b.size(1) == m,
                   "a, b: expected one mass per row and per column of cost");
   const Tensor costs = torch::stable::contiguous(cost);
@@ -45,7 +47,7 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
   Tensor u = torch::stable::new_empty(costs, {problems, n}, ScalarType::Double);
   Tensor v = torch::stable::new_empty(costs, {problems, m}, ScalarType::Double);
   Tensor status = torch::stable::new_empty(costs, {problems}, ScalarType::Int);
-  TransportBatch batch{};
+  Batch batch{};
   batch.cost = costs.const_data_ptr(), batch.a = rows.const_data_ptr(), batch.b = columns.const_data_ptr();
   batch.start_flow = start_flow ? flow_hint.const_data_ptr<double>() : nullptr;
   batch.start_v = start_v ? v_hint.const_data_ptr<double>() : nullptr;
@@ -65,7 +67,8 @@ using Moved =
 template <class Solve>
 Moved moved_by(const Tensor& a, const Tensor& b, bool inverse_cost, double temperature, bool product_of_sums,
                bool joint, bool double_softmax, Solve solve) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "expected a [P, N], b [P, M]");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a, b: expected [P, N] and [P, M], got ", a.dim(), " and ", b.dim(),
+                  " axes");
   Tensor rows = torch::stable::new_empty(a, {a.size(0), a.size(1)}, ScalarType::Double);
   Tensor columns = torch::stable::new_empty(b, {b.size(0), b.size(1)}, ScalarType::Double);
   const auto [flow, u, v, status] =
@@ -74,6 +77,5 @@ Moved moved_by(const Tensor& a, const Tensor& b, bool inverse_cost, double tempe
   return {flow, u, v, status, rows, columns};
 }
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

@@ -2,6 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::transport {
+
 // What the weights of layers become after the transport between them, see csrc/transport/attention.h.
 struct CostAttention {
   double *rows, *columns;  // [P, n], [P, m], or null: not wanted
@@ -9,7 +13,7 @@ struct CostAttention {
   bool inverse_cost, product_of_sums, joint, double_softmax;
 };
 
-struct TransportBatch {
+struct Batch {
   const void *cost, *a, *b;  // [P, n, m], [P, n], [P, m], contiguous, all double or all float
   const double* start_flow;  // to start from: a flow of a similar problem [P, n, m], or null
   const double* start_v;     // and potentials of the columns [P, m], or null
@@ -19,7 +23,11 @@ struct TransportBatch {
   CostAttention attention;
 };
 
-struct TransportTable {  // solve the problems begin … end - 1; then, of all that there are, move the weights
-  void (*doubles)(const TransportBatch& batch, int64_t begin, int64_t end);
-  void (*floats)(const TransportBatch& batch, int64_t begin, int64_t end);
+struct Table {  // solve the problems begin … end - 1; then, of all that there are, move the weights
+  void (*doubles)(const Batch& batch, int64_t begin, int64_t end);
+  void (*floats)(const Batch& batch, int64_t begin, int64_t end);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+
+}  // namespace fastkd::transport

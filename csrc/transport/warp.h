@@ -8,9 +8,8 @@
 #include <cstdlib>
 #endif
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 #ifdef __CUDACC__
 
@@ -144,6 +143,5 @@ struct WarpLanes {
   }
 };
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

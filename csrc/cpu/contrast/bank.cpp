@@ -9,9 +9,7 @@
 #include "cpu/contrast/rows.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 namespace {
 
 uint64_t mix(uint64_t x) {  // splitmix64
@@ -66,7 +64,7 @@ struct Labels {
   int64_t classes;
 
   // Whether the class of an example begins and ends in `order` where `bounds` says; else they are not of one data set.
-  bool fit(int64_t id, int64_t n_data) const {
+  bool consistent(int64_t id, int64_t n_data) const {
     const int64_t own = labels[id];
     if (own < 0 || own >= classes) return false;
     const int64_t begin = bounds[own], end = bounds[own + 1];
@@ -76,10 +74,10 @@ struct Labels {
   }
 };
 
-Pool pool_of(int64_t id, int64_t n_data, int64_t window, const Labels& by) {
-  if (by.labels) {
-    const int64_t own = by.labels[id];
-    return {0, n_data, by.bounds[own], by.bounds[own + 1] - by.bounds[own]};
+Pool pool_of(int64_t id, int64_t n_data, int64_t window, const Labels& labels_of) {
+  if (labels_of.labels) {
+    const int64_t own = labels_of.labels[id];
+    return {0, n_data, labels_of.bounds[own], labels_of.bounds[own + 1] - labels_of.bounds[own]};
   }
   if (!window) return {0, n_data, id, 1};
   const int64_t extent = std::min(2 * window + 1, n_data);
@@ -110,42 +108,42 @@ Tensor sample_negatives(const Tensor& index, int64_t count, int64_t n_data, std:
   check("bounds", bounds, kI64, "[C + 1]", {kAny});
   const Tensor ids = torch::stable::contiguous(index), seed = torch::stable::contiguous(state);
   labels = contiguous(labels), order = contiguous(order), bounds = contiguous(bounds);
-  const Labels by = {numbers(labels), numbers(order), numbers(bounds), bounds ? bounds->numel() - 1 : 0};
+  const Labels labels_of = {numbers(labels), numbers(order), numbers(bounds), bounds ? bounds->numel() - 1 : 0};
   const int64_t rows = ids.size(0), *id = ids.const_data_ptr<int64_t>();
-  const auto* words = reinterpret_cast<const uint64_t*>(seed.const_data_ptr<int64_t>());
-  const uint64_t step = mix(mix(words[0]) + words[1]);
+  const auto* key = reinterpret_cast<const uint64_t*>(seed.const_data_ptr<int64_t>());
+  const uint64_t step = mix(mix(key[0]) + key[1]);
   Tensor out = torch::stable::new_empty(ids, {rows, count});
   int64_t* drawn = out.mutable_data_ptr<int64_t>();
-  std::atomic<bool> bad{false}, unsorted{false};
+  std::atomic<bool> out_of_range{false}, inconsistent{false};
   parallel_for(0, rows, grain(count * 8), [&](int64_t b, int64_t end) {
     Shuffle shuffle(replacement ? 0 : count);
     for (; b < end; ++b) {
       if (id[b] < 0 || id[b] >= n_data) {
-        bad = true;
+        out_of_range = true;
         continue;
       }
-      if (by.labels && !by.fit(id[b], n_data)) {
-        unsorted = true;
+      if (labels_of.labels && !labels_of.consistent(id[b], n_data)) {
+        inconsistent = true;
         continue;
       }
-      const Pool pool = pool_of(id[b], n_data, window, by);
+      const Pool pool = pool_of(id[b], n_data, window, labels_of);
       const int64_t rest = pool.extent - pool.size;
       const bool repeat = replacement || rest < count;
       const uint64_t stream = mix(mix(step + uint64_t(b)) + uint64_t(id[b]));
       if (!repeat) shuffle.start();
       for (int64_t k = 0; k < count; ++k) {
-        const uint64_t word = mix(stream + uint64_t(k + 1) * 0x9E3779B97F4A7C15u) & 0x7FFFFFFFFFFFFFFFu;
-        int64_t at = repeat ? int64_t(word % uint64_t(std::max<int64_t>(rest, 1)))
-                            : shuffle.swap(k, k + int64_t(word % uint64_t(rest - k)));
+        const uint64_t random = mix(stream + uint64_t(k + 1) * 0x9E3779B97F4A7C15u) & 0x7FFFFFFFFFFFFFFFu;
+        int64_t at = repeat ? int64_t(random % uint64_t(std::max<int64_t>(rest, 1)))
+                            : shuffle.swap(k, k + int64_t(random % uint64_t(rest - k)));
         at += pool.base + (at >= pool.start ? pool.size : 0);
         drawn[b * count + k] = std::min(at, n_data - 1);
       }
-      for (int64_t k = 0; by.order && k < count; ++k)  // by itself, so that its cache misses overlap
-        drawn[b * count + k] = by.order[drawn[b * count + k]];
+      for (int64_t k = 0; labels_of.order && k < count; ++k)  // by itself, so that its cache misses overlap
+        drawn[b * count + k] = labels_of.order[drawn[b * count + k]];
     }
   });
-  STD_TORCH_CHECK(!bad, "index: indices must lie in [0, ", n_data, "), the n_data examples");
-  STD_TORCH_CHECK(!unsorted,
+  STD_TORCH_CHECK(!out_of_range, "index: indices must lie in [0, ", n_data, "), the n_data examples");
+  STD_TORCH_CHECK(!inconsistent,
                   "labels: expected classes 0 to C - 1, the ids sorted by class, and where each class begins");
   return out;
 }
@@ -158,11 +156,13 @@ void update_bank(const Tensor& bank, const Tensor& index, const Tensor& rows, do
   check("index", index, kI64, "[B]", {kAny});
   check("rows", rows, kFloating, "[B, D]", {index.size(0), bank.size(1)});
   check("scale", scale, kF32, "[K]", {bank.size(0)});
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  const Table& table = chosen_table();
   const Tensor ids = torch::stable::contiguous(index), x = with_contiguous_rows(rows);
-  STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1, "bank: the rows must be contiguous");
+  STD_TORCH_CHECK(bank.size(1) <= 1 || bank.stride(1) == 1,
+                  "bank: expected contiguous rows, got gaps between their elements");
   const int to_element = element_of_bank(bank), from_element = element_of(x);
-  STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1, "scale: must be contiguous");
+  STD_TORCH_CHECK(!scale || scale->size(0) < 2 || scale->stride(0) == 1,
+                  "scale: expected a contiguous tensor, got one with gaps");
   float* factors = scale ? scale->mutable_data_ptr<float>() : nullptr;
   const int64_t count = ids.size(0), width = bank.size(1), *id = ids.const_data_ptr<int64_t>();
   std::unordered_map<int64_t, int64_t> last;
@@ -195,16 +195,16 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
   check("z", z, kF32, "[]", {});
   const float now = *z.const_data_ptr<float>();
   Tensor out = torch::stable::new_empty(z, {}, ScalarType::Float);
-  float& found = *out.mutable_data_ptr<float>();
-  if (now > 0) return found = now, out;
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  float& partition = *out.mutable_data_ptr<float>();
+  if (now > 0) return partition = now, out;
+  const Table& table = chosen_table();
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank), i = torch::stable::contiguous(index);
   if (scale) scale = torch::stable::contiguous(*scale);
   const float* scales = scales_of(scale);
   const int64_t rows = i.size(0), columns = i.size(1), width = q.size(1), *chosen = i.const_data_ptr<int64_t>();
   std::vector<double> sums(rows);
   std::vector<int64_t> counts(rows);
-  std::atomic<bool> bad{false};
+  std::atomic<bool> out_of_range{false};
   parallel_for(0, rows, grain(columns * width), [&](int64_t b, int64_t end) {
     std::vector<float> a(padded_width(width)), x(padded_width(width));
     for (; b < end; ++b) {
@@ -212,7 +212,7 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
       for (int64_t k = 0; k < columns; ++k) {
         const int64_t row = chosen[b * columns + k];
         if (row < 0 || row >= n.size(0)) {
-          bad = true;
+          out_of_range = true;
           continue;
         }
         float_row(table, n, row, x.data(), scales ? scales[row] : 1);
@@ -223,18 +223,19 @@ Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& inde
       }
     }
   });
-  STD_TORCH_CHECK(!bad, "index: indices must lie in [0, ", n.size(0), "), the rows of bank");
+  STD_TORCH_CHECK(!out_of_range, "index: indices must lie in [0, ", n.size(0), "), the rows of bank");
   double sum = 0;
   int64_t count = 0;
   for (int64_t b = 0; b < rows; ++b) sum += sums[b], count += counts[b];
-  found = float(std::min(sum / double(std::max<int64_t>(count, 1)) * double(n_data), double(3.4028234663852886e38)));
+  partition =
+      float(std::min(sum / double(std::max<int64_t>(count, 1)) * double(n_data), double(3.4028234663852886e38)));
   return out;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("sample_negatives", TORCH_BOX(&fastkd::sample_negatives));
-  m.impl("update_bank", TORCH_BOX(&fastkd::update_bank));
-  m.impl("nce_partition", TORCH_BOX(&fastkd::nce_partition));
+  m.impl("sample_negatives", TORCH_BOX(&fastkd::contrast::sample_negatives));
+  m.impl("update_bank", TORCH_BOX(&fastkd::contrast::update_bank));
+  m.impl("nce_partition", TORCH_BOX(&fastkd::contrast::nce_partition));
 }

@@ -12,9 +12,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 namespace {
 
 constexpr int64_t kBlock = 128;  // rows of the bank
@@ -47,7 +45,7 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
   check_ids(check, query, bank, query_ids, bank_ids);
   check("lse", lse, kF32, "[B]", {query.size(0)});
   check("coefficient", coefficient, kF32, "[B]", {query.size(0)});
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
+  const Table& table = chosen_table();
   const Gemm& gemm = fastkd::gemm(kFloat32);
   const Tensor q = with_contiguous_rows(query), n = with_contiguous_rows(bank);
   if (query_ids) query_ids = torch::stable::contiguous(*query_ids);
@@ -75,9 +73,9 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
         gemm.tile_direct(own.data(), padded, panels.scores.data() + p * panels.score_bytes, {keys, here, width},
                          {scores.data(), kPanel, alpha, false});
         if (bank_ids)
-          table.exclude(scores.data(), keys, here, query_ids->const_data_ptr<int64_t>() + p * kPanel,
-                        bank_ids->const_data_ptr<int64_t>() + first);
-        table.share(scores.data(), keys, shift.data() + p * kPanel, factor.data() + p * kPanel);
+          table.exclude_ids(scores.data(), keys, here, query_ids->const_data_ptr<int64_t>() + p * kPanel,
+                            bank_ids->const_data_ptr<int64_t>() + first);
+        table.softmax_gradient(scores.data(), keys, shift.data() + p * kPanel, factor.data() + p * kPanel);
         gemm.pack_a({scores.data(), kFloat32, kPanel, 1, keys, here}, packed.data());
         gemm.tile(packed.data(), panels.sums.data() + p * panels.sum_bytes, {keys, width, here},
                   {gradient + first * width, width, 1.f, p > 0});
@@ -88,6 +86,8 @@ Tensor info_nce_bank_bwd(const Tensor& query, const Tensor& bank, const Tensor& 
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_bank_bwd", TORCH_BOX(&fastkd::info_nce_bank_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("info_nce_bank_bwd", TORCH_BOX(&fastkd::contrast::info_nce_bank_bwd));
+}

@@ -14,9 +14,7 @@
 #include "cpu/contrast/rows.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastEmbedTable, contrast_embed);
-
-namespace fastkd {
+namespace fastkd::contrast {
 namespace {
 
 constexpr int64_t kBlock = 128;  // columns of x and W that are copied side by side: their rows lie pages apart
@@ -32,7 +30,7 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
   const Check check("unit_linear_fwd");
   check_map(check, x, weight);
   check("bias", bias, kF32, "[D]", {weight.size(0)});
-  const ContrastEmbedTable& table = FASTKD_CHOOSE(contrast_embed);
+  const EmbedTable& table = chosen_embed_table();
   const Tensor a = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
   const Tensor shift = torch::stable::contiguous(bias);
   const int64_t rows = a.size(0), width = a.size(1), d = w.size(0);
@@ -42,7 +40,7 @@ std::tuple<Tensor, Tensor> unit_linear_fwd(const Tensor& x, const Tensor& weight
   constexpr int64_t kStep = 4;  // outputs that one pass over x serves
   parallel_for(0, (d + kStep - 1) / kStep, grain(rows * width), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kStep, last = std::min(end * kStep, d);
-    table.dots(from, rows, by + first * width, last - first, width, out + first, d);
+    table.dot_products(from, rows, by + first * width, last - first, width, out + first, d);
   });
   for (int64_t i = 0; i < rows; ++i, out += d) {
     double sum = 0;
@@ -94,7 +92,7 @@ struct Slopes {
 
 // One thread's columns of x and W.
 struct Columns {
-  const ContrastEmbedTable& table;
+  const EmbedTable& table;
   const Slopes& slopes;
   const float *x, *weight;
   float *to_x, *to_weight;
@@ -110,14 +108,14 @@ struct Columns {
     return out;
   }
 
-  // to [lines][width] at `column` = a^T b, by way of `own` [padded lines][kBlock] where it does not fit.
+  // to [lines][width] at `column` = a^T b; through `own` [padded lines][kBlock] where whole tiles would not fit.
   void multiply(const std::vector<float>& a, int64_t stride, const float* b, int64_t k, int64_t lines, int64_t column,
                 float* to, float* own) const {
     const int64_t count = std::min(kBlock, width - column);
     const bool direct = count == kBlock && lines == stride;
     float* out = direct ? to + column : own;
     for (int64_t at = 0; at < kBlock && at < count; at += kEmbedColumns)
-      table.outer(a.data(), stride, b + at, kBlock, k, stride, out + at, direct ? width : kBlock);
+      table.outer_products(a.data(), stride, b + at, kBlock, k, stride, out + at, direct ? width : kBlock);
     for (int64_t i = 0; !direct && i < lines; ++i) std::copy_n(own + i * kBlock, count, to + i * width + column);
   }
 
@@ -145,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> unit_linear_bwd(const Tensor& grad, const Ten
   const Slopes slopes(grad, dense(unit), dense(length), to_bias.mutable_data_ptr<float>());
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   parallel_for(0, blocks, grain(kBlock * d * rows, 1 << 18), [&](int64_t block, int64_t end) {
-    Columns columns = {FASTKD_CHOOSE(contrast_embed),
+    Columns columns = {chosen_embed_table(),
                        slopes,
                        a.const_data_ptr<float>(),
                        w.const_data_ptr<float>(),
@@ -161,9 +159,9 @@ std::tuple<Tensor, Tensor, Tensor> unit_linear_bwd(const Tensor& grad, const Ten
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("unit_linear_fwd", TORCH_BOX(&fastkd::unit_linear_fwd));
-  m.impl("unit_linear_bwd", TORCH_BOX(&fastkd::unit_linear_bwd));
+  m.impl("unit_linear_fwd", TORCH_BOX(&fastkd::contrast::unit_linear_fwd));
+  m.impl("unit_linear_bwd", TORCH_BOX(&fastkd::contrast::unit_linear_bwd));
 }

@@ -4,6 +4,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -40,7 +42,8 @@ void dot_tile(const float* x, int64_t rows, const float* w, int64_t count, int64
     }
 }
 
-void dots(const float* x, int64_t rows, const float* w, int64_t count, int64_t width, float* out, int64_t stride) {
+void dot_products(const float* x, int64_t rows, const float* w, int64_t count, int64_t width, float* out,
+                  int64_t stride) {
   for (int64_t j = 0; j < count; j += kW)
     for (int64_t i = 0; i < rows; i += kX)
       dot_tile(x + i * width, rows - i, w + j * width, count - j, width, out + i * stride + j, stride);
@@ -61,8 +64,8 @@ void outer_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stri
     for (int v = 0; v < kVectors; ++v) store(out + i * out_stride + v * kLanes, sum[i][v]);
 }
 
-void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, int64_t m, float* out,
-           int64_t out_stride) {
+void outer_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t k, int64_t m,
+                    float* out, int64_t out_stride) {
   for (int64_t d = 0; d < kEmbedColumns; d += kVectors * kLanes)
     for (int64_t i = 0; i < m; i += kRows)
       outer_tile(a + i, a_stride, b + d, b_stride, k, out + i * out_stride + d, out_stride);
@@ -70,5 +73,6 @@ void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, i
 
 }  // namespace
 
-extern const ContrastEmbedTable FASTKD_TABLE(contrast_embed);
-const ContrastEmbedTable FASTKD_TABLE(contrast_embed) = {dots, outer};
+const EmbedTable FASTKD_TABLE(embed_table) = {dot_products, outer_products};
+
+}  // namespace fastkd::contrast

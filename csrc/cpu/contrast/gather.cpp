@@ -9,10 +9,7 @@
 #include "cpu/contrast/rows.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-FASTKD_DECLARE(ContrastGatherTable, contrast_gather);
-
-namespace fastkd {
+namespace fastkd::contrast {
 
 Tensor nce_partition(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& z, double temperature,
                      int64_t n_data, std::optional<Tensor> scale);
@@ -25,21 +22,21 @@ ScoreOptions options(double scale, double shift) {
 }
 
 // Queries and the bank that their index chooses from.
-struct Side {
+struct QueryAndBank {
   Tensor query, bank;
-  Side(const Tensor& query, const Tensor& bank)
+  QueryAndBank(const Tensor& query, const Tensor& bank)
       : query(with_contiguous_rows(query)), bank(with_contiguous_rows(bank)) {}
 };
 
 // f(side, i, rows, query, sum) for every query of every side whose indices are in range; one that is not is an error
 // after the others.
 template <class F>
-void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) {
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index, F&& f) {
+  const Table& table = chosen_table();
+  const GatherTable& gather = chosen_gather_table();
   const int64_t queries = index.size(0), count = index.size(1), width = sides[0].query.size(1);
   const int64_t padded = padded_width(width), *indices = index.const_data_ptr<int64_t>();
-  std::atomic<int64_t> bad{-1};
+  std::atomic<int64_t> bank_rows{-1};
   parallel_for(0, queries * int64_t(sides.size()), grain(count * width), [&](int64_t t, int64_t end) {
     std::vector<float> memory((kGathered + 2) * padded + 16);
     float *sum = aligned(memory.data()), *row = sum + padded;
@@ -57,8 +54,8 @@ void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) 
                              nullptr,
                              0,
                              row + padded};
-      if (!gather.in_range(rows.index, count, bank.size(0))) {
-        bad = bank.size(0);
+      if (!gather.indices_in_range(rows.index, count, bank.size(0))) {
+        bank_rows = bank.size(0);
         continue;
       }
       std::fill_n(memory.data(), memory.size(), 0.f);
@@ -66,7 +63,7 @@ void for_each_query(const std::vector<Side>& sides, const Tensor& index, F&& f) 
       f(side, i, rows, row, sum);
     }
   });
-  STD_TORCH_CHECK(bad < 0, "index: indices must lie in [0, ", bad.load(), "), the rows of bank");
+  STD_TORCH_CHECK(bank_rows < 0, "index: indices must lie in [0, ", bank_rows.load(), "), the rows of bank");
 }
 
 std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, const Tensor& index, const Tensor& shift,
@@ -82,14 +79,14 @@ std::tuple<Tensor, Tensor> nce_fwd(const Tensor& query, const Tensor& bank, cons
   Tensor unit_grad =
       torch::stable::new_empty(query, {gradient_in_forward ? query.size(0) : 0, width}, ScalarType::Float);
   float *losses = loss.mutable_data_ptr<float>(), *unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions how = options(1 / temperature, *shift.const_data_ptr<double>());
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const ScoreOptions score_options = options(1 / temperature, *shift.const_data_ptr<double>());
+  const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, torch::stable::contiguous(index),
                  [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
                    rows.scales = scales_of(scale);
-                   losses[i] = float(gather.nce(rows, row, how, gradient_in_forward ? sum : nullptr));
+                   losses[i] = float(gather.nce(rows, row, score_options, gradient_in_forward ? sum : nullptr));
                    for (int64_t d = 0; gradient_in_forward && d < width; ++d)
-                     unit_grads[i * width + d] = sum[d] * how.scale;
+                     unit_grads[i * width + d] = sum[d] * score_options.scale;
                  });
   return {loss, unit_grad};
 }
@@ -108,15 +105,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   check.that(index.size(1) > 0, "index", "the positive in column 0", "no columns");
   check("z_a", z_a, kF32, "[]", {});
   check("z_b", z_b, kF32, "[]", {});
-  const std::vector<Side> sides = {{query_a, bank_a}, {query_b, bank_b}};
+  const std::vector<QueryAndBank> sides = {{query_a, bank_a}, {query_b, bank_b}};
   const Tensor rows = torch::stable::contiguous(index);
   const int64_t count = query_a.size(0), width = query_a.size(1), negatives = index.size(1) - 1;
   const Tensor z[2] = {nce_partition(sides[0].query, sides[0].bank, rows, z_a, temperature, n_data, std::nullopt),
                        nce_partition(sides[1].query, sides[1].bank, rows, z_b, temperature, n_data, std::nullopt)};
-  ScoreOptions how[2];
+  ScoreOptions score_options[2];
   for (int s = 0; s < 2; ++s) {
     const double now = *z[s].const_data_ptr<float>();
-    how[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
+    score_options[s] = options(1 / temperature, std::log(now > 0 ? now : 1.) + std::log(noise));
   }
   const double dropped = double(negatives) * (std::log(double(negatives) / double(n_data)) - std::log(noise));
   Tensor loss = torch::stable::new_empty(query_a, {count}, ScalarType::Float);
@@ -124,10 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nce_pair(const Tensor& query_
   Tensor unit_grad[2] = {torch::stable::new_empty(query_a, {count, width}, ScalarType::Float),
                          torch::stable::new_empty(query_b, {count, width}, ScalarType::Float)};
   float* unit_grads[2] = {unit_grad[0].mutable_data_ptr<float>(), unit_grad[1].mutable_data_ptr<float>()};
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const GatherTable& gather = chosen_gather_table();
   for_each_query(sides, rows, [&](int64_t side, int64_t i, const Gathered& gathered, const float* row, float* sum) {
-    losses[side * count + i] = gather.nce(gathered, row, how[side], sum);
-    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * how[side].scale * 0.5f;
+    losses[side * count + i] = gather.nce(gathered, row, score_options[side], sum);
+    for (int64_t d = 0; d < width; ++d) unit_grads[side][i * width + d] = sum[d] * score_options[side].scale * 0.5f;
   });
   for (int64_t i = 0; i < count; ++i)
     loss.mutable_data_ptr<float>()[i] = float((losses[i] + losses[count + i]) / 2 - dropped);
@@ -150,14 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   float *losses = loss.mutable_data_ptr<float>(), *weights = weight.mutable_data_ptr<float>(),
         *lses = lse.mutable_data_ptr<float>();
   float* unit_grads = unit_grad.mutable_data_ptr<float>();
-  const ScoreOptions how = options(inverse_temperature, 0);
-  const ContrastTable& table = FASTKD_CHOOSE(contrast);
-  const ContrastGatherTable& gather = FASTKD_CHOOSE(contrast_gather);
+  const ScoreOptions score_options = options(inverse_temperature, 0);
+  const Table& table = chosen_table();
+  const GatherTable& gather = chosen_gather_table();
   for_each_query({{query, bank}}, index, [&](int64_t, int64_t i, Gathered rows, const float* row, float* sum) {
     rows.scales = scales_of(scale);
     if (bank_ids) rows.ids = bank_ids->const_data_ptr<int64_t>(), rows.own = query_ids->const_data_ptr<int64_t>()[i];
     float largest;
-    const double mass = gather.softmax(rows, row, how, &largest, gradient_in_forward ? sum : nullptr);
+    const double mass = gather.softmax(rows, row, score_options, &largest, gradient_in_forward ? sum : nullptr);
     float_row(table, positive, i, rows.scratch);
     finish_row(row, rows.scratch, width, inverse_temperature, largest, mass, sum,
                {losses + i, weights + i, lses + i, gradient_in_forward ? unit_grads + i * width : nullptr});
@@ -165,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query
   return {loss, unit_grad, weight, lse};
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("nce_fwd", TORCH_BOX(&fastkd::nce_fwd));
-  m.impl("nce_pair", TORCH_BOX(&fastkd::nce_pair));
+  m.impl("nce_fwd", TORCH_BOX(&fastkd::contrast::nce_fwd));
+  m.impl("nce_pair", TORCH_BOX(&fastkd::contrast::nce_pair));
 }

@@ -6,9 +6,11 @@
 #include "cpu/contrast/widen.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
-bool in_range(const int64_t* index, int64_t count, int64_t rows) {
+bool indices_in_range(const int64_t* index, int64_t count, int64_t rows) {
   uint64_t bad = 0;
 #pragma omp simd reduction(| : bad)
   for (int64_t k = 0; k < count; ++k) bad |= uint64_t(uint64_t(index[k]) >= uint64_t(rows));
@@ -21,25 +23,13 @@ struct Float32 {
 };
 struct BFloat16 {
   static constexpr int bytes = 2;
-  static vfloat at(const char* row, int64_t d) {
-    vhalf half;
-    std::memcpy(&half, row + 2 * d, sizeof half);
-    return from_bits(__builtin_convertvector(half, vint) << 16);
-  }
+  static vfloat at(const char* row, int64_t d) { return load_bfloat16(reinterpret_cast<const uint16_t*>(row) + d); }
 };
 
 // Every second line of a row, from byte `from` on, into the second cache: the first has room for fewer requests on
 // their way. The other half is asked for while the gradient is summed, since memory is to be busy all the time.
 inline void fetch_half(const char* row, int64_t bytes, int64_t from) {
   for (int64_t at = from; at < bytes; at += 128) __builtin_prefetch(row + at, 0, 2);
-}
-
-inline float total(vfloat x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  return sum_lanes(x);
-#endif
 }
 
 // width: a multiple of kColumnStep; kWidth, if not 0, is the same number known beforehand.
@@ -49,7 +39,7 @@ inline float dot(const char* row, const float* query, int64_t width) {
 #pragma GCC unroll 8
   for (int64_t d = 0; d < (kWidth ? kWidth : width); d += 2 * kLanes)
     for (int c = 0; c < 2; ++c) sum[c] += Element::at(row, d + c * kLanes) * load(query + d + c * kLanes);
-  return total(sum[0] + sum[1]);
+  return sum_lanes(sum[0] + sum[1]);
 }
 
 // sum += weights of kGathered rows times the rows; fetches the odd lines of `next`. width: a multiple of kColumnStep.
@@ -120,10 +110,10 @@ inline vfloat score(vfloat dot, ScoreOptions o) {
 }
 
 // softplus and its derivative. sign -1: of the positive, softplus(-u).
-struct Noise {
+struct NoiseTerm {
   vfloat loss, weight;
 };
-inline Noise noise(vfloat u, vfloat sign) {
+inline NoiseTerm noise_term(vfloat u, vfloat sign) {
   const vfloat v = u * sign, e = exp(-magnitude(v));
   const vfloat loss = (v > 0.f ? v : vfloat{}) + logarithm(e).log1p;
   return {loss, sign * ((v > 0.f ? splat(1.f) : e) / (1.f + e))};
@@ -135,9 +125,9 @@ double nce(const Gathered& rows, const float* query, ScoreOptions options, float
     for (int64_t i = 0; i < count; i += kLanes) {
       float sign[kLanes], losses[kLanes];
       for (int l = 0; l < kLanes; ++l) sign[l] = begin + i + l == 0 ? -1.f : 1.f;
-      const Noise found = noise(score(load(weights + i), options), load(sign));
-      store(losses, found.loss);
-      store(weights + i, found.weight);
+      const NoiseTerm term = noise_term(score(load(weights + i), options), load(sign));
+      store(losses, term.loss);
+      store(weights + i, term.weight);
       for (int64_t l = 0; l < kLanes && i + l < count; ++l) loss += losses[l];
     }
   });
@@ -172,5 +162,6 @@ double softmax(const Gathered& rows, const float* query, ScoreOptions options, f
 
 }  // namespace
 
-extern const ContrastGatherTable FASTKD_TABLE(contrast_gather);
-const ContrastGatherTable FASTKD_TABLE(contrast_gather) = {in_range, nce, softmax};
+const GatherTable FASTKD_TABLE(gather_table) = {indices_in_range, nce, softmax};
+
+}  // namespace fastkd::contrast

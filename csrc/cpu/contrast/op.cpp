@@ -19,9 +19,7 @@
 #include "cpu/gemm/gemm.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ContrastTable, contrast);
-
-namespace fastkd {
+namespace fastkd::contrast {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_gathered(const Tensor& query, const Tensor& positive,
                                                              const Tensor& bank, const Tensor& index,
@@ -39,7 +37,7 @@ constexpr int64_t kMaxKeys = 256, kLeastBlocks = 8;
 
 // Everything that depends on sizes, dtypes and the machine.
 struct Plan {
-  const ContrastTable& table;
+  const Table& table;
   const Gemm& gemm;
   bool bfloat16, in_place, split_query, split_weights, gradient_in_forward;
   int64_t queries, width, padded, bank_rows, panels, keys, blocks, groups, ranges, packed_bytes;
@@ -47,7 +45,7 @@ struct Plan {
   int64_t row_bytes, row_stride;  // of the bank
 
   Plan(const Tensor& query, const Tensor& bank, bool scaled, bool gradient_in_forward)
-      : table(FASTKD_CHOOSE(contrast)),
+      : table(chosen_table()),
         gemm(fastkd::gemm(scaled ? int(kFloat32) : element_of(bank))),
         gradient_in_forward(gradient_in_forward) {
     element = element_of_bank(bank);
@@ -87,13 +85,12 @@ struct Partials {
 
 // The queries, packed panel after panel; a second set holds what rounding to bfloat16 left over.
 struct PackedQueries {
-  Tensor memory;
+  Scratch scratch;
   char *high, *low;
-  PackedQueries(const Plan& plan, const Tensor& query, const Tensor& as_float) {
-    const int64_t bytes = plan.panels * plan.packed_bytes;
-    memory = torch::stable::new_empty(query, {(bytes * (plan.split_query ? 2 : 1) + 64) / 4}, ScalarType::Float);
-    high = reinterpret_cast<char*>(aligned(memory.mutable_data_ptr<float>())),
-    low = plan.split_query ? high + bytes : nullptr;
+  PackedQueries(const Plan& plan, const Tensor& query, const Tensor& as_float)
+      : scratch(query, plan.panels * plan.packed_bytes * (plan.split_query ? 2 : 1)),
+        high(scratch.get()),
+        low(plan.split_query ? high + plan.panels * plan.packed_bytes : nullptr) {
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       const float* rows = as_float.const_data_ptr<float>() + panel * kPanel * plan.padded;
       GemmSource source = {rows, kFloat32, plan.padded, 1, plan.in_panel(panel), plan.width};
@@ -148,7 +145,7 @@ struct Task {
       const int64_t key = b * plan.keys, keys = std::min(plan.keys, plan.bank_rows - key);
       const void* rows = block(key, keys);
       for (int64_t panel = first; panel < last; ++panel)
-        against(rows, key, keys, panel, range, panel == first && b + 1 < end);
+        score_panel(rows, key, keys, panel, range, panel == first && b + 1 < end);
     }
   }
 
@@ -158,8 +155,8 @@ struct Task {
     if (plan.in_place) return rows;
     if (!plan.bfloat16)
       for (int64_t j = 0; j < keys; ++j)
-        plan.table.widen(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded, scales ? scales[key + j] : 1,
-                         own_block + j * plan.padded);
+        plan.table.to_float32(rows + j * plan.row_bytes, plan.element, plan.width, plan.padded,
+                              scales ? scales[key + j] : 1, own_block + j * plan.padded);
     else
       for (int64_t j = 0; j < keys; ++j) {
         auto* row = reinterpret_cast<uint16_t*>(own_block) + j * plan.padded;
@@ -169,18 +166,18 @@ struct Task {
     return own_block;
   }
 
-  void against(const void* rows, int64_t key, int64_t keys, int64_t panel, int64_t range, bool ahead) {
+  void score_panel(const void* rows, int64_t key, int64_t keys, int64_t panel, int64_t range, bool ahead) {
     const int64_t queries = plan.in_panel(panel), stride = plan.in_place ? plan.row_stride : plan.padded;
     const GemmShape shape = {keys, queries, plan.width};
     GemmOut out = {scores, kPanel, alpha, false};
     plan.gemm.tile_direct(rows, stride, packed.high + panel * plan.packed_bytes, shape, out);
     out.accumulate = true;
     if (packed.low) plan.gemm.tile_direct(rows, stride, packed.low + panel * plan.packed_bytes, shape, out);
-    if (bank_ids) plan.table.exclude(scores, keys, queries, query_ids + panel * kPanel, bank_ids + key);
+    if (bank_ids) plan.table.exclude_ids(scores, keys, queries, query_ids + panel * kPanel, bank_ids + key);
     PanelState* state = partials.state(range, panel);
     const bool units = plan.bfloat16 && plan.gradient_in_forward;
     uint32_t* rest = units && plan.split_weights ? low : nullptr;
-    plan.table.softmax(scores, keys, queries, state, units ? high : nullptr, rest);
+    plan.table.softmax_weights(scores, keys, queries, state, units ? high : nullptr, rest);
     if (!plan.gradient_in_forward) return;
     float* sum = partials.sum(range, panel);
     ahead = ahead && plan.in_place;
@@ -208,7 +205,7 @@ void merge(const Plan& plan, const Partials& partials, int64_t i, double* larges
     const double scale = std::exp(state->largest[lane] - shift);
     *mass += scale * state->sum[lane];
     if (plan.gradient_in_forward)
-      plan.table.add_scaled(partials.sum(r, panel) + lane * plan.padded, float(scale), plan.padded, mean);
+      plan.table.add_scaled_row(partials.sum(r, panel) + lane * plan.padded, float(scale), plan.padded, mean);
   }
 }
 
@@ -274,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& query, con
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::contrast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // index [B, K'] or all of the bank; ids [B] and [K]: equal ones are dropped; scale [K] of the rows. Loss rows [B];
@@ -313,4 +310,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "Tensor? scale=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_fwd", TORCH_BOX(&fastkd::info_nce_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("info_nce_fwd", TORCH_BOX(&fastkd::contrast::info_nce_fwd)); }

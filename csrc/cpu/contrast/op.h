@@ -1,6 +1,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::contrast {
+
 constexpr int64_t kPanel = 32;       // queries that go through a block of the bank together: the row of a score tile
 constexpr int64_t kColumnStep = 32;  // the width that weighted sums work in
 constexpr int64_t kGathered =
@@ -16,12 +20,13 @@ struct PanelState {
 };
 
 // One block of the bank against a panel. Scores are [keys][kPanel]: what belongs to a query stays in its lane.
-struct ContrastTable {
+struct Table {
   // Drops the scores whose key has the query's id.
-  void (*exclude)(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids);
+  void (*exclude_ids)(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids);
   // Scores become weights e^(score - largest): in place, or where `high` is not null as bfloat16 pairs of neighbouring
   // keys, [keys / 2][kPanel], rounded; `low`, if not null, takes what the rounding left over.
-  void (*softmax)(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high, uint32_t* low);
+  void (*softmax_weights)(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high,
+                          uint32_t* low);
   // out [kPanel][width] = out * shrink + weights^T bank; width in steps of kColumnStep. `ahead`: fetch the next block.
   void (*weighted_sum)(const float* weights, const float* bank, int64_t row_stride, int64_t keys, int64_t queries,
                        int64_t width, const float* shrink, float* out, bool ahead);
@@ -30,10 +35,10 @@ struct ContrastTable {
                                 int64_t keys, int64_t queries, int64_t width, const float* shrink, float* out,
                                 bool ahead);
   // Scores become factor_i e^(score - shift_i).
-  void (*share)(float* scores, int64_t keys, const float* shift, const float* factor);
-  void (*add_scaled)(const float* x, float scale, int64_t count, float* sum);
+  void (*softmax_gradient)(float* scores, int64_t keys, const float* shift, const float* factor);
+  void (*add_scaled_row)(const float* x, float scale, int64_t count, float* sum);
   // `count` elements times `scale` as floats, zeros up to `padded`.
-  void (*widen)(const void* x, int element, int64_t count, int64_t padded, float scale, float* out);
+  void (*to_float32)(const void* x, int element, int64_t count, int64_t padded, float scale, float* out);
   // bank = normalised(momentum * bank + (1 - momentum) * row); left as it is if that is not finite. scratch: 2 rows.
   // Of a float8 bank row `scale` is the factor, which moves with it; of the others it is null.
   void (*update_row)(void* bank, int bank_element, float* scale, const void* row, int row_element, int64_t width,
@@ -58,11 +63,16 @@ struct ScoreOptions {
   float scale, scale_low, shift, shift_low;
 };
 
-struct ContrastGatherTable {
-  bool (*in_range)(const int64_t* index, int64_t count, int64_t rows);
+struct GatherTable {
+  bool (*indices_in_range)(const int64_t* index, int64_t count, int64_t rows);
   // query and sum are [padded] floats; sum, if not null, takes the weighted sum of the rows.
   // Returns sum of softplus(score), of the first row softplus(-score); weights are its derivatives.
   double (*nce)(const Gathered& rows, const float* query, ScoreOptions options, float* sum);
   // Weights are e^(score - largest); returns their sum.
   double (*softmax)(const Gathered& rows, const float* query, ScoreOptions options, float* largest, float* sum);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+FASTKD_DECLARE_TABLE(GatherTable, gather_table);
+
+}  // namespace fastkd::contrast

@@ -10,6 +10,8 @@
 #include "cpu/contrast/widen.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::contrast {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -20,7 +22,7 @@ constexpr int kRows = 4;
 constexpr int kVectors = 2, kColumns = kVectors * kLanes;
 static_assert(kPanel % kLanes == 0 && kPanel % kRows == 0 && kColumnStep % kColumns == 0, "panels are whole");
 
-void exclude(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids) {
+void exclude_ids(float* scores, int64_t keys, int64_t queries, const int64_t* query_ids, const int64_t* bank_ids) {
   for (int64_t j = 0; j < keys; ++j, scores += kPanel) {
     const int64_t id = bank_ids[j];
 #pragma omp simd
@@ -37,28 +39,26 @@ inline vfloat largest_of(const float* scores, int64_t keys, vfloat start) {
   return larger(larger(top[0], top[1]), larger(top[2], top[3]));
 }
 
-inline vint round_to_bfloat16(vfloat x) { return (bits(x) + 0x7fff + ((bits(x) >> 16) & 1)) & ~0xffff; }
-
 inline void store_pairs(uint32_t* out, vint first, vint second) {  // bits of bfloat16 in the upper halves
   const vint both = ((first >> 16) & 0xffff) | second;
   std::memcpy(out, &both, sizeof both);
 }
 
 // Two neighbouring keys; an odd last one has no second.
-inline vfloat weigh(float* scores, bool second, vfloat shift, uint32_t* high, uint32_t* low) {
+inline vfloat weigh_keys(float* scores, bool second, vfloat shift, uint32_t* high, uint32_t* low) {
   const vfloat a = exp(load(scores) - shift), b = second ? exp(load(scores + kPanel) - shift) : vfloat{};
   if (!high) {
     store(scores, a);
     if (second) store(scores + kPanel, b);
     return a + b;
   }
-  const vint high_a = round_to_bfloat16(a), high_b = round_to_bfloat16(b);
+  const vint high_a = (vint)bfloat16_bits(a), high_b = (vint)bfloat16_bits(b);
   store_pairs(high, high_a, high_b);
-  if (low) store_pairs(low, round_to_bfloat16(a - from_bits(high_a)), round_to_bfloat16(b - from_bits(high_b)));
+  if (low) store_pairs(low, (vint)bfloat16_bits(a - from_bits(high_a)), (vint)bfloat16_bits(b - from_bits(high_b)));
   return a + b;
 }
 
-void softmax(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high, uint32_t* low) {
+void softmax_weights(float* scores, int64_t keys, int64_t queries, PanelState* state, uint32_t* high, uint32_t* low) {
   for (int64_t i = 0; i < queries; i += kLanes) {
     const vfloat before = load(state->largest + i), top = largest_of(scores + i, keys, before);
     const vfloat shift = top == -kInfinity ? vfloat{} : top;  // nothing but excluded keys so far: weights 0, not NaN
@@ -66,8 +66,8 @@ void softmax(float* scores, int64_t keys, int64_t queries, PanelState* state, ui
     vfloat total[2] = {};
     for (int64_t j = 0; j < keys; j += 2) {
       const int64_t unit = j / 2 * kPanel + i;
-      total[j / 2 % 2] +=
-          weigh(scores + j * kPanel + i, j + 1 < keys, shift, high ? high + unit : nullptr, low ? low + unit : nullptr);
+      total[j / 2 % 2] += weigh_keys(scores + j * kPanel + i, j + 1 < keys, shift, high ? high + unit : nullptr,
+                                     low ? low + unit : nullptr);
     }
     float sums[kLanes];
     store(sums, total[0] + total[1]);
@@ -182,10 +182,10 @@ void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint
   }
 }
 #else
-constexpr decltype(ContrastTable::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
+constexpr decltype(Table::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
 #endif
 
-void share(float* scores, int64_t keys, const float* shift, const float* factor) {
+void softmax_gradient(float* scores, int64_t keys, const float* shift, const float* factor) {
   for (int64_t i = 0; i < kPanel; i += kLanes) {
     const vfloat of = load(factor + i), lse = load(shift + i), from = lse == -kInfinity ? vfloat{} : lse;
     for (int64_t j = 0; j < keys; ++j) {
@@ -195,12 +195,12 @@ void share(float* scores, int64_t keys, const float* shift, const float* factor)
   }
 }
 
-void add_scaled(const float* x, float scale, int64_t count, float* sum) {
+void add_scaled_row(const float* x, float scale, int64_t count, float* sum) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) sum[i] += scale * x[i];
 }
 
-void widen(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
+void to_float32(const void* x, int element, int64_t count, int64_t padded, float scale, float* out) {
   widen_row(x, element, count, scale, out);
   for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
@@ -220,8 +220,8 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
                 double momentum, float* scratch) {
   float *old = scratch, *now = scratch + width;
   const float keep = float(momentum), take = float(1 - momentum);
-  widen(bank, bank_element, width, width, factor ? *factor : 1, old);
-  widen(row, row_element, width, width, 1, now);
+  to_float32(bank, bank_element, width, width, factor ? *factor : 1, old);
+  to_float32(row, row_element, width, width, 1, now);
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {
@@ -243,6 +243,7 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
 
 }  // namespace
 
-extern const ContrastTable FASTKD_TABLE(contrast);
-const ContrastTable FASTKD_TABLE(contrast) = {exclude, softmax,    weighted_sum, weighted_sum_bfloat16,
-                                              share,   add_scaled, widen,        update_row};
+const Table FASTKD_TABLE(table) = {exclude_ids,      softmax_weights, weighted_sum, weighted_sum_bfloat16,
+                                   softmax_gradient, add_scaled_row,  to_float32,   update_row};
+
+}  // namespace fastkd::contrast

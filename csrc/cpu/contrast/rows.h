@@ -4,15 +4,9 @@
 #include <vector>
 
 #include "cpu/contrast/op.h"
-#include "cpu/runtime/tensors.h"
+#include "cpu/runtime/scratch.h"
 
-namespace fastkd {
-
-// Vectors that straddle cache lines cost twice.
-template <class T>
-T* aligned(T* x) {
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(x) + 63) & ~uintptr_t(63));
-}
+namespace fastkd::contrast {
 
 inline int64_t padded_width(int64_t width) { return (width + kColumnStep - 1) / kColumnStep * kColumnStep; }
 
@@ -22,9 +16,9 @@ inline int element_of_bank(const Tensor& x) {
 }
 
 // Row i of x [N, D] times `scale` as floats, with zeros up to the padded width.
-inline void float_row(const ContrastTable& table, const Tensor& x, int64_t i, float* out, float scale = 1) {
+inline void float_row(const Table& table, const Tensor& x, int64_t i, float* out, float scale = 1) {
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * x.stride(0) * int64_t(x.element_size());
-  table.widen(row, element_of_bank(x), x.size(1), padded_width(x.size(1)), scale, out);
+  table.to_float32(row, element_of_bank(x), x.size(1), padded_width(x.size(1)), scale, out);
 }
 
 inline const float* scales_of(const std::optional<Tensor>& scale) {
@@ -73,4 +67,4 @@ inline void finish_row(const float* query, const float* positive, int64_t width,
   for (int64_t d = 0; d < width; ++d) out.unit_grad[d] = of_mean * mean[d] - of_positive * positive[d];
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::contrast

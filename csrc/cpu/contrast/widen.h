@@ -1,9 +1,11 @@
-// A row of the bank as floats, whatever it is kept in. Only for *_isa.cpp units (cpu/simd/vec.h).
+// A row of the bank as floats, whatever its dtype. Only for *_isa.cpp units (cpu/simd/vec.h).
 #pragma once
 #include <cmath>
 
 #include "cpu/contrast/op.h"
 #include "cpu/simd/vec.h"
+
+namespace fastkd::contrast {
 
 namespace {
 
@@ -54,3 +56,5 @@ inline void widen_row(const void* x, int element, int64_t count, float scale, fl
 }
 
 }  // namespace
+
+}  // namespace fastkd::contrast

@@ -9,12 +9,10 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(DivergenceTable, divergence);
-
-namespace fastkd {
+namespace fastkd::divergence {
 namespace {
 
-constexpr int64_t kStats = sizeof(DivergenceStats) / sizeof(float);
+constexpr int64_t kStats = sizeof(RowStats) / sizeof(float);
 
 void check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
            int64_t kind) {
@@ -22,16 +20,15 @@ void check(const char* op, const Tensor& student, const Tensor& teacher, const s
   check("s", student, kFloating, "[N, V]", {kAny, kAny});
   check("t", teacher, kFloating, "[N, V]", {student.size(0), student.size(1)});
   check("mask", mask, kBool, "[N]", {student.size(0)});
-  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 6", kind);
+  check.that(kind >= 0 && kind < kKinds, "kind", "0 to 6", kind);
 }
 
-DivergenceOptions options(int64_t kind, double temperature, double mix) {
+Options options_of(int64_t kind, double temperature, double mix) {
   return {int(kind), float(1 / temperature), float(mix), float(1 - mix)};
 }
 
 // Row i of `x` as floats, through `scratch` where x is half precision.
-const float* float_row(const DivergenceTable& table, const Tensor& x, int element, int64_t i,
-                       std::vector<float>& scratch) {
+const float* float_row(const Table& table, const Tensor& x, int element, int64_t i, std::vector<float>& scratch) {
   const int64_t columns = x.size(1);
   if (element != kFloat32 && scratch.empty()) scratch.resize(columns);
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * columns * int64_t(x.element_size());
@@ -40,34 +37,34 @@ const float* float_row(const DivergenceTable& table, const Tensor& x, int elemen
 
 // The upstream gradient that each row may expect: `factor`, divided by the number of rows where their mean is taken.
 // Rounded as torch rounds it on the way back, so that it equals the one that comes to the last bit.
-float expected_upstream(const Tensor& student, const bool* kept, bool mean, double factor) {
+float expected_upstream(const Tensor& student, const bool* valid, bool mean, double factor) {
   const int64_t rows = student.size(0);
-  const int64_t count = kept ? std::count(kept, kept + rows, true) : rows;
+  const int64_t count = valid ? std::count(valid, valid + rows, true) : rows;
   return (mean ? 1.f / float(count > 0 ? count : 1) : 1.f) * float(factor);
 }
 
-const bool* rows_kept(const std::optional<Tensor>& mask, Tensor* holder) {
+const bool* mask_data(const std::optional<Tensor>& mask, Tensor* holder) {
   if (!mask) return nullptr;
   *holder = torch::stable::contiguous(*mask);
   return holder->const_data_ptr<bool>();
 }
 
 // Values, stats, and (grad: [N, V], or none) the gradient of upstream * value.
-std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor& teacher, const bool* kept,
-                                            DivergenceOptions how, float* grad, float upstream) {
+std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor& teacher, const bool* valid,
+                                            Options options, float* grad, float upstream) {
   const Tensor s = torch::stable::contiguous(student), t = torch::stable::contiguous(teacher);
   const int64_t rows = s.size(0), columns = s.size(1);
   Tensor values = torch::stable::new_empty(s, {rows}, ScalarType::Float);
   Tensor stats = torch::stable::new_empty(s, {rows, kStats}, ScalarType::Float);
   const int element_s = element_of(s), element_t = element_of(t);
   float* value = values.mutable_data_ptr<float>();
-  auto* stat = reinterpret_cast<DivergenceStats*>(stats.mutable_data_ptr<float>());
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  auto* stat = reinterpret_cast<RowStats*>(stats.mutable_data_ptr<float>());
+  const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch_s, scratch_t, scratch(grad ? DivergenceGradient::scratch_size(columns) : 0);
+    std::vector<float> scratch_s, scratch_t, scratch(grad ? GradRequest::scratch_size(columns) : 0);
     for (int64_t i = begin; i < end; ++i) {
       float* out = grad ? grad + i * columns : nullptr;
-      if (kept && !kept[i]) {
+      if (valid && !valid[i]) {
         value[i] = 0;
         stat[i] = {};
         if (out) std::memset(out, 0, columns * sizeof(float));
@@ -75,7 +72,7 @@ std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor&
       }
       value[i] =
           table.forward(float_row(table, s, element_s, i, scratch_s), float_row(table, t, element_t, i, scratch_t),
-                        columns, how, stat + i, {out, scratch.data(), upstream});
+                        columns, options, stat + i, {out, scratch.data(), upstream});
     }
   });
   return {values, stats};
@@ -85,8 +82,8 @@ std::tuple<Tensor, Tensor> divergence_fwd(const Tensor& student, const Tensor& t
                                           int64_t kind, double temperature, double mix) {
   check("divergence_fwd", student, teacher, mask, kind);
   Tensor holder;
-  const bool* kept = rows_kept(mask, &holder);
-  return values_and_stats(student, teacher, kept, options(kind, temperature, mix), nullptr, 0);
+  const bool* valid = mask_data(mask, &holder);
+  return values_and_stats(student, teacher, valid, options_of(kind, temperature, mix), nullptr, 0);
 }
 
 // The gradient of float32 rows in the pass that finds the value: half of the exponentials, and the logits are read
@@ -96,12 +93,12 @@ std::tuple<Tensor, Tensor> divergence_fwd_grad(const Tensor& student, const Tens
   check("divergence_fwd_grad", student, teacher, mask, kind);
   Check("divergence_fwd_grad")("s", student, kF32, "[N, V]", {kAny, kAny});
   Tensor holder;
-  const bool* kept = rows_kept(mask, &holder);
+  const bool* valid = mask_data(mask, &holder);
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
   use_huge_pages(grad);
   const auto [values, stats] =
-      values_and_stats(student, teacher, kept, options(kind, temperature, mix), grad.mutable_data_ptr<float>(),
-                       expected_upstream(student, kept, mean, factor));
+      values_and_stats(student, teacher, valid, options_of(kind, temperature, mix), grad.mutable_data_ptr<float>(),
+                       expected_upstream(student, valid, mean, factor));
   return {values, grad};
 }
 
@@ -114,15 +111,15 @@ void divergence_rescale_grad(Tensor grad, const Tensor& upstream, std::optional<
   check("upstream", upstream, kF32, "[N]", {grad.size(0)});
   check("mask", mask, kBool, "[N]", {grad.size(0)});
   Tensor holder;
-  const bool* kept = rows_kept(mask, &holder);
-  const float expected = expected_upstream(grad, kept, mean, factor);
+  const bool* valid = mask_data(mask, &holder);
+  const float expected = expected_upstream(grad, valid, mean, factor);
   const Tensor g = torch::stable::contiguous(upstream);
   const float* up = g.const_data_ptr<float>();
   float* out = grad.mutable_data_ptr<float>();
   const int64_t rows = grad.size(0), columns = grad.size(1);
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if ((kept && !kept[i]) || up[i] == expected) continue;
+      if ((valid && !valid[i]) || up[i] == expected) continue;
       const float ratio = up[i] / expected;
       for (int64_t j = i * columns; j < (i + 1) * columns; ++j) out[j] *= ratio;
     }
@@ -140,24 +137,24 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   Tensor grad = torch::stable::new_empty(s, {rows, columns});
   use_huge_pages(grad);
   Tensor holder;
-  const bool* kept = rows_kept(mask, &holder);
+  const bool* valid = mask_data(mask, &holder);
   const int element_s = element_of(s), element_t = element_of(t);
   const float* up = g.const_data_ptr<float>();
-  const auto* stat = reinterpret_cast<const DivergenceStats*>(of_rows.const_data_ptr<float>());
+  const auto* stat = reinterpret_cast<const RowStats*>(of_rows.const_data_ptr<float>());
   char* out = static_cast<char*>(grad.mutable_data_ptr());
-  const DivergenceOptions how = options(kind, temperature, mix);
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  const Options options = options_of(kind, temperature, mix);
+  const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch_s, scratch_t, scratch_out(element_s == kFloat32 ? 0 : columns);
     for (int64_t i = begin; i < end; ++i) {
       char* row = out + i * columns * width;
-      if (kept && !kept[i]) {
+      if (valid && !valid[i]) {
         std::memset(row, 0, columns * width);
         continue;
       }
       float* target = element_s == kFloat32 ? reinterpret_cast<float*>(row) : scratch_out.data();
       table.backward(float_row(table, s, element_s, i, scratch_s), float_row(table, t, element_t, i, scratch_t),
-                     columns, how, stat[i], up[i], target);
+                     columns, options, stat[i], up[i], target);
       if (element_s != kFloat32) table.narrow(target, element_s, row, columns);
     }
   });
@@ -165,7 +162,7 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::divergence
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // kind: position in fastkd.checks.KINDS. mix: weight of the student in the mixture of skew_kl and jsd.
@@ -189,8 +186,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence_fwd));
-  m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence_fwd_grad));
-  m.impl("divergence_rescale_grad", TORCH_BOX(&fastkd::divergence_rescale_grad));
-  m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence_bwd));
+  m.impl("divergence_fwd", TORCH_BOX(&fastkd::divergence::divergence_fwd));
+  m.impl("divergence_fwd_grad", TORCH_BOX(&fastkd::divergence::divergence_fwd_grad));
+  m.impl("divergence_rescale_grad", TORCH_BOX(&fastkd::divergence::divergence_rescale_grad));
+  m.impl("divergence_bwd", TORCH_BOX(&fastkd::divergence::divergence_bwd));
 }

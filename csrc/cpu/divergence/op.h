@@ -1,10 +1,14 @@
 #pragma once
 #include <cstdint>
 
-// The order of fastkd.checks.KINDS.
-enum DivergenceKind : int { kForwardKL, kReverseKL, kSkewKL, kJSD, kTVD, kSoftCE, kMSE, kDivergenceKinds };
+#include "cpu/simd/isa.h"
 
-struct DivergenceOptions {
+namespace fastkd::divergence {
+
+// The order of fastkd.checks.KINDS.
+enum Kind : int { kForwardKL, kReverseKL, kSkewKL, kJSD, kTVD, kSoftCE, kMSE, kKinds };
+
+struct Options {
   int kind;
   float inverse_temperature;
   float mix;   // weight of the student in the mixture m = rest p + mix q: 1 - alpha (skew_kl), 1 - beta (jsd)
@@ -14,13 +18,13 @@ struct DivergenceOptions {
 // What the forward leaves to the backward, per row: p = e^((t - max_t) / T) / sum_t, log(q / p) = c - kappa with
 // c = ((s - t) - (max_s - max_t)) / T, and the gradient of the row is q ((h - centre) - mean) / T with the kind's own
 // h; centre is the h of the student's likeliest token, mean that of h - centre under q.
-struct DivergenceStats {
+struct RowStats {
   float max_s, max_t, sum_s, sum_t, kappa, centre, mean;
 };
 
 // A gradient that is wanted with the value: of upstream * value. `scratch`: scratch_size(columns) floats of the
 // caller's.
-struct DivergenceGradient {
+struct GradRequest {
   float* out;  // null: not wanted
   float* scratch;
   float upstream;
@@ -29,36 +33,40 @@ struct DivergenceGradient {
 };
 
 // A row so far, where its logits come in parts: the maxima yet seen, and sums relative to them (of e^s, e^t, e^t
-// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Where `between` is known, about T (logsumexp(s / T) - logsumexp(t /
-// T)), max_s is max_t + between instead of the student's maximum: that makes c, and with it kappa, small. Then of a
+// expm1(c), e^t c, e^t (expm1(c) - c), -e^t t). Where `log_sum_gap` is known, about T (logsumexp(s / T) - logsumexp(t /
+// T)), max_s is max_t + log_sum_gap instead of the student's maximum: that makes c, and with it kappa, small. Then of a
 // second look at the row: the value, q and q (h - centre).
-struct DivergenceSums {
+struct RowSums {
   float max_s = -__builtin_inff(), max_t = -__builtin_inff();
-  double between = __builtin_nan("");
+  double log_sum_gap = __builtin_nan("");
   float top_t = 0;  // the teacher's logit where the student's is max_s
   double sum_s = 0, sum_t = 0, excess = 0, mean_c = 0, bregman = 0, entropy = 0;
   double value = 0, sum_q = 0, mean_h = 0;
 };
 
-struct DivergenceTable {
-  float (*forward)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
-                   DivergenceGradient gradient);
-  void (*backward)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                   const DivergenceStats& stats, float upstream, float* grad);
-  // The forward in parts: gather() for each part of the row, then conclude(); where that returns true, refine() for
-  // each part again, and finish().
-  void (*gather)(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums);
-  bool (*conclude)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
-  void (*refine)(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                 const DivergenceStats& stats, DivergenceSums* sums);
-  void (*finish)(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value);
+struct Table {
+  float (*forward)(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                   GradRequest gradient);
+  void (*backward)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                   float upstream, float* grad);
+  // The forward in parts: accumulate_part() for each part of the row, then finish_sums(); where that returns true,
+  // refine_part() for each part again, and finish_value().
+  void (*accumulate_part)(const float* s, const float* t, int64_t columns, Options options, RowSums* sums);
+  bool (*finish_sums)(Options options, const RowSums& sums, RowStats* stats, float* value);
+  void (*refine_part)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                      RowSums* sums);
+  void (*finish_value)(Options options, const RowSums& sums, RowStats* stats, float* value);
   // For the sparse teacher: parts of softmax(s / T). The sum is of e^((s - largest) / T), in double; log_sum and
   // lacking are T logsumexp(s / T) as two floats.
   float (*largest)(const float* s, int64_t columns);
   double (*sum_of_exponentials)(const float* s, int64_t columns, double inverse_temperature, float largest);
-  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+  void (*scaled_softmax)(const float* s, int64_t columns, float inverse_temperature, float log_sum, float log_sum_low,
                          float scale, float* out);
   // Rows in half precision, to floats and back.
   const float* (*as_floats)(const void* row, int element, float* scratch, int64_t count);
   void (*narrow)(const float* in, int element, void* out, int64_t count);
 };
+
+FASTKD_DECLARE_TABLE(Table, table);
+
+}  // namespace fastkd::divergence

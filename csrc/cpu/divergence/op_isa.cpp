@@ -21,6 +21,7 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::divergence {
 namespace {
 
 constexpr int64_t kChunk = 64 * kLanes;  // partial sums are folded into doubles after so many elements
@@ -54,16 +55,18 @@ template <int N, class F>
 }
 
 }  // namespace
+}  // namespace fastkd::divergence
 
 #include "cpu/divergence/fast_path.h"
 #include "cpu/divergence/pair.h"
 
+namespace fastkd::divergence {
 namespace {
 
 // Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
 // `exponential_t`, for a gradient.
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
-void add_moments(const Row& row, const float* s, const float* t, int64_t columns, DivergenceSums* sums, float* excess,
+void add_moments(const Row& row, const float* s, const float* t, int64_t columns, RowSums* sums, float* excess,
                  float* exponential_t) {
   constexpr int kSums = kEntropy ? 5 : kLoss ? 4 : 2;
   double totals[kSums];
@@ -114,14 +117,14 @@ Row maxima(const float* s, const float* t, int64_t columns, float inverse_temper
 }
 
 // t where s is max_s, in the chunk from `begin`.
-float beside(const float* s, const float* t, int64_t begin, int64_t columns, float max_s) {
+float teacher_at_student_maximum(const float* s, const float* t, int64_t begin, int64_t columns, float max_s) {
   for (int64_t i = begin; i < columns && i < begin + kChunk; ++i)
     if (s[i] == max_s) return t[i];
   return max_s;
 }
 
 // The sums relative to larger maxima: every e^t is multiplied by `t` and every c grows by `delta`, so e^s by `s`.
-void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSums* sums) {
+void rebase_sums(float max_s, float max_t, double inverse_temperature, RowSums* sums) {
   const double up_s = (double(sums->max_s) - max_s) * inverse_temperature;
   const double up_t = (double(sums->max_t) - max_t) * inverse_temperature;
   const bool first = sums->sum_t == 0 && sums->sum_s == 0;
@@ -139,8 +142,8 @@ void move_to(float max_s, float max_t, double inverse_temperature, DivergenceSum
 }
 
 template <int kKind, bool kKeep>
-void gather(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums,
-            DivergenceGradient gradient) {
+void accumulate_part(const float* s, const float* t, int64_t columns, Options options, RowSums* sums,
+                     GradRequest gradient) {
   if constexpr (kKind == kMSE) {
     double totals[1];
     accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[1], int64_t, int) {
@@ -152,15 +155,15 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
     int64_t top = 0;
     Row row = maxima(s, t, columns, options.inverse_temperature, &top);
     if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
-    if (row.max_s > sums->max_s) sums->top_t = beside(s, t, top, columns, row.max_s);
+    if (row.max_s > sums->max_s) sums->top_t = teacher_at_student_maximum(s, t, top, columns, row.max_s);
     row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
     row.max_t = row.max_t > sums->max_t ? row.max_t : sums->max_t;
     if (row.max_s == -kInfinity) row.max_s = row.max_t;
     if (row.max_t == -kInfinity) row.max_t = row.max_s;
     const float top_s = row.max_s;
-    const double balanced = row.max_t + sums->between;
+    const double balanced = row.max_t + sums->log_sum_gap;
     if (std::fabs(balanced - row.max_s) * options.inverse_temperature < 20) row.max_s = float(balanced);
-    move_to(row.max_s, row.max_t, options.inverse_temperature, sums);
+    rebase_sums(row.max_s, row.max_t, options.inverse_temperature, sums);
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
     row.exact = exact(row, (top_s - sums->top_t) - (row.max_s - row.max_t));
     by_exactness(row, [&](auto exact) {
@@ -171,23 +174,23 @@ void gather(const float* s, const float* t, int64_t columns, DivergenceOptions o
 }
 
 // KL(p || q) from the moments, by whichever of two forms keeps its digits; a NaN-free negative answer asks for a pass.
-double kl_from(const DivergenceSums& m, double kappa) {
+double kl_from(const RowSums& m, double kappa) {
   const double x = m.excess / m.sum_t, mean_c = m.mean_c / m.sum_t, bregman = m.bregman / m.sum_t;
-  if (mean_c == -kInfinity) return kInfinity;  // the student excludes a word of the teacher's
+  if (mean_c == -kInfinity) return kInfinity;  // q is 0 for a token whose p is not
   const double direct = kappa - mean_c, shifted = bregman - (x - kappa);
   if (shifted > 0.25 * bregman) return shifted;  // first: of the terms of mean_c, but not of bregman's, signs differ
   if (direct > 0.25 * (std::fabs(kappa) + std::fabs(mean_c))) return direct;
   return bregman == 0 ? 0 : (std::isnan(bregman) ? bregman : -1);
 }
 
-double entropy_of(const DivergenceSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
+double entropy_of(const RowSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
 
-inline Row row_of(DivergenceOptions options, const DivergenceStats& stats) {
+inline Row row_of(Options options, const RowStats& stats) {
   return row_of(stats.max_s, stats.max_t, options.inverse_temperature, stats.sum_s, stats.sum_t, stats.kappa);
 }
 
 // h of the student's likeliest token. Where a token has nearly all of q, h - mean would be a difference of equals.
-float centre_of(DivergenceOptions options, const DivergenceStats& stats, float top_t) {
+float centre_of(Options options, const RowStats& stats, float top_t) {
   static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
   const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
   const float h = kSlope[options.kind](top, options, 0, 0)[0];
@@ -195,7 +198,7 @@ float centre_of(DivergenceOptions options, const DivergenceStats& stats, float t
   return std::fabs(h) < kInfinity ? h : 0;
 }
 
-bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+bool finish_sums(Options options, const RowSums& sums, RowStats* stats, float* value) {
   *stats = {};
   *value = options.kind == kMSE ? float(sums.value) : 0;
   if (options.kind == kMSE || (sums.max_s == -kInfinity && sums.max_t == -kInfinity)) return false;
@@ -214,8 +217,8 @@ bool conclude(DivergenceOptions options, const DivergenceSums& sums, DivergenceS
 // The value with the final kappa, and the mean of h - centre over the q that the backward will see, so that its
 // rounding cancels.
 template <int kKind>
-void refine(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
-            DivergenceSums* sums) {
+void refine_part(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                 RowSums* sums) {
   const Row row = row_of(options, stats);
   const float centre = stats.centre;
   double totals[3];
@@ -230,15 +233,15 @@ void refine(const float* s, const float* t, int64_t columns, DivergenceOptions o
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
 
-void finish(DivergenceOptions options, const DivergenceSums& sums, DivergenceStats* stats, float* value) {
+void finish_value(Options options, const RowSums& sums, RowStats* stats, float* value) {
   const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
   *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
   stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
 }
 
 template <int kKind>
-void backward(const float* s, const float* t, int64_t columns, DivergenceOptions options, const DivergenceStats& stats,
-              float upstream, float* grad) {
+void backward(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats, float upstream,
+              float* grad) {
   const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
   const Row row = row_of(options, stats);
   const float centre = stats.centre, mean = stats.mean;
@@ -261,13 +264,13 @@ void backward(const float* s, const float* t, int64_t columns, DivergenceOptions
 
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
-float careful_forward(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                      DivergenceStats* stats, DivergenceGradient gradient, double between) {
-  DivergenceSums sums;
-  sums.between = between;
+float accurate_forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                       GradRequest gradient, double log_sum_gap) {
+  RowSums sums;
+  sums.log_sum_gap = log_sum_gap;
   float value;
-  gather<kKind, kKeep>(s, t, columns, options, &sums, gradient);
-  const bool again = conclude(options, sums, stats, &value);
+  accumulate_part<kKind, kKeep>(s, t, columns, options, &sums, gradient);
+  const bool again = finish_sums(options, sums, stats, &value);
   if constexpr (kKeep) {  // q - p = e^t expm1(c) / sum_s + e^t (1 / sum_s - 1 / sum_t), of which neither is much larger
     const double scale = double(gradient.upstream) * options.inverse_temperature, sum_s = sums.sum_s;
     const float of_excess = float(scale / sum_s), of_teacher = float(scale * (sums.excess / sum_s) / sums.sum_t);
@@ -281,54 +284,54 @@ float careful_forward(const float* s, const float* t, int64_t columns, Divergenc
       });
   }
   if (again) {
-    refine<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
-    finish(options, sums, stats, &value);
+    refine_part<kKind == kSoftCE ? kForwardKL : kKind>(s, t, columns, options, *stats, &sums);
+    finish_value(options, sums, stats, &value);
   }
   return value;
 }
 
 template <int kKind>
-float forward(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
-              DivergenceGradient gradient) {
+float forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats, GradRequest gradient) {
   if constexpr (kKind == kForwardKL || kKind == kSoftCE) {
     constexpr bool kEntropy = kKind == kSoftCE;
     const float scale = gradient.upstream * options.inverse_temperature;
-    const auto quick = gradient.out ? apart<kEntropy, true> : apart<kEntropy, false>;
-    const Apart x = quick(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
+    const auto fast = gradient.out ? fast_forward<kEntropy, true> : fast_forward<kEntropy, false>;
+    const FastResult x = fast(s, t, columns, options.inverse_temperature, scale, gradient.out, gradient.scratch, stats);
     if (!x.refused) return float(kEntropy ? x.kl + x.entropy : x.kl);
-    const auto careful = gradient.out ? careful_forward<kKind, true> : careful_forward<kKind, false>;
-    return careful(s, t, columns, options, stats, gradient, x.between);
+    const auto accurate = gradient.out ? accurate_forward<kKind, true> : accurate_forward<kKind, false>;
+    return accurate(s, t, columns, options, stats, gradient, x.log_sum_gap);
   } else {
-    const float value = careful_forward<kKind, false>(s, t, columns, options, stats, gradient, NAN);
+    const float value = accurate_forward<kKind, false>(s, t, columns, options, stats, gradient, NAN);
     if (gradient.out) backward<kKind>(s, t, columns, options, *stats, gradient.upstream, gradient.out);
     return value;
   }
 }
 
-float forward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceStats* stats,
-                  DivergenceGradient gradient) {
+float forward_any(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
+                  GradRequest gradient) {
   static constexpr decltype(&forward<0>) kForward[] = {forward<0>, forward<1>, forward<2>, forward<3>,
                                                        forward<4>, forward<5>, forward<6>};
   return kForward[options.kind](s, t, columns, options, stats, gradient);
 }
 
-void backward_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                  const DivergenceStats& stats, float upstream, float* grad) {
+void backward_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                  float upstream, float* grad) {
   static constexpr decltype(&backward<0>) kBackward[] = {backward<0>, backward<1>, backward<2>, backward<3>,
                                                          backward<4>, backward<5>, backward<6>};
   kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
 }
 
-void gather_any(const float* s, const float* t, int64_t columns, DivergenceOptions options, DivergenceSums* sums) {
-  static constexpr decltype(&gather<0, false>) kGather[] = {gather<0, false>, gather<1, false>, gather<2, false>,
-                                                            gather<3, false>, gather<4, false>, gather<5, false>,
-                                                            gather<6, false>};
-  kGather[options.kind](s, t, columns, options, sums, {});
+void accumulate_part_any(const float* s, const float* t, int64_t columns, Options options, RowSums* sums) {
+  static constexpr decltype(&accumulate_part<0, false>) kAccumulate[] = {
+      accumulate_part<0, false>, accumulate_part<1, false>, accumulate_part<2, false>, accumulate_part<3, false>,
+      accumulate_part<4, false>, accumulate_part<5, false>, accumulate_part<6, false>};
+  kAccumulate[options.kind](s, t, columns, options, sums, {});
 }
 
-void refine_any(const float* s, const float* t, int64_t columns, DivergenceOptions options,
-                const DivergenceStats& stats, DivergenceSums* sums) {
-  static constexpr decltype(&refine<0>) kRefine[] = {refine<0>, refine<1>, refine<2>, refine<3>, refine<4>, refine<0>};
+void refine_part_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
+                     RowSums* sums) {
+  static constexpr decltype(&refine_part<0>) kRefine[] = {refine_part<0>, refine_part<1>, refine_part<2>,
+                                                          refine_part<3>, refine_part<4>, refine_part<0>};
   kRefine[options.kind](s, t, columns, options, stats, sums);
 }
 
@@ -338,7 +341,7 @@ float largest(const float* s, int64_t columns) {
   return max_lanes(best);
 }
 
-// e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few words, to 1e-7 at best.
+// e^x in double to 2e-10, for -708 < x <= 0: float32 would know each term, and so a row of few tokens, to 1e-7 at best.
 inline vdouble exp_of_negative(vdouble x) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: see exponential() in simd/vec.h
   const vdouble shifted = x * 1.4426950408889634 + kRound;
@@ -366,10 +369,10 @@ double sum_of_exponentials(const float* s, int64_t columns, double inverse_tempe
   return sum_lanes(sum);
 }
 
-void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float lacking,
+void scaled_softmax(const float* s, int64_t columns, float inverse_temperature, float log_sum, float log_sum_low,
                     float scale, float* out) {
   sweep(s, s, 0, columns, [&](vfloat a, vfloat, int64_t i, int count) {
-    store_some(out + i, exp(((a - log_sum) - lacking) * inverse_temperature) * scale, count);
+    store_some(out + i, exp(((a - log_sum) - log_sum_low) * inverse_temperature) * scale, count);
   });
 }
 
@@ -379,7 +382,8 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 
 }  // namespace
 
-extern const DivergenceTable FASTKD_TABLE(divergence);
-const DivergenceTable FASTKD_TABLE(divergence) = {forward_any,    backward_any, gather_any, conclude,
-                                                  refine_any,     finish,       largest,    sum_of_exponentials,
-                                                  scaled_softmax, as_floats,    narrow};
+const Table FASTKD_TABLE(table) = {forward_any,  backward_any, accumulate_part_any, finish_sums,    refine_part_any,
+                                   finish_value, largest,      sum_of_exponentials, scaled_softmax, as_floats,
+                                   narrow};
+
+}  // namespace fastkd::divergence

@@ -3,6 +3,8 @@
 // mathematics.
 #pragma once
 
+namespace fastkd::divergence {
+
 namespace {
 
 // What the softmaxes of one row need; the arithmetic of one vector of it.
@@ -32,7 +34,7 @@ inline bool exact(const Row& row, float unlike) {
 }
 
 inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
-  const double between = double(max_s) - max_t, offset = between + kappa / inverse_temperature;
+  const double log_sum_gap = double(max_s) - max_t, offset = log_sum_gap + kappa / inverse_temperature;
   const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
   Row row = {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, false};
   row.exact = exact(row, float(8 * kappa / inverse_temperature));  // kappa is small where the offset is constant
@@ -66,7 +68,7 @@ struct ToMixture {
   vfloat log_ratio, term;
 };
 
-inline ToMixture to_mixture(vfloat a, vfloat m, vfloat n) {
+inline ToMixture against_mixture(vfloat a, vfloat m, vfloat n) {
   const vint there = a > kTiny;
   const vfloat per_a = 1.f / (there ? a : splat(1.f));
   const Logarithm x = logarithm(n * per_a, m * per_a);
@@ -74,7 +76,7 @@ inline ToMixture to_mixture(vfloat a, vfloat m, vfloat n) {
   return {there ? x.log1p : none, there ? a * x.y_minus_log1p : n + none};
 }
 
-inline vfloat mixture(const Pair& x, const DivergenceOptions& o) { return o.rest * x.p + o.mix * x.q; }
+inline vfloat mixture(const Pair& x, const Options& o) { return o.rest * x.p + o.mix * x.q; }
 
 // p lambda(n / p), the term of KL(p || p + n), where log(1 + n / p) is known. Without p it is n, the limit.
 inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
@@ -88,7 +90,7 @@ inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
 // and q agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the
 // teacher is.
 template <int kKind>
-[[gnu::always_inline]] inline vfloat slope(const Pair& x, const DivergenceOptions& o, float centre, float mean) {
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const Options& o, float centre, float mean) {
   if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre - mean;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
     const bool far = centre == o.mix;
@@ -98,7 +100,7 @@ template <int kKind>
     return (there ? h - (far ? 0 : centre) : m * 0.f) - mean;
   }
   if constexpr (kKind == kJSD)
-    return -o.mix * to_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
+    return -o.mix * against_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
   if constexpr (kKind == kTVD) {
     const float up = 0.5f - centre - mean, down = -0.5f - centre - mean;
     return x.difference > 0.f ? splat(up) : (x.difference < 0.f ? splat(down) : x.difference * 0.f + (-centre - mean));
@@ -107,16 +109,18 @@ template <int kKind>
 }
 
 template <int kKind>
-[[gnu::always_inline]] inline vfloat term(const Pair& x, const DivergenceOptions& o) {
+[[gnu::always_inline]] inline vfloat term(const Pair& x, const Options& o) {
   if constexpr (kKind == kForwardKL) return bregman(x.p, x.difference, x.log_ratio);
   if constexpr (kKind == kReverseKL) return bregman(x.q, -x.difference, -x.log_ratio);
   if constexpr (kKind == kSkewKL || kKind == kJSD) {
-    const vfloat m = mixture(x, o), of_p = to_mixture(x.p, m, o.mix * x.difference).term;
+    const vfloat m = mixture(x, o), of_p = against_mixture(x.p, m, o.mix * x.difference).term;
     if (kKind == kSkewKL) return of_p;
-    return o.rest * of_p + o.mix * to_mixture(x.q, m, -o.rest * x.difference).term;
+    return o.rest * of_p + o.mix * against_mixture(x.q, m, -o.rest * x.difference).term;
   }
   if constexpr (kKind == kTVD) return 0.5f * magnitude(x.difference);
   return vfloat{};
 }
 
 }  // namespace
+
+}  // namespace fastkd::divergence

@@ -1,4 +1,4 @@
-// A sparse teacher: k words with log-probabilities per row, and perhaps the log-mass of the rest as one more word.
+// A sparse teacher: k tokens with log-probabilities per row, and perhaps the log-mass of the rest as one more token.
 #include "cpu/divergence/topk.h"
 
 #include <tuple>
@@ -6,9 +6,7 @@
 
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(DivergenceTable, divergence);
-
-namespace fastkd {
+namespace fastkd::divergence {
 namespace {
 
 constexpr int64_t kStats = sizeof(TopKStats) / sizeof(float);
@@ -30,8 +28,8 @@ struct Inputs {
         teacher(ids, probs, rest, columns) {
     if (has_mask) mask = torch::stable::contiguous(*keep);
   }
-  bool kept(int64_t i) const { return !has_mask || mask.const_data_ptr<bool>()[i]; }
-  const float* row(const DivergenceTable& table, int64_t i, std::vector<float>& scratch) const {
+  bool valid(int64_t i) const { return !has_mask || mask.const_data_ptr<bool>()[i]; }
+  const float* row(const Table& table, int64_t i, std::vector<float>& scratch) const {
     const char* start = static_cast<const char*>(s.const_data_ptr()) + i * columns * int64_t(s.element_size());
     return table.as_floats(start, element, scratch.data(), columns);
   }
@@ -41,7 +39,7 @@ void check(const Check& check, const Tensor& student, const Tensor& indices, con
            const std::optional<Tensor>& tail, const std::optional<Tensor>& mask, int64_t kind) {
   check("s", student, kFloating, "[N, V]", {kAny, kAny});
   check("mask", mask, kBool, "[N]", {student.size(0)});
-  check.that(kind >= 0 && kind < kDivergenceKinds, "kind", "0 to 5", kind);
+  check.that(kind >= 0 && kind < kKinds, "kind", "0 to 5", kind);
   check_sparse(check, indices, log_probs, tail, student.size(0), kind);
 }
 
@@ -54,13 +52,13 @@ std::tuple<Tensor, Tensor> divergence_topk_fwd(const Tensor& student, const Tens
   Tensor stats = torch::stable::new_empty(in.s, {in.rows, kStats}, ScalarType::Float);
   float* value = values.mutable_data_ptr<float>();
   auto* stat = reinterpret_cast<TopKStats*>(stats.mutable_data_ptr<float>());
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  const Table& table = chosen_table();
   parallel_for(0, in.rows, grain(in.columns), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(in.element == kFloat32 ? 0 : in.columns), rest(in.columns);
     for (int64_t i = begin; i < end; ++i) {
       value[i] = 0;
       stat[i] = {};
-      if (in.kept(i))
+      if (in.valid(i))
         value[i] = topk_forward(table, in.teacher, i, in.row(table, i, scratch), in.columns, rest.data(), int(kind),
                                 1 / temperature, mix, stat + i);
     }
@@ -83,13 +81,13 @@ Tensor divergence_topk_bwd(const Tensor& upstream, const Tensor& student, const 
   const auto* stat = reinterpret_cast<const TopKStats*>(of_rows.const_data_ptr<float>());
   const int64_t width = int64_t(in.s.element_size());
   char* out = static_cast<char*>(grad.mutable_data_ptr());
-  const DivergenceTable& table = FASTKD_CHOOSE(divergence);
+  const Table& table = chosen_table();
   parallel_for(0, in.rows, grain(in.columns), [&](int64_t begin, int64_t end) {
     const int64_t half = in.element == kFloat32 ? 0 : in.columns;
     std::vector<float> scratch(half), scratch_out(half);
     for (int64_t i = begin; i < end; ++i) {
       char* row = out + i * in.columns * width;
-      if (!in.kept(i)) {
+      if (!in.valid(i)) {
         std::memset(row, 0, in.columns * width);
         continue;
       }
@@ -103,9 +101,9 @@ Tensor divergence_topk_bwd(const Tensor& upstream, const Tensor& student, const 
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::divergence
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("divergence_topk_fwd", TORCH_BOX(&fastkd::divergence_topk_fwd));
-  m.impl("divergence_topk_bwd", TORCH_BOX(&fastkd::divergence_topk_bwd));
+  m.impl("divergence_topk_fwd", TORCH_BOX(&fastkd::divergence::divergence_topk_fwd));
+  m.impl("divergence_topk_bwd", TORCH_BOX(&fastkd::divergence::divergence_topk_bwd));
 }

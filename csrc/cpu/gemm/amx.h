@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+namespace fastkd {
 namespace {
 
 constexpr int AMX_ROWS = 32, AMX_UNITS = 16, AMX_BYTES = 2048;  // of a panel; of a block; of a block of a panel
@@ -97,14 +98,14 @@ void amx_pack_a_from(const GemmSource& s, float* packed) {
   const int64_t units = (s.k + 2 * AMX_UNITS - 1) / (2 * AMX_UNITS) * AMX_UNITS;
   const int64_t padded = (s.rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS;
   const typename Source::Type* x = (const typename Source::Type*)s.data;
-  for (int64_t i = 0; i < padded; i += W) {
-    for (int64_t u = 0; u < units; u += W) {
-      Floats block[W];
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    for (int64_t u = 0; u < units; u += kLanes) {
+      vfloat block[kLanes];
       load_units<Source, true>(x + i * s.row_stride + 2 * u * s.k_stride, s, s.rows - i, s.k - 2 * u, block);
       transpose(block);  // now rows of units
       float* out = packed + i / AMX_ROWS * AMX_ROWS * units + u / AMX_UNITS * AMX_ROWS * AMX_UNITS;
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) store(out + (i % AMX_ROWS + r) * AMX_UNITS + u % AMX_UNITS, block[r]);
+      for (int r = 0; r < kLanes; ++r) store(out + (i % AMX_ROWS + r) * AMX_UNITS + u % AMX_UNITS, block[r]);
     }
   }
 }
@@ -179,3 +180,4 @@ constexpr Gemm amx_implementation() {
 }
 
 }  // namespace
+}  // namespace fastkd

@@ -26,6 +26,10 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd {
+
 // What is packed: x[i, p] lies at data + (i * row_stride + p * k_stride) elements. `element` is fastkd::Element (0
 // float32, 1 bfloat16, 2 float16), or kGemmLowPart: data is float32, and what is packed is x - bfloat16(x), so that two
 // tiles (the value, then the low part added to it) multiply float32 numbers to 16 bits on bfloat16 units.
@@ -70,7 +74,7 @@ struct GemmTable {
   Gemm emulated_amx;  // the same packing and tiling with the tile registers emulated, for tests
 };
 
-namespace fastkd {
+FASTKD_DECLARE_TABLE(GemmTable, gemm_table);
 
 // For operands of this element (0, 1, 2); float16 is widened to float32. `float32_only` widens bfloat16 too.
 const Gemm& gemm(int element, bool float32_only = false);

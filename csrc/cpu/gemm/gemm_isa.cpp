@@ -10,6 +10,7 @@
 #include "cpu/gemm/write.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd {
 namespace {
 
 #ifndef FASTKD_GEMM_MR
@@ -28,29 +29,29 @@ namespace {
 #define FASTKD_GEMM_KC 256
 #define FASTKD_GEMM_NC 512
 #endif
-constexpr int MR = FASTKD_GEMM_MR, NV = FASTKD_GEMM_NV, NR = NV * W;
+constexpr int MR = FASTKD_GEMM_MR, NV = FASTKD_GEMM_NV, NR = NV * kLanes;
 constexpr int64_t KC = FASTKD_GEMM_KC, NC = FASTKD_GEMM_NC / NR * NR;
 
 struct MultiplyFloat32 {
   static constexpr int per_unit = 1;
-  static FASTKD_INLINE Floats broadcast(const char* unit) {
+  static FASTKD_INLINE vfloat broadcast(const char* unit) {
     float x;
     std::memcpy(&x, unit, 4);
-    return x - Floats{};
+    return x - vfloat{};
   }
-  static FASTKD_INLINE Floats step(Floats sum, Floats a, Floats b) { return sum + a * b; }
+  static FASTKD_INLINE vfloat step(vfloat sum, vfloat a, vfloat b) { return sum + a * b; }
 };
 
 #if defined(__AVX512F__)
 struct MultiplyBFloat16 {
   static constexpr int per_unit = 2;
-  static FASTKD_INLINE Floats broadcast(const char* unit) {
+  static FASTKD_INLINE vfloat broadcast(const char* unit) {
     uint32_t x;
     std::memcpy(&x, unit, 4);
-    return floats(x + Words{});
+    return (vfloat)(x + vuint{});
   }
   // By assembly, because this unit is compiled for machines without the instruction too; gemm() keeps them away.
-  static FASTKD_INLINE Floats step(Floats sum, Floats a, Floats b) {
+  static FASTKD_INLINE vfloat step(vfloat sum, vfloat a, vfloat b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
@@ -58,35 +59,35 @@ struct MultiplyBFloat16 {
 #endif
 
 template <int vectors>
-FASTKD_INLINE void write(const Floats (&sum)[MR][vectors], const Corner& at) {
-  if (at.rows == MR && at.columns == vectors * W) {
+FASTKD_INLINE void write(const vfloat (&sum)[MR][vectors], const Corner& at) {
+  if (at.rows == MR && at.columns == vectors * kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) write_vector(at.c + i * at.row_stride + v * W, sum[i][v], at);
+      for (int v = 0; v < vectors; ++v) write_vector(at.c + i * at.row_stride + v * kLanes, sum[i][v], at);
     }
     return;
   }
-  float edge[MR * vectors * W];
+  float edge[MR * vectors * kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(edge + (i * vectors + v) * W, sum[i][v]);
+    for (int v = 0; v < vectors; ++v) store(edge + (i * vectors + v) * kLanes, sum[i][v]);
   }
-  write_sums(edge, vectors * W, at);
+  write_sums(edge, vectors * kLanes, at);
 }
 
 // A packed: unit[units][MR].
 template <class Multiply, int vectors>
 void packed_kernel(const char* a, const float* b, int64_t units, const Corner& at) {
-  Floats sum[MR][vectors] = {};
+  vfloat sum[MR][vectors] = {};
   for (int64_t p = 0; p < units; ++p, a += MR * 4, b += NR) {
-    Floats right[vectors];
+    vfloat right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * W);
+    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const Floats left = Multiply::broadcast(a + i * 4);
+      const vfloat left = Multiply::broadcast(a + i * 4);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, right[v]);
     }
@@ -98,21 +99,21 @@ void packed_kernel(const char* a, const float* b, int64_t units, const Corner& a
 // rows those lie that are read next, to be fetched meanwhile (behind the last ones too: nothing faults); 0: not yet.
 template <class Multiply, int vectors>
 void direct_kernel(const char* a, int64_t row_bytes, int64_t ahead, const float* b, int64_t k, const Corner& at) {
-  Floats sum[MR][vectors] = {};
+  vfloat sum[MR][vectors] = {};
   const char* row[MR];
   for (int i = 0; i < MR; ++i) row[i] = a + (i < at.rows ? i : at.rows - 1) * row_bytes;
   const int64_t whole = k / Multiply::per_unit;
   for (int64_t p = 0; p < whole; ++p, b += NR) {
-    Floats right[vectors];
+    vfloat right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * W);
+    for (int v = 0; v < vectors; ++v) right[v] = load(b + v * kLanes);
     if (ahead && p % 16 == 0) {  // a line of each
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(row[i] + ahead + p * 4);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const Floats left = Multiply::broadcast(row[i] + p * 4);
+      const vfloat left = Multiply::broadcast(row[i] + p * 4);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, right[v]);
     }
@@ -122,9 +123,9 @@ void direct_kernel(const char* a, int64_t row_bytes, int64_t ahead, const float*
     for (int i = 0; i < MR; ++i) {
       char unit[4] = {};
       std::memcpy(unit, row[i] + whole * 4, 2);
-      const Floats left = Multiply::broadcast(unit);
+      const vfloat left = Multiply::broadcast(unit);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, load(b + v * W));
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::step(sum[i][v], left, load(b + v * kLanes));
     }
   }
   write<vectors>(sum, at);
@@ -136,7 +137,7 @@ FASTKD_INLINE void register_tile(const char* a, int64_t row_bytes, int64_t ahead
   const int64_t units = (k + Multiply::per_unit - 1) / Multiply::per_unit;
 #define FASTKD_GEMM_KERNEL(vectors)                                             \
   if constexpr (vectors <= NV) {                                                \
-    if (at.columns > (vectors - 1) * W) {                                       \
+    if (at.columns > (vectors - 1) * kLanes) {                                  \
       if constexpr (direct)                                                     \
         return direct_kernel<Multiply, vectors>(a, row_bytes, ahead, b, k, at); \
       else                                                                      \
@@ -209,6 +210,7 @@ constexpr Gemm amx = {};
 
 }  // namespace
 
-extern const GemmTable FASTKD_TABLE(gemm);
-const GemmTable FASTKD_TABLE(gemm) = {implementation<MultiplyFloat32>(), bfloat16, amx,
-                                      amx_implementation<emulated_tiles, NoConfiguration>()};
+const GemmTable FASTKD_TABLE(gemm_table) = {implementation<MultiplyFloat32>(), bfloat16, amx,
+                                            amx_implementation<emulated_tiles, NoConfiguration>()};
+
+}  // namespace fastkd

@@ -4,21 +4,19 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/runtime/tensors.h"
+#include "cpu/runtime/scratch.h"
 #include "cpu/simd/isa.h"
-
-FASTKD_DECLARE(GemmTable, gemm);
 
 namespace fastkd {
 
 static bool use_amx() {
   static const char* wish = std::getenv("FASTKD_AMX");
-  static const bool on = wish && !std::strcmp(wish, "1") && FASTKD_CHOOSE(gemm).amx.tile && has_amx_bf16();
+  static const bool on = wish && !std::strcmp(wish, "1") && chosen_gemm_table().amx.tile && has_amx_bf16();
   return on;
 }
 
 const Gemm& gemm(int element, bool float32_only) {
-  const GemmTable& table = FASTKD_CHOOSE(gemm);
+  const GemmTable& table = chosen_gemm_table();
   if (element != kBFloat16 || float32_only) return table.float32;
   return use_amx() ? table.amx : has_avx512_bf16() ? table.bfloat16 : table.float32;
 }
@@ -94,14 +92,6 @@ void run(const Operands& o) {
   });
 }
 
-char* aligned(const Tensor& workspace) {
-  return (char*)(((uintptr_t)workspace.mutable_data_ptr<float>() + 63) & ~(uintptr_t)63);
-}
-
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes / 4 + 16}, ScalarType::Float);
-}
-
 Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& start, double alpha, int64_t how) {
   const Check check("gemm_nt");
   check("a", a, kFloating, "[M, K]", {kAny, kAny});
@@ -112,12 +102,13 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   if (start) torch::stable::copy_(out, *start);
   if (m == 0 || n == 0) return out;
   const int element = element_of(a);
-  const Gemm& chosen = how & kEmulateAmx ? FASTKD_CHOOSE(gemm).emulated_amx
+  const Gemm& chosen = how & kEmulateAmx ? chosen_gemm_table().emulated_amx
                                          : gemm(how & kRound ? (int)kBFloat16 : element, how & kFloat32Only);
   const bool direct = how & kDirect, split = (how & kSplit) && chosen.operand == kBFloat16 && element == kFloat32;
-  STD_TORCH_CHECK(!direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),
-                  "gemm_nt: reading a where it lies needs k contiguous and a dtype that is multiplied as it is");
-  const Tensor packed_a = scratch(a, direct ? 0 : chosen.bytes_a(m, k)), packed_b = scratch(a, chosen.bytes_b(n, k));
+  STD_TORCH_CHECK(
+      !direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),
+      "gemm_nt: a: reading it in place needs a contiguous last axis and a dtype that is multiplied unconverted");
+  const Scratch packed_a(a, direct ? 0 : chosen.bytes_a(m, k)), packed_b(a, chosen.bytes_b(n, k));
   run({chosen,
        source(a),
        source(b),
@@ -125,8 +116,8 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
        {out.mutable_data_ptr<float>(), n, (float)alpha, start.has_value()},
        direct,
        split,
-       aligned(packed_a),
-       aligned(packed_b)});
+       packed_a.get(),
+       packed_b.get()});
   return out;
 }
 

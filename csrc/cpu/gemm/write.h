@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/gemm/pack.h"
 
+namespace fastkd {
 namespace {
 
 // Where a register tile goes: rows and columns that exist, and how.
@@ -14,7 +15,7 @@ struct Corner {
 
 // One rounding for the product with alpha and one for the sum, in every kernel and at every edge: a compiler that fuses
 // them here and not there would break the bitwise promise.
-FASTKD_INLINE Floats rounded(Floats x) {
+FASTKD_INLINE vfloat rounded(vfloat x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__SSE2__)
@@ -25,8 +26,8 @@ FASTKD_INLINE Floats rounded(Floats x) {
   return x;
 }
 
-FASTKD_INLINE void write_vector(float* c, Floats sum, const Corner& at) {
-  const Floats scaled = rounded(sum * at.alpha);
+FASTKD_INLINE void write_vector(float* c, vfloat sum, const Corner& at) {
+  const vfloat scaled = rounded(sum * at.alpha);
   store(c, at.accumulate ? load(c) + scaled : scaled);
 }
 
@@ -34,14 +35,14 @@ FASTKD_INLINE void write_vector(float* c, Floats sum, const Corner& at) {
 // part of a vector in C, not in sums.
 void write_sums(const float* sums, int64_t sums_stride, const Corner& at) {
   for (int64_t i = 0; i < at.rows; ++i) {
-    for (int64_t j = 0; j < at.columns; j += W) {
+    for (int64_t j = 0; j < at.columns; j += kLanes) {
       float* c = at.c + i * at.row_stride + j;
-      const Floats sum = load(sums + i * sums_stride + j);
-      if (at.columns - j >= W) {
+      const vfloat sum = load(sums + i * sums_stride + j);
+      if (at.columns - j >= kLanes) {
         write_vector(c, sum, at);
         continue;
       }
-      float edge[W] = {};
+      float edge[kLanes] = {};
       const int64_t bytes = (at.columns - j) * 4;
       if (at.accumulate) std::memcpy(edge, c, bytes);
       write_vector(edge, sum, at);
@@ -51,3 +52,4 @@ void write_sums(const float* sums, int64_t sums_stride, const Corner& at) {
 }
 
 }  // namespace
+}  // namespace fastkd

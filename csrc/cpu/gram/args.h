@@ -1,12 +1,12 @@
-// One term: a pair of layers at one level, and what is to be done with each group's sums and rows.
+// One term, a pair of layers at one level, and the work on the sums and rows of each of its groups.
 #pragma once
 
 #include <array>
 #include <optional>
 
-#include "cpu/gram/side.h"
+#include "cpu/gram/group_rows.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
 constexpr int64_t kTokenRows = 2, kSequenceRows = 3;  // fewer valid ones under a mask: the group does not count
 
@@ -32,19 +32,19 @@ struct GroupMask {
                           : kTokenRows) {}
 
   // The rows of a group that count; none where there are too few.
-  std::vector<int64_t> kept(int64_t group) const {
-    std::vector<int64_t> found;
-    found.reserve(length);
+  std::vector<int64_t> valid_rows(int64_t group) const {
+    std::vector<int64_t> rows;
+    rows.reserve(length);
     for (int64_t i = 0; i < length; ++i)
-      if (!data || data[group * of_group + i * of_row]) found.push_back(i);
-    if (int64_t(found.size()) < enough) found.clear();
-    return found;
+      if (!data || data[group * of_group + i * of_row]) rows.push_back(i);
+    if (int64_t(rows.size()) < enough) rows.clear();
+    return rows;
   }
 };
 
-struct Call {
-  const GramTable& table;
-  Side s, t;
+struct Term {
+  const Table& table;
+  GroupRows s, t;
   GroupMask mask;
   int64_t groups, length;
   bool sequence, row, official, by_features;
@@ -56,7 +56,7 @@ struct Call {
   int64_t out_item;
   bool add;  // to what another level has left there
 
-  bool by_line() const { return row || official; }  // a correlation is of whole rows of a Gram, not of the Gram
+  bool per_row() const { return row || official; }  // a correlation is of whole rows of a Gram, not of the Gram
 };
 
 // W = of_p P + of_q Q
@@ -65,91 +65,92 @@ struct Weights {
 };
 
 // From the sums of products of what is correlated to 1 - rho and to its derivative times `upstream`.
-inline Weights conclude(double pp, double qq, double pq, double eps, float upstream, float* value) {
+inline Weights value_and_weights(double pp, double qq, double pq, double eps, float upstream, float* value) {
   const double ab = std::sqrt(pp * qq), den = ab + eps, a = std::sqrt(pp), b = std::sqrt(qq);
   *value = float((ab - pq + eps) / den);
   return {upstream * (a > 0 ? pq * b / (a * den * den) : a == 0 ? 0. : a), b == 0 ? 0. : -upstream / den};
 }
 
-inline char* out_row(const Call& call, int64_t group, int64_t i) {
-  const int64_t b = call.sequence ? i : group, position = call.sequence ? group : i;
-  const int64_t positions = call.sequence ? call.groups : call.length;
-  return call.out + (b * positions + position) * call.s.width * call.out_item;
+inline char* out_row(const Term& term, int64_t group, int64_t i) {
+  const int64_t b = term.sequence ? i : group, position = term.sequence ? group : i;
+  const int64_t positions = term.sequence ? term.groups : term.length;
+  return term.out + (b * positions + position) * term.s.width * term.out_item;
 }
 
-inline void write_zeros(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
-  if (!call.out || call.add || int64_t(kept.size()) == call.length) return;
+inline void write_zeros(const Term& term, int64_t group, const std::vector<int64_t>& valid) {
+  if (!term.out || term.add || int64_t(valid.size()) == term.length) return;
   size_t next = 0;
-  for (int64_t i = 0; i < call.length; ++i) {
-    if (next < kept.size() && kept[next] == i)
+  for (int64_t i = 0; i < term.length; ++i) {
+    if (next < valid.size() && valid[next] == i)
       ++next;
     else
-      std::memset(out_row(call, group, i), 0, call.s.width * call.out_item);
+      std::memset(out_row(term, group, i), 0, term.s.width * term.out_item);
   }
 }
 
 // What one thread needs for a gradient: weights of some rows, their product with the rows, and its packed operand.
-struct Scratch {
-  float *pull, *u, *before, *ones;
+struct GradientBuffers {
+  float *product, *u, *before, *ones;
   char* packed;
 
-  Scratch(Arena& arena, const Side& s, int64_t rows, int64_t columns, int64_t ones_count) {
-    pull = arena.take<float>(rows * s.padded);
-    u = arena.take<float>(s.padded);
-    before = arena.take<float>(s.padded);
-    packed = arena.take<char>(s.gemm.bytes_a(rows + s.gemm.rows_a, columns));
-    ones = arena.take<float>(ones_count);
+  GradientBuffers(Arena& arena, const GroupRows& s, int64_t rows, int64_t columns, int64_t ones_count) {
+    product = arena.piece<float>(rows * s.padded);
+    u = arena.piece<float>(s.padded);
+    before = arena.piece<float>(s.padded);
+    packed = arena.piece<char>(s.gemm.bytes_a(rows + s.gemm.rows_a, columns));
+    ones = arena.piece<float>(ones_count);
   }
 };
 
-inline GramLines take_lines(Arena& arena, int64_t count) {
+inline RowWeights allocate_row_weights(Arena& arena, int64_t count) {
   float* taken[6];
-  for (float*& x : taken) x = arena.take<float>(count);
+  for (float*& x : taken) x = arena.piece<float>(count);
   return {taken[0], taken[1], taken[2], taken[3], taken[4], taken[5]};
 }
 
-// pull (+)= weights[rows, j..j_end) x rows j to j_end of the student; their sums are added up.
-inline void pull_rows(const Side& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
-                      int64_t block, const Scratch& scratch, double* sums) {
+// product (+)= weights[rows, j..j_end) x rows j to j_end of the student; the sums of the weights are added to `sums`.
+inline void multiply_rows(const GroupRows& s, float* weights, int64_t stride, int64_t rows, int64_t j, int64_t j_end,
+                          int64_t block, const GradientBuffers& scratch, double* sums) {
   const int64_t columns = j_end - j;
   for (int64_t k : s.zeros)  // their weights, of size 1 / eps, would leave their rounding in the sums
     for (int64_t i = 0; j <= k && k < j_end && i < rows; ++i) weights[i * stride + k - j] = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    const double sum = s.table.weigh(weights + i * stride, gram_padded(columns), s.raw ? s.scale + j : nullptr);
+    const double sum = s.table.sum_and_scale(weights + i * stride, gram_padded(columns), s.raw ? s.scale + j : nullptr);
     sums[i] = j == 0 ? sum : sums[i] + sum;
   }
   s.gemm.pack_a({weights, kFloat32, stride, 1, rows, columns}, scratch.packed);
-  s.gemm.tile(scratch.packed, s.piece(j, block), {rows, s.width, columns}, {scratch.pull, s.padded, 1, j > 0});
+  s.gemm.tile(scratch.packed, s.piece(j, block), {rows, s.width, columns}, {scratch.product, s.padded, 1, j > 0});
 }
 
 // Rows [begin, end), prepared as they lie from `rows` on.
-inline void finish_rows(const Call& call, int64_t group, const std::vector<int64_t>& kept, int64_t begin, int64_t end,
-                        const char* rows, int64_t row_bytes, const Scratch& scratch, const double* sums) {
-  const Side& s = call.s;
-  const int element = call.out_item == 4 ? kFloat32 : kBFloat16;
+inline void finish_rows(const Term& term, int64_t group, const std::vector<int64_t>& valid, int64_t begin, int64_t end,
+                        const char* rows, int64_t row_bytes, const GradientBuffers& scratch, const double* sums) {
+  const GroupRows& s = term.s;
+  const int element = term.out_item == 4 ? kFloat32 : kBFloat16;
   const bool direct = element == kFloat32 && s.padded == s.width;
-  const int64_t out_bytes = s.width * call.out_item;
+  const int64_t out_bytes = s.width * term.out_item;
   for (int64_t i = begin; i < end; ++i) {
-    if (call.add && i + kAhead < end) fetch(out_row(call, group, kept[i + kAhead]), out_bytes);
-    float* pull = scratch.pull + (i - begin) * s.padded;
-    for (int64_t k = s.width; k < s.padded; ++k) pull[k] = 0;
+    if (term.add && i + kAhead < end) fetch(out_row(term, group, valid[i + kAhead]), out_bytes);
+    float* product = scratch.product + (i - begin) * s.padded;
+    for (int64_t k = s.width; k < s.padded; ++k) product[k] = 0;
     auto sum = float(sums[i - begin]);
-    if (s.width == 1 && s.live(i)) pull[0] = sum = 0;  // x / |x| of one feature is 1 or -1, whatever x is
-    if (s.equal) {  // the weighted sum of equal rows, without what cancels on the sphere
-      for (int64_t k = 0; k < s.width; ++k) pull[k] = s.live(i) ? 0 : s.centre[k] * sum;
+    if (s.width == 1 && s.unit_length(i)) product[0] = sum = 0;  // x / |x| of one feature is 1 or -1, whatever x is
+    if (s.all_equal) {  // the weighted sum of equal rows, without what cancels on the sphere
+      for (int64_t k = 0; k < s.width; ++k) product[k] = s.unit_length(i) ? 0 : s.centre[k] * sum;
       sum = 0;
     }
-    const GramRow of = {rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.live(i), s.scale[i], sum};
-    char* to = out_row(call, group, kept[i]);
+    const RowGradient of = {
+        rows + (i - begin) * row_bytes, s.raw ? nullptr : s.centre, s.raw, s.unit_length(i), s.scale[i], sum};
+    char* to = out_row(term, group, valid[i]);
     if (direct) {
       auto* floats = reinterpret_cast<float*>(to);
-      call.table.finish(of, s.padded, pull, scratch.u, call.add ? floats : nullptr, floats);
+      term.table.input_gradient(of, s.padded, product, scratch.u, term.add ? floats : nullptr, floats);
       continue;
     }
-    if (call.add) call.table.widen(to, element, s.width, scratch.before);
-    call.table.finish(of, s.padded, pull, scratch.u, call.add ? scratch.before : nullptr, pull);
-    call.table.narrow(pull, element, s.width, to);
+    if (term.add) term.table.to_float32(to, element, s.width, scratch.before);
+    term.table.input_gradient(of, s.padded, product, scratch.u, term.add ? scratch.before : nullptr, product);
+    term.table.from_float32(product, element, s.width, to);
   }
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

@@ -17,53 +17,33 @@
 //
 // Apart from the upstream factor, W depends on its own group only. The gradient is therefore made in the forward, while
 // P and Q are there, for the expected upstream where the caller names one, else for 1: recomputing P and Q would be
-// twice the work. A group of at most kWhole rows is one thread's, its P and Q (the upper triangle computed) in that
-// thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads share
-// the group (gram/tiled.h); where there are more rows than features, and more than kFewRows, the Gram of the features
-// gives the same sums (gram/features.h). Sums are in an order that depends on shapes only.
+// twice the work. A group of at most kMostInCache rows is one thread's, its P and Q (the upper triangle computed) in
+// that thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads
+// share the group (gram/tiled.h); where there are more rows than features, and more than kFewRows, the Gram of the
+// features gives the same sums (gram/features.h). Sums are in an order that depends on shapes only.
 #include <tuple>
 
 #include "cpu/gram/features.h"
 #include "cpu/gram/in_cache.h"
+#include "cpu/gram/levels.h"
 #include "cpu/gram/tiled.h"
-#include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(GramTable, gram);
-
-namespace fastkd {
+namespace fastkd::gram {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-constexpr int64_t kWhole = 512;
+constexpr int64_t kMostInCache = 512;
 constexpr int64_t kFewRows = 320;  // up to here, gradients by features are less accurate than eager's near convergence
-enum Level : int64_t { kToken, kSequence, kOfficial };
-
-// What an op was asked for, whatever the pair.
-struct Question {
-  std::optional<Tensor> mask;
-  std::vector<int64_t> levels;
-  bool row, normalize;
-  double eps;
-};
-
-// A gradient per level (for upstream 1), or one of all levels together, or none; and the upstream of every level.
-struct Aim {
-  Tensors out;
-  std::vector<Upstream> upstream;
-};
-
 Tensor rows_side_by_side(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
 // The released code's groups: all positions are measured before the first gradient is known.
 template <class Work, class Each>
-void by_official_groups(const Call& call, const Each& each_group) {
-  OfficialGroups found(call.length, call.groups);
-  each_group([&](Work& work, int64_t group) { work.measure(group, &found.lines[group * call.length]); });
-  found.conclude_all(call);
-  if (call.out) each_group([&](Work& work, int64_t group) { work.apply(group, found); });
+void by_official_groups(const Term& term, const Each& each_group) {
+  OfficialGroups official(term.length, term.groups);
+  each_group([&](Work& work, int64_t group) { work.measure_rows(group, &official.rows[group * term.length]); });
+  official.conclude_all(term);
+  if (term.out) each_group([&](Work& work, int64_t group) { work.apply_official(group, official); });
 }
 
 // Whether z^T z of all features is less work than the Gram matrices: multiplications, and what bfloat16 units save.
@@ -75,88 +55,88 @@ bool features_are_fewer(double n, const Tensor& s, const Tensor& t, bool with_gr
   return n > kFewRows && n * (both * both + (with_gradient ? 2 * ds * both : 0)) < by_rows;
 }
 
-void correlate(const Call& call) {
-  if (call.by_features) {
-    Features work(call);
-    for (int64_t group = 0; group < call.groups; ++group) work.run(group);
+void correlate(const Term& term) {
+  if (term.by_features) {
+    Features work(term);
+    for (int64_t group = 0; group < term.groups; ++group) work.run(group);
     return;
   }
-  if (call.length > kWhole) {
+  if (term.length > kMostInCache) {
     const auto each_group = [&](const auto& f) {
-      Long work(call);
-      for (int64_t group = 0; group < call.groups; ++group) f(work, group);
+      Tiled work(term);
+      for (int64_t group = 0; group < term.groups; ++group) f(work, group);
     };
-    if (call.official) return by_official_groups<Long>(call, each_group);
-    return each_group([](Long& work, int64_t group) { work.run(group); });
+    if (term.official) return by_official_groups<Tiled>(term, each_group);
+    return each_group([](Tiled& work, int64_t group) { work.run(group); });
   }
   const auto each_group = [&](const auto& f) {
-    const int64_t worth = grain(call.length * call.length * (call.s.width + call.t.width), 1 << 20);
-    parallel_for(0, call.groups, worth, [&](int64_t begin, int64_t end) {
-      Whole work(call);
+    const int64_t least_groups = grain(term.length * term.length * (term.s.width + term.t.width), 1 << 20);
+    parallel_for(0, term.groups, least_groups, [&](int64_t begin, int64_t end) {
+      InCache work(term);
       for (int64_t group = begin; group < end; ++group) f(work, group);
     });
   };
-  if (call.official) return by_official_groups<Whole>(call, each_group);
-  each_group([](Whole& work, int64_t group) { work.run(group); });
+  if (term.official) return by_official_groups<InCache>(term, each_group);
+  each_group([](InCache& work, int64_t group) { work.run(group); });
 }
 
-Call call_of(const Question& asked, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
+Term term_of(const Args& args, int64_t level, bool with_gradient, const Tensor& s, const Tensor& t, Norms norms[2],
              Tensor& values, Tensor& valid) {
-  const GramTable& table = FASTKD_CHOOSE(gram);
-  const bool sequence = level != kToken, official = level == kOfficial && !asked.row;
+  const Table& table = chosen_table();
+  const bool sequence = level != kToken, official = level == kOfficial && !args.row;
   const int64_t groups = s.size(sequence ? 1 : 0), length = s.size(sequence ? 0 : 1);
   const std::vector<int64_t> shape =
-      asked.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
-  const bool by_line = asked.row || official;
-  const bool by_features = !by_line && features_are_fewer(double(length), s, t, with_gradient);
+      args.row ? std::vector<int64_t>{groups, length} : std::vector<int64_t>{official ? length : groups};
+  const bool per_row = args.row || official;
+  const bool by_features = !per_row && features_are_fewer(double(length), s, t, with_gradient);
   values = torch::stable::new_empty(s, shape, ScalarType::Float);
   valid = torch::stable::new_empty(s, shape, ScalarType::Bool);
-  Call call = {table,
-               Side(table, s, sequence, asked.normalize, by_line, by_features, norms),
-               Side(table, t, sequence, asked.normalize, by_line, by_features, norms + 1),
-               GroupMask(asked.mask, sequence, length),
+  Term term = {table,
+               GroupRows(table, s, sequence, args.normalize, per_row, by_features, norms),
+               GroupRows(table, t, sequence, args.normalize, per_row, by_features, norms + 1),
+               GroupMask(args.mask, sequence, length),
                groups,
                length,
                sequence,
-               asked.row,
+               args.row,
                official,
                by_features,
-               asked.eps,
+               args.eps,
                values.mutable_data_ptr<float>(),
                static_cast<bool*>(valid.mutable_data_ptr()),
                {},
                nullptr,
                0,
                false};
-  Side::agree(call.s, call.t);
-  return call;
+  GroupRows::align_strips(term.s, term.t);
+  return term;
 }
 
-// All levels of a pair of layers, one after another.
-void all_levels(const Question& asked, const Tensor& student, const Tensor& teacher, Aim& aim, Tensors* values,
+}  // namespace
+
+void all_levels(const Args& args, const Tensor& student, const Tensor& teacher, GradRequest& request, Tensors* values,
                 Tensors* valid) {
   const Tensor s = rows_side_by_side(student), t = rows_side_by_side(teacher);
   Norms norms[2];
-  for (size_t k = 0; k < asked.levels.size(); ++k) {
+  for (size_t k = 0; k < args.levels.size(); ++k) {
     Tensor one_minus_rho, counts;
-    Call call = call_of(asked, asked.levels[k], !aim.out.empty(), s, t, norms, one_minus_rho, counts);
-    if (!aim.out.empty()) {
-      const bool together = aim.out.size() == 1;
-      Tensor& out = aim.out[together ? 0 : k];
-      call.upstream = aim.upstream[k];
-      call.out = static_cast<char*>(out.mutable_data_ptr());
-      call.out_item = int64_t(out.element_size());
-      call.add = together && k > 0;
+    Term term = term_of(args, args.levels[k], !request.out.empty(), s, t, norms, one_minus_rho, counts);
+    if (!request.out.empty()) {
+      const bool together = request.out.size() == 1;
+      Tensor& out = request.out[together ? 0 : k];
+      term.upstream = request.upstream[k];
+      term.out = static_cast<char*>(out.mutable_data_ptr());
+      term.out_item = int64_t(out.element_size());
+      term.add = together && k > 0;
     }
-    correlate(call);
+    correlate(term);
     // With a mask, a level has seen the rows of its own groups only.
-    norms[0].known = norms[1].known = asked.normalize && !asked.mask;
+    norms[0].known = norms[1].known = args.normalize && !args.mask;
     if (values) values->push_back(one_minus_rho);
     if (valid) valid->push_back(counts);
   }
 }
 
-// float32 where the student is float16, whose range gradients leave before a scaler has had its say.
 Tensor gradient_like(const Tensor& student) {
   const bool bfloat16 = student.scalar_type() == ScalarType::BFloat16;
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)},
@@ -165,64 +145,63 @@ Tensor gradient_like(const Tensor& student) {
   return grad;
 }
 
-// Pairs of layers [B, N, D], D its own, and what is asked of them.
-void check_question(const Check& check, const Tensors& students, const Tensors& teachers, const Question& asked) {
+void check_args(const Check& check, const Tensors& students, const Tensors& teachers, const Args& args) {
   check.length("students", students, kAny);
   check.length("teachers", teachers, int64_t(students.size()));
-  check.length("levels", asked.levels, kAny);
-  for (const int64_t level : asked.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
+  check.length("levels", args.levels, kAny);
+  for (const int64_t level : args.levels) check.that(level >= kToken && level <= kOfficial, "levels", "0 to 2", level);
   check("students", students[0], kFloating, "[B, N, D]", {kAny, kAny, kAny}, 0);
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check("students", students, kFloating, "[B, N, D]", {B, N, kAny});
   check("teachers", teachers, kFloating, "[B, N, D]", {B, N, kAny});
   for (const auto* side : {&students, &teachers})
     for (const Tensor& x : *side) check.that(x.size(2) > 0, "students, teachers", "D > 0", "an empty axis");
-  check("mask", asked.mask, kBool, "[B, N]", {B, N});
+  check("mask", args.mask, kBool, "[B, N]", {B, N});
 }
 
-// What goes with the values of every term: [G], or row by row [G, R].
 void check_terms(const Check& check, const char* name, const Tensors& xs, unsigned dtype, const Tensors& students,
-                 const Question& asked) {
-  const size_t terms = asked.levels.size();
+                 const Args& args) {
+  const size_t terms = args.levels.size();
   const int64_t B = students[0].size(0), N = students[0].size(1);
   check.length(name, xs, int64_t(students.size() * terms));
   for (size_t i = 0; i < xs.size(); ++i) {
-    const int64_t level = asked.levels[i % terms];
-    if (asked.row)
+    const int64_t level = args.levels[i % terms];
+    if (args.row)
       check(name, xs[i], dtype, "[G, R]", {level == kToken ? B : N, level == kToken ? N : B}, int64_t(i));
     else
       check(name, xs[i], dtype, "[G]", {level == kSequence ? N : B}, int64_t(i));
   }
 }
 
+namespace {
 // A row's upstream is that of its group at the token and at the sequence level; elsewhere rows have many.
-bool units_do(const Question& asked) {
-  for (int64_t level : asked.levels)
-    if (level == kOfficial || asked.row) return false;
+bool unit_gradients_suffice(const Args& args) {
+  for (int64_t level : args.levels)
+    if (level == kOfficial || args.row) return false;
   return true;
 }
 
 std::tuple<Tensors, Tensors, Tensors> gram_fwd(Tensors students, Tensors teachers, std::optional<Tensor> mask,
                                                std::vector<int64_t> levels, bool row, bool normalize, double eps,
                                                bool with_gradient) {
-  const Question asked = {mask, levels, row, normalize, eps};
-  check_question(Check("gram_fwd"), students, teachers, asked);
+  const Args args = {mask, levels, row, normalize, eps};
+  check_args(Check("gram_fwd"), students, teachers, args);
   Tensors values, valid, saved;
   for (size_t pair = 0; pair < students.size(); ++pair) {
-    Aim aim = {{}, std::vector<Upstream>(levels.size())};
-    for (size_t k = 0; with_gradient && units_do(asked) && k < levels.size(); ++k)
-      aim.out.push_back(gradient_like(students[pair]));
-    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
-    saved.insert(saved.end(), aim.out.begin(), aim.out.end());
+    GradRequest request = {{}, std::vector<Upstream>(levels.size())};
+    for (size_t k = 0; with_gradient && unit_gradients_suffice(args) && k < levels.size(); ++k)
+      request.out.push_back(gradient_like(students[pair]));
+    all_levels(args, students[pair], teachers[pair], request, &values, &valid);
+    saved.insert(saved.end(), request.out.begin(), request.out.end());
   }
   return {values, valid, saved};
 }
 
 // What gram_fwd left for gram_bwd: nothing, or a gradient of every term.
-void check_units(const Check& check, Tensors& saved, const Tensors& students, const Question& asked) {
+void check_saved(const Check& check, Tensors& saved, const Tensors& students, const Args& args) {
   if (saved.empty()) return;
-  const size_t terms = asked.levels.size();
-  check.length("saved", saved, units_do(asked) ? int64_t(students.size() * terms) : 0);
+  const size_t terms = args.levels.size();
+  check.length("saved", saved, unit_gradients_suffice(args) ? int64_t(students.size() * terms) : 0);
   for (size_t i = 0; i < saved.size(); ++i) {
     const Tensor& student = students[i / terms];
     check.like("saved", saved[i], dtype_of(student) == kBF16 ? kBF16 : kF32, student, int64_t(i));
@@ -231,9 +210,8 @@ void check_units(const Check& check, Tensors& saved, const Tensors& students, co
 }
 
 // The sum of units, each times its upstream, in the student's dtype.
-Tensor weighted(const Tensor& student, const Question& asked, const std::vector<Upstream>& upstream,
-                const Tensor* units) {
-  const GramTable& table = FASTKD_CHOOSE(gram);
+Tensor weighted(const Tensor& student, const Args& args, const std::vector<Upstream>& upstream, const Tensor* units) {
+  const Table& table = chosen_table();
   Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
   use_huge_pages(grad);
   const int64_t positions = student.size(1), width = student.size(2), terms = int64_t(upstream.size());
@@ -245,21 +223,22 @@ Tensor weighted(const Tensor& student, const Question& asked, const std::vector<
     std::vector<const void*> from(terms);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t k = 0; k < terms; ++k) {
-        by[k] = upstream[k][asked.levels[k] == kToken ? i / positions : i % positions];
+        by[k] = upstream[k][args.levels[k] == kToken ? i / positions : i % positions];
         from[k] = static_cast<const char*>(units[k].const_data_ptr()) + i * row_in;
       }
-      table.blend(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
+      table.weighted_sum(from.data(), element_in, by.data(), terms, width, sum.data(), element_out, out + i * row_out);
     }
   });
   return grad;
 }
 
-// All levels' gradients once more, for the upstream that came.
-Tensor again(const Question& asked, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
-  Aim aim = {{gradient_like(student)}, std::move(upstream)};
-  all_levels(asked, student, teacher, aim, nullptr, nullptr);
-  if (student.scalar_type() != ScalarType::Half) return aim.out[0];
-  return weighted(student, asked, {Upstream()}, aim.out.data());
+}  // namespace
+
+Tensor recompute(const Args& args, const Tensor& student, const Tensor& teacher, std::vector<Upstream> upstream) {
+  GradRequest request = {{gradient_like(student)}, std::move(upstream)};
+  all_levels(args, student, teacher, request, nullptr, nullptr);
+  if (student.scalar_type() != ScalarType::Half) return request.out[0];
+  return weighted(student, args, {Upstream()}, request.out.data());
 }
 
 std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t terms) {
@@ -268,123 +247,27 @@ std::vector<Upstream> upstream_of(const Tensors& grads, size_t pair, size_t term
   return found;
 }
 
+namespace {
 Tensors gram_bwd(Tensors grads, Tensors students, Tensors teachers, std::optional<Tensor> mask, Tensors saved,
                  std::vector<int64_t> levels, bool row, bool normalize, double eps) {
-  const Question asked = {mask, levels, row, normalize, eps};
+  const Args args = {mask, levels, row, normalize, eps};
   const Check check("gram_bwd");
-  check_question(check, students, teachers, asked);
-  check_terms(check, "grads", grads, kF32, students, asked);
-  check_units(check, saved, students, asked);
+  check_args(check, students, teachers, args);
+  check_terms(check, "grads", grads, kF32, students, args);
+  check_saved(check, saved, students, args);
   Tensors found;
   const size_t terms = levels.size();
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   for (size_t pair = 0; pair < students.size(); ++pair) {
     const std::vector<Upstream> upstream = upstream_of(grads, pair, terms);
-    found.push_back(saved.empty() ? again(asked, students[pair], teachers[pair], upstream)
-                                  : weighted(students[pair], asked, upstream, &saved[pair * terms]));
+    found.push_back(saved.empty() ? recompute(args, students[pair], teachers[pair], upstream)
+                                  : weighted(students[pair], args, upstream, &saved[pair * terms]));
   }
   return found;
-}
-
-// What every value of a level will be multiplied by, if the caller does as it said: its weight, over the number of
-// values that count for a mean.
-std::vector<Upstream> expected_upstream(const Question& asked, const Tensor& student,
-                                        const std::vector<double>& weights, bool mean) {
-  std::vector<Upstream> found(asked.levels.size());
-  for (size_t k = 0; k < found.size(); ++k) {
-    const bool sequence = asked.levels[k] != kToken, official = asked.levels[k] == kOfficial && !asked.row;
-    const int64_t groups = student.size(sequence ? 1 : 0), length = student.size(sequence ? 0 : 1);
-    int64_t count = asked.row ? groups * length : official ? length : groups;
-    if (asked.mask && !official) {
-      count = 0;
-      const GroupMask mask(asked.mask, sequence, length);
-      for (int64_t group = 0; group < groups; ++group) {
-        const auto kept = int64_t(mask.kept(group).size());
-        count += asked.row ? kept : kept > 0;
-      }
-    }
-    found[k].all = float(weights[k]) / (mean && count > 0 ? float(count) : 1.f);
-  }
-  return found;
-}
-
-std::tuple<Tensors, Tensors, Tensors> gram_fwd_grad(Tensors students, Tensors teachers, std::optional<Tensor> mask,
-                                                    std::vector<int64_t> levels, bool row, bool normalize, double eps,
-                                                    std::vector<double> weights, bool mean) {
-  const Question asked = {mask, levels, row, normalize, eps};
-  const Check check("gram_fwd_grad");
-  check_question(check, students, teachers, asked);
-  check("students", students, kF32 | kBF16, "[B, N, D]", {kAny, kAny, kAny});
-  check.length("weights", weights, int64_t(levels.size()));
-  Tensors values, valid, grads;
-  for (size_t pair = 0; pair < students.size(); ++pair) {
-    Aim aim = {{gradient_like(students[pair])}, expected_upstream(asked, students[pair], weights, mean)};
-    all_levels(asked, students[pair], teachers[pair], aim, &values, &valid);
-    grads.push_back(aim.out[0]);
-  }
-  return {values, valid, grads};
-}
-
-// Whether every upstream that counts is the expected one times the same number, up to a few roundings; that number.
-std::optional<float> common_factor(const std::vector<Upstream>& expected, const Tensor* came, const Tensor* valid) {
-  constexpr float kRoundings = 4e-7f;
-  std::optional<float> factor;
-  for (size_t k = 0; k < expected.size(); ++k) {
-    const float* up = came[k].const_data_ptr<float>();
-    const bool* counts = valid[k].const_data_ptr<bool>();
-    for (int64_t i = 0; i < came[k].numel(); ++i) {
-      if (!counts[i]) continue;
-      const float ratio = up[i] / expected[k].all;
-      if (!factor) factor = ratio;
-      if (!(std::abs(ratio - *factor) <= kRoundings * std::abs(*factor))) return std::nullopt;
-    }
-  }
-  return !factor || std::abs(*factor - 1) <= kRoundings ? 1.f : *factor;
-}
-
-// Rescales the gradients made for the expected upstream gradient to the one that came; most often they are equal.
-void gram_rescale_grads(Tensors found, Tensors grads, Tensors valid, Tensors students, Tensors teachers,
-                        std::optional<Tensor> mask, std::vector<int64_t> levels, bool row, bool normalize, double eps,
-                        std::vector<double> weights, bool mean) {
-  const Question asked = {mask, levels, row, normalize, eps};
-  const Check check("gram_rescale_grads");
-  check_question(check, students, teachers, asked);
-  check_terms(check, "grads", grads, kF32, students, asked);
-  check_terms(check, "valid", valid, kBool, students, asked);
-  check.length("weights", weights, int64_t(levels.size()));
-  check.length("found", found, int64_t(students.size()));
-  for (size_t i = 0; i < found.size(); ++i) {
-    check.like("found", found[i], kF32 | kBF16, students[i], int64_t(i));
-    check.contiguous("found", found[i]);
-  }
-  for (Tensor& x : valid) x = dense(x);
-  const GramTable& table = FASTKD_CHOOSE(gram);
-  const size_t terms = levels.size();
-  for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
-  for (size_t pair = 0; pair < students.size(); ++pair) {
-    const std::vector<Upstream> expected = expected_upstream(asked, students[pair], weights, mean);
-    const std::optional<float> factor = common_factor(expected, &grads[pair * terms], &valid[pair * terms]);
-    if (!factor) {
-      torch::stable::copy_(found[pair], again(asked, students[pair], teachers[pair], upstream_of(grads, pair, terms)));
-      continue;
-    }
-    if (*factor == 1) continue;
-    auto* out = static_cast<char*>(found[pair].mutable_data_ptr());
-    const int element = element_of(found[pair]);
-    const int64_t width = students[pair].size(2), bytes = width * int64_t(found[pair].element_size());
-    const int64_t rows = students[pair].size(0) * students[pair].size(1);
-    parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(gram_padded(width));
-      for (int64_t i = begin; i < end; ++i) {
-        const void* from = out + i * bytes;
-        table.blend(&from, element, &*factor, 1, width, scratch.data(), element, out + i * bytes);
-      }
-    });
-  }
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::gram
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // Terms are pair 0 level 0, pair 0 level 1, pair 1 level 0, ...; levels: 0 token, 1 sequence by position, 2 sequence
@@ -401,13 +284,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "gram_fwd_grad(Tensor[] students, Tensor[] teachers, Tensor? mask, int[] levels, bool row, bool normalize, "
       "float eps, float[] weights, bool mean) -> (Tensor[], Tensor[], Tensor[])");
   m.def(
-      "gram_rescale_grads(Tensor(a!)[] found, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] teachers, "
+      "gram_rescale_grads(Tensor(a!)[] gradients, Tensor[] grads, Tensor[] valid, Tensor[] students, Tensor[] "
+      "teachers, "
       "Tensor? mask, int[] levels, bool row, bool normalize, float eps, float[] weights, bool mean) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("gram_fwd", TORCH_BOX(&fastkd::gram_fwd));
-  m.impl("gram_bwd", TORCH_BOX(&fastkd::gram_bwd));
-  m.impl("gram_fwd_grad", TORCH_BOX(&fastkd::gram_fwd_grad));
-  m.impl("gram_rescale_grads", TORCH_BOX(&fastkd::gram_rescale_grads));
+  m.impl("gram_fwd", TORCH_BOX(&fastkd::gram::gram_fwd));
+  m.impl("gram_bwd", TORCH_BOX(&fastkd::gram::gram_bwd));
 }

@@ -6,11 +6,13 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::gram {
+
 namespace {
 
 static_assert(kGramLanes % kLanes == 0, "padded rows must be whole vectors");
 
-inline vfloat load_row(const void* row, bool raw, int64_t k) {
+inline vfloat load_vector(const void* row, bool raw, int64_t k) {
   return raw ? load_bfloat16(static_cast<const uint16_t*>(row) + k) : load(static_cast<const float*>(row) + k);
 }
 
@@ -40,28 +42,28 @@ double sum_of_squares(const void* row, int64_t count) {
   char edge[kLanes * 4] = {};
   std::memcpy(edge, static_cast<const char*>(row) + whole * size, (count - whole) * size);
   return sum_in_runs(count > whole ? whole + kLanes : whole, [&](int64_t k) {
-    const vfloat x = k == whole ? load_row(edge, raw, 0) : load_row(row, raw, k);
+    const vfloat x = k == whole ? load_vector(edge, raw, 0) : load_vector(row, raw, k);
     return x * x;
   });
 }
 
-void copy(const void* row, int element, bool raw, int64_t count, void* out) {
+void copy_row(const void* row, int element, bool raw, int64_t count, void* out) {
   const int64_t size = raw ? 2 : 4;
   if (raw || as_floats(row, element, static_cast<float*>(out), count) == row) std::memcpy(out, row, count * size);
   std::memset(static_cast<char*>(out) + count * size, 0, (gram_padded(count) - count) * size);
 }
 
-double take(const void* row, int element, bool raw, int64_t count, void* out) {
-  if (out) copy(row, element, raw, count, out);
+double squared_norm(const void* row, int element, bool raw, int64_t count, void* out) {
+  if (out) copy_row(row, element, raw, count, out);
   if (out) row = out;
   return raw ? sum_of_squares<true>(row, count) : sum_of_squares<false>(row, count);
 }
 
-void add_scaled(const void* row, bool raw, float scale, int64_t count, float* sums) {
-  for (int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) + load_row(row, raw, k) * scale);
+void add_scaled_row(const void* row, bool raw, float scale, int64_t count, float* sums) {
+  for (int64_t k = 0; k < count; k += kLanes) store(sums + k, load(sums + k) + load_vector(row, raw, k) * scale);
 }
 
-double shift(const float* row, float scale, const float* centre, bool square, int64_t count, float* out) {
+double centre_row(const float* row, float scale, const float* centre, bool square, int64_t count, float* out) {
   return sum_in_runs(count, [&](int64_t k) {
     const vfloat c = load(centre + k), v = load(row + k) * scale - c;
     store(out + k, v);
@@ -69,8 +71,8 @@ double shift(const float* row, float scale, const float* centre, bool square, in
   });
 }
 
-void place(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i, const float* scale_j,
-           const float* offset_i, const float* offset_j) {
+void scale_and_offset(float* tile, int64_t stride, int64_t rows, int64_t columns, const float* scale_i,
+                      const float* scale_j, const float* offset_i, const float* offset_j) {
   const int64_t padded = gram_padded(columns);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = tile + i * stride;
@@ -80,8 +82,8 @@ void place(float* tile, int64_t stride, int64_t rows, int64_t columns, const flo
   }
 }
 
-void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, int64_t once,
-             double* sums) {
+void add_moments(const float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, int64_t once,
+                 double* sums) {
   vdouble pp = {}, qq = {}, pq = {};
   const auto add = [&](const float* a, const float* b, int64_t begin, int64_t end, double weight) {
     vfloat aa = {}, bb = {}, ab = {};
@@ -105,7 +107,7 @@ void moments(const float* p, const float* q, int64_t stride, int64_t rows, int64
 }
 
 // In float64: the gradient is the component of q orthogonal to p, and may be much smaller than these sums.
-GramMoments line(const float* p, const float* q, int64_t columns) {
+Moments row_moments(const float* p, const float* q, int64_t columns) {
   const int64_t whole = columns / kLanes * kLanes;
   const auto each = [&](float fill_p, float fill_q, const auto& add) {
     for (int64_t j = 0; j < whole; j += kLanes) add(load(p + j), load(q + j));
@@ -117,30 +119,30 @@ GramMoments line(const float* p, const float* q, int64_t columns) {
     std::copy(q + whole, q + columns, edge_q);
     add(load(edge_p), load(edge_q));
   };
-  GramMoments found = {double(columns), 0, 0, 0, 0, 0};
-  if (columns == 0) return found;
+  Moments moments_of_row = {double(columns), 0, 0, 0, 0, 0};
+  if (columns == 0) return moments_of_row;
   vdouble sum_p = {}, sum_q = {}, pp = {}, qq = {}, pq = {};
   each(0, 0, [&](vfloat x, vfloat y) {
     sum_p += wide(x);
     sum_q += wide(y);
   });
-  found.mean_p = sum_lanes(sum_p) / double(columns);
-  found.mean_q = sum_lanes(sum_q) / double(columns);
-  const auto mp = float(found.mean_p), mq = float(found.mean_q);
+  moments_of_row.mean_p = sum_lanes(sum_p) / double(columns);
+  moments_of_row.mean_q = sum_lanes(sum_q) / double(columns);
+  const auto mp = float(moments_of_row.mean_p), mq = float(moments_of_row.mean_q);
   each(mp, mq, [&](vfloat x, vfloat y) {
     const vdouble a = wide(x - mp), b = wide(y - mq);
     pp += a * a;
     qq += b * b;
     pq += a * b;
   });
-  found.pp = sum_lanes(pp);
-  found.qq = sum_lanes(qq);
-  found.pq = sum_lanes(pq);
-  return found;
+  moments_of_row.pp = sum_lanes(pp);
+  moments_of_row.qq = sum_lanes(qq);
+  moments_of_row.pq = sum_lanes(pq);
+  return moments_of_row;
 }
 
-void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const GramLines& i,
-             const GramLines& j) {
+void symmetric_weights(float* p, const float* q, int64_t stride, int64_t rows, int64_t columns, const RowWeights& i,
+                       const RowWeights& j) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = p + r * stride;
     const float* other = q + r * stride;
@@ -156,15 +158,7 @@ void combine(float* p, const float* q, int64_t stride, int64_t rows, int64_t col
   }
 }
 
-void mirror(float* matrix, int64_t stride, int64_t begin, int64_t end, int64_t size) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t j = end; j < size; j += kBlock)
-    for (int64_t i = begin; i < end; i += kBlock)
-      for (int64_t b = j; b < j + kBlock && b < size; ++b)
-        for (int64_t a = i; a < i + kBlock && a < end; ++a) matrix[b * stride + a] = matrix[a * stride + b];
-}
-
-double weigh(float* row, int64_t count, const float* scale) {
+double sum_and_scale(float* row, int64_t count, const float* scale) {
   vdouble sum = {};
   for (int64_t k = 0; k < count; k += kLanes) {
     const vfloat x = load(row + k);
@@ -174,47 +168,48 @@ double weigh(float* row, int64_t count, const float* scale) {
   return sum_lanes(sum);
 }
 
-void finish(const GramRow& of, int64_t count, float* pull, float* scratch, const float* before, float* out) {
+void input_gradient(const RowGradient& of, int64_t count, float* product, float* scratch, const float* before,
+                    float* out) {
   vfloat along_u = {};
   const auto* v = static_cast<const float*>(of.row);
   for (int64_t k = 0; k < count; k += kLanes) {
-    vfloat u, d = load(pull + k);
+    vfloat u, d = load(product + k);
     if (of.raw) {
-      u = load_row(of.row, true, k) * of.scale;
+      u = load_vector(of.row, true, k) * of.scale;
     } else {
       const vfloat c = load(of.centre + k);
       u = load(v + k) + c;
       d += (of.project ? -load(v + k) : c) * of.sum;
     }
     store(scratch + k, u);
-    store(pull + k, d);
+    store(product + k, d);
     along_u += u * d;
   }
   const float along = of.project ? sum_lanes(along_u) : 0.f;
   for (int64_t k = 0; k < count; k += kLanes) {
-    const vfloat d = load(pull + k), x = (of.project ? d - load(scratch + k) * along : d) * of.scale;
+    const vfloat d = load(product + k), x = (of.project ? d - load(scratch + k) * along : d) * of.scale;
     store(out + k, before ? load(before + k) + x : x);
   }
 }
 
-void accumulate(const float* from, int64_t count, double* into) {
+void add_to_float64(const float* from, int64_t count, double* into) {
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) into[k] += from[k];
 }
 
-void widen(const void* in, int element, int64_t count, float* out) {
+void to_float32(const void* in, int element, int64_t count, float* out) {
   if (as_floats(in, element, out, count) == in) std::memcpy(out, in, count * sizeof(float));
 }
 
-void narrow(const float* in, int element, int64_t count, void* out) {
+void from_float32(const float* in, int element, int64_t count, void* out) {
   if (element == 0)
     std::memcpy(out, in, count * sizeof(float));
   else
     (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
 }
 
-void blend(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
-           int element_out, void* out) {
+void weighted_sum(const void* const* rows, int element, const float* by, int64_t terms, int64_t count, float* sum,
+                  int element_out, void* out) {
   const int64_t whole = count / kLanes * kLanes, size = element == 1 ? 2 : 4;
   for (int64_t k = 0; k < count; k += kLanes) {
     vfloat total = {};
@@ -222,15 +217,17 @@ void blend(const void* const* rows, int element, const float* by, int64_t terms,
       char edge[kLanes * 4] = {};
       const char* from = static_cast<const char*>(rows[term]) + k * size;
       if (k == whole) from = static_cast<char*>(std::memcpy(edge, from, (count - k) * size));
-      total += load_row(from, element == 1, 0) * by[term];
+      total += load_vector(from, element == 1, 0) * by[term];
     }
     store(sum + k, total);
   }
-  narrow(sum, element_out, count, out);
+  from_float32(sum, element_out, count, out);
 }
 
 }  // namespace
 
-extern const GramTable FASTKD_TABLE(gram);
-const GramTable FASTKD_TABLE(gram) = {copy,   take,  add_scaled, shift,      place, moments, line, combine,
-                                      mirror, weigh, finish,     accumulate, widen, narrow,  blend};
+const Table FASTKD_TABLE(table) = {copy_row,       squared_norm, add_scaled_row,    centre_row,    scale_and_offset,
+                                   add_moments,    row_moments,  symmetric_weights, sum_and_scale, input_gradient,
+                                   add_to_float64, to_float32,   from_float32,      weighted_sum};
+
+}  // namespace fastkd::gram

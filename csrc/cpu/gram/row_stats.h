@@ -1,66 +1,70 @@
-// What becomes of the rows of P and Q one by one: in matrix-wise correlation nothing, in row-wise one each, and in the
-// released code's, where line (n, a) of the buffer [N, B, B] belongs to group (n B + a) / N, many to a correlation.
+// The statistics and weights of single rows of P and Q: one correlation is of all rows of a matrix, of one row each
+// (row-wise), or, in the released code, of many: there row (n, a) of the buffer [N, B, B] belongs to group (n B + a) /
+// N.
 #pragma once
 
 #include "cpu/gram/args.h"
 
-namespace fastkd {
+namespace fastkd::gram {
 
-inline void set_line(const GramLines& lines, int64_t i, Weights weights, double mean_p, double mean_q) {
+inline void set_row(const RowWeights& row_weights, int64_t i, Weights weights, double mean_p, double mean_q) {
   const double along = weights.of_q == 0 ? 0 : -weights.of_p / weights.of_q;
-  lines.of_q[i] = float(weights.of_q);
-  lines.high[i] = float(along);
-  lines.low[i] = float(along - double(lines.high[i]));
-  lines.mean_p[i] = float(mean_p);
-  lines.mean_q[i] = float(mean_q);
-  lines.rest[i] = float(along * (mean_p - double(lines.mean_p[i])) - (mean_q - double(lines.mean_q[i])));
+  row_weights.of_q[i] = float(weights.of_q);
+  row_weights.high[i] = float(along);
+  row_weights.low[i] = float(along - double(row_weights.high[i]));
+  row_weights.mean_p[i] = float(mean_p);
+  row_weights.mean_q[i] = float(mean_q);
+  row_weights.rest[i] =
+      float(along * (mean_p - double(row_weights.mean_p[i])) - (mean_q - double(row_weights.mean_q[i])));
 }
 
 // The same weights for rows [begin, end), whose means are 0.
-inline void fill_lines(const GramLines& lines, int64_t begin, int64_t end, Weights weights) {
-  for (int64_t i = begin; i < end; ++i) set_line(lines, i, weights, 0, 0);
+inline void fill_rows(const RowWeights& row_weights, int64_t begin, int64_t end, Weights weights) {
+  for (int64_t i = begin; i < end; ++i) set_row(row_weights, i, weights, 0, 0);
 }
 
-// Of a row of zeros, what is left of a line without its mean is 0; the mean of equal floats may be rounded.
-inline GramMoments without_rounding(const Call& call, GramMoments of, int64_t i) {
-  if (call.s.zero(i)) of.pp = of.pq = 0;
-  if (call.t.zero(i)) of.qq = of.pq = 0;
+// A row of zeros has a constant row of the Gram, whose moments about its mean are 0; the mean itself may be rounded.
+inline Moments without_rounding(const Term& term, Moments of, int64_t i) {
+  if (term.s.is_zero(i)) of.pp = of.pq = 0;
+  if (term.t.is_zero(i)) of.qq = of.pq = 0;
   return of;
 }
 
 // Row-wise: `place` is the row's among the values.
-inline void conclude_row(const Call& call, int64_t place, const GramMoments& line, const GramLines& lines, int64_t i) {
-  const GramMoments of = without_rounding(call, line, i);
-  const Weights weights = conclude(of.pp, of.qq, of.pq, call.eps, call.upstream[place], call.values + place);
-  set_line(lines, i, of.count == 1 ? Weights{} : weights, of.mean_p, of.mean_q);
+inline void conclude_row(const Term& term, int64_t value_index, const Moments& row, const RowWeights& row_weights,
+                         int64_t i) {
+  const Moments of = without_rounding(term, row, i);
+  const Weights weights =
+      value_and_weights(of.pp, of.qq, of.pq, term.eps, term.upstream[value_index], term.values + value_index);
+  set_row(row_weights, i, of.count == 1 ? Weights{} : weights, of.mean_p, of.mean_q);
 }
 
 // What a group begins with: its values are there (0 where nothing counts), and so are the rows that have no gradient.
-inline void start_group(const Call& call, int64_t group, const std::vector<int64_t>& kept) {
-  write_zeros(call, group, kept);
-  if (!call.row) {
-    call.valid[group] = !kept.empty();
-    call.values[group] = 0;
+inline void start_group(const Term& term, int64_t group, const std::vector<int64_t>& valid) {
+  write_zeros(term, group, valid);
+  if (!term.row) {
+    term.valid[group] = !valid.empty();
+    term.values[group] = 0;
     return;
   }
-  for (int64_t i = 0; i < call.length; ++i) {
-    call.valid[group * call.length + i] = false;
-    call.values[group * call.length + i] = 0;
+  for (int64_t i = 0; i < term.length; ++i) {
+    term.valid[group * term.length + i] = false;
+    term.values[group * term.length + i] = 0;
   }
-  for (int64_t i : kept) call.valid[group * call.length + i] = true;
+  for (int64_t i : valid) term.valid[group * term.length + i] = true;
 }
 
-// Moments of one line, or of many; means are of the entries themselves, not of what is left without a position's mean.
-using LineSums = GramMoments;
+// The moments with means of the entries themselves: `levels` are the means that were subtracted from P and Q.
+using Moments = Moments;
 
-inline LineSums line_sums(const Call& call, const GramMoments& line, int64_t i, const double levels[2]) {
-  GramMoments of = without_rounding(call, line, i);
+inline Moments with_levels(const Term& term, const Moments& row, int64_t i, const double levels[2]) {
+  Moments of = without_rounding(term, row, i);
   of.mean_p += levels[0];
   of.mean_q += levels[1];
   return of;
 }
 
-inline void merge(GramMoments& into, const GramMoments& other) {
+inline void merge(Moments& into, const Moments& other) {
   if (other.count == 0) return;
   const double count = into.count + other.count, share = into.count * other.count / count;
   const double p = other.mean_p - into.mean_p, q = other.mean_q - into.mean_q;
@@ -72,37 +76,38 @@ inline void merge(GramMoments& into, const GramMoments& other) {
   into.count = count;
 }
 
-// The released code's groups: as many as there are sequences, of as many lines each as there are positions.
+// The released code's groups: as many as there are sequences, of as many rows each as there are positions.
 struct OfficialGroups {
   int64_t sequences, positions;
-  std::vector<LineSums> lines;  // [positions, sequences]
-  std::vector<GramMoments> groups;
+  std::vector<Moments> rows;  // [positions, sequences]
+  std::vector<Moments> groups;
   std::vector<Weights> weights;
 
   OfficialGroups(int64_t sequences, int64_t positions)
       : sequences(sequences),
         positions(positions),
-        lines(sequences * positions),
+        rows(sequences * positions),
         groups(sequences),
         weights(sequences) {}
 
-  void conclude_all(const Call& call) {
-    for (size_t line = 0; line < lines.size(); ++line) merge(groups[line / positions], lines[line]);
+  void conclude_all(const Term& term) {
+    for (size_t row = 0; row < rows.size(); ++row) merge(groups[row / positions], rows[row]);
     for (int64_t g = 0; g < sequences; ++g) {
-      const GramMoments& of = groups[g];
-      call.valid[g] = of.count > 0;
-      call.values[g] = 0;
+      const Moments& of = groups[g];
+      term.valid[g] = of.count > 0;
+      term.values[g] = 0;
       if (of.count == 0) continue;
-      weights[g] = conclude(of.pp, of.qq, of.pq, call.eps, call.upstream[g], call.values + g);
-      if (call.s.normalize && sequences == 1) weights[g] = {};  // all entries are 1: what is left is rounding
+      weights[g] = value_and_weights(of.pp, of.qq, of.pq, term.eps, term.upstream[g], term.values + g);
+      if (term.s.normalize && sequences == 1) weights[g] = {};  // all entries are 1: what is left is rounding
     }
   }
 
-  // The i-th line that counts at a position, `sequence` of it.
-  void line(int64_t position, int64_t sequence, const double levels[2], const GramLines& lines, int64_t i) const {
+  // The weights of the i-th valid row at a position; `sequence` is its place among all of them.
+  void set_weights(int64_t position, int64_t sequence, const double levels[2], const RowWeights& row_weights,
+                   int64_t i) const {
     const int64_t g = (position * sequences + sequence) / positions;
-    set_line(lines, i, weights[g], groups[g].mean_p - levels[0], groups[g].mean_q - levels[1]);
+    set_row(row_weights, i, weights[g], groups[g].mean_p - levels[0], groups[g].mean_q - levels[1]);
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::gram

@@ -14,9 +14,7 @@
 #include "cpu/layer_cost/space.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kCacheBytes = 512 << 10;  // for the scores of all layers: half of a second cache
@@ -71,7 +69,7 @@ void sums_of_scores(const AttentionShape& shape, const Layers& layers, const std
                     const std::vector<int>& teachers, double* sums) {
   const int n = int(students.size()), m = int(teachers.size());
   const int64_t pairs = int64_t(n) * m;
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   std::vector<int> chosen = students;
   for (const int j : teachers) chosen.push_back(layers.students + j);
   std::vector<bool> used(layers.count());
@@ -90,7 +88,7 @@ void sums_of_scores(const AttentionShape& shape, const Layers& layers, const std
           unit.compute(chosen[c], begin, rows);
           data[c] = unit.scores[chosen[c]].data();
         }
-        table.distances(data.data(), kScores, n, data.data() + n, kScores, m, rows * unit.padded, lanes.data());
+        table.squared_distances(data.data(), kScores, n, data.data() + n, kScores, m, rows * unit.padded, lanes.data());
       }
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const double* own = lanes.data() + pair * kLayerSums;
@@ -107,13 +105,13 @@ void sums_of_scores(const AttentionShape& shape, const Layers& layers, const std
 // The identity's sums; those that it cannot vouch for, because a student is near a teacher, from the scores.
 void sums_by_identity(const AttentionShape& shape, const Layers& layers, double* sums) {
   const int n = layers.students, m = layers.teachers;
-  std::vector<double> doubts(n * m);
-  identity_sums(shape, layers, sums, doubts.data());
+  std::vector<double> error_bounds(n * m);
+  identity_sums(shape, layers, sums, error_bounds.data());
   for (int i = 0; i < n; ++i) {
-    std::vector<int> doubtful;
+    std::vector<int> inaccurate;
     for (int j = 0; j < m; ++j)
-      if (!(doubts[i * m + j] <= kTrusted * sums[i * m + j])) doubtful.push_back(j);  // a NaN is doubtful too
-    if (!doubtful.empty()) sums_of_scores(shape, layers, {i}, doubtful, sums);
+      if (!(error_bounds[i * m + j] <= kTrusted * sums[i * m + j])) inaccurate.push_back(j);  // a NaN is doubtful too
+    if (!inaccurate.empty()) sums_of_scores(shape, layers, {i}, inaccurate, sums);
   }
 }
 
@@ -167,7 +165,7 @@ Tensor attention_cost_fwd(std::vector<Tensor> sq, std::vector<Tensor> sk, std::v
 }
 
 // The gradients of one student's queries and keys in one unit of work.
-struct PullOfScores {
+struct ScoreGradient {
   std::vector<float> slope, of_queries, of_keys;  // [block, padded], [block, d], [keys that count, d]
   std::vector<char> keys, packed_slope, packed_queries;
 
@@ -179,7 +177,7 @@ struct PullOfScores {
     const GemmSource x = unit.keys_of(i);
     const Gemm& product = gemm(x.element, true);
     keys.resize(product.bytes_b(x.k, x.rows));
-    product.pack_b(turned(x), keys.data());
+    product.pack_b(transposed(x), keys.data());
   }
   // slope = sum of weight (S - T); queries get slope K, keys slope^T Q.
   void run(Scores& unit, int i, int64_t begin, int64_t rows) {
@@ -192,24 +190,24 @@ struct PullOfScores {
     product.tile(packed_slope.data(), keys.data(), {rows, width, unit.valid}, {of_queries.data(), width, scale, false});
     packed_queries.resize(product.bytes_b(width, rows));
     product.pack_a({slope.data(), kFloat32, 1, unit.padded, unit.valid, rows}, packed_slope.data());
-    product.pack_b(turned(q), packed_queries.data());
+    product.pack_b(transposed(q), packed_queries.data());
     product.tile(packed_slope.data(), packed_queries.data(), {unit.valid, width, rows},
                  {of_keys.data(), width, scale, true});
   }
 };
 
 // The gradients of those students that are wanted.
-void pulls_of_scores(const AttentionShape& shape, const Layers& layers, std::vector<Pull> pulls,
-                     const std::vector<Target>& to_q, const std::vector<Target>& to_k,
-                     const std::vector<bool>& wanted) {
+void gradients_from_scores(const AttentionShape& shape, const Layers& layers, std::vector<WeightedTeachers> teachers_of,
+                           const std::vector<GradientOutput>& to_q, const std::vector<GradientOutput>& to_k,
+                           const std::vector<bool>& wanted) {
   const int n = layers.students;
   for (int i = 0; i < n; ++i)
-    if (!wanted[i]) pulls[i] = {};
-  const std::vector<bool> used = used_layers(pulls, layers.teachers);
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+    if (!wanted[i]) teachers_of[i] = {};
+  const std::vector<bool> used = used_layers(teachers_of, layers.teachers);
+  const Table& table = chosen_table();
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     Scores unit(shape, layers);
-    std::vector<PullOfScores> own(n);
+    std::vector<ScoreGradient> own(n);
     std::vector<const void*> chosen;
     for (int64_t u = first; u < last; ++u) {
       unit.begin(u, used);
@@ -223,8 +221,8 @@ void pulls_of_scores(const AttentionShape& shape, const Layers& layers, std::vec
           const int64_t width = layers.q[i].width;
           if (used[i] && unit.valid) {
             chosen.clear();
-            for (const int j : pulls[i].teacher) chosen.push_back(unit.scores[n + j].data());
-            table.gradient(unit.scores[i].data(), kScores, chosen.data(), kScores, pulls[i].weight.data(),
+            for (const int j : teachers_of[i].teacher) chosen.push_back(unit.scores[n + j].data());
+            table.gradient(unit.scores[i].data(), kScores, chosen.data(), kScores, teachers_of[i].weight.data(),
                            int(chosen.size()), rows * unit.padded, nullptr, false, own[i].slope.data());
             own[i].run(unit, i, begin, rows);
           } else {
@@ -249,22 +247,24 @@ std::vector<Tensor> attention_cost_bwd(const Tensor& grad, std::vector<Tensor> s
   const Tensor keep = mask ? torch::stable::contiguous(*mask) : Tensor();
   const AttentionShape shape = shape_of(sq, sk, mask ? keep.const_data_ptr<bool>() : nullptr, causal);
   const Layers layers(sq, sk, tq, tk, scales);
-  const std::vector<Pull> pulls = pulls_of(grad, layers.students, layers.teachers, shape.entries());
-  const std::vector<Target> to_q(sq.begin(), sq.end()), to_k(sk.begin(), sk.end());
+  const std::vector<WeightedTeachers> teachers_of =
+      weighted_teachers(grad, layers.students, layers.teachers, shape.entries());
+  const std::vector<GradientOutput> to_q(sq.begin(), sq.end()), to_k(sk.begin(), sk.end());
   std::vector<bool> wanted(layers.students, true);
-  if (identity_is_cheaper(shape, layers, pulls)) wanted = identity_pulls(shape, layers, pulls, to_q, to_k);
+  if (identity_is_cheaper(shape, layers, teachers_of))
+    wanted = identity_gradients(shape, layers, teachers_of, to_q, to_k);
   if (std::find(wanted.begin(), wanted.end(), true) != wanted.end())
-    pulls_of_scores(shape, layers, pulls, to_q, to_k, wanted);
+    gradients_from_scores(shape, layers, teachers_of, to_q, to_k, wanted);
   std::vector<Tensor> grads;
   for (const auto* side : {&to_q, &to_k})
-    for (const Target& target : *side) grads.push_back(target.tensor);
+    for (const GradientOutput& target : *side) grads.push_back(target.tensor);
   return grads;
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("attention_cost_fwd", TORCH_BOX(&fastkd::attention_cost_fwd));
-  m.impl("attention_cost_bwd", TORCH_BOX(&fastkd::attention_cost_bwd));
+  m.impl("attention_cost_fwd", TORCH_BOX(&fastkd::layer_cost::attention_cost_fwd));
+  m.impl("attention_cost_bwd", TORCH_BOX(&fastkd::layer_cost::attention_cost_bwd));
 }

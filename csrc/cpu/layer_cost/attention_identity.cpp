@@ -17,9 +17,7 @@
 #include "cpu/layer_cost/space.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kChunk = 256;  // rows of a product that are added up in float32
@@ -27,18 +25,18 @@ constexpr int64_t kRowsAtOnce = 256;
 constexpr double kPart =
     0.5 * 16 * 6e-8;  // error of one product's sum, of the root of the squares: sqrt(kChunk) eps / 2
 constexpr double kSafety = 4;
-constexpr double kPullPart = 2 * kPart;          // of a student's own term, in its gradients
+constexpr double kGradientPart = 2 * kPart;      // of a student's own term, in its gradients
 constexpr double kForward = 1.4, kBackward = 2;  // a product here costs as many of the scores', by measurement
 
 using Matrix = std::vector<double>;  // [d of one layer, d of another]
 
-// One side (queries or keys) of all layers in one unit, turned and packed chunk by chunk.
-class Side {
+// One side (queries or keys) of all layers in one unit, transposed and packed chunk by chunk.
+class PackedChunks {
  public:
   int64_t rows = 0;
   std::vector<GemmSource> source;
 
-  explicit Side(int layers) : source(layers), a_(layers), b_(layers) {}
+  explicit PackedChunks(int layers) : source(layers), a_(layers), b_(layers) {}
 
   void pack(int l, const GemmSource& x) {
     const Gemm& product = gemm(kFloat32);
@@ -49,7 +47,7 @@ class Side {
     const int64_t item = x.element == kFloat32 ? 4 : 2;
     for (int64_t c = 0; c < chunks(); ++c) {
       const char* data = static_cast<const char*>(x.data) + c * kChunk * x.row_stride * item;
-      const GemmSource part = turned({data, x.element, x.row_stride, x.k_stride, length(c), x.k});
+      const GemmSource part = transposed({data, x.element, x.row_stride, x.k_stride, length(c), x.k});
       a_[l][c].resize(product.bytes_a(part.rows, part.k));
       b_[l][c].resize(product.bytes_b(part.rows, part.k));
       product.pack_a(part, a_[l][c].data());
@@ -81,9 +79,9 @@ struct Inner {
   double value = 0, variance = 0;
 };
 
-class Sums : public AttentionUnit {
+class IdentitySums : public AttentionUnit {
  public:
-  Sums(const AttentionShape& shape, const Layers& layers)
+  IdentitySums(const AttentionShape& shape, const Layers& layers)
       : AttentionUnit(shape, layers),
         q_(layers.count()),
         k_(layers.count()),
@@ -107,7 +105,7 @@ class Sums : public AttentionUnit {
   }
 
  private:
-  Side q_, k_;
+  PackedChunks q_, k_;
   std::vector<std::vector<double>> diagonal_q_, diagonal_k_;  // squares of the columns
   std::vector<Inner> own_;
   Matrix of_q_, of_k_;
@@ -141,13 +139,13 @@ double squares(const std::vector<float>& x) {
 
 // The gradients of one student in one unit: sum over layers of c_l X_l (Y_l^T Y_i), for queries X and keys Y, and with
 // the two exchanged. The first layer is the student itself: where the others cancel its term, its rounding is left.
-struct Squares {
+struct SquaredNorms {
   double own = 0, all = 0;  // of the first term, and of the gradient
 };
-class PullOfProducts {
+class IdentityGradient {
  public:
-  const std::vector<float>& run(Side& x, Side& y, int i, const std::vector<int>& of, const std::vector<float>& weights,
-                                Squares& found) {
+  const std::vector<float>& run(PackedChunks& x, PackedChunks& y, int i, const std::vector<int>& of,
+                                const std::vector<float>& weights, SquaredNorms& found) {
     const Gemm& product = gemm(kFloat32);
     const int64_t width = x.source[i].k, rows = x.rows;
     out_.assign(rows * width, 0.f);
@@ -195,15 +193,16 @@ bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers) {
   return kForward * by_identity < by_scores;
 }
 
-bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls) {
+bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers,
+                         const std::vector<WeightedTeachers>& teachers_of) {
   if (shape.causal) return false;
   double widths = 0, of_products = 0;
   for (int i = 0; i < layers.students; ++i) {
-    if (pulls[i].teacher.empty()) continue;
+    if (teachers_of[i].teacher.empty()) continue;
     const double d = double(layers.q[i].width);
     widths += 3 * d;
     of_products += 2 * d * d;
-    for (const int j : pulls[i].teacher) {
+    for (const int j : teachers_of[i].teacher) {
       widths += layers.q[layers.students + j].width + 1.;
       of_products += 2 * d * layers.q[layers.students + j].width;
     }
@@ -212,12 +211,12 @@ bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers, cons
   return kBackward * double(shape.queries + shape.keys) * of_products < by_scores;
 }
 
-void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* doubts) {
+void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* error_bounds) {
   const int m = layers.teachers;
   const int64_t pairs = int64_t(layers.students) * m;
   std::vector<Inner> partial(shape.units() * pairs);
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
-    Sums unit(shape, layers);
+    IdentitySums unit(shape, layers);
     for (int64_t u = first; u < last; ++u) {
       unit.begin(u);
       for (int64_t pair = 0; unit.valid && pair < pairs; ++pair)
@@ -231,20 +230,21 @@ void identity_sums(const AttentionShape& shape, const Layers& layers, double* su
       total.variance += partial[u * pairs + pair].variance;
     }
     sums[pair] = total.value;
-    doubts[pair] = kSafety * std::sqrt(total.variance);
+    error_bounds[pair] = kSafety * std::sqrt(total.variance);
   }
 }
 
-std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                                 const std::vector<Target>& to_q, const std::vector<Target>& to_k) {
+std::vector<bool> identity_gradients(const AttentionShape& shape, const Layers& layers,
+                                     const std::vector<WeightedTeachers>& teachers_of,
+                                     const std::vector<GradientOutput>& to_q, const std::vector<GradientOutput>& to_k) {
   const int n = layers.students;
-  std::vector<Squares> of_q(shape.units() * n), of_k(shape.units() * n);
-  const std::vector<bool> used = used_layers(pulls, layers.teachers);
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  std::vector<SquaredNorms> of_q(shape.units() * n), of_k(shape.units() * n);
+  const std::vector<bool> used = used_layers(teachers_of, layers.teachers);
+  const Table& table = chosen_table();
   parallel_for(0, shape.units(), 1, [&](int64_t first, int64_t last) {
     AttentionUnit unit(shape, layers);
-    Side q(layers.count()), k(layers.count());
-    PullOfProducts pull;
+    PackedChunks q(layers.count()), k(layers.count());
+    IdentityGradient gradient;
     for (int64_t u = first; u < last; ++u) {
       unit.begin(u);
       for (int l = 0; unit.valid && l < layers.count(); ++l) {
@@ -256,29 +256,29 @@ std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& laye
         std::vector<int> of{i};
         std::vector<float> weights{0.f};
         const float scale = layers.scale[i];
-        for (size_t p = 0; p < pulls[i].teacher.size(); ++p) {
-          of.push_back(n + pulls[i].teacher[p]);
-          weights.push_back(-pulls[i].weight[p] * scale * layers.scale[of.back()]);
-          weights[0] += pulls[i].weight[p] * scale * scale;
+        for (size_t p = 0; p < teachers_of[i].teacher.size(); ++p) {
+          of.push_back(n + teachers_of[i].teacher[p]);
+          weights.push_back(-teachers_of[i].weight[p] * scale * layers.scale[of.back()]);
+          weights[0] += teachers_of[i].weight[p] * scale * scale;
         }
         const bool any = unit.valid && used[i];
         const std::vector<float> nothing(any ? 0 : shape.queries * layers.q[i].width, 0.f);
-        const float* rows = any ? pull.run(q, k, i, of, weights, of_q[u * n + i]).data() : nothing.data();
+        const float* rows = any ? gradient.run(q, k, i, of, weights, of_q[u * n + i]).data() : nothing.data();
         for (int64_t s = 0; s < shape.queries; ++s)
           to_q[i].write(table, unit.b, unit.h, s, rows + s * layers.q[i].width);
-        to_k[i].write_keys(table, unit, any ? pull.run(k, q, i, of, weights, of_k[u * n + i]).data() : nullptr);
+        to_k[i].write_keys(table, unit, any ? gradient.run(k, q, i, of, weights, of_k[u * n + i]).data() : nullptr);
       }
     }
   });
-  std::vector<bool> doubtful(n);
+  std::vector<bool> inaccurate(n);
   for (int i = 0; i < n; ++i)
     for (const auto* side : {&of_q, &of_k}) {
-      Squares total;
+      SquaredNorms total;
       for (int64_t u = 0; u < shape.units(); ++u)
         total.own += (*side)[u * n + i].own, total.all += (*side)[u * n + i].all;
-      if (!(kPullPart * kPullPart * total.own <= kTrusted * kTrusted * total.all)) doubtful[i] = true;
+      if (!(kGradientPart * kGradientPart * total.own <= kTrusted * kTrusted * total.all)) inaccurate[i] = true;
     }
-  return doubtful;
+  return inaccurate;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

@@ -1,4 +1,4 @@
-// Queries and keys of every layer, one head of one sequence at a time: what attention_cost's two ways share.
+// Queries and keys of every layer, one head of one sequence at a time: what the two methods of attention_cost share.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include "cpu/layer_cost/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::layer_cost {
 
 // Queries [B, H, S, d] or keys [B, H, S', d] of one layer.
 struct LayerHeads {
@@ -100,16 +100,16 @@ class AttentionUnit {
   std::vector<std::vector<char>> keys_;
 };
 
-inline GemmSource turned(const GemmSource& x) { return {x.data, x.element, x.k_stride, x.row_stride, x.k, x.rows}; }
+inline GemmSource transposed(const GemmSource& x) { return {x.data, x.element, x.k_stride, x.row_stride, x.k, x.rows}; }
 
 // A gradient [B, H, S, d] on its way out: rows of floats, in the layer's own element.
-struct Target {
+struct GradientOutput {
   Tensor tensor;
   char* data;
   int element;
   int64_t item, heads, length, width;
 
-  explicit Target(const Tensor& like)
+  explicit GradientOutput(const Tensor& like)
       : tensor(torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)})),
         data(static_cast<char*>(tensor.mutable_data_ptr())),
         element(element_of(like)),
@@ -118,15 +118,15 @@ struct Target {
         length(like.size(2)),
         width(like.size(3)) {}
 
-  void write(const LayerCostTable& table, int64_t b, int64_t h, int64_t s, const float* from) const {
+  void write(const Table& table, int64_t b, int64_t h, int64_t s, const float* from) const {
     char* to = data + ((b * heads + h) * length + s) * width * item;
     if (element == kFloat32)
       std::memcpy(to, from, width * sizeof(float));
     else
-      table.narrow(from, element, width, to);
+      table.from_float32(from, element, width, to);
   }
-  // `from` [keys that count, d]; null: nothing pulls. The other keys get zeros.
-  void write_keys(const LayerCostTable& table, const AttentionUnit& unit, const float* from) const {
+  // `from` [keys that count, d]; null: all gradients are 0. The keys that do not count get zeros.
+  void write_keys(const Table& table, const AttentionUnit& unit, const float* from) const {
     const std::vector<float> nothing(width, 0.f);
     for (int64_t s = 0, j = 0; s < length; ++s) {
       const bool counts = j < unit.valid && unit.position[j] == s;
@@ -136,15 +136,17 @@ struct Target {
   }
 };
 
-// The identity's way, for long sequences (layer_cost/attention_identity.cpp).
-struct Pull;
+// The method by the identity, for long sequences (layer_cost/attention_identity.cpp).
+struct WeightedTeachers;
 constexpr double kTrusted = 5e-6;  // of a result: how far off the identity may be
 bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers);
-bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls);
+bool identity_is_cheaper(const AttentionShape& shape, const Layers& layers,
+                         const std::vector<WeightedTeachers>& teachers_of);
 // sums [students, teachers] of squared differences, and how far off each may be.
-void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* doubts);
+void identity_sums(const AttentionShape& shape, const Layers& layers, double* sums, double* error_bounds);
 // Which students' gradients may be off by too much.
-std::vector<bool> identity_pulls(const AttentionShape& shape, const Layers& layers, const std::vector<Pull>& pulls,
-                                 const std::vector<Target>& to_q, const std::vector<Target>& to_k);
+std::vector<bool> identity_gradients(const AttentionShape& shape, const Layers& layers,
+                                     const std::vector<WeightedTeachers>& teachers_of,
+                                     const std::vector<GradientOutput>& to_q, const std::vector<GradientOutput>& to_k);
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

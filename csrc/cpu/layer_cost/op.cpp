@@ -12,16 +12,14 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(LayerCostTable, layer_cost);
-
-namespace fastkd {
+namespace fastkd::layer_cost {
 namespace {
 
 constexpr int64_t kCache = 16 << 20;  // larger gradients would only push out what is read next
 
 // What one thread puts before the arithmetic: the same elements of every layer.
 struct Panel {
-  const LayerCostTable& table;
+  const Table& table;
   const std::vector<Layer>& layers;
   const Space& space;
   const Elements natural;
@@ -31,8 +29,8 @@ struct Panel {
   std::vector<const void*> data;
   bool in_place = false;  // nothing of this block was packed: the layers come in their natural elements
 
-  Panel(const LayerCostTable& table, const std::vector<Layer>& layers, size_t students, const Space& space,
-        const float* clamp, int64_t block)
+  Panel(const Table& table, const std::vector<Layer>& layers, size_t students, const Space& space, const float* clamp,
+        int64_t block)
       : table(table),
         layers(layers),
         space(space),
@@ -58,7 +56,7 @@ struct Panel {
         if (in_place || (whole && layers[l].element == kFloat32))
           data[l] = from;
         else
-          table.pack(from, layers[l].element, clamp, count, own(l) + done);
+          table.to_float32(from, layers[l].element, clamp, count, own(l) + done);
       }
       done += count;
     });
@@ -96,7 +94,7 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
   const int n = int(students.size()), m = int(teachers.size());
   const int64_t pairs = int64_t(n) * m;
   const float limit = clamp ? float(*clamp) : 0;
-  const LayerCostTable& table = FASTKD_CHOOSE(layer_cost);
+  const Table& table = chosen_table();
   std::vector<double> partial(blocks.chunks * pairs);
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
     Panel panel(table, layers, n, space, clamp ? &limit : nullptr, blocks.block);
@@ -108,8 +106,8 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
         const int64_t count = panel.load(from, to);
         const Elements as = panel.natural;
         if (count)
-          table.distances(data, panel.in_place ? as.s : kFloat32, n, data + n, panel.in_place ? as.t : kFloat32, m,
-                          count, sums.data());
+          table.squared_distances(data, panel.in_place ? as.s : kFloat32, n, data + n, panel.in_place ? as.t : kFloat32,
+                                  m, count, sums.data());
       });
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const double* first = sums.data() + pair * kLayerSums;
@@ -129,10 +127,10 @@ Tensor layer_cost_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers
 
 // What one thread needs for its part of the gradients.
 struct Backward {
-  const LayerCostTable& table;
+  const Table& table;
   const std::vector<Layer>& layers;
   const Space& space;
-  const std::vector<Pull>& pulls;
+  const std::vector<WeightedTeachers>& teachers_of;
   const std::vector<char*>& out;
   const Elements elements;
   const float* clamp;
@@ -148,32 +146,32 @@ struct Backward {
   const void* read(size_t l, int element, int64_t row, int64_t column, int64_t count) {
     const void* from = space.at(layers[l], row, column);
     if (layers[l].element == element) return from;
-    table.pack(from, layers[l].element, nullptr, count, own(l));
+    table.to_float32(from, layers[l].element, nullptr, count, own(l));
     return own(l);
   }
   // A piece that lies together in every layer; the gradients have no gaps at all.
   void run(int64_t row, int64_t column, int64_t count, bool valid) {
     const int64_t place = row * space.length + column;
     data.assign(layers.size(), nullptr);
-    for (size_t i = 0; i < pulls.size(); ++i) {
-      const Pull& pull = pulls[i];
+    for (size_t i = 0; i < teachers_of.size(); ++i) {
+      const WeightedTeachers& teachers = teachers_of[i];
       char* to = out[i] + place * layers[i].item;
-      if (!valid || pull.teacher.empty()) {
+      if (!valid || teachers.teacher.empty()) {
         std::memset(to, 0, count * layers[i].item);
         continue;
       }
       chosen.clear();
-      for (const int j : pull.teacher) {
-        const size_t l = pulls.size() + j;
+      for (const int j : teachers.teacher) {
+        const size_t l = teachers_of.size() + j;
         if (!data[l]) data[l] = read(l, elements.t, row, column, count);
         chosen.push_back(data[l]);
       }
       const void* s = read(i, elements.s, row, column, count);
       const bool rounded = layers[i].element != elements.s;
       void* target = rounded ? static_cast<void*>(own(layers.size())) : to;
-      table.gradient(s, elements.s, chosen.data(), elements.t, pull.weight.data(), int(chosen.size()), count, clamp,
+      table.gradient(s, elements.s, chosen.data(), elements.t, teachers.weight.data(), int(chosen.size()), count, clamp,
                      stream && !rounded, target);
-      if (rounded) table.narrow(static_cast<float*>(target), layers[i].element, count, to);
+      if (rounded) table.from_float32(static_cast<float*>(target), layers[i].element, count, to);
     }
   }
 };
@@ -186,7 +184,8 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
   const std::vector<Layer> layers = layers_of(students, teachers);
   const Space space(layers, mask);
   const Blocks blocks(space, layers.size());
-  const std::vector<Pull> pulls = pulls_of(grad, int(students.size()), int(teachers.size()), space.elements);
+  const std::vector<WeightedTeachers> teachers_of =
+      weighted_teachers(grad, int(students.size()), int(teachers.size()), space.elements);
   std::vector<Tensor> grads;
   std::vector<char*> out;
   int64_t bytes = 0;
@@ -199,8 +198,8 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
   const float limit = clamp ? float(*clamp) : 0;
   const Elements elements(layers, students.size());
   parallel_for(0, blocks.chunks, 1, [&](int64_t begin, int64_t end) {
-    Backward backward = {FASTKD_CHOOSE(layer_cost), layers,       space,           pulls, out, elements,
-                         clamp ? &limit : nullptr,  blocks.block, bytes >= kCache, {},    {},  {}};
+    Backward backward = {chosen_table(),           layers,       space,           teachers_of, out, elements,
+                         clamp ? &limit : nullptr, blocks.block, bytes >= kCache, {},          {},  {}};
     for (int64_t chunk = end; chunk-- > begin;)  // backwards, from what the forward left in the cache
       blocks.of(chunk, [&](int64_t from, int64_t to) {
         space.pieces(from, to, [&](int64_t row, int64_t column, int64_t count, bool valid) {
@@ -212,7 +211,7 @@ std::vector<Tensor> layer_cost_bwd(const Tensor& grad, std::vector<Tensor> stude
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // The mean squared difference of every student layer from every teacher layer, [N, M].
@@ -229,6 +228,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("layer_cost_fwd", TORCH_BOX(&fastkd::layer_cost_fwd));
-  m.impl("layer_cost_bwd", TORCH_BOX(&fastkd::layer_cost_bwd));
+  m.impl("layer_cost_fwd", TORCH_BOX(&fastkd::layer_cost::layer_cost_fwd));
+  m.impl("layer_cost_bwd", TORCH_BOX(&fastkd::layer_cost::layer_cost_bwd));
 }

@@ -16,6 +16,8 @@
 #include <immintrin.h>
 #endif
 
+namespace fastkd::layer_cost {
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -107,23 +109,23 @@ void distances_of(const void* const* s, int students, const void* const* t, int 
     }
 }
 
-void distances(const void* const* s, int element_s, int students, const void* const* t, int element_t, int teachers,
-               int64_t count, double* sums) {
+void squared_distances(const void* const* s, int element_s, int students, const void* const* t, int element_t,
+                       int teachers, int64_t count, double* sums) {
   const auto run = element_t == 0 ? distances_of<0, 0> : element_s == 0 ? distances_of<0, 1> : distances_of<1, 1>;
   run(s, students, t, teachers, count, sums);
 }
 
-inline vfloat kept(vfloat x, const float* clamp) { return clamp ? (x <= *clamp ? vfloat{} : x) : x; }
+inline vfloat clamped(vfloat x, const float* clamp) { return clamp ? (x <= *clamp ? vfloat{} : x) : x; }
 
-void pack(const void* in, int element, const float* clamp, int64_t count, float* out) {
+void to_float32(const void* in, int element, const float* clamp, int64_t count, float* out) {
   const float* from = as_floats(in, element, out, count);
   if (from == out && !clamp) return;
   int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) store(out + k, kept(load(from + k), clamp));
-  if (k < count) store_some(out + k, kept(load_some(from + k, int(count - k), 0), clamp), int(count - k));
+  for (; k + kLanes <= count; k += kLanes) store(out + k, clamped(load(from + k), clamp));
+  if (k < count) store_some(out + k, clamped(load_some(from + k, int(count - k), 0), clamp), int(count - k));
 }
 
-void narrow(const float* in, int element, int64_t count, void* out) {
+void from_float32(const float* in, int element, int64_t count, void* out) {
   (element == 1 ? narrow_bfloat16 : narrow_float16)(in, static_cast<uint16_t*>(out), count);
 }
 
@@ -155,17 +157,6 @@ inline void finish_streaming() {
 #endif
 }
 
-inline vhalf as_bfloat16(vfloat x) {
-  const vint wide = bits(x), nan = (wide & 0x7fffffff) > 0x7f800000;
-  const vint rounded = wide + 0x7fff + ((wide >> 16) & 1);  // to nearest, ties to even
-  const vint upper = (nan ? wide | 0x400000 : rounded) >> 16;
-#if defined(__AVX512F__)
-  return (vhalf)_mm512_cvtepi32_epi16((__m512i)upper);
-#else
-  return __builtin_convertvector(upper, vhalf);
-#endif
-}
-
 template <int kElement, bool kStream>
 inline void store_as(void* p, int64_t i, vfloat x) {
   if constexpr (kElement == 0) {
@@ -173,7 +164,7 @@ inline void store_as(void* p, int64_t i, vfloat x) {
     kStream ? store_past_the_cache(to, x) : store(to, x);
   } else {
     uint16_t* to = static_cast<uint16_t*>(p) + i;
-    const vhalf narrow = as_bfloat16(x);
+    const vhalf narrow = to_bfloat16(x);
     if (kStream)
       store_past_the_cache(to, narrow);
     else
@@ -189,7 +180,8 @@ int64_t gradient_from(int64_t k, const void* s, const void* const* t, const floa
     vfloat a[kWidth], sums[kWidth] = {};
     for (int v = 0; v < kWidth; ++v) a[v] = load_as<kS>(s, k + v * kLanes);
     for (int q = 0; q < teachers; ++q)
-      for (int v = 0; v < kWidth; ++v) sums[v] += (a[v] - kept(load_as<kT>(t[q], k + v * kLanes), clamp)) * weights[q];
+      for (int v = 0; v < kWidth; ++v)
+        sums[v] += (a[v] - clamped(load_as<kT>(t[q], k + v * kLanes), clamp)) * weights[q];
     if (clamp)
       for (int v = 0; v < kWidth; ++v) sums[v] = a[v] <= *clamp ? vfloat{} : sums[v];
     for (int v = 0; v < kWidth; ++v) store_as<kS, kStream>(out, k + v * kLanes, sums[v]);
@@ -219,7 +211,7 @@ void gradient_of(const void* s, const void* const* t, const float* weights, int 
   float last_s[kLanes], last_t[kLanes], last[kLanes];
   vfloat a = load_as<kS>(end(s, kSize, last_s), 0), sum = {};
   for (int q = 0; q < teachers; ++q)
-    sum += (a - kept(load_as<kT>(end(t[q], kT == 0 ? 4 : 2, last_t), 0), clamp)) * weights[q];
+    sum += (a - clamped(load_as<kT>(end(t[q], kT == 0 ? 4 : 2, last_t), 0), clamp)) * weights[q];
   store_as<kS, false>(last, 0, clamp ? (a <= *clamp ? vfloat{} : sum) : sum);
   std::memcpy(static_cast<char*>(out) + k * kSize, last, rest * kSize);
 }
@@ -232,5 +224,6 @@ void gradient(const void* s, int element_s, const void* const* t, int element_t,
 
 }  // namespace
 
-extern const LayerCostTable FASTKD_TABLE(layer_cost);
-const LayerCostTable FASTKD_TABLE(layer_cost) = {distances, gradient, pack, narrow};
+const Table FASTKD_TABLE(table) = {squared_distances, gradient, to_float32, from_float32};
+
+}  // namespace fastkd::layer_cost

@@ -9,7 +9,7 @@
 #include "cpu/layer_cost/op.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::layer_cost {
 
 constexpr int64_t kPanelBytes = 640 << 10;  // a block of all layers, as floats, stays in the second cache
 constexpr int64_t kBlockStep = 1024;        // blocks are a multiple of it: long enough for the hardware's prefetcher
@@ -63,7 +63,7 @@ struct Space {
   std::vector<int64_t> sizes;
   int64_t rows = 1, length = 1, span = 1;
   Tensor mask;
-  const bool* kept = nullptr;  // null: every token counts
+  const bool* valid_tokens = nullptr;  // null: every token counts
   int64_t rows_per_token = 1;
   double elements;  // that count: the denominator
 
@@ -81,8 +81,8 @@ struct Space {
     dense_from(layers, axis, 0, together);
     span = together / length;
     mask = torch::stable::contiguous(*given);
-    kept = mask.const_data_ptr<bool>();
-    const int64_t tokens = mask.numel(), valid = std::count(kept, kept + tokens, true);
+    valid_tokens = mask.const_data_ptr<bool>();
+    const int64_t tokens = mask.numel(), valid = std::count(valid_tokens, valid_tokens + tokens, true);
     rows_per_token = rows / tokens;
     elements = double(std::max<int64_t>(valid, 1) * (numel / tokens));
   }
@@ -92,7 +92,7 @@ struct Space {
     for (size_t axis = sizes.size(); axis-- > 0; row /= sizes[axis]) offset += row % sizes[axis] * layer.strides[axis];
     return layer.data + offset * layer.item;
   }
-  bool counts(int64_t row) const { return !kept || kept[row / rows_per_token]; }
+  bool counts(int64_t row) const { return !valid_tokens || valid_tokens[row / rows_per_token]; }
 
   // f(row, column, count, counts): [begin, end) in pieces that lie together in every layer.
   template <class F>
@@ -141,31 +141,32 @@ struct Elements {
 };
 
 // The teachers that a student's gradient needs: those with a weight, be it NaN.
-struct Pull {
+struct WeightedTeachers {
   std::vector<int> teacher;
   std::vector<float> weight;
 };
 
-inline std::vector<Pull> pulls_of(const Tensor& grad, int students, int teachers, double elements) {
+inline std::vector<WeightedTeachers> weighted_teachers(const Tensor& grad, int students, int teachers,
+                                                       double elements) {
   const Tensor dense = torch::stable::contiguous(grad);
   const float* g = dense.const_data_ptr<float>();
-  std::vector<Pull> pulls(students);
+  std::vector<WeightedTeachers> teachers_of(students);
   for (int i = 0; i < students; ++i)
     for (int j = 0; j < teachers; ++j)
       if (g[i * teachers + j] != 0) {
-        pulls[i].teacher.push_back(j);
-        pulls[i].weight.push_back(float(2 * double(g[i * teachers + j]) / elements));
+        teachers_of[i].teacher.push_back(j);
+        teachers_of[i].weight.push_back(float(2 * double(g[i * teachers + j]) / elements));
       }
-  return pulls;
+  return teachers_of;
 }
 
 // Students, then teachers: whose data a gradient reads.
-inline std::vector<bool> used_layers(const std::vector<Pull>& pulls, int teachers) {
-  const size_t students = pulls.size();
+inline std::vector<bool> used_layers(const std::vector<WeightedTeachers>& teachers_of, int teachers) {
+  const size_t students = teachers_of.size();
   std::vector<bool> used(students + teachers);
   for (size_t i = 0; i < students; ++i)
-    for (const int j : pulls[i].teacher) used[i] = used[students + j] = true;
+    for (const int j : teachers_of[i].teacher) used[i] = used[students + j] = true;
   return used;
 }
 
-}  // namespace fastkd
+}  // namespace fastkd::layer_cost

@@ -1,125 +1,128 @@
 // linear_divergence with the gradient in the forward: it is formed while the logits are there, so that
-// nothing is multiplied twice (3 Ds + Dt products of rows x words).
+// nothing is multiplied twice (3 Ds + Dt products of rows x tokens).
 //
 // All logits of a few rows at a time, in float32: head rows times hidden rows (the head is read where it lies, the few
-// hidden rows stay in the cache), turned on the way. Of them the gradient is kept, in the element that the products
-// take, for a chunk of rows; then two products finish the chunk, words outermost.
+// hidden rows stay in the cache), transposed on the way. Only their gradient is stored, in the element that the
+// products take, for a chunk of rows; then two products finish the chunk, with the tokens as the outer loop.
 //
-// A chunk's gradient lies where the gradient of the head will be: a tile of words has room there for `slot` rows, Ds of
-// them if head and operand are of one element, and for `spare` rows in memory of its own, which until then holds the
+// A chunk's gradient lies where the gradient of the head will be: a tile of tokens has room there for `slot` rows, Ds
+// of them if head and operand are of one element, and for `spare` rows in memory of its own, which until then holds the
 // logits. A tile is packed before its place is written to. So nothing of the size of a head exists but the head's
-// gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, and apart.
+// gradient, unless a bfloat16 head meets more rows than one chunk holds: then the sums are float32, in a buffer of
+// their own.
 #include "cpu/linear_divergence/args.h"
+#include "cpu/simd/transpose.h"
 
-FASTKD_DECLARE(LinearTurnTable, linear_turn);
-
-namespace fastkd {
+namespace fastkd::linear_divergence {
 namespace {
 
 constexpr int64_t kLogitBytes = 16 << 20;                // for the logits that exist at once, within
-constexpr int64_t kTogether = 64, kMostTogether = 128;   // rows of them
-constexpr int64_t kTile = kDepth;                        // words of a tile of the gradient
+constexpr int64_t kFewestRows = 64, kMostRows = 128;     // rows of them
+constexpr int64_t kTile = kDepth;                        // tokens of a tile of the gradient
 constexpr int64_t kSpareBytes = 16 << 20;                // for the spare rows, within
 constexpr int64_t kFewestSpare = 128, kMostSpare = 256;  // rows
-constexpr int64_t kPulled = 64;                          // words whose sums are in the cache at once
+constexpr int64_t kHeadRows = 64;                        // rows of the head's gradient that are in the cache at once
 
-// Hidden rows that count, brought together if they do not lie so.
+// The valid hidden rows, gathered if they are not contiguous.
 struct HiddenRows {
-  const LinearSide& side;
-  Scratch together;
+  const HiddenAndHead& side;
+  Scratch gathered;
 
-  HiddenRows(const Call& call, const LinearSide& side, int64_t most) : side(side) {
-    if (call.gaps()) together = Scratch(side.hidden, most * side.width * int64_t(side.hidden.element_size()));
+  HiddenRows(const Args& args, const HiddenAndHead& side, int64_t most) : side(side) {
+    if (args.has_invalid_rows())
+      gathered = Scratch(side.hidden, most * side.width * int64_t(side.hidden.element_size()));
   }
-  const char* take(const int64_t* kept, int64_t count) const {
-    if (kept[count - 1] - kept[0] == count - 1) return side.row(kept[0]);
+  const char* load_rows(const int64_t* valid_rows, int64_t count) const {
+    if (valid_rows[count - 1] - valid_rows[0] == count - 1) return side.row(valid_rows[0]);
     const int64_t bytes = side.width * int64_t(side.hidden.element_size());
-    for (int64_t i = 0; i < count; ++i) std::memcpy(together.get() + i * bytes, side.row(kept[i]), bytes);
-    return together.get();
+    for (int64_t i = 0; i < count; ++i) std::memcpy(gathered.get() + i * bytes, side.row(valid_rows[i]), bytes);
+    return gathered.get();
   }
 };
 
-// Logits of all words for a few rows.
+// Logits of all tokens for a few rows.
 struct SideLogits {
-  const LinearSide& side;
+  const HiddenAndHead& side;
   HiddenRows rows;
   Scratch packed;
   bool direct;  // the head as it lies is an operand
 
-  SideLogits(const Call& call, const LinearSide& side, int64_t most)
+  SideLogits(const Args& args, const HiddenAndHead& side, int64_t most)
       : side(side),
-        rows(call, side, most),
+        rows(args, side, most),
         packed(side.hidden, side.gemm->bytes_b(most + side.gemm->rows_b, side.width)),
         direct(element_of(side.head) == side.gemm->operand) {}
 
-  void make(const int64_t* kept, int64_t count, float* out, int64_t stride) const {
+  void make(const int64_t* valid_rows, int64_t count, float* out, int64_t stride) const {
     const Gemm& gemm = *side.gemm;
-    const LinearTurnTable& table = FASTKD_CHOOSE(linear_turn);
+    const TransposeTable& table = chosen_transpose_table();
     const int64_t width = side.width, across = (count + 15) / 16 * 16;
-    gemm.pack_b({rows.take(kept, count), element_of(side.hidden), width, 1, count, width}, packed.get());
-    const int64_t tile_bytes = kWords * across * 4;
-    share(side.words, kWords, tile_bytes + (direct ? 0 : gemm.bytes_a(kWords + gemm.rows_a, width)),
-          [&](int64_t begin, int64_t end, char* local) {
-            float* tile = reinterpret_cast<float*>(local);
-            if (direct) {
-              gemm.tile_direct(side.word(begin), width, packed.get(), {end - begin, count, width},
-                               {tile, across, 1, false});
-            } else {
-              gemm.pack_a({side.word(begin), element_of(side.head), width, 1, end - begin, width}, local + tile_bytes);
-              gemm.tile(local + tile_bytes, packed.get(), {end - begin, count, width}, {tile, across, 1, false});
-            }
-            table.turn(tile, across, end - begin, count, out + begin, stride);
-          });
+    gemm.pack_b({rows.load_rows(valid_rows, count), element_of(side.hidden), width, 1, count, width}, packed.get());
+    const int64_t tile_bytes = kTokens * across * 4;
+    parallel_steps(side.vocabulary, kTokens, tile_bytes + (direct ? 0 : gemm.bytes_a(kTokens + gemm.rows_a, width)),
+                   [&](int64_t begin, int64_t end, char* local) {
+                     float* tile = reinterpret_cast<float*>(local);
+                     if (direct) {
+                       gemm.tile_direct(side.head_row(begin), width, packed.get(), {end - begin, count, width},
+                                        {tile, across, 1, false});
+                     } else {
+                       gemm.pack_a({side.head_row(begin), element_of(side.head), width, 1, end - begin, width},
+                                   local + tile_bytes);
+                       gemm.tile(local + tile_bytes, packed.get(), {end - begin, count, width},
+                                 {tile, across, 1, false});
+                     }
+                     table.transpose(tile, across, end - begin, count, out + begin, stride);
+                   });
   }
 };
 
-// The gradient of a chunk's logits: [tile of words][row][word], the first rows in the place of the head's gradient.
-struct Kept {
+// The gradient of a chunk's logits: [tile of tokens][row][token], the first rows in the place of the head's gradient.
+struct LogitGradient {
   int element;
-  int64_t item, words, slot, spare, tile_bytes;  // tile_bytes: of a word in the head's gradient
+  int64_t item, tokens, slot, spare, tile_bytes;  // tile_bytes: of a token in the head's gradient
   char *place, *beside;
 
   char* at(int64_t row, int64_t tile) const {
-    const int64_t across = std::min(kTile, words - tile);
+    const int64_t across = std::min(kTile, tokens - tile);
     if (row < slot) return place + tile * tile_bytes + row * across * item;
     return beside + (tile * spare + (row - slot) * across) * item;
   }
-  // Some rows, either all in their place or all beside it.
+  // Some rows, all of them in the head's gradient or all of them spare rows.
   GemmSource rows(int64_t row, int64_t count, int64_t tile, int64_t depth) const {
     return {at(row, tile), element, depth, 1, count, depth};
   }
-  GemmSource turned(int64_t row, int64_t count, int64_t tile, int64_t depth) const {
+  GemmSource transposed(int64_t row, int64_t count, int64_t tile, int64_t depth) const {
     return {at(row, tile), element, 1, depth, depth, count};
   }
 };
 
 // Logits of both sides for a few rows, in memory of the caller's; the teacher's give way to the gradient.
 struct Logits {
-  const Call& call;
-  const int64_t stride, together;  // together: rows
+  const Args& args;
+  const int64_t stride, rows_at_once;  // rows_at_once: rows whose logits exist at once
   SideLogits student;
   std::optional<SideLogits> teacher;
 
-  explicit Logits(const Call& call)
-      : call(call),
-        stride(Call::stride_of(call.words)),
-        together(std::clamp(kLogitBytes / bytes(kTogether) * kTogether, kTogether, kMostTogether)),
-        student(call, call.student, call.fit(together)) {
-    if (!call.sparse) teacher.emplace(call, call.teacher, call.fit(together));
+  explicit Logits(const Args& args)
+      : args(args),
+        stride(Args::stride_of(args.vocabulary)),
+        rows_at_once(std::clamp(kLogitBytes / bytes(kFewestRows) * kFewestRows, kFewestRows, kMostRows)),
+        student(args, args.student, args.fit(rows_at_once)) {
+    if (!args.sparse) teacher.emplace(args, args.teacher, args.fit(rows_at_once));
   }
   int64_t bytes(int64_t rows) const { return 2 * rows * stride * int64_t(sizeof(float)); }
 
   // f(i, n, s, t) for each of `count` rows, with its logits; n is the row's number among all. Returns where t begins.
   template <class F>
-  const float* each_row(const int64_t* kept, int64_t count, float* memory, const F& f) const {
+  const float* each_row(const int64_t* valid_rows, int64_t count, float* memory, const F& f) const {
     float *const s = memory, *const t = memory + count * stride;
-    student.make(kept, count, s, stride);
-    if (teacher) teacher->make(kept, count, t, stride);
+    student.make(valid_rows, count, s, stride);
+    if (teacher) teacher->make(valid_rows, count, t, stride);
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        call.finish(call.student, s + i * stride, 0, call.words);
-        if (teacher) call.finish(call.teacher, t + i * stride, 0, call.words);
-        f(i, kept[i], s + i * stride, t + i * stride);
+        args.finish_logits(args.student, s + i * stride, 0, args.vocabulary);
+        if (teacher) args.finish_logits(args.teacher, t + i * stride, 0, args.vocabulary);
+        f(i, valid_rows[i], s + i * stride, t + i * stride);
       }
     });
     return t;
@@ -127,84 +130,90 @@ struct Logits {
 };
 
 // Hidden rows [begin, end) as the second operand of gradient^T x rows.
-struct Turned {
-  const LinearSide& side;
+struct TransposedRows {
+  const HiddenAndHead& side;
   const int64_t count;
   const Scratch packed;
 
-  Turned(const LinearSide& side, const char* rows, int64_t begin, int64_t end)
+  TransposedRows(const HiddenAndHead& side, const char* rows, int64_t begin, int64_t end)
       : side(side), count(end - begin), packed(side.hidden, side.gemm->bytes_b(side.width + side.gemm->rows_b, count)) {
     const int64_t item = int64_t(side.hidden.element_size()), width = side.width;
-    share(count ? width : 0, kWidthBlock, 0, [&](int64_t d, int64_t d_end, char*) {
+    parallel_steps(count ? width : 0, kWidthBlock, 0, [&](int64_t d, int64_t d_end, char*) {
       side.gemm->pack_b({rows + (begin * width + d) * item, element_of(side.hidden), 1, width, d_end - d, count},
                         packed.get() + side.gemm->bytes_b(d, count));
     });
   }
 
-  void multiply(const char* a, int64_t words, float* out, bool accumulate) const {
-    if (count) side.gemm->tile(a, packed.get(), {words, side.width, count}, {out, side.width, 1, accumulate});
+  void multiply(const char* a, int64_t tokens, float* out, bool accumulate) const {
+    if (count) side.gemm->tile(a, packed.get(), {tokens, side.width, count}, {out, side.width, 1, accumulate});
   }
 };
 
-struct FwdGrad {
-  const Call& call;
+struct GradientInForward {
+  const Args& args;
   const float* const weight;
   const bool to_hidden, to_head, to_bias;
   const bool narrow;  // the head's gradient is bfloat16
   const int64_t count;
   Tensor values, hidden, head, bias;
   const Logits logits;
-  Kept gradient = {};
-  Scratch memory;  // the spare rows, then room for the logits of `few`; or first of `logits.together`, of other rows
+  LogitGradient gradient = {};
+  Scratch memory;  // the spare rows, then room for the logits of `few`; before that, of `logits.rows_at_once` rows
   int64_t few;     // rows whose logits exist beside the spare rows
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks
 
-  FwdGrad(const Call& call, const float* weight, bool to_hidden, bool to_head, bool to_bias)
-      : call(call),
+  GradientInForward(const Args& args, const float* weight, bool to_hidden, bool to_head, bool to_bias)
+      : args(args),
         weight(weight),
         to_hidden(to_hidden),
         to_head(to_head),
         to_bias(to_bias),
-        narrow(element_of(call.student.head) == kBFloat16),
-        count(call.kept.size()),
-        logits(call),
-        few(to_head && narrow ? logits.together / 2 : logits.together) {
-    const Tensor& like = call.student.hidden;
+        narrow(element_of(args.student.head) == kBFloat16),
+        count(args.valid_rows.size()),
+        logits(args),
+        few(to_head && narrow ? logits.rows_at_once / 2 : logits.rows_at_once) {
+    const Tensor& like = args.student.hidden;
     const ScalarType type = narrow ? ScalarType::BFloat16 : ScalarType::Float;
-    values = zeros(like, call.rows, 1);
-    hidden = count == call.rows ? large(like, to_hidden ? call.rows : 0, call.width)
-                                : zeros(like, to_hidden ? call.rows : 0, call.width);
-    bias = zeros(like, to_bias ? call.words : 0, 1);
-    head = count ? large(like, to_head ? call.words : 0, call.width, type)
-                 : zeros(like, to_head ? call.words : 0, call.width, type);
+    values = zeros(like, args.rows, 1);
+    hidden = count == args.rows ? large(like, to_hidden ? args.rows : 0, args.width)
+                                : zeros(like, to_hidden ? args.rows : 0, args.width);
+    bias = zeros(like, to_bias ? args.vocabulary : 0, 1);
+    head = count ? large(like, to_head ? args.vocabulary : 0, args.width, type)
+                 : zeros(like, to_head ? args.vocabulary : 0, args.width, type);
     if (multiplies()) place();
-    const int64_t beside = spare_bytes ? spare_bytes + logits.bytes(call.fit(few)) : 0;
-    memory = Scratch(like, std::max(beside, logits.bytes(call.fit(logits.together))));
+    const int64_t beside = spare_bytes ? spare_bytes + logits.bytes(args.fit(few)) : 0;
+    memory = Scratch(like, std::max(beside, logits.bytes(args.fit(logits.rows_at_once))));
     gradient.beside = memory.get();
   }
   bool multiplies() const { return count && (to_hidden || to_head); }
 
   void place() {
-    const Tensor& like = call.student.hidden;
-    const int element = call.student.gemm->operand;
-    const int64_t item = element == kBFloat16 ? 2 : 4, bytes = call.width * (narrow ? 2 : 4);
+    const Tensor& like = args.student.hidden;
+    const int element = args.student.gemm->operand;
+    const int64_t item = element == kBFloat16 ? 2 : 4, bytes = args.width * (narrow ? 2 : 4);
     const int64_t slot = to_head ? bytes / item : 0;
-    int64_t spare = std::clamp(kSpareBytes / (call.words * item), kFewestSpare, kMostSpare);
+    int64_t spare = std::clamp(kSpareBytes / (args.vocabulary * item), kFewestSpare, kMostSpare);
     spare = std::clamp<int64_t>(count - slot, 0, spare);
-    gradient = {
-        element, item, call.words, slot, spare, bytes, to_head ? static_cast<char*>(head.mutable_data_ptr()) : nullptr,
-        nullptr};
-    spare_bytes = (spare * call.words * item + 63) / 64 * 64;
-    if (narrow && to_head && count > slot + spare) sums = Scratch(like, call.words * call.width * 4);
+    gradient = {element,
+                item,
+                args.vocabulary,
+                slot,
+                spare,
+                bytes,
+                to_head ? static_cast<char*>(head.mutable_data_ptr()) : nullptr,
+                nullptr};
+    spare_bytes = (spare * args.vocabulary * item + 63) / 64 * 64;
+    if (narrow && to_head && count > slot + spare) sums = Scratch(like, args.vocabulary * args.width * 4);
   }
 
   void run() {
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = multiplies() ? std::min(count, begin + gradient.slot + gradient.spare) : count;
       const int64_t there = multiplies() ? std::min(end - begin, gradient.slot) : end - begin;
-      in_steps(there, logits.together, [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, memory.get()); });
-      in_steps(end - begin - there, few, [&](int64_t i, int64_t i_end) {
+      for_steps(there, logits.rows_at_once,
+                [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, memory.get()); });
+      for_steps(end - begin - there, few, [&](int64_t i, int64_t i_end) {
         differentiate(begin, there + i, there + i_end, memory.get() + spare_bytes);
       });
       if (multiplies()) multiply(begin, end);
@@ -216,71 +225,74 @@ struct FwdGrad {
   void differentiate(int64_t begin, int64_t i, int64_t i_end, char* place) {
     float *value = values.mutable_data_ptr<float>(), *at = reinterpret_cast<float*>(place);
     const bool wanted = to_hidden || to_head || to_bias;
-    const int64_t* kept = call.kept.data() + begin + i;
-    const float* made = logits.each_row(kept, i_end - i, at, [&](int64_t r, int64_t n, const float* s, float* t) {
+    const int64_t* valid_rows = args.valid_rows.data() + begin + i;
+    const float* made = logits.each_row(valid_rows, i_end - i, at, [&](int64_t r, int64_t n, const float* s, float* t) {
       RowStats stats;
-      value[n] = call.whole_row(n, s, t, &stats);
+      value[n] = args.forward_row(n, s, t, &stats);
       if (!wanted) return;
-      call.differentiate(n, 0, call.words, s, t, stats, weight[n]);
-      in_steps(multiplies() ? call.words : 0, kTile, [&](int64_t v, int64_t v_end) {
-        call.linear.scale(t + v, kFloat32, 1, gradient.at(i + r, v), gradient.element, v_end - v);
+      args.differentiate(n, 0, args.vocabulary, s, t, stats, weight[n]);
+      for_steps(multiplies() ? args.vocabulary : 0, kTile, [&](int64_t v, int64_t v_end) {
+        args.linear.scale_row(t + v, kFloat32, 1, gradient.at(i + r, v), gradient.element, v_end - v);
       });
     });
     if (!to_bias) return;
     float* out = bias.mutable_data_ptr<float>();
-    share(call.words, kWords, 0, [&](int64_t v, int64_t v_end, char*) {
-      for (int64_t r = 0; r < i_end - i; ++r) call.linear.add(out + v, made + r * logits.stride + v, v_end - v);
+    parallel_steps(args.vocabulary, kTokens, 0, [&](int64_t v, int64_t v_end, char*) {
+      for (int64_t r = 0; r < i_end - i; ++r) args.linear.add_row(out + v, made + r * logits.stride + v, v_end - v);
     });
   }
 
   void multiply(int64_t begin, int64_t end) {
     const int64_t rows = end - begin, there = std::min(rows, gradient.slot);  // rows in the head's place
-    const int64_t* kept = call.kept.data() + begin;
-    if (to_hidden) pull_hidden(kept, rows, there);
-    if (to_head) pull_head(kept, rows, there, begin > 0, end == count);
+    const int64_t* valid_rows = args.valid_rows.data() + begin;
+    if (to_hidden) hidden_gradient(valid_rows, rows, there);
+    if (to_head) head_gradient(valid_rows, rows, there, begin > 0, end == count);
   }
 
-  void pull_hidden(const int64_t* kept, int64_t rows, int64_t there) {
-    const HiddenPull pull(call.student);
-    const int64_t width = call.width;
-    const bool together = kept[rows - 1] - kept[0] == rows - 1;
-    const Scratch apart(call.student.hidden, together ? 0 : rows * width * 4);
+  void hidden_gradient(const int64_t* valid_rows, int64_t rows, int64_t there) {
+    const HiddenProduct product(args.student);
+    const int64_t width = args.width;
+    const bool contiguous = valid_rows[rows - 1] - valid_rows[0] == rows - 1;
+    const Scratch gathered_sums(args.student.hidden, contiguous ? 0 : rows * width * 4);
     float* out = hidden.mutable_data_ptr<float>();
-    float* of_rows = together ? out + kept[0] * width : apart.floats();
+    float* of_rows = contiguous ? out + valid_rows[0] * width : gathered_sums.floats();
     const auto some = [&](int64_t first, int64_t last, int64_t v, int64_t v_end) {
-      const auto source = [&](int64_t row, int64_t rows, int64_t word, int64_t words) {
-        return gradient.rows(first + row, rows, word, words);
+      const auto source = [&](int64_t row, int64_t rows, int64_t token, int64_t tokens) {
+        return gradient.rows(first + row, rows, token, tokens);
       };
-      pull.multiply(last - first, v, v_end, source, of_rows + first * width, v > 0);
+      product.multiply(last - first, v, v_end, source, of_rows + first * width, v > 0);
     };
-    HiddenPull::each(0, call.words, [&](int64_t v, int64_t v_end) {
-      pull.turn(v, v_end);
+    HiddenProduct::each(0, args.vocabulary, [&](int64_t v, int64_t v_end) {
+      product.pack_transposed(v, v_end);
       some(0, there, v, v_end);
       some(there, rows, v, v_end);
     });
-    for (int64_t i = 0; i < rows && !together; ++i) std::memcpy(out + kept[i] * width, of_rows + i * width, width * 4);
+    for (int64_t i = 0; i < rows && !contiguous; ++i)
+      std::memcpy(out + valid_rows[i] * width, of_rows + i * width, width * 4);
   }
 
-  void pull_head(const int64_t* kept, int64_t rows, int64_t there, bool accumulate, bool last) {
-    const HiddenRows hidden_rows(call, call.student, rows);
-    const char* x = hidden_rows.take(kept, rows);
-    const Turned first(call.student, x, 0, there), second(call.student, x, there, rows);
-    const Gemm& gemm = *call.student.gemm;
-    const int64_t width = call.width, bytes_first = gemm.bytes_a(kTile + gemm.rows_a, there);
+  void head_gradient(const int64_t* valid_rows, int64_t rows, int64_t there, bool accumulate, bool last) {
+    const HiddenRows hidden_rows(args, args.student, rows);
+    const char* x = hidden_rows.load_rows(valid_rows, rows);
+    const TransposedRows first(args.student, x, 0, there), second(args.student, x, there, rows);
+    const Gemm& gemm = *args.student.gemm;
+    const int64_t width = args.width, bytes_first = gemm.bytes_a(kTile + gemm.rows_a, there);
     const int64_t bytes_packed = bytes_first + gemm.bytes_a(kTile + gemm.rows_a, rows - there);
-    float* to = narrow ? (sums.memory.defined() ? sums.floats() : nullptr) : head.mutable_data_ptr<float>();
-    share(call.words, kTile, bytes_packed + (to ? 0 : kPulled * width * 4), [&](int64_t v, int64_t v_end, char* a) {
-      gemm.pack_a(gradient.turned(0, there, v, v_end - v), a);
-      gemm.pack_a(gradient.turned(there, rows - there, v, v_end - v), a + bytes_first);
-      in_steps(v_end - v, kPulled, [&](int64_t w, int64_t w_end) {
-        float* out = to ? to + (v + w) * width : reinterpret_cast<float*>(a + bytes_packed);
-        first.multiply(a + gemm.bytes_a(w, there), w_end - w, out, accumulate);
-        second.multiply(a + bytes_first + gemm.bytes_a(w, rows - there), w_end - w, out, accumulate || there > 0);
-        if (narrow && last)
-          call.linear.scale(out, kFloat32, 1, static_cast<char*>(head.mutable_data_ptr()) + (v + w) * width * 2,
-                            kBFloat16, (w_end - w) * width);
-      });
-    });
+    float* to = narrow ? (sums.tensor.defined() ? sums.floats() : nullptr) : head.mutable_data_ptr<float>();
+    parallel_steps(
+        args.vocabulary, kTile, bytes_packed + (to ? 0 : kHeadRows * width * 4),
+        [&](int64_t v, int64_t v_end, char* a) {
+          gemm.pack_a(gradient.transposed(0, there, v, v_end - v), a);
+          gemm.pack_a(gradient.transposed(there, rows - there, v, v_end - v), a + bytes_first);
+          for_steps(v_end - v, kHeadRows, [&](int64_t w, int64_t w_end) {
+            float* out = to ? to + (v + w) * width : reinterpret_cast<float*>(a + bytes_packed);
+            first.multiply(a + gemm.bytes_a(w, there), w_end - w, out, accumulate);
+            second.multiply(a + bytes_first + gemm.bytes_a(w, rows - there), w_end - w, out, accumulate || there > 0);
+            if (narrow && last)
+              args.linear.scale_row(out, kFloat32, 1, static_cast<char*>(head.mutable_data_ptr()) + (v + w) * width * 2,
+                                    kBFloat16, (w_end - w) * width);
+          });
+        });
   }
 };
 
@@ -289,16 +301,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence_fwd_grad(const Tens
   const Check check("linear_divergence_fwd_grad");
   FASTKD_LINEAR_CHECK(check);
   check("weights", weights, kF32, "[N]", {hidden.size(0)});
-  const Call call = FASTKD_LINEAR_CALL;
+  const Args args = FASTKD_LINEAR_ARGS;
   const Tensor w = torch::stable::contiguous(weights);
-  FwdGrad pass(call, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);
+  GradientInForward pass(args, w.const_data_ptr<float>(), to_hidden, to_head, to_bias);
   pass.run();
   return {pass.values, pass.hidden, pass.head, pass.bias};
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::linear_divergence
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("linear_divergence_fwd_grad", TORCH_BOX(&fastkd::linear_divergence_fwd_grad));
+  m.impl("linear_divergence_fwd_grad", TORCH_BOX(&fastkd::linear_divergence::linear_divergence_fwd_grad));
 }

@@ -1,22 +1,24 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/simd/isa.h"
+
+namespace fastkd::linear_divergence {
+
 // What is done to a piece of a row of logits besides the divergence. A cap of 0 is none.
-struct LinearTable {
+struct Table {
   // x = cap tanh(scale (x + bias) / cap)
-  void (*shape)(float* x, const float* bias, float scale, float cap, int64_t count);
+  void (*scale_and_cap)(float* x, const float* bias, float scale, float cap, int64_t count);
   // grad *= d shape / dx, which follows from the shaped logits
-  void (*unshape)(float* grad, const float* shaped, float scale, float cap, int64_t count);
+  void (*scale_and_cap_gradient)(float* grad, const float* changes_logits, float scale, float cap, int64_t count);
   // grad += scale e^(x - log_sum)
   void (*add_softmax)(float* grad, const float* x, float log_sum, float scale, int64_t count);
-  void (*add)(float* sum, const float* x, int64_t count);
+  void (*add_row)(float* sum, const float* x, int64_t count);
   // out = in * factor, each of its element (runtime/tensors.h); they may be the same memory if the elements are the
   // same
-  void (*scale)(const void* in, int in_element, float factor, void* out, int element, int64_t count);
+  void (*scale_row)(const void* in, int in_element, float factor, void* out, int element, int64_t count);
 };
 
-// to [columns][to_stride] = from [rows][from_stride]^T. Whole vectors are read and written: a row of `from` is as long
-// as a multiple of 16 columns, and a row of `to` as a multiple of 16 rows.
-struct LinearTurnTable {
-  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
-};
+FASTKD_DECLARE_TABLE(Table, table);
+
+}  // namespace fastkd::linear_divergence

@@ -4,6 +4,8 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::linear_divergence {
+
 namespace {
 
 // f(x, i) on vectors of x at i, stored back into x.
@@ -21,7 +23,7 @@ inline vfloat tanh(vfloat x) {  // from expm1, which keeps the digits of a small
   return x < 0.f ? -size : size;
 }
 
-void shape(float* x, const float* bias, float scale, float cap, int64_t count) {
+void scale_and_cap(float* x, const float* bias, float scale, float cap, int64_t count) {
   if (bias) update(x, count, [&](vfloat a, int64_t i, int n) { return a + some(bias + i, n); });
   if (cap == 0 && scale == 1) return;
   const float inverse = cap == 0 ? 1 : 1 / cap;
@@ -31,10 +33,10 @@ void shape(float* x, const float* bias, float scale, float cap, int64_t count) {
   });
 }
 
-void unshape(float* grad, const float* shaped, float scale, float cap, int64_t count) {
+void scale_and_cap_gradient(float* grad, const float* changes_logits, float scale, float cap, int64_t count) {
   const float inverse = cap == 0 ? 0 : 1 / cap;
   update(grad, count, [&](vfloat g, int64_t i, int n) {
-    const vfloat y = cap == 0 ? vfloat{} : some(shaped + i, n) * inverse;
+    const vfloat y = cap == 0 ? vfloat{} : some(changes_logits + i, n) * inverse;
     return g * (scale * ((1.f - y) * (1.f + y)));
   });
 }
@@ -43,11 +45,11 @@ void add_softmax(float* grad, const float* x, float log_sum, float scale, int64_
   update(grad, count, [&](vfloat g, int64_t i, int n) { return g + exp(some(x + i, n) - log_sum) * scale; });
 }
 
-void add(float* sum, const float* x, int64_t count) {
+void add_row(float* sum, const float* x, int64_t count) {
   update(sum, count, [&](vfloat a, int64_t i, int n) { return a + some(x + i, n); });
 }
 
-void scale(const void* in, int in_element, float factor, void* out, int element, int64_t count) {
+void scale_row(const void* in, int in_element, float factor, void* out, int element, int64_t count) {
   constexpr int64_t kPiece = 512;
   float piece[kPiece], wide[kPiece];
   for (int64_t begin = 0; begin < count; begin += kPiece) {
@@ -63,5 +65,6 @@ void scale(const void* in, int in_element, float factor, void* out, int element,
 
 }  // namespace
 
-extern const LinearTable FASTKD_TABLE(linear_divergence);
-const LinearTable FASTKD_TABLE(linear_divergence) = {shape, unshape, add_softmax, add, scale};
+const Table FASTKD_TABLE(table) = {scale_and_cap, scale_and_cap_gradient, add_softmax, add_row, scale_row};
+
+}  // namespace fastkd::linear_divergence

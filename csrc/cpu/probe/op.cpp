@@ -3,9 +3,7 @@
 #include "cpu/runtime/tensors.h"
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(ProbeTable, probe);
-
-namespace fastkd {
+namespace fastkd::probe {
 namespace {
 
 Tensor probe(const Tensor& x) {
@@ -16,17 +14,17 @@ Tensor probe(const Tensor& x) {
   const float* in = dense.const_data_ptr<float>();
   float* sums = out.mutable_data_ptr<float>();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    FASTKD_CHOOSE(probe).row_sums(in + begin * columns, end - begin, columns, sums + begin);
+    chosen_table().row_sums(in + begin * columns, end - begin, columns, sums + begin);
   });
   return out;
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::probe
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // The sum of each row: the smallest op that walks the whole path from Python to a vector unit and back.
   m.def("probe(Tensor x) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("probe", TORCH_BOX(&fastkd::probe)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("probe", TORCH_BOX(&fastkd::probe::probe)); }

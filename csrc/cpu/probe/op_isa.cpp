@@ -1,6 +1,8 @@
 #include "cpu/probe/op.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd::probe {
+
 namespace {
 
 void row_sums(const float* x, int64_t rows, int64_t columns, float* out) {
@@ -14,5 +16,6 @@ void row_sums(const float* x, int64_t rows, int64_t columns, float* out) {
 
 }  // namespace
 
-extern const ProbeTable FASTKD_TABLE(probe);
-const ProbeTable FASTKD_TABLE(probe) = {row_sums};
+const Table FASTKD_TABLE(table) = {row_sums};
+
+}  // namespace fastkd::probe

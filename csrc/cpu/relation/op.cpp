@@ -8,13 +8,13 @@
 //     KL = sum p (expm1(c) - c) - (E - log(1 + E)):   each term >= 0, nothing cancels as q nears p;
 //     q - p = p expm1(c - kappa) = dKL/ds,  W[i, j] = g_i (q - p)[i, j],  dx = scale W y,  dy = scale Wᵀ x.
 //
-// Of a relation of x with itself dx = scale (W + Wᵀ) x, one product instead of two, and half of the scores are the
-// other half's mirror image.
+// Of a relation of x with itself dx = scale (W + Wᵀ) x, one product instead of two, and the scores are symmetric, so
+// that only half of them are computed.
 //
-// Up to kWhole keys the scores of one (sequence, head) fit in a thread's scratch, and the gradient for upstream 1 is
-// made in the forward, from the exponentials that are there anyway; the backward scales it where the upstream gradient
-// is the same for all queries of a head (any mean or sum), and else starts again with it. Longer ones keep four numbers
-// per query, and the backward makes the scores again: of x with itself tile by tile above the diagonal
+// Up to kMostInCache keys the scores of one (sequence, head) fit in a thread's scratch, and the gradient for upstream 1
+// is made in the forward, from the exponentials that are there anyway; the backward scales it where the upstream
+// gradient is the same for all queries of a head (any mean or sum), and else starts again with it. Longer ones keep
+// four numbers per query, and the backward makes the scores again: of x with itself tile by tile above the diagonal
 // (relation/symmetric.h), else a strip of queries at a time. Masked tokens are left out of both queries and keys before
 // anything else, so they cost nothing. Every sum is in an order that depends on shapes and the mask only.
 #include "cpu/relation/symmetric.h"
@@ -25,13 +25,10 @@
 
 #include "cpu/simd/isa.h"
 
-FASTKD_DECLARE(RelationTable, relation);
-FASTKD_DECLARE(TurnTable, turn);
-
-namespace fastkd {
+namespace fastkd::relation {
 namespace {
 
-constexpr int64_t kWhole = 512;
+constexpr int64_t kMostInCache = 512;
 constexpr int64_t kBlock = 32;     // queries at a time, at least
 constexpr int64_t kFewHeads = 16;  // fewer: the threads share one (sequence, head)
 constexpr int64_t kSlices = 8;
@@ -40,40 +37,40 @@ Tensor rows_side_by_side(const Tensor& x) {
   return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
-struct Arguments {
+struct Args {
   Tensor xs, ys, xt, yt;
   std::optional<Tensor> mask;
-  bool self_s, self_t, causal;
+  bool with_itself_s, with_itself_t, causal;
   double scale_s, scale_t;
 
-  Arguments(const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt, const std::optional<Tensor>& yt,
-            const std::optional<Tensor>& mask, bool causal, double scale_s, double scale_t)
+  Args(const Tensor& xs, const std::optional<Tensor>& ys, const Tensor& xt, const std::optional<Tensor>& yt,
+       const std::optional<Tensor>& mask, bool causal, double scale_s, double scale_t)
       : xs(rows_side_by_side(xs)),
         ys(ys ? rows_side_by_side(*ys) : this->xs),
         xt(rows_side_by_side(xt)),
         yt(yt ? rows_side_by_side(*yt) : this->xt),
         mask(mask),
-        self_s(!ys),
-        self_t(!yt),
+        with_itself_s(!ys),
+        with_itself_t(!yt),
         causal(causal),
         scale_s(scale_s),
         scale_t(scale_t) {}
 
-  RelationCall call() const {
+  Inputs inputs() const {
     const bool* counts = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-    RelationCall made = {FASTKD_CHOOSE(relation),
-                         FASTKD_CHOOSE(turn),
-                         RelationSide(xs, ys, self_s, float(scale_s), mask.has_value()),
-                         RelationSide(xt, yt, self_t, float(scale_t), mask.has_value()),
-                         counts,
-                         mask ? mask->stride(0) : 0,
-                         mask ? mask->stride(1) : 0,
-                         causal,
-                         xs.size(1),
-                         xs.size(2),
-                         kBlock};
+    Inputs made = {chosen_table(),
+                   chosen_transpose_table(),
+                   QueriesAndKeys(xs, ys, with_itself_s, float(scale_s), mask.has_value()),
+                   QueriesAndKeys(xt, yt, with_itself_t, float(scale_t), mask.has_value()),
+                   counts,
+                   mask ? mask->stride(0) : 0,
+                   mask ? mask->stride(1) : 0,
+                   causal,
+                   xs.size(1),
+                   xs.size(2),
+                   kBlock};
     for (const int64_t rows : {int64_t(made.s.gemm.rows_a), int64_t(made.s.gemm.rows_b), int64_t(made.t.gemm.rows_a),
-                               int64_t(made.t.gemm.rows_b), kTurnLanes})
+                               int64_t(made.t.gemm.rows_b), kTransposeLanes})
       made.block = std::lcm(made.block, rows);
     return made;
   }
@@ -92,44 +89,44 @@ void check(const Check& check, const Tensor& xs, const std::optional<Tensor>& ys
   check("mask", mask, kBool, "[B, L]", {B, L});
 }
 
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
 
-Tensor fresh_gradient(const Arguments& of, bool wanted) {
+Tensor empty_gradient(const Args& of, bool wanted) {
   const auto type = of.xs.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-  Tensor made = fresh(of.xs, {of.xs.size(0), of.xs.size(1), wanted ? of.xs.size(2) : 0, of.xs.size(3)}, type);
+  Tensor made = empty(of.xs, {of.xs.size(0), of.xs.size(1), wanted ? of.xs.size(2) : 0, of.xs.size(3)}, type);
   use_huge_pages(made);
   return made;
 }
 
-RelationOut out_of(const Tensor& dx, const Tensor& dy) {
+Outputs out_of(const Tensor& dx, const Tensor& dy) {
   const auto data = [](const Tensor& x) { return x.numel() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr; };
   return {nullptr, nullptr, data(dx), data(dy), int64_t(dx.element_size()), nullptr};
 }
 
 // What is to be done for every (sequence, head); the gradient where `out` has room for it.
-void run(const Arguments& of, const RelationOut& out, const std::vector<int64_t>& pairs) {
-  const RelationCall call = of.call();
+void run(const Args& of, const Outputs& out, const std::vector<int64_t>& pairs) {
+  const Inputs inputs = of.inputs();
   const int64_t count = int64_t(pairs.size());
-  if (call.length > kWhole) {
+  if (inputs.length > kMostInCache) {
     const bool share = count < kFewHeads;
     const bool gradient = out.dx != nullptr;
     const int64_t slices = share ? kSlices : 1;
     const auto some = [&](int64_t begin, int64_t end) {
-      std::optional<RelationMirror> mirror;
-      std::optional<RelationLong> strips;
-      if (RelationMirror::possible(call)) mirror.emplace(call, gradient, slices);
+      std::optional<Symmetric> symmetric;
+      std::optional<PerStrip> strips;
+      if (Symmetric::possible(inputs)) symmetric.emplace(inputs, gradient, slices);
       for (int64_t i = begin; i < end; ++i) {
-        if (mirror && mirror->run(pairs[i], out)) continue;
-        if (!strips) strips.emplace(call, gradient, slices);
+        if (symmetric && symmetric->run(pairs[i], out)) continue;
+        if (!strips) strips.emplace(inputs, gradient, slices);
         strips->run(pairs[i], out);
       }
     };
     return share ? some(0, count) : parallel_for(0, count, 1, some);
   }
   parallel_for(0, count, grain(of.work(), 1 << 20), [&](int64_t begin, int64_t end) {
-    RelationWhole work(call, out.dx != nullptr);
+    InCache work(inputs, out.dx != nullptr);
     for (int64_t i = begin; i < end; ++i) work.run(pairs[i], out);
   });
 }
@@ -139,13 +136,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
                                                         bool causal, double scale_s, double scale_t,
                                                         bool gradient_in_forward) {
   check(Check("relation_fwd"), xs, ys, xt, yt, mask);
-  const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
+  const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
   const int64_t B = xs.size(0), H = xs.size(1), L = xs.size(2);
-  STD_TORCH_CHECK(!gradient_in_forward || L <= kWhole, "relation_fwd: a gradient in the forward takes up to 512 keys");
-  Tensor values = fresh(xs, {B, H, L}, ScalarType::Float);
-  Tensor stats = fresh(xs, {B, H, 4, L}, ScalarType::Float);
-  Tensor dx = fresh_gradient(of, gradient_in_forward), dy = fresh_gradient(of, gradient_in_forward && !of.self_s);
-  RelationOut out = out_of(dx, dy);
+  STD_TORCH_CHECK(!gradient_in_forward || L <= kMostInCache, "relation_fwd: gradient_in_forward: expected at most ",
+                  kMostInCache, " keys, got ", L);
+  Tensor values = empty(xs, {B, H, L}, ScalarType::Float);
+  Tensor stats = empty(xs, {B, H, 4, L}, ScalarType::Float);
+  Tensor dx = empty_gradient(of, gradient_in_forward),
+         dy = empty_gradient(of, gradient_in_forward && !of.with_itself_s);
+  Outputs out = out_of(dx, dy);
   out.values = values.mutable_data_ptr<float>();
   out.stats = stats.mutable_data_ptr<float>();
   std::vector<int64_t> pairs(values.numel() ? of.pairs() : 0);
@@ -155,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_fwd(const Tensor& xs, std::o
 }
 
 // Whether the queries of a (sequence, head) that count all have the same upstream gradient.
-bool same_for_all(const float* g, const Kept& kept) {
-  for (const int64_t i : kept.tokens)
-    if (!(g[i] == g[kept.tokens[0]])) return false;
+bool same_for_all(const float* g, const ValidTokens& valid) {
+  for (const int64_t i : valid.tokens)
+    if (!(g[i] == g[valid.tokens[0]])) return false;
   return true;
 }
 
@@ -174,43 +173,44 @@ std::tuple<Tensor, Tensor> relation_bwd(const Tensor& grad, const Tensor& xs, st
   op("unit_grad_x", unit_grad_x, gradient, "[B, H, L, d]", {B, H, made, xs.size(3)});
   op("unit_grad_y", unit_grad_y, gradient, "[B, H, L, d]", {B, H, ys ? made : kAny, xs.size(3)});
   const Tensor of_queries = dense(stats), for_x = dense(unit_grad_x), for_y = dense(unit_grad_y);
-  const Arguments of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
-  const RelationCall call = of.call();
+  const Args of(xs, ys, xt, yt, mask, causal, scale_s, scale_t);
+  const Inputs inputs = of.inputs();
   const Tensor g = torch::stable::contiguous(grad);
   const float* upstream = g.const_data_ptr<float>();
-  Tensor dx = fresh_gradient(of, true), dy = fresh_gradient(of, !of.self_s);
-  RelationOut out = out_of(dx, dy);
+  Tensor dx = empty_gradient(of, true), dy = empty_gradient(of, !of.with_itself_s);
+  Outputs out = out_of(dx, dy);
   out.upstream = upstream;
-  if (xs.size(2) > kWhole) out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
-  const int64_t L = call.length, size = L * call.s.width;
+  if (xs.size(2) > kMostInCache)
+    out.stats = const_cast<float*>(of_queries.const_data_ptr<float>());  // read only, there
+  const int64_t L = inputs.length, size = L * inputs.s.width;
   std::vector<char> scaled(of.pairs(), 0);
   if (unit_grad_x.numel()) {
     const auto scale = [&](const Tensor& unit, char* to, int64_t pair, float by) {
       if (!to) return;
       const int64_t at = pair * size * out.item;
       const auto* from = static_cast<const char*>(unit.const_data_ptr());
-      call.table.multiply(from + at, out.item == 2, by, size, to + at);
+      inputs.table.scale(from + at, out.item == 2, by, size, to + at);
     };
     parallel_for(0, of.pairs(), grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        const Kept kept = call.kept(pair);
-        if (kept.count() && !same_for_all(upstream + pair * L, kept)) continue;
-        const float by = kept.count() ? upstream[pair * L + kept.first()] : 0;
+        const ValidTokens valid = inputs.valid_tokens(pair);
+        if (valid.count() && !same_for_all(upstream + pair * L, valid)) continue;
+        const float by = valid.count() ? upstream[pair * L + valid.first()] : 0;
         scale(for_x, out.dx, pair, by);
         scale(for_y, out.dy, pair, by);
         scaled[pair] = 1;
       }
     });
   }
-  std::vector<int64_t> again;
+  std::vector<int64_t> remaining;
   for (int64_t pair = 0; pair < of.pairs(); ++pair)
-    if (!scaled[pair] && size) again.push_back(pair);
-  run(of, out, again);
+    if (!scaled[pair] && size) remaining.push_back(pair);
+  run(of, out, remaining);
   return {dx, dy};
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::relation
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // KL(teacher || student) per query [B, H, L] of x yᵀ (x xᵀ without y); [B, H, 4, L] numbers for the backward, and the
@@ -224,6 +224,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("relation_fwd", TORCH_BOX(&fastkd::relation_fwd));
-  m.impl("relation_bwd", TORCH_BOX(&fastkd::relation_bwd));
+  m.impl("relation_fwd", TORCH_BOX(&fastkd::relation::relation_fwd));
+  m.impl("relation_bwd", TORCH_BOX(&fastkd::relation::relation_bwd));
 }

@@ -4,31 +4,36 @@
 #include "cpu/simd/isa.h"
 #include "cpu/simd/vec.h"
 
+namespace fastkd::relation {
+
 namespace {
 
-static_assert(kRelationLanes % kLanes == 0, "queries must be whole vectors");
+static_assert(kQueryLanes % kLanes == 0, "queries must be whole vectors");
 
-constexpr float kNever = -1e30f;  // finite, so that the difference of two such scores is a number
-constexpr int64_t kRun = 64;      // rows that are summed before they meet the others
+constexpr float kMaskedScore = -1e30f;  // finite, so that the difference of two such scores is a number
+constexpr int64_t kRun = 64;            // rows that are summed before they meet the others
 
-void hide(const RelationTile& at) {
+void mask_future_keys(const Tile& at) {
   for (int64_t key = 1; key < at.keys; ++key)
-    for (int64_t i = 0; i < key && i < at.queries; ++i) at.s[key * at.stride + i] = at.t[key * at.stride + i] = kNever;
+    for (int64_t i = 0; i < key && i < at.queries; ++i)
+      at.s[key * at.stride + i] = at.t[key * at.stride + i] = kMaskedScore;
 }
 
 // Of one vector of queries.
 struct Column {
   vfloat max_t, max_s;
-  vfloat apart = max_s - max_t;
-  vint alike = magnitude(apart) < 1.f;
+  vfloat difference = max_s - max_t;
+  vint maxima_are_near = magnitude(difference) < 1.f;
 
   vfloat teacher(vfloat b) const { return exp(b - max_t); }  // e^t, <= 1
   // a - b is exact where the sides are close; where they are not, it is rounded at the size of the larger score.
-  vfloat shifted(vfloat a, vfloat b) const { return alike ? (a - b) - apart : (a - max_s) - (b - max_t); }
+  vfloat shifted(vfloat a, vfloat b) const {
+    return maxima_are_near ? (a - b) - difference : (a - max_s) - (b - max_t);
+  }
   vfloat student(vfloat a) const { return a - max_s; }
 };
 
-Column maxima(const RelationTile& at, int64_t lane) {
+Column maxima(const Tile& at, int64_t lane) {
   vfloat max_t = splat(-kInfinity), max_s = max_t;
   for (int64_t key = 0; key < at.keys; ++key) {
     max_t = larger(max_t, load(at.t + key * at.stride + lane));
@@ -38,16 +43,16 @@ Column maxima(const RelationTile& at, int64_t lane) {
 }
 
 // One key's share in the sums of its queries, and those sums.
-struct Share {
+struct KeyTerms {
   vfloat t, s, excess, bregman, cross;
   vint close = {};  // |c| < 1
 
-  void add(const Share& other) {
+  void add(const KeyTerms& other) {
     t += other.t, s += other.s, excess += other.excess, bregman += other.bregman, cross += other.cross;
   }
 };
 
-inline Share share(const Column& column, vfloat a, vfloat b) {
+inline KeyTerms key_terms(const Column& column, vfloat a, vfloat b) {
   const vfloat e = column.teacher(b), c = column.shifted(a, b), cross = e * c;
   const vint near = c < 1.f;
   const Exponential x = exponential(near ? c : column.student(a));
@@ -57,23 +62,23 @@ inline Share share(const Column& column, vfloat a, vfloat b) {
 }
 
 // The value of a query with these sums, and what is remembered of them.
-vfloat value_of(const Share& sum, const Column& column, const RelationStats& of, int64_t lane) {
-  const vfloat apart = sum.excess / sum.t;
-  const vint near = magnitude(apart) < 0.5f;
+vfloat value_of(const KeyTerms& sum, const Column& column, const Stats& of, int64_t lane) {
+  const vfloat difference = sum.excess / sum.t;
+  const vint near = magnitude(difference) < 0.5f;
   store(of.max_t + lane, column.max_t);
   store(of.max_s + lane, column.max_s);
   store(of.sum_t + lane, near ? sum.t : -sum.t);
   store(of.excess + lane, near ? sum.excess : sum.s);
-  return near ? sum.bregman / sum.t - logarithm(apart).y_minus_log1p
+  return near ? sum.bregman / sum.t - logarithm(difference).y_minus_log1p
               : natural_logarithm(sum.s / sum.t) - sum.cross / sum.t;
 }
 
 // What was remembered, read again.
-struct Sums {
+struct SavedSums {
   vfloat t, s, excess;
   vint near;
 
-  Sums(const RelationStats& of, int64_t lane) : t(load(of.sum_t + lane)), excess(load(of.excess + lane)) {
+  SavedSums(const Stats& of, int64_t lane) : t(load(of.sum_t + lane)), excess(load(of.excess + lane)) {
     near = t > 0.f;
     t = magnitude(t);
     s = near ? t + excess : excess;
@@ -81,15 +86,15 @@ struct Sums {
 };
 
 template <bool kKeep>
-void statistics_of(const RelationTile& at, const RelationStats& of, float* values, int64_t lane) {
+void statistics_of(const Tile& at, const Stats& of, float* values, int64_t lane) {
   const Column column = maxima(at, lane);
-  Share sum = {};
+  KeyTerms sum = {};
   for (int64_t begin = 0; begin < at.keys; begin += kRun) {
     const int64_t end = begin + kRun < at.keys ? begin + kRun : at.keys;
-    Share run = {};
+    KeyTerms run = {};
     for (int64_t key = begin; key < end; ++key) {
       float *s = at.s + key * at.stride + lane, *t = at.t + key * at.stride + lane;
-      const Share one = share(column, load(s), load(t));
+      const KeyTerms one = key_terms(column, load(s), load(t));
       run.add(one);
       if constexpr (kKeep) {
         store(t, one.close ? one.t : -one.t);
@@ -101,51 +106,52 @@ void statistics_of(const RelationTile& at, const RelationStats& of, float* value
   store(values + lane, value_of(sum, column, of, lane));
 }
 
-void statistics(const RelationTile& at, bool keep, const RelationStats& of, float* values) {
+void statistics(const Tile& at, bool keep, const Stats& of, float* values) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes)
     keep ? statistics_of<true>(at, of, values, lane) : statistics_of<false>(at, of, values, lane);
 }
 
-// Kept are e_t and, where |c| < 1, e_s - e_t; else -e_t and e_s: each to its last digit. Where the sums are near,
+// ValidTokens are e_t and, where |c| < 1, e_s - e_t; else -e_t and e_s: each to its last digit. Where the sums are
+// near,
 //
 //     q - p = (e_s - e_t) / sum_s - e_t (sum_s - sum_t) / (sum_t sum_s): both small where q is near p;
 //
 // else e_s / sum_s - e_t / sum_t.
-void from_kept(const RelationTile& at, const RelationStats& of, const float* g) {
+void gradient_from_saved(const Tile& at, const Stats& of, const float* g) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
-    const Sums sum(of, lane);
+    const SavedSums sum(of, lane);
     const vfloat of_student = load(g + lane) / sum.s;
     const vfloat of_teacher = sum.near ? -sum.excess / sum.t * of_student : -load(g + lane) / sum.t;
     const vfloat difference_lacks = sum.near ? vfloat{} : splat(1),
                  student_lacks = difference_lacks - 1.f;  // times e_t
     for (int64_t key = 0; key < at.keys; ++key) {
       float* s = at.s + key * at.stride + lane;
-      const vfloat kept = load(at.t + key * at.stride + lane), e = magnitude(kept);
-      store(s, (load(s) + (bits(kept) < 0 ? student_lacks : difference_lacks) * e) * of_student + e * of_teacher);
+      const vfloat valid = load(at.t + key * at.stride + lane), e = magnitude(valid);
+      store(s, (load(s) + (bits(valid) < 0 ? student_lacks : difference_lacks) * e) * of_student + e * of_teacher);
     }
   }
 }
 
 // g (q - p) of a score.
-struct Pull {
+struct ScoreGradient {
   Column column;
   vfloat p_scale, q_scale, kappa;
 
-  Pull(const RelationStats& of, const float* g, int64_t lane) : column{load(of.max_t + lane), load(of.max_s + lane)} {
-    const Sums sum(of, lane);
+  ScoreGradient(const Stats& of, const float* g, int64_t lane) : column{load(of.max_t + lane), load(of.max_s + lane)} {
+    const SavedSums sum(of, lane);
     p_scale = load(g + lane) / sum.t, q_scale = load(g + lane) / sum.s;
     kappa = sum.near ? logarithm(sum.excess / sum.t).log1p : natural_logarithm(sum.s / sum.t);
   }
   // Of a vector of queries, or of one for all lanes.
-  Pull(const RelationPull& of, int64_t lane)
+  ScoreGradient(const GradientFactors& of, int64_t lane)
       : column{load(of.max_t + lane), load(of.max_s + lane)},
         p_scale(load(of.p_scale + lane)),
         q_scale(load(of.q_scale + lane)),
         kappa(load(of.kappa + lane)) {}
-  static Pull one(const RelationPull& of, int64_t i) {
+  static ScoreGradient one(const GradientFactors& of, int64_t i) {
     return {{splat(of.max_t[i]), splat(of.max_s[i])}, splat(of.p_scale[i]), splat(of.q_scale[i]), splat(of.kappa[i])};
   }
-  Pull(Column column, vfloat p_scale, vfloat q_scale, vfloat kappa)
+  ScoreGradient(Column column, vfloat p_scale, vfloat q_scale, vfloat kappa)
       : column(column), p_scale(p_scale), q_scale(q_scale), kappa(kappa) {}
 
   vfloat operator()(vfloat a, vfloat b) const {
@@ -156,17 +162,18 @@ struct Pull {
   }
 };
 
-void from_scores(const RelationTile& at, const RelationStats& of, const float* g) {
+void gradient_from_scores(const Tile& at, const Stats& of, const float* g) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
-    const Pull pull(of, g, lane);
+    const ScoreGradient factor(of, g, lane);
     for (int64_t key = 0; key < at.keys; ++key) {
       float* s = at.s + key * at.stride + lane;
-      store(s, pull(load(s), load(at.t + key * at.stride + lane)));
+      store(s, factor(load(s), load(at.t + key * at.stride + lane)));
     }
   }
 }
 
-void own_scores(const void* rows, int element, int64_t stride, int64_t count, int64_t width, float scale, float* out) {
+void diagonal_scores(const void* rows, int element, int64_t stride, int64_t count, int64_t width, float scale,
+                     float* out) {
   constexpr int64_t kPiece = 256;
   float scratch[kPiece];
   for (int64_t i = 0; i < count; ++i) {
@@ -182,12 +189,12 @@ void own_scores(const void* rows, int element, int64_t stride, int64_t count, in
   }
 }
 
-void down(const RelationTile& at, const RelationStats& queries, const RelationSums& sums) {
+void add_query_sums(const Tile& at, const Stats& queries, const Sums& sums) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
     const Column column = {load(queries.max_t + lane), load(queries.max_s + lane)};
-    Share sum = {};
+    KeyTerms sum = {};
     for (int64_t i = lane, key = 0; key < at.keys; ++key, i += at.stride)
-      sum.add(share(column, load(at.s + i), load(at.t + i)));
+      sum.add(key_terms(column, load(at.s + i), load(at.t + i)));
     store(sums.t + lane, load(sums.t + lane) + sum.t);
     store(sums.s + lane, load(sums.s + lane) + sum.s);
     store(sums.excess + lane, load(sums.excess + lane) + sum.excess);
@@ -196,12 +203,12 @@ void down(const RelationTile& at, const RelationStats& queries, const RelationSu
   }
 }
 
-void across(const RelationTile& at, const RelationStats& keys, const RelationSums& sums) {
+void add_key_sums(const Tile& at, const Stats& keys, const Sums& sums) {
   for (int64_t key = 0; key < at.keys; ++key) {
     const Column column = {splat(keys.max_t[key]), splat(keys.max_s[key])};
-    Share sum = {};
+    KeyTerms sum = {};
     for (int64_t i = key * at.stride, lane = 0; lane < at.queries; lane += kLanes, i += kLanes)
-      sum.add(share(column, load(at.s + i), load(at.t + i)));
+      sum.add(key_terms(column, load(at.s + i), load(at.t + i)));
     sums.t[key] += sum_lanes(sum.t);
     sums.s[key] += sum_lanes(sum.s);
     sums.excess[key] += sum_lanes(sum.excess);
@@ -210,39 +217,39 @@ void across(const RelationTile& at, const RelationStats& keys, const RelationSum
   }
 }
 
-void finish(const RelationSums& sums, int64_t count, const RelationStats& of, float* values) {
+void values_from_sums(const Sums& sums, int64_t count, const Stats& of, float* values) {
   for (int64_t lane = 0; lane < count; lane += kLanes) {
-    const Share sum = {load(sums.t + lane), load(sums.s + lane), load(sums.excess + lane), load(sums.bregman + lane),
-                       load(sums.cross + lane)};
+    const KeyTerms sum = {load(sums.t + lane), load(sums.s + lane), load(sums.excess + lane), load(sums.bregman + lane),
+                          load(sums.cross + lane)};
     store(values + lane, value_of(sum, {load(of.max_t + lane), load(of.max_s + lane)}, of, lane));
   }
 }
 
-void prepare(const RelationStats& of, const float* g, int64_t count, const RelationPull& to) {
+void gradient_factors(const Stats& of, const float* g, int64_t count, const GradientFactors& to) {
   for (int64_t lane = 0; lane < count; lane += kLanes) {
-    const Pull pull(of, g, lane);
-    store(to.max_t + lane, pull.column.max_t);
-    store(to.max_s + lane, pull.column.max_s);
-    store(to.p_scale + lane, pull.p_scale);
-    store(to.q_scale + lane, pull.q_scale);
-    store(to.kappa + lane, pull.kappa);
+    const ScoreGradient factor(of, g, lane);
+    store(to.max_t + lane, factor.column.max_t);
+    store(to.max_s + lane, factor.column.max_s);
+    store(to.p_scale + lane, factor.p_scale);
+    store(to.q_scale + lane, factor.q_scale);
+    store(to.kappa + lane, factor.kappa);
   }
 }
 
-void both(const RelationTile& at, const RelationPull& queries, const RelationPull& keys) {
+void symmetric_gradient(const Tile& at, const GradientFactors& queries, const GradientFactors& keys) {
   for (int64_t lane = 0; lane < at.queries; lane += kLanes) {
-    const Pull query(queries, lane);
+    const ScoreGradient query(queries, lane);
     for (int64_t key = 0; key < at.keys; ++key) {
       float* s = at.s + key * at.stride + lane;
       const vfloat a = load(s), b = load(at.t + key * at.stride + lane);
-      store(s, query(a, b) + Pull::one(keys, key)(a, b));
+      store(s, query(a, b) + ScoreGradient::one(keys, key)(a, b));
     }
   }
 }
 
-void narrow(const float* in, int64_t count, uint16_t* out) { narrow_bfloat16(in, out, count); }
+void to_bfloat16(const float* in, int64_t count, uint16_t* out) { narrow_bfloat16(in, out, count); }
 
-void multiply(const void* in, bool bfloat16, float by, int64_t count, void* out) {
+void scale(const void* in, bool bfloat16, float by, int64_t count, void* out) {
   if (!bfloat16) {
     const auto* from = static_cast<const float*>(in);
     auto* to = static_cast<float*>(out);
@@ -262,6 +269,8 @@ void multiply(const void* in, bool bfloat16, float by, int64_t count, void* out)
 
 }  // namespace
 
-extern const RelationTable FASTKD_TABLE(relation);
-const RelationTable FASTKD_TABLE(relation) = {hide,   statistics, from_kept, from_scores, own_scores, down,
-                                              across, finish,     prepare,   both,        narrow,     multiply};
+const Table FASTKD_TABLE(table) = {mask_future_keys, statistics,         gradient_from_saved, gradient_from_scores,
+                                   diagonal_scores,  add_query_sums,     add_key_sums,        values_from_sums,
+                                   gradient_factors, symmetric_gradient, to_bfloat16,         scale};
+
+}  // namespace fastkd::relation

@@ -1,4 +1,4 @@
-// What every CPU op needs around torch's stable ABI: short names, and the same words for the same mistakes.
+// What every CPU op needs around torch's stable ABI: short names, and one wording for each mistake.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -83,7 +83,7 @@ inline unsigned dtype_of(const Tensor& x) {
 constexpr int64_t kAny = -1;  // a size that is not prescribed
 using Sizes = std::initializer_list<int64_t>;
 
-// Refuses what an op was not made for, before anything looks at memory: an error inside parallel_for loses its words.
+// Checks the arguments of an op before any memory is read: an error raised inside parallel_for loses its message.
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
@@ -122,7 +122,7 @@ class Check {
     STD_TORCH_CHECK(expected == kAny ? came > 0 : came == expected, op_, ": ", name, ": expected a list of ",
                     expected == kAny ? "at least 1" : std::to_string(expected), ", got ", came);
   }
-  // Any other rule, in words.
+  // Any other rule, as a sentence.
   template <class T>
   void that(bool holds, const char* name, const char* expected, const T& came) const {
     STD_TORCH_CHECK(holds, op_, ": ", name, ": expected ", expected, ", got ", came);

@@ -1,39 +1,45 @@
-// Blocks of W by W in registers; the shuffles are gemm/pack.h's.
+// Blocks of kLanes by kLanes in registers; the shuffles are gemm/pack.h's.
 #include "cpu/simd/transpose.h"
 
 #include "cpu/gemm/pack.h"
 #include "cpu/simd/isa.h"
 
+namespace fastkd {
 namespace {
 
-static_assert(kTurnLanes % W == 0, "blocks must be whole vectors");
+static_assert(kTransposeLanes % kLanes == 0, "blocks must be whole vectors");
 
-FASTKD_INLINE void load_block(const float* from, int64_t stride, Floats (&x)[W]) {
+FASTKD_INLINE void load_block(const float* from, int64_t stride, vfloat (&x)[kLanes]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) x[i] = load(from + i * stride);
+  for (int i = 0; i < kLanes; ++i) x[i] = load(from + i * stride);
 }
 
-FASTKD_INLINE void store_block(float* to, int64_t stride, const Floats (&x)[W]) {
+FASTKD_INLINE void store_block(float* to, int64_t stride, const vfloat (&x)[kLanes]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store(to + i * stride, x[i]);
+  for (int i = 0; i < kLanes; ++i) store(to + i * stride, x[i]);
 }
 
-void copy(const float* from, float* to, int64_t stride, int64_t size) {
-  for (int64_t i = 0; i < size; i += W)
-    for (int64_t j = 0; j < size; j += W) {
-      Floats x[W];
-      load_block(from + i * stride + j, stride, x);
+void transpose_matrix(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  for (int64_t j = 0; j < columns; j += kLanes)
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      vfloat x[kLanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k) x[k] = load(from + (i + k < rows ? i + k : rows - 1) * from_stride + j);
       transpose(x);
-      store_block(to + j * stride + i, stride, x);
+      const int64_t count = columns - j < kLanes ? columns - j : kLanes;
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes; ++k)
+        if (k < count) store(to + (j + k) * to_stride + i, x[k]);
     }
 }
 
 // f(x, y): the block of a, and the transposed block of b that belongs there.
 template <class F>
 FASTKD_INLINE void each_pair(float* a, float* b, int64_t stride, int64_t size, const F& f) {
-  for (int64_t i = 0; i < size; i += W)
-    for (int64_t j = a == b ? i : 0; j < size; j += W) {
-      Floats x[W], y[W];
+  for (int64_t i = 0; i < size; i += kLanes)
+    for (int64_t j = a == b ? i : 0; j < size; j += kLanes) {
+      vfloat x[kLanes], y[kLanes];
       load_block(b + j * stride + i, stride, y);
       transpose(y);
       load_block(a + i * stride + j, stride, x);
@@ -45,17 +51,18 @@ FASTKD_INLINE void each_pair(float* a, float* b, int64_t stride, int64_t size, c
 }
 
 void exchange(float* a, float* b, int64_t stride, int64_t size) {
-  each_pair(a, b, stride, size, [](Floats(&)[W], Floats(&)[W]) {});
+  each_pair(a, b, stride, size, [](vfloat(&)[kLanes], vfloat(&)[kLanes]) {});
 }
 
 void symmetrise(float* a, float* b, int64_t stride, int64_t size) {
-  each_pair(a, b, stride, size, [](Floats(&x)[W], Floats(&y)[W]) {
+  each_pair(a, b, stride, size, [](vfloat(&x)[kLanes], vfloat(&y)[kLanes]) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) x[i] = y[i] = x[i] + y[i];
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i] = x[i] + y[i];
   });
 }
 
 }  // namespace
 
-extern const TurnTable FASTKD_TABLE(turn);
-const TurnTable FASTKD_TABLE(turn) = {copy, exchange, symmetrise};
+const TransposeTable FASTKD_TABLE(transpose_table) = {transpose_matrix, exchange, symmetrise};
+
+}  // namespace fastkd

@@ -60,7 +60,7 @@ inline vfloat scale_by_power(vfloat x, vfloat n, vint n_in_low_bits) {
 #endif
 }
 
-inline vfloat load(const float* p) {
+inline vfloat load(const void* p) {
   vfloat x;
   std::memcpy(&x, p, sizeof x);
   return x;
@@ -76,7 +76,7 @@ inline vfloat load_bfloat16(const uint16_t* p) {
   return from_bits(__builtin_convertvector(x, vint) << 16);
 #endif
 }
-inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+inline void store(void* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
 
 inline vfloat load_some(const float* p, int count, float rest) {
   float lanes[kLanes];
@@ -193,14 +193,30 @@ inline void widen_bfloat16(const uint16_t* in, float* out, int64_t count) {
   }
 }
 
+// The bfloat16 is the upper half of each lane: rounded to nearest, ties to even; a NaN keeps its upper half and is
+// quiet.
+inline vuint bfloat16_bits(vfloat x) {
+  const vuint u = (vuint)x, rounded = u + 0x7fffu + ((u >> 16) & 1u), nan = (vuint)(x != x);
+  return ((rounded & ~nan) | ((u | 0x400000u) & nan)) & 0xffff0000u;
+}
+
+inline vhalf to_bfloat16(vfloat x) {
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_cvtepi32_epi16((__m512i)(bfloat16_bits(x) >> 16));
+#else
+  return __builtin_convertvector(bfloat16_bits(x) >> 16, vhalf);
+#endif
+}
+
 inline void narrow_bfloat16(const float* in, uint16_t* out, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t wide;
-    std::memcpy(&wide, in + i, 4);
-    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
-    out[i] = (wide & 0x7fffffff) > 0x7f800000 ? uint16_t((wide >> 16) | 64) : uint16_t(rounded);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const vhalf narrow = to_bfloat16(load(in + i));
+    std::memcpy(out + i, &narrow, sizeof narrow);
   }
+  if (i == count) return;
+  const vhalf narrow = to_bfloat16(load_some(in + i, int(count - i), 0));
+  std::memcpy(out + i, &narrow, (count - i) * 2);
 }
 
 #if defined(__F16C__)

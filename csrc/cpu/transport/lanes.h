@@ -3,9 +3,8 @@
 
 #include "transport/simplex.h"
 
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
-namespace transport {
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 8;
@@ -112,6 +111,5 @@ struct CpuLanes {
   }
 };
 
-}  // namespace transport
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport

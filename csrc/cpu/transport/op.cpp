@@ -9,35 +9,32 @@
 #include "transport/tensors.h"
 #include "transport/warp.h"
 
-FASTKD_DECLARE(TransportTable, transport);
-
-namespace fastkd {
+namespace fastkd::transport {
 namespace {
 
 // Problems per thread so that they are worth waking it for: about 16 microseconds.
-int64_t problems_per_thread(const TransportBatch& batch) { return 1 + 768 / (batch.n * batch.m); }
+int64_t problems_per_thread(const Batch& batch) { return 1 + 768 / (batch.n * batch.m); }
 
-transport::Plan plan_by(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
-                        const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v,
-                        const CostAttention& attention = {}) {
-  const auto run = [&](const TransportBatch& batch, int64_t problems, bool in_doubles) {
+Plan plan_by(const Table& table, const Tensor& cost, const Tensor& a, const Tensor& b,
+             const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v,
+             const CostAttention& attention = {}) {
+  const auto run = [&](const Batch& batch, int64_t problems, bool in_doubles) {
     const auto solve = in_doubles ? table.doubles : table.floats;
     if (attention.rows) return solve(batch, 0, problems);
     parallel_for(0, problems, problems_per_thread(batch),
                  [&](int64_t begin, int64_t end) { solve(batch, begin, end); });
   };
-  return transport::plan_of(cost, a, b, start_flow, start_v, run, attention);
+  return plan_of(cost, a, b, start_flow, start_v, run, attention);
 }
 
-transport::Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
-                               std::optional<Tensor> start_v) {
-  return plan_by(FASTKD_CHOOSE(transport), cost, a, b, start_flow, start_v);
+Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                    std::optional<Tensor> start_v) {
+  return plan_by(chosen_table(), cost, a, b, start_flow, start_v);
 }
 
 // The CUDA kernel's 32 lanes, played by the host: what runs on a GPU can be tested without one.
 template <class Cost>
-void emulate(const TransportBatch& batch, int64_t begin, int64_t end) {
-  using namespace transport;
+void emulate(const Batch& batch, int64_t begin, int64_t end) {
   double cost[SIDE * SIDE];
   Workspace workspace;
   workspace.cost = cost;
@@ -46,30 +43,30 @@ void emulate(const TransportBatch& batch, int64_t begin, int64_t end) {
   if (batch.attention.rows) move_weights<Cost>(lanes, batch, end);
 }
 
-transport::Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b,
-                                   std::optional<Tensor> start_flow, std::optional<Tensor> start_v) {
+Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
+                        std::optional<Tensor> start_v) {
   return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v);
 }
 
-transport::Moved moved(const TransportTable& table, const Tensor& cost, const Tensor& a, const Tensor& b,
-                       bool inverse_cost, double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+Moved moved(const Table& table, const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
+            double temperature, bool product_of_sums, bool joint, bool double_softmax) {
   const auto solve = [&](const CostAttention& how) { return plan_by(table, cost, a, b, {}, {}, how); };
-  return transport::moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
+  return moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
 }
 
-transport::Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
-                                double temperature, bool product_of_sums, bool joint, bool double_softmax) {
-  return moved(FASTKD_CHOOSE(transport), cost, a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax);
+Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost, double temperature,
+                     bool product_of_sums, bool joint, bool double_softmax) {
+  return moved(chosen_table(), cost, a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax);
 }
 
-transport::Moved cost_attention_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
-                                         double temperature, bool product_of_sums, bool joint, bool double_softmax) {
+Moved cost_attention_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
+                              double temperature, bool product_of_sums, bool joint, bool double_softmax) {
   return moved({emulate<double>, emulate<float>}, cost, a, b, inverse_cost, temperature, product_of_sums, joint,
                double_softmax);
 }
 
 }  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::transport
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // cost [P, N, M], a [P, N], b [P, M], a flow [P, N, M] and potentials of the columns [P, M] to
@@ -91,8 +88,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("transport", TORCH_BOX(&fastkd::transport_plan));
-  m.impl("transport_emulated", TORCH_BOX(&fastkd::transport_emulated));
-  m.impl("cost_attention", TORCH_BOX(&fastkd::cost_attention));
-  m.impl("cost_attention_emulated", TORCH_BOX(&fastkd::cost_attention_emulated));
+  m.impl("transport", TORCH_BOX(&fastkd::transport::transport_plan));
+  m.impl("transport_emulated", TORCH_BOX(&fastkd::transport::transport_emulated));
+  m.impl("cost_attention", TORCH_BOX(&fastkd::transport::cost_attention));
+  m.impl("cost_attention_emulated", TORCH_BOX(&fastkd::transport::cost_attention_emulated));
 }

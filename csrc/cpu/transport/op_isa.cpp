@@ -3,12 +3,12 @@
 #include "transport/attention.h"
 #include "transport/transport.h"
 
+namespace fastkd::transport {
+
 namespace {
 
-using namespace fastkd::transport;
-
 template <class Cost>
-void solve_all(const TransportBatch& batch, int64_t begin, int64_t end) {
+void solve_all(const Batch& batch, int64_t begin, int64_t end) {
   alignas(64) double cost[SIDE * SIDE];
   alignas(64) Workspace workspace;
   workspace.cost = cost;
@@ -19,5 +19,6 @@ void solve_all(const TransportBatch& batch, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const TransportTable FASTKD_TABLE(transport);
-const TransportTable FASTKD_TABLE(transport) = {solve_all<double>, solve_all<float>};
+const Table FASTKD_TABLE(table) = {solve_all<double>, solve_all<float>};
+
+}  // namespace fastkd::transport

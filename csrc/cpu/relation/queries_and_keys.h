@@ -10,7 +10,7 @@
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/tensors.h"
 
-namespace fastkd {
+namespace fastkd::relation {
 
 // x or y [B, H, L, d] as it lies; strides in bytes. An undefined y is x.
 struct Heads {
@@ -33,26 +33,26 @@ struct Rows {
 };
 
 // The tokens of a sequence that count; `run`: one after another, so that nothing need be gathered.
-struct Kept {
+struct ValidTokens {
   std::vector<int64_t> tokens;
-  bool run = true;
+  bool contiguous = true;
 
   int64_t count() const { return int64_t(tokens.size()); }
   int64_t first() const { return tokens.empty() ? 0 : tokens[0]; }
 
-  Kept(const bool* mask, int64_t mask_stride, int64_t length) {
+  ValidTokens(const bool* mask, int64_t mask_stride, int64_t length) {
     tokens.reserve(length);
     for (int64_t i = 0; i < length; ++i)
       if (!mask || mask[i * mask_stride]) tokens.push_back(i);
-    run = tokens.empty() || tokens.back() - tokens[0] + 1 == count();
+    contiguous = tokens.empty() || tokens.back() - tokens[0] + 1 == count();
   }
 };
 
-struct RelationSide {
+struct QueriesAndKeys {
   const Gemm& gemm;
   Heads x, y;
   int element;
-  bool self, direct, gathers;
+  bool with_itself, direct, gathers_rows;
   float scale;
   int64_t width;
 
@@ -60,37 +60,37 @@ struct RelationSide {
   Rows queries, keys;
   char *gathered_x, *gathered_y, *packed_queries, *packed_keys;
 
-  RelationSide(const Tensor& x, const Tensor& y, bool self, float scale, bool gathers)
+  QueriesAndKeys(const Tensor& x, const Tensor& y, bool with_itself, float scale, bool gathers_rows)
       : gemm(fastkd::gemm(element_of(x))),
         x(x),
         y(y),
         element(element_of(x)),
-        self(self),
+        with_itself(with_itself),
         direct(gemm.operand == element),
-        gathers(gathers),
+        gathers_rows(gathers_rows),
         scale(scale),
         width(x.size(3)) {}
 
-  void carve(Arena& arena, int64_t length) {
-    gathered_x = arena.take<char>(gathers ? length * width * x.item : 0);
-    gathered_y = arena.take<char>(gathers && !self ? length * width * x.item : 0);
-    packed_queries = arena.take<char>(gemm.bytes_b(length, width));
-    packed_keys = arena.take<char>(direct ? 0 : gemm.bytes_a(length, width));
+  void lay_out(Arena& arena, int64_t length) {
+    gathered_x = arena.piece<char>(gathers_rows ? length * width * x.item : 0);
+    gathered_y = arena.piece<char>(gathers_rows && !with_itself ? length * width * x.item : 0);
+    packed_queries = arena.piece<char>(gemm.bytes_b(length, width));
+    packed_keys = arena.piece<char>(direct ? 0 : gemm.bytes_a(length, width));
   }
 
-  Rows rows(const Heads& of, int64_t b, int64_t h, const Kept& kept, char* gathered) const {
+  Rows rows(const Heads& of, int64_t b, int64_t h, const ValidTokens& valid, char* gathered) const {
     const char* from = of.data + b * of.of_batch + h * of.of_head;
-    if (kept.run) return {from + kept.first() * of.of_row, of.of_row / of.item};
-    for (int64_t i = 0; i < kept.count(); ++i)
-      std::memcpy(gathered + i * width * of.item, from + kept.tokens[i] * of.of_row, width * of.item);
+    if (valid.contiguous) return {from + valid.first() * of.of_row, of.of_row / of.item};
+    for (int64_t i = 0; i < valid.count(); ++i)
+      std::memcpy(gathered + i * width * of.item, from + valid.tokens[i] * of.of_row, width * of.item);
     return {gathered, width};
   }
 
-  void take(int64_t b, int64_t h, const Kept& kept) {
-    queries = rows(x, b, h, kept, gathered_x);
-    keys = self ? queries : rows(y, b, h, kept, gathered_y);
-    gemm.pack_b({queries.data, element, queries.stride, 1, kept.count(), width}, packed_queries);
-    if (!direct) gemm.pack_a({keys.data, element, keys.stride, 1, kept.count(), width}, packed_keys);
+  void load_pair(int64_t b, int64_t h, const ValidTokens& valid) {
+    queries = rows(x, b, h, valid, gathered_x);
+    keys = with_itself ? queries : rows(y, b, h, valid, gathered_y);
+    gemm.pack_b({queries.data, element, queries.stride, 1, valid.count(), width}, packed_queries);
+    if (!direct) gemm.pack_a({keys.data, element, keys.stride, 1, valid.count(), width}, packed_keys);
   }
 
   // Scores of keys [begin, end) (rows) and queries [first, last) (columns, filled up to whole panels).
@@ -106,9 +106,9 @@ struct RelationSide {
   }
 
   // Rows as the second operand of (weights x rows).
-  void turn(const Rows& from, int64_t begin, int64_t end, char* packed) const {
+  void pack_transposed(const Rows& from, int64_t begin, int64_t end, char* packed) const {
     gemm.pack_b({from.data + begin * from.stride * x.item, element, 1, from.stride, width, end - begin}, packed);
   }
 };
 
-}  // namespace fastkd
+}  // namespace fastkd::relation
