@@ -121,6 +121,10 @@ def test_a_nan_row_poisons_only_itself(subject, backend):
     clean, (clean_grad,) = run(subject, backend, student, teacher)
     student = student.clone()
     student[2, 17] = float("nan")
+    if subject.stem == "transport" and student.device.type == "cpu":
+        with pytest.raises(ValueError, match="costs must be finite"):
+            run(subject, backend, student, teacher)
+        return
     loss, (grad,) = run(subject, backend, student, teacher)
     others = [0, 1, 3, 4]
     assert loss[2].isnan() and grad[2].isnan().any()
