@@ -209,14 +209,13 @@ inline vhalf to_bfloat16(vfloat x) {
 }
 
 inline void narrow_bfloat16(const float* in, uint16_t* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const vhalf narrow = to_bfloat16(load(in + i));
-    std::memcpy(out + i, &narrow, sizeof narrow);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t wide;
+    std::memcpy(&wide, in + i, 4);
+    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+    out[i] = (wide & 0x7fffffff) > 0x7f800000 ? uint16_t((wide >> 16) | 64) : uint16_t(rounded);
   }
-  if (i == count) return;
-  const vhalf narrow = to_bfloat16(load_some(in + i, int(count - i), 0));
-  std::memcpy(out + i, &narrow, (count - i) * 2);
 }
 
 #if defined(__F16C__)
