@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def gpu_tests() -> list[str]:
     """The files with tests for a GPU; the others may need packages that such a machine lacks."""
     found = sorted((machine.ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(machine.ROOT)) for path in found
-            if "pytest.mark.gpu" in path.read_text() and path.stem != "test_bench_gpu"]  # fmt: skip
+            if re.search(r"pytest\.mark\.gpu|\bsubjects\b", path.read_text()) and path.stem != "test_bench_gpu"]  # fmt: skip
 
 
 def tests(workers: int, *what: str) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ INDEX = torch.zeros(3, 2, dtype=torch.int64)
 
 # (the call, what its message must contain): the argument's name first, then what came or what to do
 WRONG = {
-    "shape of the student": (lambda: F.gram_correlation_loss(X[0], X), "student: expected shape [B, N, D], got float32[5, 8]"),
+    "shape of the student": (lambda: F.gram_correlation_loss(X[0], X), "student_hidden: expected shape [B, N, D], got float32[5, 8]"),
     "not a tensor": (lambda: F.divergence([1.0], L), "student_logits: expected a tensor [..., V], got list"),
     "integer logits": (lambda: F.divergence(L.long(), L), "cast it, for example with .float()"),
-    "batch differs": (lambda: F.gram_correlation_loss(X, X[:1]), "student and teacher must agree in their first 2 axes"),
-    "vocabularies differ": (lambda: F.divergence(L, L[:, :5]), "slice the teacher's columns"),
-    "teacher with a graph": (lambda: F.divergence(L, L.clone().requires_grad_()), "teacher requires grad"),
+    "batch differs": (lambda: F.gram_correlation_loss(X, X[:1]), "student_hidden and teacher_hidden must agree in their first 2 axes"),
+    "vocabularies differ": (lambda: F.divergence(L, L[:, :5]), "select the teacher's columns"),
+    "teacher with a graph": (lambda: F.divergence(L, L.clone().requires_grad_()), "teacher_logits requires grad"),
     "mask of another shape": (lambda: F.divergence(L, L, mask=torch.ones(3)), "mask: expected shape [...] = [4]"),
     "unknown kind": (lambda: F.divergence(L, L, kind="kl"), "kind: expected one of 'forward_kl'"),
     "unknown reduction": (lambda: F.divergence(L, L, reduction="avg"), "reduction: expected one of 'mean', 'sum', 'none'"),
@@ -28,7 +28,7 @@ WRONG = {
     "beta at its end": (lambda: F.divergence(L, L, kind="jsd", beta=1.0), "kind='reverse_kl'"),
     "sparse teacher out of range": (
         lambda: F.divergence(L, fastkd.TopK(torch.full((4, 2), 7), torch.zeros(4, 2))),
-        "teacher.indices: indices must lie in [0, 7)",
+        "teacher_logits.indices: indices must lie in [0, 7)",
     ),
     "sparse teacher has no logits": (
         lambda: F.divergence(L, fastkd.TopK(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)), kind="mse"),
@@ -42,26 +42,26 @@ WRONG = {
         lambda: F.gram_correlation_loss(X, X, level="sequence", grouping="official", mask=torch.tensor([[1, 1, 1, 1, 0]] * 2)),
         "grouping='official' has no defined meaning",
     ),
-    "no layers": (lambda: F.layer_costs([], [X]), "students: the list of layers is empty"),
-    "not a list of layers": (lambda: F.layer_costs(X, [X]), "students: expected a list with one entry per layer"),
+    "no layers": (lambda: F.layer_costs([], [X]), "student_hidden: the list of layers is empty"),
+    "not a list of layers": (lambda: F.layer_costs(X, [X]), "student_hidden: expected a list with one entry per layer"),
     "widths of layers differ": (lambda: F.layer_costs([X], [X[..., :4]]), "project the student to the teacher's width"),
     "head counts differ": (lambda: F.attention_costs([(H, H)], [(H[:, :2], H[:, :2])]), "heads='mean'"),
     "batches of scores differ": (
         lambda: F.attention_costs([torch.randn(2, 3, 4, 4)], [torch.randn(3, 3, 4, 4)]),
-        "teachers[0] and students[0] must be of the same batch and length",
+        "teacher_attention[0] and student_attention[0] must be of the same batch and length",
     ),
     "lengths of scores differ": (
         lambda: F.attention_costs([torch.randn(2, 3, 4, 4)], [torch.randn(2, 3, 5, 5)]),
-        "teachers[0] and students[0] must be of the same batch and length",
+        "teacher_attention[0] and student_attention[0] must be of the same batch and length",
     ),
-    "queries and keys of other lengths": (lambda: F.attention_costs([(H, H[:, :, :4])], [(H, H)]), "students[0]: q and k must be"),
+    "queries and keys of other lengths": (lambda: F.attention_costs([(H, H[:, :, :4])], [(H, H)]), "student_attention[0]: q and k must be"),
     "clamp in words": (lambda: F.layer_costs([X], [X], clamp="low"), "clamp: expected a number, got 'low'"),
     "temperature in words": (lambda: F.divergence(L, L, temperature="2"), "temperature: must be a finite number > 0, got '2'"),
     "no temperature": (lambda: F.divergence(L, L, temperature=None), "temperature: must be a finite number > 0, got None"),
     "mask as a list": (lambda: F.divergence(L, L, mask=[1, 1, 1, 1]), "mask: expected a tensor, got a list of 4"),
     "tail that is no mass": (
         lambda: F.divergence(L, fastkd.TopK(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2), False)),
-        "teacher.tail: expected None, True or",
+        "teacher_logits.tail: expected None, True or",
     ),
     "relation heads in words": (lambda: F.relation_kl_loss([H], [H], heads="3"), "heads: expected a whole number > 0, got '3'"),
     "label outside the vocabulary": (
@@ -69,8 +69,8 @@ WRONG = {
         "labels: a label that counts must lie in [0, 4)",
     ),
     "half a layer": (lambda: fastkd.BertEMDLoss(2.5, 3), "n_student: expected a whole number > 0, got 2.5"),
-    "relations do not pair up": (lambda: F.relation_kl_loss([H], [H, H]), "student and teacher must pair up one to one"),
-    "relation heads": (lambda: F.relation_kl_loss([H], [H], heads=5), "heads: must divide the width of student[0], 3·4 = 12"),
+    "relations do not pair up": (lambda: F.relation_kl_loss([H], [H, H]), "student_relations and teacher_relations must pair up one to one"),
+    "relation heads": (lambda: F.relation_kl_loss([H], [H], heads=5), "heads: must divide the width of student_relations[0], 3·4 = 12"),
     "negative mass": (lambda: F.transport(torch.rand(2, 3), torch.tensor([1.5, -0.5])), "a: masses must be finite and >= 0"),
     "NaN cost": (lambda: F.transport(torch.full((2, 3), float("nan"))), "cost: costs must be finite"),
     "unequal mass": (lambda: F.transport(torch.rand(2, 3), torch.ones(2)), "a and b must have the same total mass"),
@@ -80,14 +80,14 @@ WRONG = {
         lambda: F.nce_loss(Q, BANK, INDEX[:, :1], n_data=9, temperature=0.1, z=1.0),
         "index: expected the positive and at least one negative",
     ),
-    "head turned round": (lambda: F.linear_divergence(L, L.t(), L, L), "a head is [V, D], as nn.Linear.weight"),
+    "transposed head": (lambda: F.linear_divergence(L, L.t(), L, L), "a head is [V, D], as nn.Linear.weight"),
     "heads of different size": (
         lambda: F.linear_divergence(L, torch.randn(20, 7), L, torch.randn(30, 7)),
         "if the student's vocabulary is a subset, pass vocab=",
     ),
     "device": (
         lambda: F.divergence(L, torch.empty(4, 7, device="meta")),
-        "teacher is on meta, but student_logits is on cpu; move it with teacher.to(student_logits.device)",
+        "teacher_logits is on meta, but student_logits is on cpu; move it with teacher_logits.to(student_logits.device)",
     ),
     "layer count of BERT-EMD": (
         lambda: fastkd.BertEMDLoss(3, 2)(None, None, [X, X], [X, X]),
@@ -153,5 +153,5 @@ def test_a_library_older_than_its_sources_is_reported():
 
     if backends.UNAVAILABLE["cpu"] is not None:
         pytest.skip("the C++ kernels are not built")
-    with pytest.raises(ImportError, match="has no op of_tomorrow, so it is older than these sources; build it again"):
+    with pytest.raises(ImportError, match="has no op of_tomorrow, so it is older than the sources; build it again"):
         backends.kernels("divergence", "of_tomorrow", "of_tomorrow")

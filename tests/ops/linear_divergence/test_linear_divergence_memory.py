@@ -39,7 +39,7 @@ def extra(rows, dtype, memory, teacher_tokens):
     teacher = [make(rows, {WIDTH}), make({WORDS} * (4 if "vocab" in options else 1), {WIDTH})]
     task = measure.make_task("ours", "both", lambda: linear_divergence(*leaves, *teacher, **options), leaves)
     task.run(None)
-    peak = measure.peak_by_kernel(task)
+    peak, _ = measure.peak_memory(task, torch.device("cpu"))
     return (peak - sum(x.numel() * x.element_size() for x in leaves)) / {MIB}
 
 memory = sys.argv[1]

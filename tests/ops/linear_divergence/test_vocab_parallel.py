@@ -44,7 +44,7 @@ try:
         sides[0], teacher[0], sides[0], teacher[0], labels=torch.full((300,), 23), hard_weight=1.0, process_group=group
     )
 except ValueError as error:
-    assert "labels: a label that counts must be a word of one of the shards" in str(error)
+    assert "labels: a label that counts must be a token of one of the shards" in str(error)
 else:
     raise AssertionError("a label outside of all shards was accepted")
 """
@@ -125,7 +125,7 @@ def test_a_gradient_penalty_on_two_processes_equals_one():
 
 def test_what_cannot_be_sharded_is_an_error():
     hidden, head = torch.randn(3, 4), torch.randn(5, 4)
-    with pytest.raises(ValueError, match="vocab: ids are of the whole vocabulary"):
+    with pytest.raises(ValueError, match="vocab: cannot be combined with process_group"):
         fastkd.linear_divergence(hidden, head, hidden, head, vocab=torch.arange(5), process_group=object())
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
         fastkd.linear_divergence(hidden, head, hidden, head, backend="cpu", process_group=object())
