@@ -215,7 +215,7 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tup
 
 def providers_of(case: Case, inputs: Inputs, asked: argparse.Namespace) -> list[Provider | Absent]:
     """Ours and all others; what is absent anyway keeps its own reason."""
-    others = baselines.rivals(case, asked.device)
+    others = baselines.others(case, asked.device)
     if asked.rivals:
         kept = lambda p: isinstance(p, Absent) or p.name in asked.rivals.split(",")  # noqa: E731
         others = [p if kept(p) else Absent(p.name, report.NOT_ASKED) for p in others]

@@ -33,7 +33,7 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """A rival that has no row, and why."""
+    """A baseline or peer that has no row, and why."""
 
     name: str
     reason: str
@@ -82,7 +82,7 @@ RELEASED = {  # functions of fastkd.functional, and the authors' way of each
 
 
 def names() -> list[str]:
-    """Every rival that some stem has."""
+    """Every baseline and peer that some stem has."""
     return list(
         dict.fromkeys(["eager", "compile", "authors", *(name for more in peers.MORE.values() for name, *_ in more)])
     )
@@ -98,7 +98,7 @@ def compiled(function: Callable) -> Callable:
     return bind(torch.compile(function, dynamic=False))
 
 
-def rivals(case: Case, device: torch.device) -> list:
+def others(case: Case, device: torch.device) -> list:
     """Providers and Absents, in the order of the table."""
     found: list = []
     more = peers.MORE.get((case.stem, case.kind), peers.MORE.get(case.stem, ()))

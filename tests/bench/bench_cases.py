@@ -49,7 +49,7 @@ def test_case(case, mode, benchmark):
     """Ours as auto dispatches it, checked first, then interleaved with the first anchor there is."""
     inputs = build(case, DEVICE)
     ours = baselines.ours(case, inputs)[0]
-    there = {p.name: p for p in baselines.rivals(case, DEVICE) if isinstance(p, Provider)}
+    there = {p.name: p for p in baselines.others(case, DEVICE) if isinstance(p, Provider)}
     baseline = next((there[name] for name in ANCHORS if name in there), None)
     if baseline is None:
         pytest.skip(f"{case.stem} has no baseline here, so there is no ratio")

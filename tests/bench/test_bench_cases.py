@@ -173,7 +173,7 @@ def test_every_other_provider_does_the_same_job(case):
     inputs = case_module.build(case, CPU)
     oracle = check.make_oracle(case, inputs)
     names = []
-    for other in baselines.rivals(case, CPU):
+    for other in baselines.others(case, CPU):
         assert other.name in baselines.names()
         if isinstance(other, Absent):
             assert other.reason
@@ -190,7 +190,7 @@ def test_every_other_provider_does_the_same_job(case):
 def test_ours_passes_its_own_check(case):
     inputs = case_module.build(case, CPU)
     oracle = check.make_oracle(case, inputs)
-    found = {p.name: p for p in baselines.rivals(case, CPU) if isinstance(p, Provider)}
+    found = {p.name: p for p in baselines.others(case, CPU) if isinstance(p, Provider)}
     eager = check.errors_of(found["eager"].call, inputs, oracle) if "eager" in found else None
     for ours in baselines.ours(case, inputs):
         if isinstance(ours, Provider):
@@ -200,7 +200,7 @@ def test_ours_passes_its_own_check(case):
 
 
 def test_what_is_not_there_is_named():
-    absent = {other.name for other in baselines.rivals(tiny("divergence", "top_k"), CPU) if isinstance(other, Absent)}
+    absent = {other.name for other in baselines.others(tiny("divergence", "top_k"), CPU) if isinstance(other, Absent)}
     assert {"authors", "liger"} <= absent
 
 

@@ -81,7 +81,7 @@ def eager(student, teacher, keep, kind, temperature, alpha, beta):
 
 
 def undecided(student, teacher, temperature):
-    """Words [ROWS, V] whose p and q float32 cannot tell apart, so that the sign in tvd's gradient is anybody's."""
+    """Tokens [ROWS, V] whose p and q float32 cannot distinguish, so that either sign is correct in tvd's gradient."""
     log_q, log_p = (torch.log_softmax(x.double() / temperature, -1) for x in (student, teacher))
     return ((log_q - log_p).abs() <= 2 * ULP) & (log_p > -torch.inf), log_q.exp()
 
@@ -108,8 +108,8 @@ def check(kind, backend, *, temperature=1.0, alpha=0.1, beta=0.3, **drawn):
         # A sign that nobody can tell moves q by at most q: where it stands, and through the mean everywhere.
         excused = (upstream * q * unsure / temperature).norm() * 2 if kind == "tvd" and found is grad else 0.0
         error, size = (found - true).norm(), true.norm()
-        rival = (other - true).norm() if other.isfinite().all() else math.inf
-        assert error <= 1.25 * rival + 4 * ULP * size + floor + excused
+        of_baseline = (other - true).norm() if other.isfinite().all() else math.inf
+        assert error <= 1.25 * of_baseline + 4 * ULP * size + floor + excused
         if near:
             assert error <= 1e-5 * size + floor + excused
 

@@ -175,8 +175,8 @@ def test_an_untrained_student(kind, recompute, backend):
     loss, of_eager = gradients(lambda *student: eager(student, teacher, kind=kind, beta=0.3, alpha=1e-6), *student)
     true_loss, wanted = gradients(call(tuple(map(double, teacher)), "reference", kind=kind, reduction="none",
                                        alpha=1e-6, beta=0.3), *map(double, student))  # fmt: skip
-    rivals = [relative_error(x, y) for x, y in zip((loss, *of_eager), (true_loss, *wanted), strict=True)]
-    assert all(ours <= 1.25 * other + 1e-6 for ours, other in zip(found, rivals, strict=True))
+    eager_errors = [relative_error(x, y) for x, y in zip((loss, *of_eager), (true_loss, *wanted), strict=True)]
+    assert all(ours <= 1.25 * other + 1e-6 for ours, other in zip(found, eager_errors, strict=True))
 
 
 @every_backend
