@@ -46,6 +46,8 @@ def compile_kernel(
 
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter does not compile"
     names = kernel.arg_names
+    missing = {parameter.name for parameter in kernel.params if parameter.is_constexpr} - constants.keys()
+    assert not missing, f"{kernel.__name__}: no value for the tl.constexpr arguments {sorted(missing)}"
     full = {name: signature.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     aligned |= {path: [["tt.divisibility", 16]] for i, name in enumerate(names) for path in _pointers(full[name], (i,))}

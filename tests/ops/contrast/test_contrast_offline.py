@@ -32,7 +32,7 @@ def compile_contrast(name, q, bank, width, chip, excluded=False):
     types |= {
         x: "i32" if x[0] in "BKD" or not x.endswith("_ptr") else "*fp32" for x in kernel.arg_names if x not in types
     }
-    constants = {"HOW": form, "DIRECTION": True, "NCE": not excluded} | launch
+    constants = {"HOW": form, "UNIT_GRAD": True, "NCE": not excluded} | launch
     constants |= {} if excluded else {"query_ids": None, "bank_ids": None}
     constants |= {} if scaled else {"row_scale_ptr": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
