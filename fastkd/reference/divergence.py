@@ -24,22 +24,24 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
     if kind == "mse":
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     (p, log_p), (q, log_q) = normalized(t, temperature), normalized(s, temperature)
-    if kind == "reverse_kl":
+    apart = kind in OF_STUDENT and (kind, alpha) != ("skew_kl", 0)
+    if apart:
         student_q, moved = q, (s - s.detach()) / temperature
-        s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: _of_student
+        s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: OF_STUDENT
     d, near = log_ratio(difference(s, t) / temperature, p, log_p, q, log_q)
     if partial is None:
         rows = compare(p, q, d, log_p, kind, beta, alpha, ~near)
     else:
         log_mass, plain = partial
         lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
-        rows = compare(p * log_mass.exp(), q, d - log_mass, log_p + log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
-    if kind == "reverse_kl":
-        rows = rows + _of_student(student_q, moved, q, d)
+        p, d = p * log_mass.exp(), d - log_mass
+        rows = compare(p, q, d, log_p + log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
+    if apart:
+        rows = rows + OF_STUDENT[kind](student_q, moved, q, p, d, alpha)
     return rows.masked_fill(blank, 0)
 
 
-def _of_student(q, moved, q_0, d_0):
+def _of_reverse_kl(q, moved, q_0, p, d_0, alpha):
     """The change of KL(q || p) when the student's logits move by `moved`, which is 0, from q_0 to q. With a fixed q_0 it is
     exactly sum (q - q_0) (log q_0 - log p) + KL(q || q_0). The first derivative of the second term is 0 token by token,
     and so it is computed, by KL(q || q_0) = sum q_0 (u e^u - expm1(u)), u = log q - log q_0: where one token has nearly all
@@ -49,6 +51,24 @@ def _of_student(q, moved, q_0, d_0):
     d_0 = d_0.clamp(-1e30, 1e30)
     centred = d_0 - (q_0 * d_0).sum(-1, keepdim=True).detach()
     return ((q - q_0) * centred).sum(-1) + (q_0 * (u * u.exp() - u.expm1())).sum(-1)
+
+
+def _of_skew_kl(q, moved, q_0, p, d_0, alpha):
+    """The change of KL(p || m), m = alpha p + rest q, when q_0 becomes q: sum (q - q_0) h - p (log1p(y) - y) with
+    h = -rest p / m and y = rest (q - q_0) / m. Only differences of h count. They are taken from the likeliest token's, so that
+    a gradient keeps its digits where that token has nearly all of q, and h + rest = rest^2 (q_0 - p) / m takes the place of h
+    where student and teacher nearly agree on it."""
+    rest = 1 - alpha
+    m = alpha * p + rest * q_0
+    m = m.masked_fill(m == 0, 1)
+    y = rest * (q - q_0) / m
+    minus_h, top = rest * p / m, q_0.argmax(-1, keepdim=True)
+    h_plus_rest = rest**2 * torch.where(d_0.abs() < 1, p * d_0.clamp(-1, 1).expm1(), q_0 - p) / m
+    h = torch.where(minus_h.gather(-1, top) < rest / 2, -minus_h, h_plus_rest)
+    return ((q - q_0) * (h - h.gather(-1, top))).sum(-1) + (p * (y - y.log1p())).sum(-1)
+
+
+OF_STUDENT = {"reverse_kl": _of_reverse_kl, "skew_kl": _of_skew_kl}
 
 
 def compare(p, q, d, log_p, kind, beta, alpha, far=False):

@@ -51,24 +51,31 @@ inline void extremes(const float* s, const float* t, int64_t begin, int64_t end,
 template <bool kEntropy, bool kGradient>
 inline void exponentials(const float* s, const float* t, int64_t begin, int64_t end, float per_two, float* out_s,
                          float* out_t, ChunkSums* part) {
-  vfloat sums[4] = {};
+  vfloat sums[6] = {};
   const float max_s = part->max_s, max_t = part->max_t;
   sweep(s, t, begin, end, [&](vfloat a, vfloat b, int64_t i, int count) {
     __builtin_prefetch(s + i + kFastChunk);
     __builtin_prefetch(t + i + kFastChunk);
     const vfloat x = larger(splat(-200.f), (a - max_s) * per_two), y = larger(splat(-200.f), (b - max_t) * per_two);
     const vfloat e_s = power_of_two(x), e_t = power_of_two(y);
-    sums[0] += e_s;
-    sums[1] += e_t;
+    if constexpr (kEntropy) {  // both logarithms count: ones are added apart, so that they round nothing away
+      sums[0] += e_s == 1.f ? vfloat{} : e_s;
+      sums[1] += e_t == 1.f ? vfloat{} : e_t;
+      sums[3] += e_t * y;
+      sums[4] += e_s == 1.f ? e_s : vfloat{};
+      sums[5] += e_t == 1.f ? e_t : vfloat{};
+    } else {
+      sums[0] += e_s;
+      sums[1] += e_t;
+    }
     sums[2] += e_t * (x - y);
-    if constexpr (kEntropy) sums[3] += e_t * y;
     if constexpr (kGradient) {
       store_some(out_s + i, e_s, count);
       store_some(out_t + i, e_t, count);
     }
   });
-  part->sum_s = sum_lanes(sums[0]);
-  part->sum_t = sum_lanes(sums[1]);
+  part->sum_s = double(sum_lanes(sums[0])) + sum_lanes(sums[4]);
+  part->sum_t = double(sum_lanes(sums[1])) + sum_lanes(sums[5]);
   part->mean = sum_lanes(sums[2]) * kLn2;
   part->entropy = sum_lanes(sums[3]) * kLn2;
 }

@@ -68,13 +68,18 @@ namespace {
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
 void add_moments(const Row& row, const float* s, const float* t, int64_t columns, RowSums* sums, float* excess,
                  float* exponential_t) {
-  constexpr int kSums = kEntropy ? 5 : kLoss ? 4 : 2;
+  constexpr int kSums = kEntropy ? 6 : kLoss ? 4 : 2;
   double totals[kSums];
   accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[kSums], int64_t i, int count) {
     const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
     const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
-    sums[0] += e;
+    if constexpr (kEntropy) {  // log sum_t of a sure teacher: ones are counted apart, so that they round nothing away
+      sums[0] += e == 1.f ? vfloat{} : e;
+      sums[5] += e == 1.f ? e : vfloat{};
+    } else {
+      sums[0] += e;
+    }
     const vfloat more = near ? e * x.expm1() : x.exp() - e;
     sums[1] += more;
     if constexpr (kKeep) {
@@ -89,6 +94,7 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
     }
     if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });
+  if constexpr (kEntropy) totals[0] += totals[5];
   double sum_s = totals[0] + totals[1], of_student[1];
   if (!(sum_s > 0.25 * totals[0])) {  // they cancel
     accumulate(s, s, columns, of_student,
