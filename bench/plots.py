@@ -7,11 +7,7 @@ from fastkd.bench import report
 from fastkd.bench.report import Row
 
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
-COLOURS = {
-    "fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a", "liger": "#4868b0",
-    "eager stacked": "#b9bdc4", "trl-style": "#8b5aa8", "cdist": "#5aa6c4",
-}  # fmt: skip
-OTHER = "#6f7f5f"
+COLOURS = {"fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a"}
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#c5cad1", "axes.labelcolor": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
@@ -22,15 +18,6 @@ STYLE = {
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 BESIDE = ("eager", "compile", "authors")  # of whom the overview shows numbers
 MOST_PER_STEM = 4
-
-
-def colour(provider: str) -> str:
-    return COLOURS.get(provider.split(":")[0], OTHER)
-
-
-def rank(provider: str) -> int:
-    name = provider.split(":")[0]
-    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
 
 
 def label_of(case: str) -> str:
@@ -146,12 +133,12 @@ def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
         there = rows_by_case[key]
         labels.append(f"{key[0]}  {label_of(key[1])}{' †' if there['fastkd']['by_eager'] else ''}")
         for column, name in enumerate(BESIDE):
-            ratio, style = there.get(name, {}).get("times_ours_median"), {"color": colour(name), "ha": "center"}
+            ratio, style = there.get(name, {}).get("times_ours_median"), {"color": COLOURS[name], "ha": "center"}
             numbers.text(column, y, times(ratio) if ratio else "–", va="center", fontweight="bold", **style)
             if ratio:
                 ends = [there[name][f"times_ours_{end}"] or ratio for end in ("low", "high")]
-                axes.plot(ends, [y, y], color=colour(name), linewidth=5, alpha=0.3, solid_capstyle="butt")
-                axes.plot(ratio, y, "o", color=colour(name), markersize=8.5, markeredgecolor="white")
+                axes.plot(ends, [y, y], color=COLOURS[name], linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axes.plot(ratio, y, "o", color=COLOURS[name], markersize=8.5, markeredgecolor="white")
             if y == len(chosen):
                 numbers.text(column, y + 0.75, name, **style)
     axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2.5)

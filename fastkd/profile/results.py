@@ -95,11 +95,13 @@ def print_table(rows: pd.DataFrame) -> None:
 def print_summary(rows: pd.DataFrame) -> None:
     """One line per method, after all of them."""
     steps, lines = rows[rows["phase"] == STEP], []
-    for method, there in steps.groupby("method", sort=False):
-        first, *others = there.itertuples()
-        speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
-        lines.append((method, report.number(first.median_ms), *speed, *map(times, others)))
     ours, *others = steps["way"].unique()
+    for method, there in steps.groupby("method", sort=False):
+        by_way = {row.way: row for row in there.itertuples()}
+        first = next(iter(by_way.values()))
+        speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
+        beside = (times(by_way[way]) if way in by_way else "–" for way in others)
+        lines.append((method, report.number(first.median_ms), *speed, *beside))
     headings = ("method", f"{ours} ms", "tokens/s", "loss", *(f"{way}, as long" for way in others))
     report.show_table(headings, lines, "\nall methods", 1)
 
