@@ -1,7 +1,7 @@
 # make test    everything a change must pass, on a machine with Python >= 3.11, pip and a C++ compiler
 # make demo    a complete distillation on real text
 # make bench   every hot path beside its baselines, on this machine; make bench STEMS="divergence transport" some of them
-# make profile where the time of a training step goes; make profile METHODS=kd,bert_emd some methods
+# make profile whole training steps beside a careful loop and TRL; make profile STEPS='"gpt2 --method jsd"' some of them
 # make performance  docs/performance.md and its pictures from the CSV under bench/results
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
@@ -13,7 +13,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-METHODS ?= all
 WORKERS ?= -n 2 --dist worksteal
 TORCH   = $(shell grep '^torch==' requirements.lock)
 PIP     = $(BIN)/python -m pip -q --disable-pip-version-check
@@ -49,10 +48,14 @@ demo: build
 bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
 
-# A whole training step of BERT-base, every method, ours beside the reference and the authors' way; half an hour on two cores.
+# Whole training steps: language models of three vocabularies, BERT-base on masked tokens and on classes; an hour on two cores.
+STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "bert-base --method kd,fcd" \
+    "bert-base --task masked_lm --method kd,glmd,distilbert" \
+    "qwen-0.5b:vocab_size=49152,hidden_size=576,num_hidden_layers=12,num_attention_heads=9,num_key_value_heads=3,intermediate_size=1536 \
+        --method forward_kl,fcd" "qwen-0.5b:num_hidden_layers=12 --method forward_kl"
 profile: build
-	$(BIN)/python -m fastkd profile --from-config bert-base --method $(METHODS) --batch 4 --length 64 --steps 6 --no-trace \
-	    --out bench/results
+	for step in $(STEPS); do $(BIN)/python -m fastkd profile --from-config $$step --batch 4 --length 128 \
+	    --ways fastkd,logits,loop,authors,trl,gkd --no-trace --out bench/results || exit; done
 
 performance:
 	$(BIN)/python -m fastkd.bench.evidence.performance

@@ -138,16 +138,13 @@ def commit_of(ref: str) -> str:
 
 
 def of_both_sides(argv: Sequence[str]) -> list[str]:
-    """The bench's arguments without `--against REF` and where to write; YAML files by their whole path, since the other side
-    runs in another folder."""
+    """The bench's arguments without `--against REF` and where to write."""
     kept, skip = [], False
     for word in argv:
         if skip or word in ("--against", "--out"):
             skip = not skip
         elif not word.startswith(("--against=", "--out=")):
-            option, equals, value = word.rpartition("=")
-            parts = [str(pathlib.Path(x).resolve()) if x.endswith((".yaml", ".yml")) else x for x in value.split(",")]
-            kept.append(option + equals + ",".join(parts))
+            kept.append(word)
     return kept
 
 

@@ -1,6 +1,5 @@
 """What the numbers depend on: device, versions, commit, and whether anybody else was computing meanwhile."""
 
-import contextlib
 import datetime
 import os
 import pathlib
@@ -121,22 +120,6 @@ def too_large(case, available: int) -> str:
     if needed <= available:
         return ""
     return f"left out: it needs about {needed / 2**30:.0f} GiB with its float64 check, {available / 2**30:.0f} are free"
-
-
-@contextlib.contextmanager
-def memory_limit(gib: float | None):
-    """Within it, a CPU allocation that would take the process `gib` beyond what it has now fails; nothing without one."""
-    if not gib:
-        yield
-        return
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + int(gib * 2**30), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def ran_out(error: BaseException) -> bool:

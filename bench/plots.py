@@ -1,18 +1,13 @@
-"""Pictures of a device's CSV: an overview of the speed-ups, and how time and memory of a stem grow with size."""
+"""The picture of a device's CSV: an overview of the speed-ups."""
 
 import pathlib
 from collections.abc import Sequence
 
 from fastkd.bench import report
-from fastkd.bench.cases import STEMS
 from fastkd.bench.report import Row
 
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
-COLOURS = {
-    "fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a", "liger": "#4868b0",
-    "eager stacked": "#b9bdc4", "trl-style": "#8b5aa8", "cdist": "#5aa6c4",
-}  # fmt: skip
-OTHER = "#6f7f5f"
+COLOURS = {"fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a"}
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#c5cad1", "axes.labelcolor": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
@@ -23,15 +18,6 @@ STYLE = {
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 BESIDE = ("eager", "compile", "authors")  # of whom the overview shows numbers
 MOST_PER_STEM = 4
-
-
-def colour(provider: str) -> str:
-    return COLOURS.get(provider.split(":")[0], OTHER)
-
-
-def rank(provider: str) -> int:
-    name = provider.split(":")[0]
-    return list(COLOURS).index(name) if name in COLOURS else len(COLOURS)
 
 
 def label_of(case: str) -> str:
@@ -98,27 +84,22 @@ def decimal_ticks(axis) -> None:
 
 
 def draw(folder: pathlib.Path) -> str:
-    """Every picture of a device's rows; their names, or why there are none."""
+    """The picture of a device's rows: its name, or why there is none."""
     if reason := ready():
         return reason
     import matplotlib.pyplot as plt
 
-    rows = report.rows_of(folder)
     with plt.rc_context(STYLE):
-        drawn = ["overview.png"] if overview(report.measured(rows), folder / "overview.png") else []
-        for stem in STEMS:
-            path = folder / f"{stem}_sweep.png"
-            drawn += [path.name] if sweep([row for row in rows if row["stem"] == stem], stem, path) else []
-    return " ".join(drawn)
+        drawn = overview(report.measured(report.rows_of(folder)), folder / "overview.png")
+    return "overview.png" if drawn else ""
 
 
 def leading(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The cases that stand for the device: a few of each stem, those with a goal where there are any, each kind before any
-    kind's second; a curve's points never."""
+    kind's second."""
     chosen: dict[str, dict[str, Row]] = {}
     for row in headline(rows):
-        if not row["sweep"]:
-            chosen.setdefault(row["stem"], {})[row["case"]] = row
+        chosen.setdefault(row["stem"], {})[row["case"]] = row
     found = []
     for stem, there in chosen.items():
         cases = {
@@ -152,12 +133,12 @@ def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
         there = rows_by_case[key]
         labels.append(f"{key[0]}  {label_of(key[1])}{' †' if there['fastkd']['by_eager'] else ''}")
         for column, name in enumerate(BESIDE):
-            ratio, style = there.get(name, {}).get("times_ours_median"), {"color": colour(name), "ha": "center"}
+            ratio, style = there.get(name, {}).get("times_ours_median"), {"color": COLOURS[name], "ha": "center"}
             numbers.text(column, y, times(ratio) if ratio else "–", va="center", fontweight="bold", **style)
             if ratio:
                 ends = [there[name][f"times_ours_{end}"] or ratio for end in ("low", "high")]
-                axes.plot(ends, [y, y], color=colour(name), linewidth=5, alpha=0.3, solid_capstyle="butt")
-                axes.plot(ratio, y, "o", color=colour(name), markersize=8.5, markeredgecolor="white")
+                axes.plot(ends, [y, y], color=COLOURS[name], linewidth=5, alpha=0.3, solid_capstyle="butt")
+                axes.plot(ratio, y, "o", color=COLOURS[name], markersize=8.5, markeredgecolor="white")
             if y == len(chosen):
                 numbers.text(column, y + 0.75, name, **style)
     axes.axvline(1.0, color=COLOURS["fastkd"], linewidth=2.5)
@@ -170,69 +151,3 @@ def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
     title(figure, "How many times faster, loss and gradient", rows)
     save(figure, path)
     return True
-
-
-def size_of(row: Row) -> int:
-    return int(row["sweep"].split("=")[1])
-
-
-def words_of(points: Sequence[Row]) -> tuple[str, str]:
-    """The name of a curve's axis, and what stays the same along it: "tokens L", and "examples 1, head width 64"."""
-    axes, letter = STEMS[points[0]["stem"]].AXES[points[0]["kind"]], points[0]["sweep"].split("=")[0]
-    sizes = zip(axes.values(), zip(*(row["shape"].split("x") for row in points), strict=True), strict=True)
-    fixed = [f"{word} {column[0]}" for word, column in sizes if len(set(column)) == 1]
-    return f"{axes[letter]} {letter}", ", ".join(fixed)
-
-
-def sweep(rows: Sequence[Row], stem: str, path: pathlib.Path) -> bool:
-    """Log-log time and memory against each swept size, the floor dashed. False where no sweep has two points."""
-    import matplotlib.pyplot as plt
-
-    groups: dict[tuple, list[Row]] = {}
-    for row in headline(report.measured(rows)):
-        if row["sweep"]:
-            groups.setdefault((row["sweep"].split("=")[0], row["kind"], row["dtype"]), []).append(row)
-    curves = [sorted(points, key=size_of) for points in groups.values() if len(set(map(size_of, points))) > 1]
-    reasons = {(row["case"], row["provider"]): row["absent"] for row in rows if row["absent"]}
-    if not curves:
-        return False
-    size = {"figsize": (9, 0.7 + 3.0 * len(curves)), "width_ratios": (3, 3, 1.75)}
-    figure, grid = plt.subplots(len(curves), 3, layout="constrained", squeeze=False, **size)
-    for (time, memory, beside), points in zip(grid, curves, strict=True):
-        draw_curves(time, memory, points, reasons)
-        beside.axis("off")
-        beside.legend(*time.get_legend_handles_labels(), loc="center left", borderaxespad=0)
-        time.set_title(f"{points[0]['kind']} {DTYPES[points[0]['dtype']]}, milliseconds")
-        memory.set_title("peak extra memory, MiB")
-        for axes, label in ((time, words_of(points)[0]), (memory, words_of(points)[1])):
-            axes.set_xlabel(label)
-    title(figure, f"{stem}: how time and memory grow", rows)
-    figure.supxlabel("shaded: 95 % interval of the median; floor: what copy bandwidth and GEMM rate allow at best",
-                     fontsize=8.5, color=SOFT)  # fmt: skip
-    save(figure, path)
-    return True
-
-
-def draw_curves(time, memory, points: Sequence[Row], reasons: dict[tuple[str, str], str]) -> None:
-    """One line per provider in both panels; in the legend why one ends early."""
-    sizes = sorted(set(map(size_of, points)))
-    for provider in sorted({row["provider"] for row in points}, key=lambda name: (rank(name), name)):
-        mine = [row for row in points if row["provider"] == provider]
-        beyond = next((row["case"] for row in points if size_of(row) > size_of(mine[-1])), None)
-        why = reasons.get((beyond, provider), "not measured").partition(":")[0].removesuffix(" beyond its inputs")
-        ours, xs = provider.startswith("fastkd"), [size_of(row) for row in mine]
-        style = {"color": colour(provider), "marker": "o", "markersize": 4.5, "linewidth": 3 if ours else 1.7,
-                 "zorder": 3 if ours else 2, "linestyle": ":" if provider.startswith("fastkd:") else "-"}  # fmt: skip
-        time.plot(xs, [row["median_ms"] for row in mine], label=provider + (f"\n✕ {why}" if beyond else ""), **style)
-        low, high = ([row[name] or row["median_ms"] for row in mine] for name in ("median_low_ms", "median_high_ms"))
-        time.fill_between(xs, low, high, color=colour(provider), alpha=0.18, linewidth=0)
-        memory.plot(xs, [row["peak_extra_mib"] or float("nan") for row in mine], **style)  # a logarithmic axis has no 0
-    floors = {size_of(row): row["floor_ms"] for row in points}
-    time.plot(sizes, [floors[size] for size in sizes], "--", color=INK, linewidth=1.2, label="floor")
-    for axes in (time, memory):
-        axes.set(yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [f"{size >> 10}k" if size >= 1024 and size % 1024 == 0 else str(size) for size in sizes])
-        axes.minorticks_off()
-        decimal_ticks(axes.yaxis)
-        axes.tick_params(length=0, which="both")

@@ -21,7 +21,7 @@ TYPES = {
     "floor_ms": float, "floor_bound": str, "floor_share": float, "gemms_ms": float, "flops": float, "bytes": float,
     "copy_gb_s": float, "gemm_gflop_s": float, "launches": int, "peak_extra_mib": float, "memory_method": str,
     "loss_error": float, "gradient_error": float, "eager_loss_error": float, "eager_gradient_error": float, "match": bool,
-    "sweep": str, "goal": str, "label": str, "foreign_cores": float, "device": str, "threads": int, "cpu_capability": str,
+    "goal": str, "label": str, "foreign_cores": float, "device": str, "threads": int, "cpu_capability": str,
     "driver": str, "torch": str, "cuda": str, "triton": str, "python": str, "commit": str, "dirty": bool, "date": str,
     "absent": str,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 fastkd bench                           every case; table, CSV and plots under bench/results/<device>/
 fastkd bench divergence --quick        a few small cases, printed only
 fastkd bench gram --kind fcd --dtype bfloat16 --mode both --no-publish
-fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512, or a YAML file
+fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512
 fastkd bench --compare A.csv B.csv     what got slower, by ratios measured within each run; 1 if anything did
 fastkd bench gram --against main       the same cases at another commit, built in a worktree, then compared
 """
@@ -40,12 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
-    add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH, or .yaml files")
-    add(
-        "--scale",
-        action="store_true",
-        help="only the curves, to their far ends: 16k tokens, a vocabulary of 256k, 1M negatives",
-    )
+    add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH")
     add("--kind", default="", help="only this kind, such as forward_kl")
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
@@ -63,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="CPU: evict the caches before every sample (a GPU is always cold)")
     add("--rounds", type=int, help="interleaved rounds (30, quick 10)")
     add("--budget", type=float, help="seconds for the rounds of one mode (20, quick 3)")
-    add("--memory", type=float, help="CPU: GiB a call may add; more is out of memory (--scale: half of what is free)")
     add("--out", type=pathlib.Path, default=None, help="instead of bench/results")
     add("--no-publish", action="store_true", help="print only")
     add("--force", action="store_true", help="measure on a busy machine: prints, never publishes")
@@ -87,7 +81,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     for name in filter(None, asked.rivals.split(",")):
         checks.one_of("rivals", name, baselines.names())
-    least = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "memory": 0.01, "tolerance": 0}
+    least = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "tolerance": 0}
     for name, smallest in least.items():
         if getattr(asked, name) is not None and not smallest <= getattr(asked, name) < float("inf"):
             why = "; fewer samples have no 95 % interval" if name == "rounds" else ""
@@ -99,8 +93,6 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     asked.device = checks.device(asked.device, ("cpu", "cuda"), here=not asked.list)
     asked.rounds = asked.rounds or (10 if asked.quick else 30)
     asked.budget = (3.0 if asked.quick else 20.0) if asked.budget is None else asked.budget
-    if asked.scale and asked.memory is None and asked.device.type == "cpu":
-        asked.memory = max(1.0, machine.available_bytes(asked.device) // 2**31)
     return asked
 
 
@@ -109,10 +101,10 @@ def chosen_cases(asked: argparse.Namespace) -> list[Case]:
     if asked.shape:
         found = shapes.select(asked.shape.split(","), asked.dtype, asked.device, asked.stems, asked.kind, asked.case)
     else:
-        more = {"gpu": asked.device.type == "cuda", "scale": asked.scale}
-        found = cases.select(asked.stems, asked.kind, asked.case, asked.dtype, asked.quick, **more)
+        gpu = asked.device.type == "cuda"
+        found = cases.select(asked.stems, asked.kind, asked.case, asked.dtype, asked.quick, gpu)
     if not found:
-        filters = ("stems", "shape", "kind", "case", "dtype", "quick", "scale")
+        filters = ("stems", "shape", "kind", "case", "dtype", "quick")
         named = ", ".join(f"{name}={getattr(asked, name)!r}" for name in filters if getattr(asked, name))
         raise ValueError(f"no case matches all of {named}; leave one out, or see --list")
     return found
@@ -131,29 +123,28 @@ class Outcome:
     foreign: float = 0.0  # cores that others used meanwhile
 
 
-def problem_of(error: Exception, memory: float | None) -> str:
+def problem_of(error: Exception) -> str:
     if machine.ran_out(error):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return OOM + (f" at {memory:g} GiB beyond its inputs" if memory else "")
+        return OOM
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def checked(case: Case, providers: Sequence, inputs: Inputs, memory: float | None = None) -> tuple[dict, list, str]:
+def checked(case: Case, providers: Sequence, inputs: Inputs) -> tuple[dict, list, str]:
     """(provider -> errors) of those that compute the right thing, the others as Absent, and why all are refused."""
     oracle = check.make_oracle(case, inputs)
     passed, absent, eager = {}, [], None
     for provider in sorted(providers, key=lambda p: p.name != "eager"):  # eager first: it sets limits
         try:
-            with machine.memory_limit(memory):
-                errors = check.errors_of(provider.call, inputs, oracle)
+            errors = check.errors_of(provider.call, inputs, oracle)
             if provider.ours:
                 problem = check.verdict(errors, check.limits(case.dtype, eager))
             else:
                 problem = check.verdict_on_other(provider, case, inputs, oracle, errors)
         except Exception as error:
-            errors, problem = None, problem_of(error, memory)
+            errors, problem = None, problem_of(error)
         if problem and provider.ours:
             return {}, absent, f"{provider.name}: {problem}"
         if problem:
@@ -232,7 +223,7 @@ def bench_case(
     inputs, outcome = build(case, asked.device), Outcome()
     everyone = providers_of(case, inputs, asked) if providers is None else providers
     there = [p for p in everyone if isinstance(p, Provider)]
-    passed, failed, outcome.refused = checked(case, there, inputs, asked.memory)
+    passed, failed, outcome.refused = checked(case, there, inputs)
     outcome.absent = [*(p for p in everyone if isinstance(p, Absent)), *failed]
     if outcome.refused:
         return outcome
@@ -256,7 +247,7 @@ def bench_case(
 def of_case(case: Case) -> report.Row:
     return {
         "stem": case.stem, "case": case.name, "kind": case.kind, "shape": case.shape_text, "dtype": case.dtype_text,
-        "sweep": f"{case.sweep}={case.shape[case.sweep]}" if case.sweep else "", "goal": case.goal, "label": case.label,
+        "goal": case.goal, "label": case.label,
     }  # fmt: skip
 
 
@@ -322,7 +313,7 @@ def run_cases(chosen: Sequence[Case], asked: argparse.Namespace, facts: dict, fo
         try:
             outcome = bench_case(case, asked, roofs, facts)
         except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
-            outcome = Outcome(refused=problem_of(error, asked.memory))
+            outcome = Outcome(refused=problem_of(error))
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
         absent += (missing := absent_rows(case, outcome.absent, facts))

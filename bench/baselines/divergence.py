@@ -12,7 +12,9 @@ def eager(student, teacher, kind="forward_kl", temperature=1.0, beta=0.5, alpha=
     """Logits [N, V] -> [N], times T² except for mse; in the logits' dtype, nothing computed twice."""
     if kind == "mse":
         return F.mse_loss(student, teacher, reduction="none").sum(-1)
-    factor, s, t = temperature**2, student / temperature, teacher / temperature
+    factor, s, t = temperature**2, student, teacher
+    if temperature != 1:
+        s, t = s / temperature, t / temperature
     if kind == "tvd":
         return (s.softmax(-1) - t.softmax(-1)).abs().sum(-1) * (0.5 * factor)
     if kind == "soft_ce":

@@ -1,5 +1,5 @@
-"""What is measured: a module per stem with its `AXES` (kind -> letter -> word), `case(kind, *sizes, dtype=…)` and three lists:
-`CASES`; `ON_GPU`, what a CPU would take minutes for; `SCALE`, the far ends of the curves."""
+"""What is measured: a module per stem with its `AXES` (kind -> letter -> word), `case(kind, *sizes, dtype=…)` and two lists:
+`CASES`, and `ON_GPU`, what a CPU would take minutes for."""
 
 from fastkd.bench.cases import contrast, divergence, gram, layer_cost, linear_divergence, relation, transport
 from fastkd.bench.cases.case import Case
@@ -10,17 +10,17 @@ STEMS = {
 }  # fmt: skip
 
 
-def listed(stem: str, gpu: bool = False, scale: bool = False) -> list[Case]:
+def listed(stem: str, gpu: bool = False) -> list[Case]:
     """On a GPU those with a goal come first: there, time may run out."""
     module = STEMS[stem]
-    found = [*module.CASES, *(module.ON_GPU if gpu else []), *(module.SCALE if scale else [])]
+    found = [*module.CASES, *(module.ON_GPU if gpu else [])]
     return sorted(found, key=lambda case: not case.goals) if gpu else found
 
 
-def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False, scale=False) -> list[Case]:
-    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`; `scale` asks for the curves only."""
+def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False) -> list[Case]:
+    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`."""
     return [
-        case for stem in stems or STEMS for case in listed(stem, gpu, scale)
+        case for stem in stems or STEMS for case in listed(stem, gpu)
         if (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype) and name in case.name
-        and (case.quick or not quick) and (case.sweep or not scale)
+        and (case.quick or not quick)
     ]  # fmt: skip

@@ -15,7 +15,6 @@ FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": FP32, "bfloat16": BF16, "float16": torch.float16, "float64": torch.float64}
 PIECE = 512  # rows of a score matrix that an oracle holds at once
 AFTER = ("backward", "both")  # the modes of a product that only the gradient needs
-BOTH = {"modes": ("both",)}
 
 
 def normal(*size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
@@ -66,7 +65,6 @@ class Case:
     options: Mapping = dataclasses.field(default_factory=dict)
     keep: tuple[str, ...] = ()  # names of inputs that keep their own dtype (ids, log-probabilities, weights)
     modes: tuple[str, ...] = ("forward", "backward", "both")
-    sweep: str = ""  # the size on the x axis of the plot, where this case is a point of a curve
     quick: bool = False
     goals: Mapping[str, float] = dataclasses.field(default_factory=dict)  # evidence/performance.py says what they mean
     label: str = ""  # the model whose shape this is

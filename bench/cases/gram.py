@@ -1,9 +1,7 @@
 """gram: the correlation of two self-similarity matrices (FCD), at token level, or at token and sequence level."""
 
 import torch
-from fastkd.bench.cases import case as case_module
-from fastkd.bench.cases.case import AFTER, BF16, BOTH, FP32, Case, Gemm, Inputs, Work, normal
-from torch.utils.checkpoint import checkpoint
+from fastkd.bench.cases.case import AFTER, BF16, FP32, Case, Gemm, Inputs, Work, normal
 
 from fastkd import functional
 
@@ -29,24 +27,6 @@ def ours(inputs: Inputs, backend: str) -> torch.Tensor:
     return functional.gram_correlation_loss(*sides, level=level, grouping=grouping or "position", backend=backend)
 
 
-def in_pieces(inputs: Inputs) -> torch.Tensor:
-    """1 - Pearson of two Gram matrices from their moments, summed over pieces of rows; the mean over the batch."""
-    student, teacher = (torch.nn.functional.normalize(inputs[name], dim=-1) for name in ("student", "teacher"))
-    piece = case_module.PIECE
-
-    def moments(s, t, start):
-        a, b = (x[start : start + piece] @ x.mT for x in (s, t))  # [piece, N]
-        return torch.stack([a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()])
-
-    losses, length = [], student.shape[1]
-    for s, t in zip(student, teacher, strict=True):
-        pieces = [checkpoint(moments, s, t, i, use_reentrant=False) for i in range(0, length, piece)]
-        a, b, aa, bb, ab = sum(pieces) / length**2
-        spread = ((aa - a * a) * (bb - b * b)).sqrt()
-        losses.append(1 - (ab - a * b) / (spread + 1e-6 / length**2))
-    return sum(losses) / len(losses)
-
-
 def case(kind: str, batch: int, length: int, ds: int, dt: int, dtype=FP32, **more) -> Case:
     """Symmetric products of rows, and their mixture @ [rows, ds]; or of features, where that is less."""
     forward, pull, gemms = 0.0, 0.0, []
@@ -70,14 +50,10 @@ CASES = [
     case("fcd_official", 32, 128, 384, 768, BF16),
     case("fcd", 16, 512, 768, 1024, BF16),
     case("fcd", 4, 32, 384, 768),
-    *(case("token", 2, n, 384, 768, sweep="N") for n in (128, 512, 2048, 4096)),
+    *(case("token", 2, n, 384, 768) for n in (128, 512, 2048, 4096)),
     case("fcd_anisotropic", 16, 128, 768, 768, BF16, goals={"error": 0.02}),
 ]
 ON_GPU = [
     case("token", 64, 512, 1024, 1024, BF16, goals={"floor": 0.5, "eager": 4, "compile": 2}),
     case("fcd", 32, 128, 768, 768, BF16, goals={"launches": 4, "eager": 6}),
-]
-SCALE = [
-    *(case("token", 2, n, 384, 768, sweep="N", oracle=in_pieces, **BOTH) for n in (8192, 16384)),
-    *(case("fcd", b, 64, 384, 768, sweep="B", **BOTH) for b in (8, 32, 128, 512)),
 ]

@@ -1,7 +1,7 @@
 """layer_cost: student layers × teacher layers (BERT-EMD, TinyBERT, PKD), of hidden states or of attention."""
 
 import torch
-from fastkd.bench.cases.case import AFTER, BF16, BOTH, FP32, Case, Gemm, Inputs, Work, normal
+from fastkd.bench.cases.case import AFTER, BF16, FP32, Case, Gemm, Inputs, Work, normal
 
 from fastkd import functional
 
@@ -90,12 +90,7 @@ CASES = [
     case("hidden", 6, 12, 32, 128, 768, dtype=BF16),
     case("hidden", 4, 12, 8, 64, 312, quick=True),
     case("attention", 6, 12, 8, 12, 128, 64),
-    *(case("hidden", n, n, 8, 128, 256, sweep="N") for n in (6, 12, 24, 48)),
+    *(case("hidden", n, n, 8, 128, 256) for n in (6, 12, 24, 48)),
     case("emd_step", 6, 12, 32, 128, 768, goals={"authors": 15}),
 ]
 ON_GPU: list[Case] = []
-SCALE = [
-    *(case("hidden", 4, 12, b, 128, 312, dtype=BF16, sweep="B", **BOTH) for b in (2, 8, 32, 128)),
-    # on a CPU the products of features are the cheaper ones from a few hundred tokens on
-    *(case("attention", 3, 6, 1, 12, n, 64, sweep="S", **BOTH) for n in (128, 512, 2048)),
-]

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from fastkd.bench.cases.case import AFTER, BF16, BOTH, FP32, Case, Gemm, Inputs, Work, by_rows, normal
+from fastkd.bench.cases.case import AFTER, BF16, FP32, Case, Gemm, Inputs, Work, by_rows, normal
 from fastkd.bench.cases.divergence import KINDS
 
 from fastkd import functional
@@ -77,7 +77,7 @@ CASES = [
     case("forward_kl", 1024, 32000, 768, 1024, goals={"eager": 1.8, "compile": 1.2, "gemms": 1.15}),
     case("jsd", 1024, 32000, 768, 1024, BF16),
     case("forward_kl", 64, 4096, 256, 384, quick=True),
-    *(case("forward_kl", n, 15360, 312, 768, BF16, sweep="R") for n in (128, 512, 2048)),
+    *(case("forward_kl", n, 15360, 312, 768, BF16) for n in (128, 512, 2048)),
     case("near_convergence", 256, 8192, 256, 256, BF16, goals={"error": 0.1}),
     case("subset", 512, 16384, 512, 512, BF16, goals={"full logits": 1.22}),
 ]
@@ -86,7 +86,3 @@ ON_GPU = [
          goals={"gemms": 1.25, "eager": 3, "compile": 2, "liger": 1.5, "trl-style": 5}),
     case("forward_kl", 8192, 128256, 2048, 4096, BF16, goals={"gemms": 1.35}, oracle=in_pieces),
 ]  # fmt: skip
-SCALE = [
-    *(case("forward_kl", 256, v, 256, 512, sweep="V", **BOTH) for v in (32768, 65536, 131072, 262144)),
-    *(case("forward_kl", n, 131072, 256, 512, sweep="R", oracle=in_pieces, **BOTH) for n in (512, 2048, 8192)),
-]

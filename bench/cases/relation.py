@@ -2,7 +2,7 @@
 
 import torch
 from fastkd.bench.cases import case as case_module
-from fastkd.bench.cases.case import AFTER, BF16, BOTH, FP32, Case, Gemm, Inputs, Work, normal
+from fastkd.bench.cases.case import AFTER, BF16, FP32, Case, Gemm, Inputs, Work, normal
 from torch.utils.checkpoint import checkpoint
 
 from fastkd import functional
@@ -51,10 +51,6 @@ CASES = [
     case("self", 8, 12, 256, 64, 3, goals={"eager": 4, "memory": 0.1}),
     case("self", 8, 12, 256, 64, 3, BF16),
     case("self", 2, 12, 64, 64, 3, quick=True),
-    *(case("self", 1, 12, n, 64, 1, sweep="L") for n in (128, 512, 2048)),
+    *(case("self", 1, 12, n, 64, 1) for n in (128, 512, 2048)),
 ]
 ON_GPU = [case("self", 64, 16, 512, 64, 3, BF16, goals={"eager": 8, "compile": 4, "memory": 0.05}, oracle=in_pieces)]
-SCALE = [
-    *(case("self", 1, 12, n, 64, 1, sweep="L", oracle=in_pieces, **BOTH) for n in (4096, 8192, 16384)),
-    *(case("self", b, 12, 128, 64, 3, BF16, sweep="B", **BOTH) for b in (1, 4, 16, 64)),
-]

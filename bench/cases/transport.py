@@ -37,7 +37,3 @@ CASES = [
     case("exact", 32, 48, 48),
 ]
 ON_GPU = [case("exact", 1024, 12, 24, goals={"authors": 3})]
-SCALE = [
-    *(case("exact", 64, n, n, sweep="N") for n in (6, 12, 24, 48)),
-    *(case("exact", p, 12, 24, sweep="P") for p in (1, 16, 256, 4096)),
-]

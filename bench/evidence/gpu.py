@@ -83,7 +83,6 @@ def plan() -> list[Stage]:
                                                "--length", str(length)), 30, 90) for model, batch, length in PROFILES),
         Stage("docs/performance.md", "after", (PY, "-m", "fastkd.bench.evidence.performance"), 5, 60),
         *map(sanitize, ("racecheck", "initcheck", "synccheck")),
-        Stage("bench: curves to their far ends", "speed", (*bench, "--scale", "--mode", "both", "--budget", "1"), 60, 600),
     ]  # fmt: skip
 
 

@@ -25,6 +25,12 @@ HEAD = "# Performance\n\n" + textwrap.fill(
     120,
 )  # fmt: skip
 
+SHOWN = ("median_ms", "cpu_ms", "extra_mib")
+PROFILED = (
+    "`make profile`: milliseconds / of CPU time / peak MiB beyond the models and the optimizer's state. The ways took turns in "
+    "one training run; `fastkd profile --help` says what each is. Tokens per second are fastkd's."
+)
+
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return ["", *(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *lines)), ""]
@@ -54,11 +60,10 @@ def case_line(stem: str, case: str, there: dict[str, Row]) -> tuple[str, ...]:
 
 
 def groups_of(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """(stem, case) -> provider -> row; every case but the curves' points, in the order of the CSV."""
+    """(stem, case) -> provider -> row, in the order of the CSV."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in plots.headline(rows):
-        if not row["sweep"]:
-            groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
+        groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
     return {key: there for key, there in groups.items() if "fastkd" in there}
 
 
@@ -95,7 +100,7 @@ def slower_than_eager(rows: Sequence[Row], limit: float = 0.95) -> str:
     slow = [f"{row['stem']} {plots.label_of(row['case'])} {row['mode']} {row['launch']}, {row['cache']} "
             f"({row['times_ours_median']:.2f}×)" for row in beside if row["times_ours_median"] < limit]  # fmt: skip
     gpu = any(row["cuda"] for row in rows)
-    everything = {(case.stem, case.name) for stem in STEMS for case in listed(stem, gpu, scale=True)}
+    everything = {(case.stem, case.name) for stem in STEMS for case in listed(stem, gpu)}
     lacking = len(everything - {(row["stem"], row["case"]) for row in rows})
     found = f"{len(slow)} of {len(beside)} rows measured; {lacking} of {len(everything)} listed cases have none."
     return f"Slower than {limit}× eager: {found}" + (f" {'; '.join(slow)}." if slow else "")
@@ -117,8 +122,6 @@ def section(folder: pathlib.Path, where: str) -> Iterator[str]:
     reasons = folder / "why.json"
     goals = goal_lines(rows, json.loads(reasons.read_text()) if reasons.exists() else {})
     yield from ("", "### Goals", *table(("hot path", "case", "what", "asked", "reached", ""), list(goals)))
-    yield from ("### How time and memory grow", "")
-    yield from (f"![{stem}]({where}/{stem}_sweep.png)\n" for stem in STEMS if (folder / f"{stem}_sweep.png").exists())
     yield from ("### Not measured here", "", *(f"- {line}" for line in report.absent(everything)), "")
     yield from training_steps(folder, where)
 
@@ -131,12 +134,12 @@ def training_steps(folder: pathlib.Path, where: str) -> Iterator[str]:
     ways, setups = list(dict.fromkeys(row["way"] for row in steps)), {}
     for row in steps:
         setups.setdefault(tuple(row[name] for name in KEY), {})[row["way"]] = row
-    yield from ("### A whole training step", "", "`fastkd profile`, milliseconds; in brackets the loss's share:")
+    yield from ("### A whole training step", "", PROFILED)
     lines = []
     for there in setups.values():
         first = next(iter(there.values()))
-        cells = [f"{number(float(there[w]['median_ms']))} ({float(there[w]['loss_share']):.0%})" if w in there else "–"
-                 for w in ways]  # fmt: skip
+        cells = [" / ".join(number(float(there[w].get(name) or "nan")).replace("nan", "–") for name in SHOWN)
+                 if w in there else "–" for w in ways]  # fmt: skip
         speed = f"{float(there[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in there else "–"
         lines.append((profiled_model(first), f"`{first['method']}`", *cells, speed))
     yield from table(("model", "method", *ways, "tokens/s"), lines)

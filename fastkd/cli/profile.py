@@ -1,5 +1,10 @@
-"""`fastkd profile`: where the time of a distillation step goes, as training runs it, ours beside the reference and the
-authors' way.
+"""`fastkd profile`: what a distillation step takes, and where: ours beside a careful loop in PyTorch, other packages and the
+authors' way; the ways take turns in one training run.
+
+fastkd         DistillTrainer, without the logits where it can   loop    plain PyTorch, logits of the rows that count only
+logits         the same with the logits of all tokens            trl     what trl's DistillationTrainer computes
+authors        its losses as released with the papers            gkd     what trl's GKDTrainer computes
+reference      its losses in plain PyTorch
 
 fastkd profile --from-config bert-base --method bert_emd          a model without weights: shapes are what takes time
 fastkd profile --from-config gpt2 --method all --length 256       every method that makes sense for it
@@ -30,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="examples per step (8)")
     add("--length", type=int, default=128, help="tokens per example (128)")
     add("--steps", type=int, default=10, help="timed steps of each way, after two warm ones (10; at least 6)")
-    add("--ways", default="fastkd,reference,authors", help="by comma; the first is what the others are held against")
+    add("--ways", default="fastkd,logits,loop,authors", help="by comma; the first is what the others are held against")
     add("--compile", action="store_true", help="torch.compile the student and, where it can be, the teacher")
     add("--device", default="", help="cpu or cuda; the GPU where there is one")
     add("--dtype", default="", help="float32 or bfloat16 (autocast); bfloat16 on a GPU")
@@ -112,13 +117,14 @@ def run(arguments) -> int:
     everything, left_out, refused = [], [], []
     for setup in setups:
         try:
-            rows = profile(arguments, setup, device, folder)
+            rows, lacking = profile(arguments, setup, device, folder)
         except (ValueError, RuntimeError) as error:
             if len(setups) == 1:
                 raise
             left_out.append(f"{setup['method']}: {first_line(error)}")
             continue
         results.print_table(rows)
+        print(*(f"  without {way}: {why}\n" for way, why in lacking.items()), sep="", end="")
         everything.append(rows)
         reason = machine.busy_reason(rows["foreign_cores"].iloc[0], "while this was profiled")
         if not reason and not arguments.force:
@@ -185,7 +191,7 @@ def setup_of(arguments, method: str, family: str, device) -> dict:
 
 
 def profile(arguments, setup: dict, device, folder: Path):
-    """The rows of one method; models are made afresh, so that each starts alike."""
+    """The rows of one method, and why some ways have none; models are made afresh, so that each starts alike."""
     import torch
 
     from fastkd.bench import machine
@@ -196,10 +202,10 @@ def profile(arguments, setup: dict, device, folder: Path):
     data = models.tokens(teacher.config, task, arguments.batch, arguments.length)
     plan = session.Plan(tuple(arguments.ways.split(",")), timed=arguments.steps)
     torch.manual_seed(0)
-    steps, foreign = session.run(
+    steps, foreign, left_out = session.run(
         teacher, student, models.first_stage(setup["method"]), task, data, plan, batch=arguments.batch, device=device,
         half=setup["dtype"] == "bfloat16", compiled=arguments.compile,
         trace=None if arguments.no_trace else results.trace_of(folder, setup),
     )  # fmt: skip
     facts = {name: value for name, value in machine.facts(device).items() if name in results.COLUMNS}  # clocks at work
-    return results.rows_of(steps, facts, {**setup, "foreign_cores": foreign})
+    return results.rows_of(steps, facts, {**setup, "foreign_cores": foreign}), left_out

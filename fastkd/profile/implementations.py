@@ -1,5 +1,6 @@
-"""The three implementations that can compute a step's losses: ours, our reference (plain PyTorch), the authors'. They take
-turns, step by step, in one training run: same model, same data, same moments of the machine."""
+"""The ways to compute a step. They take turns, step by step, in one training run: same model, same data, same moments of the
+machine. Within DistillTrainer: ours, ours with the logits of all tokens, our reference (plain PyTorch), the authors' losses;
+in its place: those of loops.py."""
 
 import contextlib
 import importlib.util
@@ -16,7 +17,8 @@ from fastkd.train.batch import Batch
 
 from .timeline import Timeline
 
-WAYS = ("fastkd", "reference", "authors")
+DEFAULT = ("fastkd", "logits", "loop", "authors")
+WAYS = (*DEFAULT, "reference", "trl", "gkd")
 HOT = (*RELEASED, "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 POT = importlib.util.find_spec("ot") is not None
 
@@ -59,7 +61,8 @@ class Switchboard:
                 theirs = authors(name, args, options) if self.way == "authors" else None
                 if theirs is not None:
                     return theirs()
-                return ours(*args, **options if self.way == "fastkd" else {**options, "backend": "reference"})
+                plain = self.way in ("reference", "authors")
+                return ours(*args, **{**options, "backend": "reference"} if plain else options)
 
         return call
 

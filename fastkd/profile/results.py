@@ -1,4 +1,5 @@
-"""What a profile says: medians with 95 % intervals by phase, shares, tokens per second, peaks; as rows, tables and files."""
+"""What a profile says: medians with 95 % intervals by phase, shares, CPU time, tokens per second, and peak memory beyond the
+models and the optimizer's state; as rows, tables and files."""
 
 import hashlib
 import statistics
@@ -18,10 +19,10 @@ ORDER = ("data", "teacher forward", "student forward", "loss", LOSS_BACKWARD, ST
 ALLOWED_GAP = 0.05
 KEY = ("model", "method", "task", "batch", "length", "dtype", "compiled")
 COLUMNS = (
-    *("model", "method", "task", "way", "phase", "steps", "median_ms", "low_ms", "high_ms", "share", "peak_mib"),
+    *("model", "method", "task", "way", "phase", "steps", "median_ms", "low_ms", "high_ms", "share", "extra_mib"),
     *("times_ours", "times_ours_low", "times_ours_high", "loss_share", "tokens_per_second", "examples_per_second"),
     *("batch", "length", "dtype", "compiled", "foreign_cores", "device", "threads", "driver", "torch", "cuda"),
-    *("commit", "dirty", "date"),
+    *("cpu_ms", "commit", "dirty", "date"),
 )
 
 
@@ -52,7 +53,8 @@ def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
         shares = parts.div(walls, axis=0)
         low, high = ratio_interval(walls, first)
         rows.append({
-            **spread(walls), "way": way, "phase": STEP, "share": accounted(mine), "peak_mib": peaks.max(),
+            **spread(walls), "way": way, "phase": STEP, "share": accounted(mine), "extra_mib": peaks.max(),
+            "cpu_ms": 1e3 * statistics.median(step.cpu for step in mine),
             "times_ours": whole / statistics.median(first), "times_ours_low": low, "times_ours_high": high,
             "loss_share": shares.filter(regex="^loss").sum(axis=1).median(),
             "tokens_per_second": 1e3 * setup["batch"] * setup["length"] / whole,
@@ -60,7 +62,7 @@ def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
         })  # fmt: skip
         for phase in sorted(parts, key=place):
             share, peak = shares[phase].median(), peaks.get(phase)
-            rows.append({**spread(parts[phase]), "way": way, "phase": phase, "share": share, "peak_mib": peak})
+            rows.append({**spread(parts[phase]), "way": way, "phase": phase, "share": share, "extra_mib": peak})
     return pd.DataFrame([{**row, **setup, **facts} for row in rows], columns=COLUMNS)
 
 
@@ -70,34 +72,36 @@ def spread(milliseconds: Sequence[float]) -> dict:
 
 
 def print_table(rows: pd.DataFrame) -> None:
-    """One line per phase, three columns per way."""
+    """The ways beside each other, then a line per phase."""
     ways, cells = list(rows["way"].unique()), {}
     for row in rows.itertuples():
-        cells[row.phase, row.way] = report.number(row.median_ms), f"{row.share:.0%}", number(row.peak_mib)
+        cells[row.phase, row.way] = report.number(row.median_ms), number(row.extra_mib)
     phases = sorted(rows["phase"].unique(), key=place)
-    lines = [(phase, *(x for way in ways for x in cells.get((phase, way), ("–", "", "")))) for phase in phases]
-    one = next(rows.itertuples())
+    lines = [(phase, *(x for way in ways for x in cells.get((phase, way), ("–", "")))) for phase in phases]
+    one, steps = next(rows.itertuples()), rows[rows["phase"] == STEP]
     title = f"\n{one.model} · {one.method} · {one.task} · {one.batch}×{one.length} tokens · {one.dtype}"
-    headings = ("phase", *(text for way in ways for text in (f"{way} ms", "share", "peak MiB")))
     title += " · compiled" if one.compiled else ""
-    report.show_table(headings, lines, title, 1, [len(lines) - 1], [len(lines) - 2])
-    steps = rows[rows["phase"] == STEP]
-    for row in steps.itertuples():
-        beside = "" if row.way == ways[0] else f" · {times(row)} as long as {ways[0]}"
-        print(f"  {row.way}: {report.number(row.median_ms)} ms [{report.interval(row.low_ms, row.high_ms)}], "
-              f"{row.tokens_per_second:,.0f} tokens/s, {row.examples_per_second:,.1f} examples/s, "
-              f"the loss is {row.loss_share:.0%} of the step{beside}")  # fmt: skip
+    headings = "a step", "ms", "95 %", f"× {ways[0]}", "95 %", "CPU ms", "tokens/s", "extra MiB", "loss"
+    whole = [(row.way, report.number(row.median_ms), report.interval(row.low_ms, row.high_ms), f"{row.times_ours:.2f}",
+              report.interval(row.times_ours_low, row.times_ours_high), report.number(row.cpu_ms),
+              f"{row.tokens_per_second:,.0f}", number(row.extra_mib), f"{row.loss_share:.0%}")
+             for row in steps.itertuples()]  # fmt: skip
+    report.show_table(headings, whole, title, 1, [0])
+    headings = ("phase", *(text for way in ways for text in (f"{way} ms", "MiB")))
+    report.show_table(headings, lines, "", 1, [len(lines) - 1], [len(lines) - 2])
     print(f"  {sums(dict(zip(steps['way'], steps['share'], strict=True)))}")
 
 
 def print_summary(rows: pd.DataFrame) -> None:
     """One line per method, after all of them."""
     steps, lines = rows[rows["phase"] == STEP], []
-    for method, there in steps.groupby("method", sort=False):
-        first, *others = there.itertuples()
-        speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
-        lines.append((method, report.number(first.median_ms), *speed, *map(times, others)))
     ours, *others = steps["way"].unique()
+    for method, there in steps.groupby("method", sort=False):
+        by_way = {row.way: row for row in there.itertuples()}
+        first = next(iter(by_way.values()))
+        speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
+        beside = (times(by_way[way]) if way in by_way else "–" for way in others)
+        lines.append((method, report.number(first.median_ms), *speed, *beside))
     headings = ("method", f"{ours} ms", "tokens/s", "loss", *(f"{way}, as long" for way in others))
     report.show_table(headings, lines, "\nall methods", 1)
 

@@ -2,8 +2,9 @@
 
 import functools
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.autograd.grad_mode import set_multithreading_enabled
@@ -13,7 +14,8 @@ from fastkd import atomic_write
 from fastkd.bench import machine
 from fastkd.train.trainer import DistillTrainer
 
-from .implementations import WAYS, Switchboard
+from . import loops
+from .implementations import DEFAULT, Switchboard
 from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
 
 
@@ -21,7 +23,7 @@ from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
 class Plan:
     """How many steps of each kind, for every way in turn."""
 
-    ways: tuple[str, ...] = WAYS
+    ways: tuple[str, ...] = DEFAULT
     warm: int = 2
     timed: int = 10
     memory: int = 1
@@ -37,6 +39,13 @@ class ProfiledTrainer(DistillTrainer):
     """DistillTrainer whose data, forwards, losses, backward and optimizer are phases."""
 
     timeline: Timeline
+    board: Switchboard
+    compiled = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.board.way in loops.LOOPS:
+            return loops.step(self.board.way, self, model, inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_batch_samples(self, *args, **kwargs):
         with self.timeline.phase("data"):
@@ -47,7 +56,8 @@ class ProfiledTrainer(DistillTrainer):
             return super()._prepare_inputs(inputs)
 
     def _states(self, model, inputs, side, progress, reads):
-        with self.timeline.phase(f"{side} forward"):
+        kept = dict.fromkeys(self._finish) if self.board.way == "logits" else {}
+        with self.timeline.phase(f"{side} forward"), mock.patch.dict(self._finish, kept):
             states = super()._states(model, inputs, side, progress, reads)
         if side == "student":
             self._watch_backward(states)
@@ -119,24 +129,31 @@ def timed(timeline: Timeline, function, phase: str):
 
 
 def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: int, device: torch.device,
-        half: bool = False, compiled: bool = False, trace: Path | None = None) -> tuple[list[Step], float | None]:  # fmt: skip
-    """The steps of one method, all ways, and others' load meanwhile; random order, AdamW, clipping, as by default. `trace`:
-    one Chrome trace (Perfetto reads it) for all ways."""
+        half: bool = False, compiled: bool = False, trace: Path | None = None
+        ) -> tuple[list[Step], float | None, dict[str, str]]:  # fmt: skip
+    """The steps of one method, all ways; others' load meanwhile; and why some ways have no steps. Random order, AdamW,
+    clipping, as by default. `trace`: one Chrome trace (Perfetto reads it) for all ways."""
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=batch, max_steps=len(plan.steps()), save_strategy="no",
-            report_to="none", disable_tqdm=True, logging_strategy="no", use_cpu=device.type == "cpu", bf16=half,
-            dataloader_drop_last=True, dataloader_pin_memory=device.type == "cuda", seed=1,
+            output_dir=folder, per_device_train_batch_size=batch, save_strategy="no", report_to="none", disable_tqdm=True,
+            logging_strategy="no", use_cpu=device.type == "cpu", bf16=half, dataloader_drop_last=True,
+            dataloader_pin_memory=device.type == "cuda", seed=1,
         )  # fmt: skip
         options = {"args": args, "train_dataset": data, "compile_teacher": compiled}
         trainer = ProfiledTrainer(student, teacher, method, task=task, **options)
         if compiled:
             trainer.model_wrapped = trainer.model = torch.compile(trainer.model)
+        trainer.compiled = compiled
+        left_out = {way: why for way in plan.ways if (why := loops.refusal(way, trainer))}
+        plan = replace(plan, ways=tuple(way for way in plan.ways if way not in left_out))
+        if not plan.ways:
+            raise ValueError("ways: " + "; ".join(f"{way}: {why}" for way, why in left_out.items()))
+        args.max_steps = len(plan.steps())
         trainer.remove_callback(PrinterCallback)
         trainer.timeline = Timeline(args.device)
         profiler = torch.profiler.profile() if trace is not None and plan.trace else None
-        with Switchboard(trainer.timeline).installed() as board:
-            turns = Turns(trainer, plan, board, profiler)
+        with Switchboard(trainer.timeline).installed() as trainer.board:
+            turns = Turns(trainer, plan, trainer.board, profiler)
             trainer.add_callback(turns)
             trainer.train()
     if profiler is not None:
@@ -144,4 +161,4 @@ def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: in
         trace.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write.replacing(trace) as scratch:
             profiler.export_chrome_trace(str(scratch))
-    return trainer.timeline.steps, turns.foreign
+    return trainer.timeline.steps, turns.foreign, left_out

@@ -17,13 +17,15 @@ OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule,
 
 @dataclass
 class Step:
-    """One training step: seconds and, in a memory step, the highest bytes by phase. mode: warm, time, memory or trace."""
+    """One training step: seconds and, in a memory step, the highest bytes by phase beyond what the models and the optimizer
+    hold before it. mode: warm, time, memory or trace."""
 
     way: str
     mode: str
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     wall: float = 0.0
+    cpu: float = 0.0  # of all threads
 
 
 class Host:
@@ -92,8 +94,9 @@ class Timeline:
         if mode == "memory":
             self.meter.clean()
             self.meter.peak_and_reset()
+            self.held = self.meter.peak_and_reset() or 0
         self.marks = [(OUTSIDE, self.meter.mark())]
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         """Closes the step that is open, reading all marks at once."""
@@ -101,7 +104,7 @@ class Timeline:
             return
         self._cut(OUTSIDE)
         self.meter.wait()
-        self.step.wall = time.perf_counter() - self.started
+        self.step.wall, self.step.cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         for (name, a), (_, b) in zip(self.marks, self.marks[1:], strict=False):
             self.step.seconds[name] = self.step.seconds.get(name, 0.0) + self.meter.seconds(a, b)
         self.steps.append(self.step)
@@ -113,7 +116,7 @@ class Timeline:
             return
         if self.step.mode == "memory" and (peak := self.meter.peak_and_reset()) is not None:
             before = self.marks[-1][0]
-            self.step.peaks[before] = max(peak, self.step.peaks.get(before, 0))
+            self.step.peaks[before] = max(peak - self.held, self.step.peaks.get(before, 0))
         self.marks.append((name, self.meter.mark()))
 
     @contextlib.contextmanager

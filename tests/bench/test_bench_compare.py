@@ -140,11 +140,9 @@ def test_a_side_that_is_short_of_a_case_does_not_pass(side, said, status, code, 
     assert f"divergence forward_kl-9x9-float32 both plain as the previous provider left it: {other} only" in out
 
 
-def test_a_yaml_file_is_found_from_the_other_checkout_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    mine = str(tmp_path / "mine.yaml")
-    assert compare.of_both_sides(["--shape", "gpt2,mine.yaml", "--out", "x"]) == ["--shape", f"gpt2,{mine}"]
-    assert compare.of_both_sides(["--shape=mine.yaml", "--against=main"]) == [f"--shape={mine}"]
+def test_both_sides_are_asked_the_same():
+    asked = ["gram", "--against", "main", "--shape", "gpt2", "--out", "x", "--against=main"]
+    assert compare.of_both_sides(asked) == ["gram", "--shape", "gpt2"]
 
 
 def test_an_installed_copy_has_no_other_commit(monkeypatch, tmp_path, capsys):

@@ -1,8 +1,11 @@
 """`fastkd profile`: every part of a step is where it belongs, and the parts add up."""
 
 import contextlib
+import re
 import time
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from cases import randn
 
 pytest.importorskip("transformers")
 
-from fastkd.profile import implementations, models, plots, results, session, timeline
+from fastkd.profile import implementations, loops, models, plots, results, session, timeline
 from fastkd.profile.timeline import Step, Timeline
 from fastkd.train.methods import METHODS
 
@@ -24,14 +27,21 @@ TINY = {
 }
 
 
-def steps_of(method: str, family: str = "bert", plan=None, **changes) -> list[Step]:
+LOOPS = ("kd", "fcd", "glmd", "distilbert", "forward_kl", "reverse_kl", "jsd", "skew_kl")
+
+
+def steps_of(*args, **changes) -> list[Step]:
+    return run_of(*args, **changes)[0]
+
+
+def run_of(method: str, family: str = "bert", plan=None, **changes):
     config = models.config_of(TINY[family])
     task = models.task_for(method, config.model_type)
     teacher, student = models.pair(TINY[family], True, "every:2", task)
     data = models.tokens(teacher.config, task, 4, 12)
     plan = plan or session.Plan(warm=0, timed=1, memory=1, trace=0)
     options = {"batch": 4, "device": CPU, **changes}
-    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)[0]
+    return session.run(teacher, student, models.first_stage(method), task, data, plan, **options)
 
 
 def test_time_belongs_to_the_innermost_phase(monkeypatch):
@@ -96,15 +106,80 @@ SMALL = {"minilmv2": "minilmv2:relation_heads=4", "codir": "codir:nce_k=8"}
 
 @pytest.mark.parametrize(("name", "family"), SENSIBLE)
 def test_every_method_is_profiled(name, family):
-    """All three ways, and everything a step consists of has its phase."""
+    """In every way that there is, and everything a step consists of has its phase."""
     steps = steps_of(SMALL.get(name, name), family)
-    ways = implementations.WAYS
+    there = {
+        "fastkd": True,
+        "logits": models.task_for(name, family) != "classification",
+        "loop": name in LOOPS,
+        "authors": True,
+    }
+    ways = [way for way in implementations.DEFAULT if there[way]]
     assert [(s.way, s.mode) for s in steps] == [(way, mode) for mode in ("time", "memory") for way in ways]
     for step in steps:
         wanted = {"data", "teacher forward", "student forward", "loss backward", "student backward", "optimizer"}
         assert wanted <= set(step.seconds), step
         assert any(phase.startswith("loss: ") and phase != "loss: other" for phase in step.seconds)
         assert all(seconds >= 0 for seconds in step.seconds.values())
+
+
+@pytest.mark.parametrize(("name", "family", "task"), [
+    *((name, "gpt2", "causal_lm") for name in ("forward_kl:temperature=2", "reverse_kl", "skew_kl", "jsd:beta=0.3", "kd",
+                                               "fcd", "glmd", "distilbert")),
+    *((name, "bert", "masked_lm") for name in ("kd:weight=2", "glmd", "distilbert")),
+    *((name, "bert", "classification") for name in ("kd", "fcd")),
+])  # fmt: skip
+def test_every_way_computes_the_same(name, family, task, monkeypatch):
+    """Loss and gradient, of the same batch with the same dropout; TRL's too, where it is installed."""
+    compute, refused, compared = session.ProfiledTrainer.compute_loss, set(), {}
+
+    def in_all_ways(self, model, inputs, *more, **options):
+        def loss_of(way):
+            self.board.way = way
+            torch.manual_seed(0)
+            return compute(self, model, inputs, *more, **options)
+
+        for way in implementations.WAYS:
+            if loops.refusal(way, self):
+                refused.add(way)
+            else:
+                loss = loss_of(way)
+                found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                compared[way] = loss.detach(), torch.cat([x.flatten() for x in found if x is not None and x.any()])
+        return loss_of("fastkd")
+
+    def data(config, *sizes):
+        made = models.tokens(config, *sizes)
+        for row, (mask, labels) in enumerate(zip(made["attention_mask"], made["labels"], strict=True)):
+            if task == "causal_lm" and "fcd" not in name:
+                labels[: row % 5] = [-100] * (row % 5)
+                mask[-1 - row % 3 :] = [0] * (1 + row % 3)
+        return made
+
+    monkeypatch.setattr(session.ProfiledTrainer, "compute_loss", in_all_ways)
+    teacher, student = models.pair(TINY[family], True, "every:2", task)
+    with torch.no_grad():
+        [x.mul_(3) for x in teacher.parameters()]  # far from the student, where eager is accurate
+    plan = session.Plan(ways=("fastkd",), warm=0, timed=1, memory=0, trace=0)
+    session.run(teacher, student, name, task, data(teacher.config, task, 4, 12), plan, batch=4, device=CPU)
+    assert "loop" in compared and ("logits" in refused) == (task == "classification")
+    loss, gradient = compared.pop("fastkd")
+    for way, (value, found) in compared.items():
+        assert value.item() == pytest.approx(loss.item(), rel=1e-4), way
+        assert (found - gradient).norm() <= 1e-4 * gradient.norm(), way
+
+
+def test_a_way_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(loops.importlib.util, "find_spec", lambda name: None)
+    plan = session.Plan(ways=("loop", "logits"), warm=0, timed=1, memory=0, trace=0)
+    with pytest.raises(
+        ValueError, match=r"ways: loop: nobody has written a loop for pkd here; logits: heads are not taken"
+    ):
+        steps_of("pkd", plan=plan)
+    steps, _, left_out = run_of("jsd", "gpt2", replace(plan, ways=("trl", "fastkd", "gkd")))
+    assert [step.way for step in steps] == ["fastkd"] and left_out == dict.fromkeys(
+        ("trl", "gkd"), "trl is not installed"
+    )
 
 
 def test_the_parts_add_up_to_the_wall_time(monkeypatch):
@@ -241,7 +316,7 @@ def setup_of(**changes) -> dict:
 
 def rows(**changes):
     """Two ways of one setup; every phase takes a millisecond, the step four, and the authors' twice that."""
-    steps = [Step(way, "time", dict.fromkeys(PHASES, ms / 1e3), {}, 4 * ms / 1e3)
+    steps = [Step(way, "time", dict.fromkeys(PHASES, ms / 1e3), {}, 4 * ms / 1e3, 7e-3)
              for _ in range(6) for way, ms in (("fastkd", 1), ("authors", 2))]  # fmt: skip
     steps.append(Step("fastkd", "memory", dict.fromkeys(PHASES, 1.0), dict.fromkeys(PHASES, 3 << 20), 4.0))
     return results.rows_of(steps, FACTS, setup_of(**changes))
@@ -251,13 +326,14 @@ def test_rows_are_arithmetic(capsys):
     found = rows()
     assert list(found["phase"]) == [*("step", "data", "student forward", "loss: divergence", "loss: hard labels")] * 2
     step, authors = (found[(found["way"] == way) & (found["phase"] == "step")].iloc[0] for way in ("fastkd", "authors"))
-    assert (step["median_ms"], step["share"], step["loss_share"], step["peak_mib"]) == pytest.approx((4, 1, 0.5, 3))
+    assert (step["median_ms"], step["share"], step["loss_share"], step["extra_mib"]) == pytest.approx((4, 1, 0.5, 3))
+    assert step["cpu_ms"] == pytest.approx(7)
     assert (step["tokens_per_second"], step["examples_per_second"]) == pytest.approx((64e3, 1e3))
     assert (authors["times_ours"], authors["times_ours_low"], authors["times_ours_high"]) == pytest.approx((2, 2, 2))
     results.print_table(found)
-    results.print_summary(found)
+    results.print_summary(pd.concat([found, rows(method="fcd").replace({"way": {"authors": "loop"}})]))
     out = capsys.readouterr().out
-    assert "loss: divergence" in out and "2.00× [2–2] as long as fastkd" in out and "the loss is 50% of the step" in out
+    assert "loss: divergence" in out and "50%" in out and re.search(r"fcd.*–.*2\.00× \[2–2\]", out)
 
 
 def test_every_setup_stands_for_itself(tmp_path):
