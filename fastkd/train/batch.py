@@ -103,10 +103,10 @@ class Batch:
         try:
             checks.values("labels", self.labels, lambda: ~outside().any(), "out of range")
         except ValueError:
-            raise ValueError(
-                f"labels: must lie in 0 to {classes - 1}, or be -100, got {self.labels[outside()][0].item()}; number the "
-                "classes from 0, or load the model with num_labels as many as there are"
-            ) from None
+            hint = "number the classes from 0, or load the model with num_labels as many as there are"
+            hint = "they are token ids of another vocabulary than the model's" if self.task in WORD_TASKS else hint
+            wrong = self.labels[outside()][0].item()
+            raise ValueError(f"labels: must lie in 0 to {classes - 1}, or be -100, got {wrong}; {hint}") from None
 
     def _asked(self, states: States) -> Tensor | Headless | None:
         x = states.predictions

@@ -23,6 +23,10 @@ SEPARABLE = [
 ]  # fmt: skip
 
 
+def test_every_method_has_terms_that_accumulate():
+    assert {method.partition(":")[0] for method in SEPARABLE} == set(METHODS)
+
+
 def one_step(folder, method: str, accumulation: int, kind=DistillTrainer, even=True, **options):
     """The gradient of one optimizer step over 8 rows (plain SGD at rate 1), and the trainer."""
     name = method.partition(":")[0]

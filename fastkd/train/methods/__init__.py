@@ -23,9 +23,10 @@ ATTENTION = {False: "bidirectional", True: "causal"}
 
 
 class Entry(NamedTuple):
-    """Where a method lives, and where it makes sense: models of causal attention (True, False; None: both), tasks.
+    """Where a method lives, and where it makes sense.
 
-    otherwise: the reason why it is not for the other models.
+    causal: it is for models with causal attention only (True), with bidirectional attention only (False), for both (None);
+    otherwise: why it is not for the others.
     """
 
     where: str
@@ -43,7 +44,7 @@ METHODS = {
         "codir:CoDIR",
         False,
         ("classification", "masked_lm"),
-        "it contrasts the first tokens' vectors, which have not seen the sentence there",
+        "it contrasts sentences by their first tokens, which have not seen the sentence",
     ),
     "glmd": Entry("glmd:GLMD", None, ("masked_lm", "causal_lm", "cloze")),
     "pkd": Entry("pkd:PKD", None, SENTENCE_TASKS),

@@ -73,9 +73,7 @@ class Method(nn.Module):
 
     Loss: type[nn.Module] | None = None
     hidden = False  # reads hidden states
-    read: dict[str, Sequence[int]] | None = (
-        None  # the levels of the "student" and the "teacher" that it reads; None: all
-    )
+    read: dict[str, Sequence[int]] | None = None  # which levels of them, of "student" and "teacher"; None: all
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
     stages: tuple[str, ...] = ("all",)
