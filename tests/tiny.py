@@ -13,6 +13,10 @@ from fastkd.train.student import AUTO
 VOCAB, LENGTH = 60, 10
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama")
 MORE_FAMILIES = (*FAMILIES, "modernbert", "qwen2")
+MORE_DECODERS = ("mistral", "qwen3", "gemma3_text", "phi3", "smollm3", "opt")
+DECODERS = ("gpt2", "llama", "qwen2", *MORE_DECODERS)
+OWN_ATTENTION = ("deberta-v2", "mpnet")  # not through transformers' attention interface
+MORE_ENCODERS = ("electra", "albert", "xlm-roberta", *OWN_ATTENTION)
 
 
 def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extra):
@@ -33,6 +37,7 @@ def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extr
         "max_position_embeddings": 32,
     }
     modern = {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 0, "sep_token_id": 2}
+    grouped = {**sizes, "num_key_value_heads": heads // 2, "head_dim": width // heads, **common, **ends}
     kinds = {
         "bert": {**sizes, **calm, **common},
         "roberta": {**sizes, **calm, **common, **ends, "max_position_embeddings": 34},
@@ -43,6 +48,17 @@ def config(family: str, layers: int = 4, width: int = 16, heads: int = 4, **extr
         "llama": {**sizes, "num_key_value_heads": heads // 2, **common, **ends},
         "qwen2": {**sizes, "num_key_value_heads": heads // 2, **common, **ends},
         "modernbert": {**sizes, **modern, **common, **ends},
+        "mistral": {**grouped, "sliding_window": None},
+        "qwen3": {**grouped, "head_dim": width},  # wider than width / heads, as in Qwen3 itself
+        "gemma3_text": {**grouped, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * (layers // 2)},
+        "phi3": grouped,
+        "smollm3": {**grouped, "no_rope_layer_interval": 2},
+        "opt": {**sizes, "ffn_dim": 2 * width, "word_embed_proj_dim": width, **common, **ends},
+        "electra": {**sizes, **calm, "embedding_size": width // 2, **common},
+        "albert": {**sizes, **calm, "embedding_size": width // 2, **common, **ends},
+        "xlm-roberta": {**sizes, **calm, **common, **ends, "max_position_embeddings": 34},
+        "deberta-v2": {**sizes, **calm, **common, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        "mpnet": {**sizes, **calm, **common, **ends, "max_position_embeddings": 34},
     }  # fmt: skip
     return AutoConfig.for_model(family, **kinds[family])
 

@@ -103,7 +103,7 @@ def check(options) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     for name, _ in methods.parse(options.method):
         methods.find(name)
-        refused = methods.refusal(name, "bert", "classification")
+        refused = methods.refusal(name, False, "classification")
         if refused:
             raise ValueError(f"method: {refused}")
     options.output = options.output or str(atomic_write.vacant(Path("report")))

@@ -118,7 +118,7 @@ def load_models(model_args, task: str, corpus):
     from fastkd.train import agreement, student
 
     kind = student.AUTO[task]
-    options = {"trust_remote_code": model_args.trust_remote_code, "attn_implementation": "sdpa"}
+    options = {"trust_remote_code": model_args.trust_remote_code}
 
     def load(name, revision, **extra):
         try:

@@ -107,8 +107,8 @@ def run(arguments) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    family = models.config_for(name_of(arguments), bool(arguments.from_config)).model_type
-    setups = [setup_of(arguments, method, family, device) for method in methods_of(arguments, family)]
+    causal = models.is_causal(models.config_for(name_of(arguments), bool(arguments.from_config)))
+    setups = [setup_of(arguments, method, causal, device) for method in methods_of(arguments, causal)]
     folder = arguments.out / machine.device_name(device)
     atomic_write.probe(folder, "out")
     results.read(folder)  # refuses a table that is not ours before anything is measured
@@ -159,24 +159,24 @@ def name_of(arguments) -> str:
     return arguments.teacher or arguments.from_config
 
 
-def methods_of(arguments, family: str) -> list[str]:
+def methods_of(arguments, causal: bool) -> list[str]:
     """ "fcd,kd:alpha=0.5,weight=2,glmd" is three: after a comma stands a method, or an option of the one before."""
     from fastkd.profile import models
     from fastkd.train.methods import find, parse, refusal
 
     if arguments.method == "all":
-        return models.sensible_methods(family)
+        return models.sensible_methods(causal)
     methods = re.split(r",(?![^:+,]*=)", arguments.method)
     for method in methods:
         for name, _ in parse(method):
             find(name)
-            refused = refusal(name, family, arguments.task or None)
+            refused = refusal(name, causal, arguments.task or None)
             if refused:
                 raise ValueError(f"method: {refused}")
     return list(dict.fromkeys(method.strip() for method in methods))
 
 
-def setup_of(arguments, method: str, family: str, device) -> dict:
+def setup_of(arguments, method: str, causal: bool, device) -> dict:
     """The columns that tell one profile from another; a student that is not the usual half is told by the model."""
     from fastkd.profile import models
 
@@ -184,7 +184,7 @@ def setup_of(arguments, method: str, family: str, device) -> dict:
     layers = "" if arguments.student_layers == usual else f", student {arguments.student_layers}"
     half = arguments.dtype == "bfloat16" or (not arguments.dtype and device.type == "cuda")
     return {
-        "model": name_of(arguments) + layers, "method": method, "task": arguments.task or models.task_for(method, family),
+        "model": name_of(arguments) + layers, "method": method, "task": arguments.task or models.task_for(method, causal),
         "batch": arguments.batch, "length": arguments.length, "dtype": "bfloat16" if half else "float32",
         "compiled": arguments.compile,
     }  # fmt: skip

@@ -1,15 +1,16 @@
 """Models to profile: real ones by name, or config-only ones without weights (random, which takes as long), and tokens."""
 
+import copy
 import difflib
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
+from fastkd.train import states
 from fastkd.train import student as students
 from fastkd.train.methods import METHODS, find, parse, refusal
-from fastkd.train.methods.base import DECODERS
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_key_value_heads": 8}
@@ -78,18 +79,25 @@ def config_for(name: str, from_config: bool):
         raise ValueError(f"teacher: {reason}; --from-config needs none") from error
 
 
-def task_for(method: str, family: str) -> str:
-    """The task that this method and family are usually trained on."""
+def is_causal(config) -> bool:
+    """Whether models of this configuration have causal attention, asked of one with a single layer."""
+    config = copy.deepcopy(config)
+    config.get_text_config().num_hidden_layers = 1
+    return states.is_causal(AutoModel.from_config(config))
+
+
+def task_for(method: str, causal: bool) -> str:
+    """The task that this method is usually trained on, with models of causal or of bidirectional attention."""
     tasks = [METHODS[name].tasks for name, _ in parse(method) if name in METHODS]
-    wanted = ("causal_lm", "classification") if family in DECODERS else ("classification", "masked_lm")
+    wanted = ("causal_lm", "classification") if causal else ("classification", "masked_lm")
     suiting = [task for task in wanted if all(task in allowed for allowed in tasks)]
     if not suiting:
-        raise ValueError(f"method: {method} has no task that suits {family}; choose --task")
+        raise ValueError(f"method: {method} has no task that suits this model; choose --task")
     return suiting[0]
 
 
-def sensible_methods(family: str) -> list[str]:
-    return [name for name in METHODS if refusal(name, family) is None]
+def sensible_methods(causal: bool) -> list[str]:
+    return [name for name in METHODS if refusal(name, causal) is None]
 
 
 def first_stage(method: str) -> str:
@@ -107,14 +115,14 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
     torch.manual_seed(seed)
     auto = students.AUTO[task]
     if not from_config:
-        teacher = auto.from_pretrained(name, attn_implementation="sdpa")
+        teacher = auto.from_pretrained(name)
         if getattr(teacher.config, "pad_token_id", None) is None:
             teacher.config.pad_token_id = teacher.config.get_text_config().eos_token_id or 0
         return teacher, students.from_layers(teacher, layers)
     config = config_of(name)
     config.pad_token_id = getattr(config, "pad_token_id", None) or 0
     try:
-        teacher = auto.from_config(config, attn_implementation="sdpa")
+        teacher = auto.from_config(config)
     except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"from-config: no model can be built of {name}: {reason}") from error

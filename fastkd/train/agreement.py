@@ -6,18 +6,33 @@ import torch
 from torch import Tensor
 
 from .batch import WORD_TASKS
+from .states import is_causal
 
 _UNNAMED = re.compile(r"label_\d+")
 
 
+def check_model(side: str, model, task: str) -> None:
+    """Raise before training if `model`, the "student" or the "teacher", is of a kind that cannot be trained or read here."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{side}: {kind} is an encoder-decoder, and models of one stack of layers are distilled here; choose an encoder or "
+            "a decoder"
+        )
+    if getattr(config, "output_attentions", False):
+        raise ValueError(
+            f"{side}: its configuration asks for output_attentions, which SDPA answers with nothing; set it to False "
+            "(fastkd reads queries and keys itself), or load the model with attn_implementation='eager' elsewhere"
+        )
+    if task == "causal_lm" and not is_causal(model):
+        raise ValueError(
+            f"{side}: causal_lm predicts each next token, and {kind} sees it, since its attention is bidirectional; choose "
+            "task='masked_lm', or load the model as a decoder (is_decoder=True)"
+        )
+
+
 def check_pair(student, teacher, task: str, words: Tensor | None = None) -> None:
     """Raise before training if the two outputs cannot be compared. words: see `teacher_words`."""
-    for side, model in (("teacher", teacher), ("student", student)):
-        if getattr(model.config, "output_attentions", False):
-            raise ValueError(
-                f"{side}: its configuration asks for output_attentions, which SDPA answers with nothing; set it to False "
-                "(fastkd reads queries and keys itself), or load the model with attn_implementation='eager' elsewhere"
-            )
     if task in (*WORD_TASKS, "cloze"):
         sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
         if words is None and sizes[0] != sizes[1]:

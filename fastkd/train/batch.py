@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import functional
+from fastkd import checks, functional
 from fastkd.losses.kd import PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
 from . import heads
@@ -89,14 +89,29 @@ class Batch:
     def predictions(self) -> Predictions:
         """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""
         student = self._asked(self.student)
+        self._check_labels(student.shape[-1])
         teacher = None if self.teacher is None else self._asked(self.teacher)
         if self.task == "causal_lm":
             labels = None if self.labels is None else self.labels[:, 1:]
             return Predictions(student, teacher, labels, self.mask[:, 1:])
         return Predictions(student, teacher, self.labels, None)
 
-    def _asked(self, states: States) -> Tensor | Headless:
+    def _check_labels(self, classes: int) -> None:
+        if self.labels is None or self.task == "regression":
+            return
+        outside = lambda: (self.labels != -100) & ((self.labels < 0) | (self.labels >= classes))  # noqa: E731
+        try:
+            checks.values("labels", self.labels, lambda: ~outside().any(), "out of range")
+        except ValueError:
+            hint = "number the classes from 0, or load the model with num_labels as many as there are"
+            hint = "they are token ids of another vocabulary than the model's" if self.task in WORD_TASKS else hint
+            wrong = self.labels[outside()][0].item()
+            raise ValueError(f"labels: must lie in 0 to {classes - 1}, or be -100, got {wrong}; {hint}") from None
+
+    def _asked(self, states: States) -> Tensor | Headless | None:
         x = states.predictions
+        if x is None:
+            return None
         if self.task == "causal_lm":
             return x[:, :-1]
         if self.task == "cloze":
@@ -115,7 +130,10 @@ class Batch:
         """The task's own loss, against the labels."""
         student, _, labels, mask = self.predictions()
         if labels is None:
-            raise ValueError("labels: this term needs them, and the data set has none; choose --label-column")
+            raise ValueError(
+                "labels: the task's own loss needs them, and the batch has none; give the data set a column 'labels', or choose "
+                "a method without this term, for example kd:alpha=1"
+            )
         if self.task == "regression":
             return F.mse_loss(student.float().squeeze(-1), labels.float())
         if not isinstance(student, Headless):
@@ -166,5 +184,8 @@ class Batch:
     def numbers(self) -> Tensor:
         """The examples' numbers in the training set, [B]."""
         if self.ids is None:
-            raise ValueError("example_id: the method needs to know which example is which, and the batch has none")
+            raise ValueError(
+                "example_id: the method needs to know which example is which, and the batch has none; give the data set a "
+                "column 'example_id' with 0, 1, 2, … to its length"
+            )
         return self.ids

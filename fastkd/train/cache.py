@@ -21,13 +21,18 @@ FILE = "teacher_logits.safetensors"
 TASKS = ("classification", "regression")
 
 
-def check_method(method, task: str) -> None:
+def check_method(method, task: str, data) -> None:
     if task not in TASKS:
         raise ValueError(
             f"teacher_cache: keeps one row of logits per example, for {' and '.join(TASKS)}; {task} predicts words. Leave "
             "it out"
         )
-    if any(part.hidden for part in method.methods.values()) or method.attention("teacher"):
+    if "example_id" not in getattr(data, "column_names", ()):
+        raise ValueError(
+            "teacher_cache: finds an example again by its number, and train_dataset has no column 'example_id'; add one with "
+            "0, 1, 2, … to its length, or leave the cache out"
+        )
+    if method.levels("teacher") or method.attention("teacher"):
         raise ValueError(
             "teacher_cache: this method reads the teacher's hidden states or attention, which a cache of logits does not "
             "have; leave it out, or choose kd"

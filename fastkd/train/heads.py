@@ -77,6 +77,18 @@ class _Through(torch.autograd.Function):
 
 
 @contextlib.contextmanager
+def in_eval_mode(model: nn.Module):
+    """Meanwhile `model` is in eval mode; afterwards each of its modules is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def taken_off(model: nn.Module, finish: Finish):
     """Meanwhile a forward of `model`, which is not wrapped, makes no logits; yields the list that it appends Headless to."""
     head, taken = model.get_output_embeddings(), []
@@ -98,16 +110,14 @@ def taken_off(model: nn.Module, finish: Finish):
 
 def find(model: nn.Module) -> Finish | None:
     """How `model` finishes its logits; None, and one line in the log, where its head cannot be taken off safely."""
-    modes = [(module, module.training) for module in model.modules()]
     try:
         text = model.config.get_text_config()
         scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
         finish = Finish(float(scale), getattr(text, "final_logit_softcapping", None))
-        why_not = _compare(model.eval(), finish)
+        with in_eval_mode(model):
+            why_not = _compare(model, finish)
     except Exception as error:  # whatever a model's code makes of hidden states in the place of logits
         why_not = f"{type(error).__name__}: {error}"
-    for module, training in modes:
-        module.training = training
     if why_not is None:
         return finish
     logger.warning("%s: all of its logits are made in each step, since %s", type(model).__name__, why_not)

@@ -10,7 +10,7 @@ kind (transformers' default) keeps the recorded tensors in the graph; the reentr
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .heads import Finish, Headless, taken_off
+from .heads import Finish, Headless, in_eval_mode, taken_off
 
 ATTENTION = "fastkd"
 # What a call may be given that makes the scores something else than scale·q·kᵀ under a mask.
@@ -54,7 +54,7 @@ class States:
     asked for (0-based); keys and values may have fewer, grouped heads. None where it was not asked for."""
 
     predictions: Tensor | Headless | None
-    hidden: tuple[Tensor, ...] | None = None
+    hidden: tuple[Tensor | None, ...] | None = None
     qkv: dict[int, QKV] | None = None
 
     @property
@@ -131,6 +131,31 @@ def depth(model: nn.Module) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token's state depends on no later token: its attention says so; where it does not, two tokens are asked."""
+    said = [x for module in model.modules() if isinstance(x := getattr(module, "is_causal", None), bool)]
+    if said:
+        return any(said)
+    embeddings, seen = model.get_input_embeddings(), []
+    hook = embeddings.register_forward_hook(
+        lambda module, args, out: seen.append(out.detach().requires_grad_()) or seen[-1]
+    )
+    with in_eval_mode(model), torch.enable_grad():
+        try:
+            hidden = model(input_ids=_tokens(model, 2), output_hidden_states=True, return_dict=True).hidden_states[-1]
+        finally:
+            hook.remove()
+    weights = torch.linspace(0, 1, hidden.shape[-1], device=hidden.device)  # a plain sum is constant behind a LayerNorm
+    (gradient,) = torch.autograd.grad((hidden[0, 0] * weights).sum(), seen[0])
+    return not bool(gradient[0, 1].any())
+
+
+def _tokens(model: nn.Module, length: int) -> Tensor:
+    """[1, length] token ids, of which none pads."""
+    ids = torch.arange(model.get_input_embeddings().weight.shape[0])[-length:]
+    return ids[None].to(model.get_input_embeddings().weight.device)
+
+
 def record_attention(model: nn.Module) -> None:
     """Let `model` use the recording attention from now on. Its results are SDPA's, bit for bit.
 
@@ -163,15 +188,13 @@ def record_attention(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _try(model: nn.Module, kind: str) -> None:
-    trial, modes = _Trial(kind), [(module, module.training) for module in model.modules()]
+    trial = _Trial(kind)
     before = _recorder.set(trial)
-    model.eval()
     try:
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device))
+        with in_eval_mode(model):
+            model(input_ids=_tokens(model, 4))
     finally:
         _recorder.reset(before)
-        for module, training in modes:
-            module.training = training
     if trial.calls != depth(model):
         raise ValueError(
             f"{kind}: {trial.calls} attention layers can be read of its {depth(model)} layers; choose a method that uses "
@@ -189,28 +212,29 @@ def read(
     model: nn.Module,
     inputs: dict,
     *,
-    hidden: bool = False,
+    hidden: bool | Collection[int] = False,
     layers: Sequence[int] = (),
     finish: Finish | None = None,
     predictions: bool = True,
-    depth: int | None = None,
+    stop: int | None = None,
 ) -> States:
     """One forward of `model` (wrapped by DDP or not: it is called as it is), and what was asked for of it.
 
+    hidden: the levels of the hidden states that are read, or True for all; the others are None.
     layers: which layers' queries, keys and values (0-based); `record_attention` must have been called on the model.
     finish: what heads.find said of the model; its head is then not run. predictions=False: nobody reads any.
-    depth: the layers above so many do not run; for a reader of queries, keys and values only.
+    stop: the layers above so many do not run, as `stop_after` allows it.
     """
     inside = extract_model_from_parallel(model, keep_torch_compile=False)
     recorder = _Recorder(layers) if len(layers) else None
     options = {"output_hidden_states": True} if hidden else {}
     with contextlib.ExitStack() as stack:
         taken = None if finish is None else stack.enter_context(taken_off(inside, finish))
-        if depth is not None:
-            stack.enter_context(_shortened(inside, depth))
+        if stop is not None:
+            stack.enter_context(_shortened(inside, stop))
 
         def pass_out(module, args, outputs) -> dict:
-            made = outputs.logits if taken is None else taken[0]
+            made = outputs.get("logits") if taken is None else taken[0]
             return {
                 "predictions": made if predictions else None, "hidden": outputs.hidden_states if hidden else None,
                 "qkv": None if recorder is None else recorder.kept,
@@ -227,8 +251,16 @@ def read(
         raise RuntimeError(
             f"{_name(model)} returned no hidden states, although they were asked for; it cannot be distilled"
         )
+    if predictions and outputs["predictions"] is None:
+        raise ValueError(
+            f"{_name(model)}: its forward returns no logits, since it is a model without a head; load it with the class of its "
+            "task, for example AutoModelForSequenceClassification"
+        )
     if recorder is not None:
         _check_recorded(model, recorder, layers)
+    if hidden and hidden is not True:
+        made = dict(enumerate(outputs["hidden"]))
+        outputs["hidden"] = tuple(made[i] if i in hidden else None for i in range(depth(inside) + 1))
     return States(**outputs)
 
 
@@ -243,19 +275,25 @@ def layer_list(model: nn.Module) -> str:
     return lists[0]
 
 
-def stop_after(model: nn.Module, layers: Sequence[int]) -> int | None:
-    """The depth at which a forward may end for a reader of these layers' queries, keys and values; None: it must not.
+def stop_after(model: nn.Module, layers: Sequence[int], levels: Sequence[int]) -> int | None:
+    """The depth at which a forward may end for a reader of these layers' queries, keys and values and of these levels of the
+    hidden states, and of nothing else; None: it must not end before the last layer.
 
-    Compared once with a whole forward, on a few tokens.
+    Compared with a whole forward, on a few tokens. A model with a norm after its last layer needs one layer more.
     """
-    least = max(layers, default=-1) + 1
-    if not 0 < least < depth(model):
-        return None
-    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)}
-    with torch.no_grad(), contextlib.suppress(Exception):  # whatever a model's code makes of fewer layers
-        whole, short = (read(model, inputs, layers=layers, depth=stop).qkv for stop in (None, least))
-        if all(torch.equal(x, y) for i in layers for x, y in zip(whole[i][:3], short[i][:3], strict=True)):
-            return least
+    least = max(max(layers, default=-1) + 1, max(levels, default=0))
+    for stop in (least, least + 1):
+        if not 0 < stop < depth(model):
+            return None
+        with torch.no_grad(), contextlib.suppress(Exception):  # whatever a model's code makes of fewer layers
+            whole, short = (
+                read(
+                    model, {"input_ids": _tokens(model, 4)}, hidden=levels, layers=layers, predictions=False, stop=d
+                ).tensors()
+                for d in (None, stop)
+            )
+            if len(whole) == len(short) and all(map(torch.equal, whole, short)):
+                return stop
     return None
 
 

@@ -50,16 +50,18 @@ def from_layers(teacher: nn.Module, layers: str | list[int]) -> nn.Module:
     chosen = parse_layers(layers, depth(teacher)) if isinstance(layers, str) else list(layers)
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = [text.layer_types[i] for i in chosen]
+    for key, value in vars(text).items():  # what each layer is, one after another: layer_types, no_rope_layers
+        if "layer" in key and isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, key, [value[i] for i in chosen])
     text.num_hidden_layers = len(chosen)
     config._attn_implementation = "sdpa" if config._attn_implementation == "fastkd" else config._attn_implementation
     student = type(teacher)(config)
-    name = layer_list(teacher)
-    weights = {}
-    for key, value in teacher.state_dict().items():
-        found = re.match(rf"{re.escape(name)}\.(\d+)\.", key)
-        if found is None:
+    weights, given = {}, teacher.state_dict()
+    shared = len(chosen) < depth(teacher) and student.state_dict().keys() == given.keys()  # as in ALBERT
+    name = None if shared else layer_list(teacher)
+    for key, value in given.items():
+        found = name and re.match(rf"{re.escape(name)}\.(\d+)\.", key)
+        if not found:
             weights[key] = value
         else:  # a layer may be taken more than once
             rest = key[found.end() :]
@@ -85,8 +87,9 @@ def from_config(teacher: nn.Module, changes: str | dict) -> nn.Module:
         raise ValueError(f"student_config: {type(text).__name__} has no {', '.join(unknown)}")
     for key, value in changes.items():
         setattr(text, key, value)
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
+    for key, value in vars(text).items():
+        if "layer" in key and isinstance(value, list) and len(value) == depth(teacher):
+            setattr(text, key, (value * text.num_hidden_layers)[: text.num_hidden_layers])
     if text.hidden_size % text.num_attention_heads:
         raise ValueError(
             f"student_config: hidden_size={text.hidden_size} must be a multiple of num_attention_heads="

@@ -1,5 +1,6 @@
 """DistillTrainer: transformers' Trainer, with a frozen teacher beside the student and a method between them."""
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from . import cache, heads, states
-from .agreement import check_pair, teacher_labels
+from .agreement import check_model, check_pair, teacher_labels
 from .batch import UNITS, VOCABULARY_TASKS, Batch, count_units
 from .methods import Combined, Setup, Side, build
 
@@ -53,11 +54,12 @@ class DistillTrainer(Trainer):
     ):
         if advance not in ("step", "micro"):
             raise ValueError(f"advance: expected 'step' or 'micro', got {advance!r}")
-        args = kwargs.get("args")
-        if args is None:
+        if kwargs.get("args") is None:
             raise ValueError("args: DistillTrainer needs TrainingArguments, with an output_dir")
-        args.remove_unused_columns = False  # example_id, and a teacher's own columns
-        args.logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
+        if teacher is None and method is not None:
+            raise ValueError(f"teacher: method={method!r} needs one, got None; leave the method out to fine-tune alone")
+        kwargs["args"] = copy.copy(kwargs["args"])
+        kwargs["args"].logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
         super().__init__(model=model, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.task, self.advance = task, advance
@@ -67,17 +69,21 @@ class DistillTrainer(Trainer):
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
         self._loss_only, self._stop_after = False, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
+        check_model("student", model, task)
         if teacher is not None:
             self.method = self._method(model, teacher, method)
             if teacher_cache:
-                cache.check_method(self.method, task)
+                cache.check_method(self.method, task, self.train_dataset)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
-            self._stop_after = states.stop_after(self.teacher, self.method.attention("teacher"))
+            if not compile_teacher:
+                read = self.method.attention("teacher"), self.method.levels("teacher")
+                self._stop_after = states.stop_after(self.teacher, *read)
             if teacher_cache:
                 size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
                 with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
                     self.taught = cache.logits(
-                        teacher_cache, self.teacher, self.train_dataset, self.data_collator, accepts, task, size,
+                        teacher_cache, self.teacher, self.train_dataset,
+                        self._get_collator_with_removed_columns(self.data_collator), accepts, task, size,
                         self.args.device, self.words,
                     )  # fmt: skip
         self._take_heads_off(compile_teacher)
@@ -87,15 +93,11 @@ class DistillTrainer(Trainer):
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
+        check_model("teacher", teacher, self.task)
         check_pair(model, teacher, self.task, self.words)
         relabel = teacher_labels(model, teacher) if self.task == "classification" else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
-        data = self.train_dataset
-        labels = None
-        if self.task == "classification" and data is not None and "labels" in data.column_names:
-            labels = torch.as_tensor(data["labels"][:])
-        setup = Setup(Side.of(model), Side.of(teacher), self.task, 0 if data is None else len(data), labels)
-        built = build(method, setup)
+        built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset))
         if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
@@ -133,6 +135,12 @@ class DistillTrainer(Trainer):
         if None not in found.values():
             self._finish |= found
 
+    def _set_signature_columns_if_needed(self):
+        """The columns that are kept of the data; Trainer drops those that its own model does not take."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += ["labels", *EXTRA, *self._accepts["teacher"]]
+
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -164,6 +172,8 @@ class DistillTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
+        if inputs.get("labels") is None:  # then Trainer calls the model itself
+            inputs = {name: x for name, x in inputs.items() if name in self._accepts["student"]}
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
@@ -177,7 +187,7 @@ class DistillTrainer(Trainer):
         counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
         return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
     def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
         if self.taught is not None:
             return self._in_students_terms(states.States(self.taught[example_id]))
@@ -195,11 +205,11 @@ class DistillTrainer(Trainer):
         finish = self._finish[side] if reads or model.training or self._loss_only else None
         if not reads:
             return states.read(model, inputs, finish=finish)
-        hidden, layers = self.method.hidden(progress), self.method.attention(side, progress)
-        predictions = self.method.predicts(progress)
+        levels, layers = self.method.levels(side, progress), self.method.attention(side, progress)
+        predictions = self.method.predicts(side, progress)
         return states.read(
-            model, inputs, hidden=hidden, layers=layers, finish=finish, predictions=predictions,
-            depth=self._stop_after if side == "teacher" and not (hidden or predictions) else None,
+            model, inputs, hidden=levels, layers=layers, finish=finish, predictions=predictions,
+            stop=self._stop_after if side == "teacher" and not predictions else None,
         )  # fmt: skip
 
     def _terms(self, batch: Batch) -> Tensor:

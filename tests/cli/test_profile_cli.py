@@ -222,7 +222,7 @@ def test_all_methods_that_make_sense(cli, monkeypatch):
         return profile(arguments, setup, *more)
 
     monkeypatch.setattr(command, "profile", some)
-    monkeypatch.setattr(models, "sensible_methods", lambda family: ["fcd", "kd"])
+    monkeypatch.setattr(models, "sensible_methods", lambda causal: ["fcd", "kd"])
     code, out, _, folder = cli(*SHORT, "--method", "all", "--no-trace")
     assert code == 0 and out.endswith("left out: kd: out of memory\n")
     assert cli(*SHORT, "--method", "fcd,kd", "--no-trace")[0] == 2  # it was asked for by name

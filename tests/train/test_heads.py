@@ -12,14 +12,14 @@ from test_methods import pair, sensible, spelled
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
 from fastkd.train import heads, states
-from fastkd.train.methods import DECODERS, METHODS
+from fastkd.train.methods import METHODS
 from fastkd.train.trainer import DistillTrainer
 
 logging.set_verbosity_error()
 
 
 def word_task(name: str, family: str) -> str | None:
-    task = "causal_lm" if family in DECODERS else "masked_lm"
+    task = "causal_lm" if family in tiny.DECODERS else "masked_lm"
     return task if task in METHODS[name].tasks else None
 
 
@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(name, family, tmp_path):
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_make_no_logits_although_they_could_be_asked_for(name, tmp_path):
     trainer, _ = trained(spelled(name), "gpt2", tmp_path, True)
-    assert not trainer.method.predicts(0.0)
+    assert not trainer.method.predicts("student", 0.0)
     inputs = {key: torch.tensor(tiny.dataset("causal_lm")[key][:]) for key in ("input_ids", "attention_mask")}
     assert trainer._taught(inputs, None, 0.0).predictions is None
 
@@ -138,7 +138,7 @@ SHAPED = {"gemma2": {"head_dim": 4, "final_logit_softcapping": 0.5}, "cohere": {
 
 @pytest.mark.parametrize("family", [*tiny.MORE_FAMILIES, *SHAPED])
 def test_what_a_family_does_to_its_logits_is_known(family):
-    task = "causal_lm" if family in (*DECODERS, *SHAPED) else "masked_lm"
+    task = "causal_lm" if family in (*tiny.DECODERS, *SHAPED) else "masked_lm"
     model = decoder(family, **SHAPED[family]) if family in SHAPED else tiny.model(family, task)
     model.eval()
     finish, inputs = heads.find(model), tiny.padded()
@@ -180,14 +180,32 @@ def test_a_head_that_cannot_be_taken_off_is_left_on(how, tmp_path, caplog):
     trainer.train()
 
 
-def test_layers_that_nobody_reads_do_not_run(tmp_path):
-    teacher, student = pair("bert", "masked_lm")
-    layers, runs = teacher.bert.encoder.layer, []
-    args = tiny.arguments(tmp_path, optim="sgd", learning_rate=0.1)
-    data = tiny.dataset("masked_lm")
-    text = "minilmv2:relation_heads=4,share=1,teacher_layer=2"
-    trainer = DistillTrainer(student, teacher, text, task="masked_lm", args=args, train_dataset=data)
-    for layer in layers:
-        layer.register_forward_hook(lambda *_: runs.append(1))
-    trainer.train()
-    assert len(runs) == 2 and teacher.bert.encoder.layer is layers and len(layers) == 4
+SHORTER = [  # how many of the teacher's four layers run
+    ("minilmv2:relation_heads=4,share=1,teacher_layer=2", "bert", "masked_lm", 2),
+    ("fcd:share=1,teacher_layer=2", "bert", "masked_lm", 2), ("fcd:share=1,teacher_layer=2", "llama", "causal_lm", 3),
+    ("fcd:share=1", "bert", "masked_lm", 4), ("fcd:share=1,layers='uniform'", "bert", "masked_lm", 4),
+    ("pkd:alpha=0", "bert", "classification", 2), ("pkd:alpha=0,strategy='last'", "bert", "classification", 3),
+    ("pkd:alpha=0", "gpt2", "classification", 3), ("pkd", "bert", "classification", 4),
+    ("fcd:share=1,teacher_layer=1 + minilmv2:relation_heads=4,teacher_layer=3", "bert", "masked_lm", 3),
+    ("tinybert:share=1", "bert", "masked_lm", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "family", "task", "depth"), SHORTER)
+def test_layers_that_nobody_reads_do_not_run(method, family, task, depth, tmp_path):
+    ends = []
+    for whole in (False, True):
+        teacher, student = pair(family, task)
+        args, runs = tiny.arguments(tmp_path, optim="sgd", learning_rate=0.1), []
+        torch.manual_seed(0)
+        trainer = DistillTrainer(student, teacher, method, task=task, args=args, train_dataset=tiny.dataset(task))
+        if whole:
+            trainer._stop_after = None
+        layers = teacher.get_submodule(states.layer_list(teacher))
+        for layer in layers:
+            layer.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        trainer.train()
+        assert len(runs) == (4 if whole else depth)
+        assert teacher.get_submodule(states.layer_list(teacher)) is layers and len(layers) == 4
+        ends.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    assert torch.equal(*ends)

@@ -21,7 +21,8 @@ RECORDED = {
     "llama": GROUPS, "mistral": GROUPS, "qwen2": GROUPS, "qwen3": GROUPS, "gpt_neox": {}, "phi": {},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "granite": {**GROUPS, "attention_multiplier": 0.1},
     "gemma": GROUPS, "gemma2 uncapped": {**GROUPS, "attn_logit_softcapping": None, "query_pre_attn_scalar": 9},
-    "gemma3_text": {**GROUPS, "query_pre_attn_scalar": 9},
+    "gemma3_text": {**GROUPS, "query_pre_attn_scalar": 9}, "phi3": GROUPS, "xlm-roberta": {},
+    "smollm3": {**GROUPS, "no_rope_layer_interval": 2},
 }  # fmt: skip
 NO_INTERFACE = "does not go through transformers' attention interface"
 REFUSED = {
@@ -78,7 +79,7 @@ def test_padding_stays_unseen(family):
     real = inputs["attention_mask"] == 1
     torch.testing.assert_close(first[real], second[real], rtol=0, atol=1e-6)
     blind = {key: x for key, x in other.items() if key != "attention_mask"}
-    if family not in ("gpt2", "llama", "qwen2"):  # a causal mask hides right padding anyway
+    if family not in tiny.DECODERS:  # a causal mask hides right padding anyway
         unmasked = states.read(model, blind, hidden=True).hidden[-1]
         assert (unmasked[real] - first[real]).abs().max() > 1e-4
 
@@ -93,7 +94,7 @@ def test_recorded_states_are_the_ones_that_attention_uses(family):
     model.set_attn_implementation("eager")
     eager = model(**inputs, output_attentions=True).attentions
     real = inputs["attention_mask"][:, None, None, :] == 1
-    if family in ("gpt2", "llama", "qwen2"):
+    if family in tiny.DECODERS:
         real = real & torch.ones(tiny.LENGTH, tiny.LENGTH).tril().bool()
     if family == "modernbert":
         return _local_layers(recorded, eager, real)
@@ -112,7 +113,7 @@ def test_recorded_scores_are_the_models_own(name):
     model.set_attn_implementation("eager")
     eager = model(**inputs, output_attentions=True).attentions
     real = inputs["attention_mask"][:, None, None, :] == 1
-    if name not in ("bert", "roberta", "distilbert", "electra", "albert"):
+    if states.is_causal(model):
         real = real & torch.ones(tiny.LENGTH, tiny.LENGTH).tril().bool()
     assert len(eager) == recorder.calls == states.depth(model)
     for layer, probabilities in enumerate(eager):

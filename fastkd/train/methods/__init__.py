@@ -11,47 +11,51 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastkd import checks
 from fastkd.train.batch import SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
 
-from .base import DECODERS, Method, Setup, Side, Term
+from .base import Method, Setup, Side, Term
 
-__all__ = ["FAMILIES", "METHODS", "Combined", "Method", "Setup", "Side", "Term", "build", "refusal", "table"]
+__all__ = ["METHODS", "Combined", "Method", "Setup", "Side", "Term", "build", "refusal", "table"]
 
 GROUP = "fastkd.methods"
-ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
-FAMILIES = (*ENCODERS, *DECODERS)
+ATTENTION = {False: "bidirectional", True: "causal"}
 
 
 class Entry(NamedTuple):
-    """Where a method lives, and where it makes sense; `otherwise` is the sentence for families that it is not for."""
+    """Where a method lives, and where it makes sense.
+
+    causal: it is for models with causal attention only (True), with bidirectional attention only (False), for both (None);
+    otherwise: why it is not for the others.
+    """
 
     where: str
-    families: tuple[str, ...] = FAMILIES
+    causal: bool | None = None
     tasks: tuple[str, ...] = TASKS
     otherwise: str = ""
 
 
-_DECODERS_ONLY = "it compares next-word distributions of a decoder; for an encoder's predictions choose kd or glmd"
+_NEXT_TOKEN = "it compares distributions of the next token; for other predictions choose kd or glmd"
 METHODS = {
     "kd": Entry("kd:KD"),
     "fcd": Entry("fcd:FCD"),
     "bert_emd": Entry("bert_emd:BertEMD"),
     "codir": Entry(
         "codir:CoDIR",
-        ENCODERS,
+        False,
         ("classification", "masked_lm"),
-        "it contrasts [CLS] vectors, and a decoder's first token has not seen the sentence",
+        "it contrasts sentences by their first tokens, which have not seen the sentence",
     ),
-    "glmd": Entry("glmd:GLMD", FAMILIES, ("masked_lm", "causal_lm", "cloze")),
-    "pkd": Entry("pkd:PKD", FAMILIES, SENTENCE_TASKS),
-    "distilbert": Entry("distilbert:DistilBERT", FAMILIES, WORD_TASKS),
+    "glmd": Entry("glmd:GLMD", None, ("masked_lm", "causal_lm", "cloze")),
+    "pkd": Entry("pkd:PKD", None, SENTENCE_TASKS),
+    "distilbert": Entry("distilbert:DistilBERT", None, WORD_TASKS),
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),
-    "forward_kl": Entry("forward_kl:ForwardKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "reverse_kl": Entry("reverse_kl:ReverseKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "jsd": Entry("jsd:JSD", DECODERS, ("causal_lm",), _DECODERS_ONLY),
-    "skew_kl": Entry("skew_kl:SkewKL", DECODERS, ("causal_lm",), _DECODERS_ONLY),
+    "forward_kl": Entry("forward_kl:ForwardKL", True, ("causal_lm",), _NEXT_TOKEN),
+    "reverse_kl": Entry("reverse_kl:ReverseKL", True, ("causal_lm",), _NEXT_TOKEN),
+    "jsd": Entry("jsd:JSD", True, ("causal_lm",), _NEXT_TOKEN),
+    "skew_kl": Entry("skew_kl:SkewKL", True, ("causal_lm",), _NEXT_TOKEN),
 }
 
 
@@ -70,24 +74,24 @@ def find(name: str) -> type[Method]:
     return others[name].load()
 
 
-def refusal(name: str, family: str, task: str | None = None) -> str | None:
-    """Why this method makes no sense for this family (or task); None if it does."""
+def refusal(name: str, causal: bool, task: str | None = None) -> str | None:
+    """Why this method makes no sense for models of causal or bidirectional attention (or for the task); None if it does."""
     if name not in METHODS:
         return None  # a third party's method knows best
     entry = METHODS[name]
-    if family in FAMILIES and family not in entry.families:
-        return f"{name} makes no sense for {family}: {entry.otherwise}"
+    if entry.causal is not None and entry.causal != causal:
+        return f"{name} makes no sense for a model with {ATTENTION[causal]} attention: {entry.otherwise}"
     if task is not None and task not in entry.tasks:
         return f"{name} makes no sense for the task {task}; it is for {', '.join(entry.tasks)}"
     return None
 
 
 def table() -> str:
-    """The table of methods and model families in docs/trainer.md."""
-    head = ("method", *FAMILIES, "tasks")
+    """The table of methods and models in docs/trainer.md."""
+    head = ("method", *(f"{attention} attention" for attention in ATTENTION.values()), "tasks")
     rows = [head, tuple("---" for _ in head)]
     for name, entry in METHODS.items():
-        marks = ("yes" if family in entry.families else "–" for family in FAMILIES)
+        marks = ("yes" if refusal(name, causal) is None else "–" for causal in ATTENTION)
         rows.append((f"`{name}`", *marks, "all" if entry.tasks == TASKS else ", ".join(entry.tasks)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -137,11 +141,13 @@ class Combined(nn.Module):
         now = [m for m in self.methods.values() if progress is None or m.features(progress)]
         return sorted({layer for method in now for layer in method.attention(side)})
 
-    def hidden(self, progress: float) -> bool:
-        return any(method.hidden and method.features(progress) for method in self.methods.values())
+    def levels(self, side: str, progress: float | None = None) -> list[int]:
+        """The levels of the hidden states that are read: now, or (None) ever."""
+        now = [m for m in self.methods.values() if progress is None or m.features(progress)]
+        return sorted({level for method in now for level in method.levels(side)})
 
-    def predicts(self, progress: float) -> bool:
-        return any(method.predicts(progress) for method in self.methods.values())
+    def predicts(self, side: str, progress: float) -> bool:
+        return any(method.predicts(side, progress) for method in self.methods.values())
 
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())
@@ -149,19 +155,25 @@ class Combined(nn.Module):
 
 def build(text: str, setup: Setup) -> Combined:
     """The methods that `text` names, checked against the models and the task."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"method: a teacher was given, and method={text!r}; name one, for example method='kd', or pass teacher=None to "
+            "fine-tune the student alone"
+        )
     methods, weights = {}, {}
     for name, options in parse(text):
         kind = find(name)
         if setup.student.causal != setup.teacher.causal:
             raise ValueError(
-                f"{name}: teacher ({setup.teacher.family}) and student ({setup.student.family}) must both be encoders or "
-                "both be decoders; their tokens see different contexts"
+                f"{name}: the attention of the teacher ({setup.teacher.family}) is {ATTENTION[setup.teacher.causal]} and that "
+                f"of the student ({setup.student.family}) {ATTENTION[setup.student.causal]}, so their tokens see different "
+                "contexts; choose two models of one kind"
             )
-        for side in (setup.teacher, setup.student):
-            why_not = refusal(name, side.family, setup.task)
-            if why_not is not None:
-                raise ValueError(f"method: {why_not}")
-        weights[name] = float(options.pop("weight", 1.0))
+        why_not = refusal(name, setup.student.causal, setup.task)
+        if why_not is not None:
+            raise ValueError(f"method: {why_not}")
+        weights[name] = options.pop("weight", 1.0)
+        checks.number(f"{name}:weight", weights[name])
         unknown = sorted(set(options) - kind.options())
         if unknown:
             raise ValueError(

@@ -3,14 +3,15 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.train.batch import Batch, Term
-from fastkd.train.states import QKV
+from fastkd.train.states import QKV, depth, is_causal
 
-DECODERS = ("gpt2", "llama", "qwen2")
 _OURS = ("setup", "causal", "process_group", "backend")  # arguments that are no options of a method
 
 
@@ -24,25 +25,41 @@ class Side:
     heads: int
     key_heads: int
     causal: bool = False
+    head_width: int | None = None  # None: width / heads
 
     @classmethod
     def of(cls, model) -> "Side":
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 0)  # 0: it has no attention
         groups = getattr(config, "num_key_value_heads", None) or heads
-        causal = any(getattr(module, "is_causal", False) for module in model.modules())  # its attention says so
-        return cls(config.model_type, config.num_hidden_layers, config.hidden_size, heads, groups, causal)
+        sizes = depth(model), config.hidden_size, heads, groups
+        return cls(config.model_type, *sizes, is_causal(model), getattr(config, "head_dim", None))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """labels [n_data]: the classes of the training set, where the task has classes."""
+    """What a method may know before training. data: the training set, with a length or without one."""
 
     student: Side
     teacher: Side
     task: str
-    n_data: int
-    labels: Tensor | None = None
+    data: Sequence | None = None
+
+    @property
+    def n_data(self) -> int:
+        """The number of training examples; 0 where the training set does not say."""
+        return len(self.data) if hasattr(self.data, "__len__") else 0
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """[n_data], the classes of the training set; None where the task has none, or the examples do not bear them."""
+        if self.task != "classification" or not self.n_data:
+            return None
+        name = next((name for name in ("labels", "label") if name in self.data[0]), None)
+        if name is None:
+            return None
+        whole = name in getattr(self.data, "column_names", ())
+        return torch.as_tensor(self.data[name][:] if whole else [self.data[i][name] for i in range(self.n_data)])
 
 
 class Method(nn.Module):
@@ -56,13 +73,14 @@ class Method(nn.Module):
 
     Loss: type[nn.Module] | None = None
     hidden = False  # reads hidden states
+    read: dict[str, Sequence[int]] | None = None  # which levels of them, of "student" and "teacher"; None: all
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
     stages: tuple[str, ...] = ("all",)
 
     def __init__(self, setup: Setup, share: float = 1.0):
         super().__init__()
-        if not 0 <= share <= 1:
+        if not isinstance(share, Real) or not 0 <= share <= 1:
             raise ValueError(f"share: the first stage's part of training must lie in [0, 1], got {share!r}")
         self.setup, self.share, self.alone = setup, share, True
         self.seen: list[tuple[Tensor, ...]] = []
@@ -79,6 +97,11 @@ class Method(nn.Module):
         """The layers (0-based) of the "student" or the "teacher" whose queries, keys and values are read."""
         return range(getattr(self.setup, side).layers) if self.every_layer else ()
 
+    def levels(self, side: str) -> Sequence[int]:
+        """The levels of the hidden states of the "student" or the "teacher" that are read; level 0 is the embeddings."""
+        every = range(getattr(self.setup, side).layers + 1) if self.hidden else ()
+        return every if self.read is None else self.read[side]
+
     def forward(self, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
 
@@ -91,8 +114,8 @@ class Method(nn.Module):
         """Whether hidden states and attention are read now; a second stage has no use for them."""
         return self.stage(progress) == self.stages[0]
 
-    def predicts(self, progress: float) -> bool:
-        """Whether predictions are read now; where nobody reads any, no head runs."""
+    def predicts(self, side: str, progress: float) -> bool:
+        """Whether predictions of the "student" or the "teacher" are read now; where nobody reads any, no head runs."""
         return not (self.features_only and self.features(progress))
 
     def teaches(self, progress: float) -> bool:
@@ -149,9 +172,20 @@ def layer_number(name: str, layer: int | None, layers: int) -> int:
     return layers if layer is None else layer
 
 
+def has_numbers(setup: Setup, name: str) -> None:
+    if not setup.n_data:
+        raise ValueError(
+            f"train_dataset: {name} keeps a vector of every example, so it needs a data set with a length, got "
+            f"{type(setup.data).__name__}"
+        )
+
+
 def has_labels(setup: Setup, name: str, needed: bool) -> bool:
     if needed and setup.labels is None:
-        raise ValueError(f"{name}: negatives=label needs labels, and the task {setup.task} has none; see in_batch")
+        raise ValueError(
+            f"{name}: negatives=label needs labels, and the training set of the task {setup.task} has none; choose "
+            "negatives=in_batch"
+        )
     return setup.labels is not None
 
 
@@ -176,7 +210,8 @@ def same_heads(setup: Setup, name: str, heads: str | None = None) -> None:
 def same_relation_heads(setup: Setup, name: str, relation_heads: int) -> None:
     for side in ("student", "teacher"):
         model = getattr(setup, side)
-        for what, width in (("query", model.width), ("key", model.width // model.heads * model.key_heads)):
+        size = model.head_width or model.width // max(model.heads, 1)
+        for what, width in (("query", size * model.heads), ("key", size * model.key_heads)):
             if width % relation_heads:
                 raise ValueError(
                     f"{name}: relation_heads={relation_heads} does not divide the {side}'s {what} width {width}; "

@@ -6,7 +6,7 @@ a batch of B; here it weighs their means, so it is the released one divided by B
 from fastkd.losses.codir import CoDIRLoss
 from fastkd.losses.kd import HintonKDLoss
 
-from .base import Method, Setup, Term, has_labels
+from .base import Method, Setup, Term, has_labels, has_numbers
 
 
 class CoDIR(Method):
@@ -14,6 +14,7 @@ class CoDIR(Method):
 
     def __init__(self, setup: Setup, beta: float = 0.5, temperature: float = 2.0, crd: float = 0.1, **options):
         super().__init__(setup)
+        has_numbers(setup, "codir")
         if setup.task == "masked_lm":
             options.setdefault("negatives", "window" if options.get("window") else "in_batch")
         self.crd, self.prediction = crd, HintonKDLoss(beta, temperature)

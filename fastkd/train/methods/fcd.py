@@ -1,20 +1,22 @@
 """FCD (Huang, Guo, Wang; NeurIPS 2023): alpha · token + beta · sequence + gamma · random, relations among the tokens of the
-last layers ("last") or of all of the student's ("uniform"). The released loss has no task term: relations first, then plain
-fine-tuning, `share` of training for the former."""
+last layers ("last") or of all of the student's ("uniform"). The student's last learns from the teacher's last, or from
+`teacher_layer` (1-based). No task term, as released: relations first, for `share` of training, then plain fine-tuning."""
 
 from fastkd.losses.fcd import FCDLoss
 
-from .base import Method, Setup, Term, uniform_map
+from .base import Method, Term, layer_number, uniform_map
 
 
 class FCD(Method):
     hidden, features_only, stages = True, True, ("relations", "task")
 
-    def __init__(self, setup: Setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", share=0.5):
+    def __init__(self, setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", teacher_layer=None, share=0.5):
         super().__init__(setup, share)
         if layers not in ("last", "uniform"):
             raise ValueError(f"fcd: layers must be 'last' or 'uniform', got {layers!r}")
-        self.pairs = uniform_map(setup, "fcd") if layers == "uniform" else [(-1, -1)]
+        last = [(setup.student.layers, layer_number("fcd", teacher_layer, setup.teacher.layers))]
+        pairs = uniform_map(setup, "fcd") if layers == "uniform" else last
+        self.read = dict(zip(("student", "teacher"), zip(*pairs, strict=True), strict=True))
         weights = {"token": alpha, "sequence": beta, "random": gamma}
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.losses = {name: FCDLoss(*(float(name == other) for other in weights), K=K) for name in self.weights}
@@ -22,9 +24,7 @@ class FCD(Method):
     def forward(self, batch):
         if self.stage(batch.progress) == "task":
             return batch.fine_tune()
-        student, teacher = zip(
-            *[(batch.student.hidden[i], batch.teacher.hidden[j]) for i, j in self.pairs], strict=True
-        )
-        values = {name: loss(list(student), list(teacher), batch.mask) for name, loss in self.losses.items()}
+        student, teacher = ([getattr(batch, side).hidden[i] for i in self.read[side]] for side in self.read)
+        values = {name: loss(student, teacher, batch.mask) for name, loss in self.losses.items()}
         over = {"token": "sequences", "sequence": "batches", "random": "batches"}  # the last two couple the batch
         return {name: Term(value, self.weights[name], over[name]) for name, value in values.items()}

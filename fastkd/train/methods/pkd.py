@@ -16,10 +16,13 @@ class PKD(Method):
         super().__init__(setup)
         same_width(setup, "pkd")
         inner_layers(setup, "pkd")
-        if strategy == "skip":
-            uniform_map(setup, "pkd")
+        top = uniform_map(setup, "pkd")[-2][1] if strategy == "skip" else setup.teacher.layers - 1
+        self.read = {"student": range(setup.student.layers), "teacher": range(top + 1)}
         self.beta, self.prediction = beta, HintonKDLoss(alpha, temperature)
         self.loss = PKDLoss(strategy, token="last" if setup.student.causal else "first")
+
+    def predicts(self, side, progress):
+        return side == "student" or self.prediction.soft > 0
 
     def forward(self, batch):
         patient = self.loss(list(batch.student.hidden[1:]), list(batch.teacher.hidden[1:]), batch.mask)
