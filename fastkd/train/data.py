@@ -6,6 +6,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from .batch import WORD_TASKS
 
 SHIPPED = "movie-reviews"
@@ -28,6 +30,7 @@ class Corpus:
     label: str | None
     names: list[str] | None = None
     glue: str | None = None
+    test: object = None
 
 
 def movie_reviews(split: str, task: str = "classification"):
@@ -62,7 +65,7 @@ def load(options, task: str) -> Corpus:
             f"dataset: name one ({SHIPPED!r} comes with fastkd, glue/sst2, any of the hub's) or give --train-file"
         )
     needs_label = task not in WORD_TASKS
-    corpus = Corpus(train, validation, text, pair, label if needs_label else None)
+    corpus = Corpus(train, validation, text, pair, label if needs_label else None, test=_file(options.test_file))
     corpus.glue = options.dataset.split("/")[1] if (options.dataset or "").startswith("glue/") else None
     _check_columns(corpus)
     if options.max_train_samples:
@@ -83,17 +86,17 @@ def _file(path: str | None):
         return None
     suffix = Path(path).suffix
     if suffix not in FORMATS:
-        raise ValueError(f"train_file, validation_file: {path} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"train_file, validation_file, test_file: {path} is none of {', '.join(FORMATS)}")
     if not Path(path).is_file():
-        raise ValueError(f"train_file, validation_file: there is no file {path}")
+        raise ValueError(f"train_file, validation_file, test_file: there is no file {path}")
     if Path(path).stat().st_size == 0:
-        raise ValueError(f"train_file, validation_file: {path} is empty")
+        raise ValueError(f"train_file, validation_file, test_file: {path} is empty")
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
     try:
         return load_dataset(FORMATS[suffix], data_files=path, split="train", **options)
     except ValueError as error:
         if "corresponds to no data" in str(error):
-            raise ValueError(f"train_file, validation_file: {path} has no rows") from error
+            raise ValueError(f"train_file, validation_file, test_file: {path} has no rows") from error
         raise
 
 
@@ -120,7 +123,7 @@ def _named(options):
 
 
 def _check_columns(corpus: Corpus) -> None:
-    for split, rows in (("training", corpus.train), ("validation", corpus.validation)):
+    for split, rows in (("training", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
         if rows is None:
             continue
         if len(rows) == 0:
@@ -153,7 +156,7 @@ def _number_classes(corpus: Corpus) -> None:
     if found == list(range(len(found))):
         return
     numbers = {name: number for number, name in enumerate(found)}
-    for split in ("train", "validation"):
+    for split in ("train", "validation", "test"):
         rows = getattr(corpus, split)
         if rows is None:
             continue
@@ -169,8 +172,10 @@ def check_length(model, tokenizer, length: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return
-    if model.config.model_type == "roberta":
-        limit -= 2  # positions start after the padding's
+    for module in model.modules():  # positions may start after the padding's
+        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+            limit -= module.padding_idx + 1
+            break
     if length > limit:
         raise ValueError(
             f"max_length: {length} tokens are asked for, but the {type(model).__name__} has {limit} positions"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastkd
-from fastkd.cli import distill
+from fastkd.cli import distill, main
 from fastkd.train import arguments, data, student
 
 WORDS = [  # moods first: three good, three bad
@@ -107,9 +107,9 @@ def test_a_second_run_refuses_or_resumes_and_never_overwrites(files, capsys):
     save_pair(files / "teacher", "bert", "classification")
     assert distill.main(flags(files)) == 0
     weights = (files / "run" / "student" / "model.safetensors").read_bytes()
-    assert distill.main(flags(files)) == 1
+    assert main(["distill", *flags(files)]) == 2
     assert "it is finished; choose another folder" in capsys.readouterr().err
-    assert distill.main(flags(files, max_steps=6)) == 1
+    assert main(["distill", *flags(files, max_steps=6)]) == 2
     assert "holds another run (max_steps differ)" in capsys.readouterr().err
     run = files / "run"  # as a crash after step 2 would leave it
     for folder in ("report", "student", "checkpoint-4"):
@@ -187,7 +187,7 @@ def test_wrong_input_raises_one_sentence_before_training(changes, sentence, file
     (files / "rows.xlsx").touch()
     capsys.readouterr()
     changes = {k: files / v if k in ("train_file", "output_dir") and v else v for k, v in changes.items()}
-    assert distill.main(flags(files, **changes)) == 1
+    assert main(["distill", *flags(files, **changes)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("fastkd distill: ")
     assert not (files / "run" / "run.yaml").exists()  # and so the folder is still free
@@ -196,7 +196,9 @@ def test_wrong_input_raises_one_sentence_before_training(changes, sentence, file
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("teecher: x", "unknown option 'teecher'; did you mean 'teacher'"),
+        ("teecher: x", "there is no option 'teecher'; did you mean 'teacher'"),
+        ("max_length: long", "--max_length: invalid int value: 'long'"),
+        ("eval_strategy: true", "--eval_strategy: invalid choice: 'True' (choose from"),
         ("- a\n- b", "must hold option: value lines"),
         ("method: !!python/object/apply:os.system ['true']", "is not plain YAML"),
     ],
@@ -211,8 +213,6 @@ def test_flags_win_over_the_config(tmp_path):
     (tmp_path / "run.yaml").write_text(f"teacher: theirs\nmax_steps: 5\noutput_dir: {tmp_path}\n")
     model, _, _, args, _ = arguments.parse(["--config", str(tmp_path / "run.yaml"), "--max_steps", "7"])
     assert (model.teacher, args.max_steps) == ("theirs", 7)
-    with pytest.raises(ValueError, match="some_flag"):
-        arguments.parse(["--some_flag", "1", "--output_dir", str(tmp_path)])
 
 
 def test_a_full_disk_is_reported_before_training(tmp_path, monkeypatch):

@@ -52,6 +52,9 @@ class Method(nn.Module):
 
     stages: a method that learns features first and the task afterwards has two; `share` is the first one's part of
     training. Combined with other methods there is one stage, and the task is the others' business.
+
+    Args:
+        share: The first stage's part of training, in [0, 1]; with 1 it is all.
     """
 
     Loss: type[nn.Module] | None = None

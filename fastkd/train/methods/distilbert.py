@@ -1,6 +1,12 @@
 """DistilBERT, DistilGPT2 (Sanh et al., 2019): 5 · T² KL + 2 · language modelling + 1 · (1 - cos of the last layers), T = 2.
 
 The KL and the cosine are means over the real tokens, the language modelling over the tokens that have a label.
+
+Args:
+    alpha_kl: Weight of the KL term.
+    alpha_mlm: Weight of the language modelling.
+    alpha_cosine: Weight of the cosine of the last layers.
+    temperature: T > 0, of the KL term.
 """
 
 from fastkd.losses.distilbert import cosine_distance

@@ -1,6 +1,10 @@
 """FCD (Huang, Guo, Wang; NeurIPS 2023): alpha · token + beta · sequence + gamma · random, relations among the tokens of the
 last layers ("last") or of all of the student's ("uniform"). The released loss has no task term: relations first, then plain
-fine-tuning, `share` of training for the former."""
+fine-tuning, `share` of training for the former.
+
+Args:
+    layers: "last", or "uniform": student layer l learns from teacher layer l·M/N.
+"""
 
 from fastkd.losses.fcd import FCDLoss
 
