@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     import datasets
     from transformers.utils import logging
 
-    from fastkd.train import arguments, data, report
+    from fastkd.train import agreement, arguments, data, report, tokenisation
     from fastkd.train.callbacks import Watch, show_progress
     from fastkd.train.trainer import DistillTrainer
 
@@ -32,10 +32,13 @@ def run(argv: list[str]) -> int:
     _check_options(model_args, data_args)
     _device(model_args.device, args)
     checkpoint = arguments.examine_folder(whole)
-    corpus = data.load(data_args, data_args.task)
+    evaluates = args.eval_strategy != "no"
+    corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=evaluates)
+    if corpus.validation is None:
+        args.eval_strategy = "no"
     tokenizer, teacher, student, words = load_models(model_args, data_args.task, corpus)
     for model in (teacher, student):
-        data.check_length(model, tokenizer, data_args.max_length)
+        tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
     tokens, answers = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
@@ -45,12 +48,14 @@ def run(argv: list[str]) -> int:
         teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher,
         teacher_cache=model_args.teacher_cache, words=words, args=args,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=data.collator(tokenizer, data_args.task, data_args.mlm_probability),
+        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
     )  # fmt: skip
     watch = Watch(trainer)
     trainer.add_callback(watch)
     show_progress(trainer, "distilling")
+    if not model_args.allow_weak_teacher:
+        agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")
     arguments.save(whole)
@@ -93,6 +98,8 @@ def _check_options(model_args, data_args) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if data_args.pack and data_args.task != "causal_lm":
+        raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
         template = data_args.template or ""
         if "{text}" not in template or "{mask}" not in template or not data_args.answers:
@@ -115,7 +122,7 @@ def _device(name: str, args) -> None:
 def load_models(model_args, task: str, corpus):
     from transformers import AutoTokenizer
 
-    from fastkd.train import agreement, student
+    from fastkd.train import agreement, data, student
 
     kind = student.AUTO[task]
     options = {"trust_remote_code": model_args.trust_remote_code, "attn_implementation": "sdpa"}
@@ -133,12 +140,6 @@ def load_models(model_args, task: str, corpus):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     teacher.config.pad_token_id = tokenizer.pad_token_id
-    classes = len(corpus.names) if corpus.names and task == "classification" else None
-    if classes and teacher.config.num_labels != classes:
-        raise ValueError(
-            f"teacher: has {teacher.config.num_labels} outputs, but the data has {classes} classes "
-            f"({', '.join(corpus.names)}); fine-tune the teacher on this task first"
-        )
     words = None
     if model_args.student_layers:
         made = student.from_layers(teacher, model_args.student_layers)
@@ -151,6 +152,10 @@ def load_models(model_args, task: str, corpus):
         labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
         made = load(model_args.student, model_args.student_revision, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
+        if labels and agreement.label_names(made.config.id2label) is None:
+            made.config.id2label, made.config.label2id = teacher.config.id2label, teacher.config.label2id
+    if task in ("classification", "cloze"):
+        data.number_classes(corpus, made.config.id2label if task == "classification" else None)
     return tokenizer, teacher, made, words
 
 
@@ -180,22 +185,23 @@ def _existing(path: str) -> Path:
 def _tokens(corpus, tokenizer, data_args):
     import torch
 
-    from fastkd.train import data
+    from fastkd.train import tokenisation
 
     answers = None
     if data_args.task == "cloze":
         words = [word.strip() for word in data_args.answers.split(",")]
-        if len(words) != len(corpus.names):
+        if corpus.names and len(words) != len(corpus.names):
             raise ValueError(f"answers: {len(words)} words for {len(corpus.names)} classes ({', '.join(corpus.names)})")
         ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         long = [word for word, pieces in zip(words, ids, strict=True) if len(pieces) != 1]
         if long:
             raise ValueError(f"answers: {', '.join(long)} is more than one token; choose words of the vocabulary")
         answers = torch.tensor([pieces[0] for pieces in ids])
-    tokens = {}
+    tokens, whole = {}, {}
     for split in ("train", "validation"):
         rows = getattr(corpus, split)
         if rows is not None:
-            options = (data_args.task, data_args.max_length, data_args.template)
-            tokens[split] = data.tokenise(rows, corpus, tokenizer, *options)
+            options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
+            tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
+    print("\n".join(tokenisation.summary(corpus, tokens, whole, data_args.max_length)))
     return tokens, answers
