@@ -76,20 +76,23 @@ def begun(run):
 
 
 def prepare(run):
-    """The trainer, with everything looked at that can be wrong; the models, and a sentence for the report."""
+    """The trainer, with everything looked at that can be wrong; the models, the test set, a sentence for the report, and a summary of the
+    data."""
     from fastkd.cli import models
-    from fastkd.train import data
+    from fastkd.train import data, tokenisation
     from fastkd.train.trainer import DistillTrainer
 
     model_args, data_args, method_args, args, _ = run
     _check_options(run)
     _device(model_args.device, args)
-    corpus = data.load(data_args, data_args.task)
+    corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
+    if corpus.validation is None:
+        args.eval_strategy = "no"
     tokenizer, teacher, student, words = models.load(run, corpus)
     for model in filter(None, (teacher, student)):
-        data.check_length(model, tokenizer, data_args.max_length)
+        tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
-    tokens, answers = _tokens(corpus, tokenizer, data_args)
+    tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     distils = {} if teacher is None else {
@@ -100,26 +103,30 @@ def prepare(run):
     trainer = DistillTrainer(
         student, teacher, task=data_args.task, answers=answers, args=args, **distils,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=data.collator(tokenizer, data_args.task, data_args.mlm_probability),
+        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
     )  # fmt: skip
-    return trainer, teacher, student, tokens.get("test"), _coverage(words, teacher, tokenizer, tokens["train"])
+    lead = _coverage(words, teacher, tokenizer, tokens["train"])
+    return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
 
 
 def train(run) -> list[dict]:
     """From the options to a folder with a model and a report, whose rows it returns."""
     from transformers import EarlyStoppingCallback
 
-    from fastkd.train import arguments, card, report
+    from fastkd.train import agreement, arguments, card, report
     from fastkd.train.callbacks import Watch, show_progress
 
     _, checkpoint = arguments.examine_folder(run)
-    trainer, teacher, student, test, lead = prepare(run)
+    trainer, teacher, student, test, lead, summary = prepare(run)
+    print(summary)
     if run.args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(run.args.early_stopping_patience))
     watch = Watch(trainer)
     trainer.add_callback(watch)
     show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
+    if teacher is not None and not run.model.allow_weak_teacher:
+        agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")
     arguments.save(run)
@@ -173,6 +180,8 @@ def _check_options(run) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if data_args.pack and data_args.task != "causal_lm":
+        raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
         template = data_args.template or ""
         if "{text}" not in template or "{mask}" not in template or not data_args.answers:
@@ -214,22 +223,22 @@ def _existing(path: str) -> Path:
 def _tokens(corpus, tokenizer, data_args):
     import torch
 
-    from fastkd.train import data
+    from fastkd.train import data, tokenisation
 
     answers = None
     if data_args.task == "cloze":
         words = [word.strip() for word in data_args.answers.split(",")]
-        if len(words) != len(corpus.names):
+        if corpus.names and len(words) != len(corpus.names):
             raise ValueError(f"answers: {len(words)} words for {len(corpus.names)} classes ({', '.join(corpus.names)})")
         ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         long = [word for word, pieces in zip(words, ids, strict=True) if len(pieces) != 1]
         if long:
             raise ValueError(f"answers: {', '.join(long)} is more than one token; choose words of the vocabulary")
         answers = torch.tensor([pieces[0] for pieces in ids])
-    tokens = {}
-    for split in ("train", "validation", "test"):
+    tokens, whole = {}, {}
+    for split in data.SPLITS:
         rows = getattr(corpus, split)
         if rows is not None:
-            options = (data_args.task, data_args.max_length, data_args.template)
-            tokens[split] = data.tokenise(rows, corpus, tokenizer, *options)
-    return tokens, answers
+            options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
+            tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
+    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length)

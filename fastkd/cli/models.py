@@ -1,6 +1,6 @@
 """The models that a run names: found, loaded, and refused in one sentence where they cannot serve."""
 
-from fastkd.train import agreement, student
+from fastkd.train import agreement, data, student
 from fastkd.train.methods import Side
 
 
@@ -13,8 +13,11 @@ def load(run, corpus):
     name, revision = (
         (options.teacher, options.teacher_revision) if run.method else (options.student, options.student_revision)
     )
-    fresh = _head(task, corpus.names) if not run.method or options.finetune_teacher else {}
-    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=bool(fresh), **fresh)
+    fresh = not run.method or options.finetune_teacher
+    if fresh:  # its outputs are the data's classes
+        data.number_classes(corpus)
+    head = _head(task, corpus.names) if fresh else {}
+    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **remote)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -22,12 +25,6 @@ def load(run, corpus):
     if not run.method:
         return tokenizer, None, model, None
     teacher, words = model, None
-    classes = len(corpus.names) if corpus.names and task == "classification" else None
-    if classes and teacher.config.num_labels != classes:
-        raise ValueError(
-            f"teacher: has {teacher.config.num_labels} outputs, but the data has {classes} classes "
-            f"({', '.join(corpus.names)}); fine-tune the teacher on this task first, with fastkd finetune"
-        )
     if options.student_layers:
         made = student.from_layers(teacher, options.student_layers)
     elif options.student_config:
@@ -39,6 +36,10 @@ def load(run, corpus):
         labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
         made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
+        if labels and agreement.label_names(made.config.id2label) is None:
+            made.config.id2label, made.config.label2id = teacher.config.id2label, teacher.config.label2id
+    if task in ("classification", "cloze") and not fresh:
+        data.number_classes(corpus, made.config.id2label if task == "classification" else None)
     return tokenizer, teacher, made, words
 
 
@@ -48,6 +49,8 @@ def _head(task: str, names: list[str] | None) -> dict:
         return {"num_labels": 1, "ignore_mismatched_sizes": True}
     if task != "classification":
         return {}
+    if names is None:
+        raise ValueError("label_column: fine-tuning needs labels, and the training set has none")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return {"num_labels": len(names), "ignore_mismatched_sizes": True, **labels}
 

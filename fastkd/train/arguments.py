@@ -48,6 +48,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "keep the teacher's logits in this folder, computed once (methods of logits only)"},
     )
+    allow_weak_teacher: bool = field(
+        default=False, metadata={"help": "go on with a teacher that is no better than chance on the validation set"}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
 
 
@@ -70,18 +73,26 @@ class DataArguments:
     dataset: str | None = field(default=None, metadata={"help": f"{SHIPPED} (shipped), glue/<task>, or a hub id"})
     dataset_config: str | None = field(default=None, metadata={"help": "the hub data set's configuration"})
     train_file: str | None = field(default=None, metadata={"help": ".csv .tsv .jsonl .parquet .txt"})
-    validation_file: str | None = field(default=None, metadata={"help": "likewise"})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "likewise; without one, 5 %% of the training rows are held out"}
+    )
     test_file: str | None = field(default=None, metadata={"help": "likewise; evaluated once, at the end"})
     text_column: str = field(default="text", metadata={"help": "the column with the text"})
     pair_column: str | None = field(default=None, metadata={"help": "the column with the second text, if there is one"})
-    label_column: str = field(default="label", metadata={"help": "the column with the label"})
+    label_column: str = field(default="label", metadata={"help": "the column with the label, if there is one"})
     task: str = field(default="classification", metadata={"help": ", ".join(TASKS)})
     max_length: int = field(default=128, metadata={"help": "tokens per example; longer ones are cut"})
+    pack: bool = field(
+        default=False,
+        metadata={"help": "causal_lm: rows of max_length tokens that hold several documents; nothing is cut"},
+    )
     template: str | None = field(default=None, metadata={"help": "cloze: for example '{text} It was {mask}.'"})
     answers: str | None = field(default=None, metadata={"help": "cloze: one word per class, for example 'bad,good'"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of words that masked_lm hides"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many validation rows"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only so many training rows, a random choice"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "likewise of the validation rows"})
 
 
 @dataclass
@@ -104,6 +115,13 @@ class RunArguments(TrainingArguments):
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none"})
     eval_strategy: str = field(
         default="epoch", metadata={"help": "evaluate every epoch, every --eval_steps, or never", "choices": INTERVALS}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "order of the training rows; by length there is less padding",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
     )
     save_strategy: str = field(
         default="steps",

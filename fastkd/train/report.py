@@ -48,7 +48,7 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16, test=None) -
     columns = [
         c
         for c in data.column_names
-        if c in ("input_ids", "attention_mask", "labels", "token_type_ids", "example_id", "blank")
+        if c in ("input_ids", "position_ids", "attention_mask", "labels", "token_type_ids", "example_id", "blank")
     ]
     sample = trainer.data_collator(
         [{c: row[c] for c in columns} for row in data.select(range(min(batch_size, len(data))))]

@@ -10,10 +10,11 @@ from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from . import cache, heads, states
+from . import cache, heads, packing, states
 from .agreement import check_pair, teacher_labels
-from .batch import UNITS, VOCABULARY_TASKS, Batch, count_units
+from .batch import UNITS, VOCABULARY_TASKS, WORD_TASKS, Batch, count_units
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
@@ -96,6 +97,13 @@ class DistillTrainer(Trainer):
             labels = torch.as_tensor(data["labels"][:])
         setup = Setup(Side.of(model), Side.of(teacher), self.task, 0 if data is None else len(data), labels)
         built = build(method, setup)
+        columns = getattr(data, "column_names", None) or ["labels"]
+        if self.task not in WORD_TASKS and not {"label", "labels"} & set(columns):
+            built.check_unlabelled()
+        if packing.is_packed(self.task, columns):
+            built.check_packed()
+            for side, network in (("student", model), ("teacher", teacher)):
+                packing.check_model(network, self._accepts[side])
         if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
@@ -177,6 +185,10 @@ class DistillTrainer(Trainer):
         counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
         return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     @torch.no_grad()
     def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
         if self.taught is not None:
@@ -191,6 +203,8 @@ class DistillTrainer(Trainer):
     def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
         if self.words is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
+        if packing.is_packed(self.task, inputs):
+            inputs = packing.model_inputs(inputs)
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         finish = self._finish[side] if reads or model.training or self._loss_only else None
         if not reads:
@@ -285,6 +299,18 @@ class DistillTrainer(Trainer):
         student.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+
+class ByLength(LengthGroupedSampler):
+    """transformers' own, whose order depends on the seed and the epoch alone: a resumed run sees the rows in the same one."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def real_tokens(inputs) -> Tensor:

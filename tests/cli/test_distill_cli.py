@@ -77,6 +77,7 @@ def flags(folder: Path, **changes) -> list[str]:
         "validation_file": folder / "valid.csv", "output_dir": folder / "run", "max_steps": 4, "logging_steps": 1,
         "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "report_to": "none",
         "max_length": 16, "dataloader_pin_memory": False, "eval_strategy": "steps", "eval_steps": 2,
+        "allow_weak_teacher": True,
     }  # fmt: skip
     options.update(changes)
     return [x for key, value in options.items() if value is not None for x in (f"--{key}", str(value))]
@@ -155,7 +156,7 @@ WRONG = [
     ({"student_layers": None}, "student: give exactly one of"),
     ({"student_layers": "0,9"}, "the teacher has 4 layers, 0 to 3; 9 is out of range"),
     ({"student_layers": "first"}, "student_layers: expected numbers as in 0,2,4 or every:2"),
-    ({"text_column": "body"}, "text_column: the training set has no column 'body'; it has 'text', 'label', 'score'"),
+    ({"text_column": "body"}, "has no column 'body'; it has 'text', 'label', 'score'"),
     ({"train_file": "empty.csv"}, "empty.csv is empty"),
     ({"train_file": "headers.csv"}, "headers.csv has no rows"),
     ({"train_file": "one.csv"}, "every training row has the one label 'pos'"),
@@ -166,6 +167,7 @@ WRONG = [
     ({"max_length": 64}, "max_length: 64 tokens are asked for, but the BertForSequenceClassification has 32 positions"),
     ({"method": "forward_kl"}, "forward_kl makes no sense for bert"),
     ({"method": "minilmv2"}, "relation_heads=48 does not divide"),
+    ({"pack": True}, "pack: is for the task causal_lm, got 'classification'"),
     ({"task": "summary"}, "task: expected one of classification"),
     ({"task": "cloze"}, "template, answers: cloze needs both"),
     ({"device": "cuda", "use_cpu": None}, "device: cuda was asked for, but torch finds no CUDA device"),
@@ -274,6 +276,36 @@ def test_the_packaged_dataset_can_be_named_as_a_dataset(files, capsys):
     assert distill.main(flags(files, **few, max_eval_samples=16)) == 0, capsys.readouterr().err
     config = json.loads((files / "run" / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
+
+
+def test_unlabelled_text_teaches_a_classifier(files, capsys):
+    save_pair(files / "teacher", "bert", "classification")
+    text = {"train_file": files / "words.txt", "validation_file": None}
+    assert distill.main(flags(files, method="kd", **text)) == 1
+    assert "labels: kd reads them, and the training set has none" in capsys.readouterr().err
+    assert distill.main(flags(files, method="kd:alpha=1", **text)) == 0, capsys.readouterr().err
+    assert "labels: none, so there is no evaluation" in capsys.readouterr().out
+
+
+def test_packed_text_without_a_validation_file(files, capsys):
+    save_pair(files / "teacher", "gpt2", "causal_lm")
+    text = {"train_file": files / "words.txt", "validation_file": None, "task": "causal_lm", "pack": True}
+    assert distill.main(flags(files, method="kd", **text)) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "rows: 38 train and 2 validation, held out of the training set" in said
+    assert "rows of 16 tokens, nothing is cut" in said
+    record = json.loads((files / "run" / "report" / "report.json").read_text())
+    assert {row["metric_name"] for row in record["models"]} == {"perplexity"}
+
+
+def test_a_teacher_that_says_the_same_of_every_text_stops_the_run(files, capsys):
+    save_pair(files / "teacher", "bert", "classification")
+    teacher = AutoModelForSequenceClassification.from_pretrained(files / "teacher")
+    torch.nn.init.zeros_(teacher.classifier.weight)
+    teacher.save_pretrained(files / "teacher")
+    assert distill.main(flags(files, allow_weak_teacher=None)) == 1
+    assert "teacher: recognises 50.0% of a class of the validation set on average" in capsys.readouterr().err
+    assert not any((files / "run").iterdir())  # and so the folder is still free
 
 
 def test_a_student_with_a_smaller_vocabulary_from_the_command_line(files, capsys):

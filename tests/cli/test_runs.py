@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from fastkd.cli import main, methods
-from fastkd.train import arguments, data
+from fastkd.train import arguments, tokenisation
 from fastkd.train.methods import METHODS, find
 
 
@@ -226,7 +226,7 @@ def test_positions_behind_the_padding_are_all_that_a_text_can_have(family):
     made = tiny.AutoConfig.for_model(config.pop("model_type"), **config)
     model = AutoModelForSequenceClassification.from_config(made).eval()
     limit = 32
-    data.check_length(model, None, limit)
+    tokenisation.check_length(model, None, limit)
     model(input_ids=torch.full((1, limit), 5))
     with pytest.raises(ValueError, match=f"max_length: {limit + 1} tokens are asked for, but .* has {limit} positions"):
-        data.check_length(model, None, limit + 1)
+        tokenisation.check_length(model, None, limit + 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastkd.losses.kd import PredictionLoss
 from fastkd.train.batch import Batch, Term
 from fastkd.train.states import QKV
 
@@ -61,6 +62,8 @@ class Method(nn.Module):
     hidden = False  # reads hidden states
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
+    token_wise = False  # compares no token with another one, so that a row may hold several documents
+    soft_only = "alpha=1"  # the option with which the prediction's loss reads no labels
     stages: tuple[str, ...] = ("all",)
 
     def __init__(self, setup: Setup, share: float = 1.0):
@@ -97,6 +100,13 @@ class Method(nn.Module):
     def predicts(self, progress: float) -> bool:
         """Whether predictions are read now; where nobody reads any, no head runs."""
         return not (self.features_only and self.features(progress))
+
+    def reads_labels(self) -> str | None:
+        """The option with which the method would read no labels; None where it reads none."""
+        if self.stage(1.0) == "task":
+            return "share=1"
+        hard = any(isinstance(loss, PredictionLoss) and loss.hard for loss in self.modules())
+        return self.soft_only if hard else None
 
     def teaches(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""

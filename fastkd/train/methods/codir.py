@@ -15,7 +15,7 @@ from .base import Method, Setup, Term, has_labels
 
 
 class CoDIR(Method):
-    Loss, hidden = CoDIRLoss, True
+    Loss, hidden, soft_only = CoDIRLoss, True, "beta=1"
 
     def __init__(self, setup: Setup, beta: float = 0.5, temperature: float = 2.0, crd: float = 0.1, **options):
         super().__init__(setup)

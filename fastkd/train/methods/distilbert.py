@@ -16,7 +16,7 @@ from .base import Method, Term, same_width
 
 
 class DistilBERT(Method):
-    hidden = True
+    hidden, token_wise = True, True
 
     def __init__(self, setup, alpha_kl=5.0, alpha_mlm=2.0, alpha_cosine=1.0, temperature=2.0):
         super().__init__(setup)

@@ -14,7 +14,7 @@ from .base import Method
 
 
 class ForwardKL(Method):
-    kind = "forward_kl"
+    kind, token_wise = "forward_kl", True
 
     def __init__(self, setup, temperature: float = 1.0, hard: float = 0.0, **mixture: float):
         super().__init__(setup)
