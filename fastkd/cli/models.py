@@ -13,8 +13,9 @@ def load(run, corpus):
     name, revision = (
         (options.teacher, options.teacher_revision) if run.method else (options.student, options.student_revision)
     )
-    fresh = _head(task, corpus.names) if not run.method or options.finetune_teacher else {}
-    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=bool(fresh), **fresh)
+    fresh = not run.method or options.finetune_teacher
+    head = _head(task, corpus.names) if fresh else {}  # its outputs are the data's classes
+    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **remote)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -48,6 +49,8 @@ def _head(task: str, names: list[str] | None) -> dict:
         return {"num_labels": 1, "ignore_mismatched_sizes": True}
     if task != "classification":
         return {}
+    if names is None:
+        raise ValueError("label_column: fine-tuning needs labels, and the training set has none")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return {"num_labels": len(names), "ignore_mismatched_sizes": True, **labels}
 
