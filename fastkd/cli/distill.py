@@ -76,8 +76,8 @@ def begun(run):
 
 
 def prepare(run):
-    """The trainer, with everything looked at that can be wrong; the models, the test set, a sentence for the report, and a summary of the
-    data."""
+    """The trainer, with everything looked at that can be wrong; the teacher, the student, the tokenised test set, a sentence
+    for the report and a summary of the data."""
     from fastkd.cli import models
     from fastkd.train import data, tokenisation
     from fastkd.train.trainer import DistillTrainer

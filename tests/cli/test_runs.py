@@ -230,3 +230,10 @@ def test_positions_behind_the_padding_are_all_that_a_text_can_have(family):
     model(input_ids=torch.full((1, limit), 5))
     with pytest.raises(ValueError, match=f"max_length: {limit + 1} tokens are asked for, but .* has {limit} positions"):
         tokenisation.check_length(model, None, limit + 1)
+
+
+def test_a_new_head_of_a_language_model_is_fine_tuned_too(files, capsys):  # noqa: F811
+    trunk = headless(files)
+    words = {"train_file": files / "words.txt", "validation_file": files / "words.txt", "task": "masked_lm"}
+    argv = flags(files, **words, teacher=None, student_layers=None)
+    assert main(["finetune", *argv, "--model", str(trunk)]) == 0, capsys.readouterr().err
