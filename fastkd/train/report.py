@@ -90,7 +90,8 @@ def table(rows: list[dict]) -> list[list[str]]:
 
     def shown(value) -> str:
         form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
-        return " ± ".join(form.format(x) for x in (value if isinstance(value, tuple) else (value,)))
+        parts = value if isinstance(value, tuple) else (value,)
+        return " ± ".join(map(form.format, parts)).replace("% ±", " ±")
 
     lines = [["model", metric, *([f"test {metric}"] if tested else []), "parameters", "weights", "latency per example"]]
     for row in rows:
