@@ -128,7 +128,9 @@ def test_a_teacher_without_a_trained_head_is_refused_and_fine_tuned_first(files,
 def test_fine_tuning_of_its_own(files, capsys):  # noqa: F811
     trunk = headless(files)
     argv = [
-        *flags(files, teacher=None, student_layers=None, task="regression", label_column="score"),
+        *flags(
+            files, teacher=None, student_layers=None, allow_weak_teacher=None, task="regression", label_column="score"
+        ),
         "--model",
         str(trunk),
     ]
@@ -235,5 +237,5 @@ def test_positions_behind_the_padding_are_all_that_a_text_can_have(family):
 def test_a_new_head_of_a_language_model_is_fine_tuned_too(files, capsys):  # noqa: F811
     trunk = headless(files)
     words = {"train_file": files / "words.txt", "validation_file": files / "words.txt", "task": "masked_lm"}
-    argv = flags(files, **words, teacher=None, student_layers=None)
+    argv = flags(files, **words, teacher=None, student_layers=None, allow_weak_teacher=None)
     assert main(["finetune", *argv, "--model", str(trunk)]) == 0, capsys.readouterr().err
