@@ -153,7 +153,8 @@ def load_models(model_args, task: str, corpus):
         made = load(model_args.student, model_args.student_revision, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
         if labels and agreement.label_names(made.config.id2label) is None:
-            made.config.id2label, made.config.label2id = teacher.config.id2label, teacher.config.label2id
+            made.config.id2label = teacher.config.id2label
+            made.config.label2id = {name: i for i, name in teacher.config.id2label.items()}
     if task in ("classification", "cloze"):
         data.number_classes(corpus, made.config.id2label if task == "classification" else None)
     return tokenizer, teacher, made, words
