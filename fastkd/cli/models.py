@@ -37,7 +37,8 @@ def load(run, corpus):
         made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
         if labels and agreement.label_names(made.config.id2label) is None:
-            made.config.id2label, made.config.label2id = teacher.config.id2label, teacher.config.label2id
+            made.config.id2label = teacher.config.id2label
+            made.config.label2id = {name: i for i, name in teacher.config.id2label.items()}
     if task in ("classification", "cloze") and not fresh:
         data.number_classes(corpus, made.config.id2label if task == "classification" else None)
     return tokenizer, teacher, made, words

@@ -126,7 +126,8 @@ def _file(option: str, path: str | None):
             raise ValueError(f"{option}: {path} has no rows") from error
         while error.__cause__ is not None:
             error = error.__cause__
-        raise ValueError(f"{option}: {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        why_not = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{option}: {path} cannot be read: {why_not}") from error
 
 
 def _check_utf8(option: str, path: str) -> None:
@@ -191,7 +192,7 @@ def _clean(corpus: Corpus, split: str, source: str, task: str) -> None:
 
     texts = values["text_column"]
     kept = range(len(rows))
-    for option in values.keys() - {"label_column"}:
+    for option in [name for name in values if name != "label_column"]:
         refuse_if(lambda x: not isinstance(x, str | None), option, "no text")
     kept = [i for i in kept if texts[i] and not texts[i].isspace()]
     if not kept:

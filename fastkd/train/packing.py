@@ -60,7 +60,7 @@ def model_inputs(inputs: dict[str, Tensor]) -> dict:
 
 @torch.no_grad()
 def check_model(model, accepts: set[str]) -> None:
-    """Raise where what a model says of a document depends on the document before it. Equal shapes, so equal to the bit."""
+    """Raise where a model's logits of a document depend on the document before it, by more than rounding."""
     training, device = model.training, next(model.parameters()).device
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
     said = []
@@ -72,8 +72,9 @@ def check_model(model, accepts: set[str]) -> None:
             said.append(model(**{name: x for name, x in inputs.items() if name in accepts}).logits[:, 4:])
     finally:
         model.train(training)
-    if not torch.equal(*said):
+    allowed = 8 * torch.finfo(said[0].dtype).eps * said[0].abs().max()
+    if not bool(((said[0] - said[1]).abs() <= allowed).all()):
         raise ValueError(
-            f"pack: a {type(model).__name__} cannot tell the documents of a row apart by position_ids: what it says of one "
-            "depends on the one before; leave --pack out"
+            f"pack: a {type(model).__name__} cannot tell the documents of a row apart by position_ids: its logits of one "
+            "depend on the one before; leave --pack out"
         )

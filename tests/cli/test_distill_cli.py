@@ -278,6 +278,17 @@ def test_the_packaged_dataset_can_be_named_as_a_dataset(files, capsys):
     assert config["num_hidden_layers"] == 2
 
 
+def test_classes_have_the_numbers_of_the_teachers_outputs_also_in_a_student_without_names(files):
+    for folder, names in (("teacher", {0: "Pos", 1: "Neg"}), ("student", {0: "LABEL_0", 1: "LABEL_1"})):
+        save_pair(files / folder, "bert", "classification", id2label=names)
+    own = {"student": files / "student", "student_layers": None}
+    model_args, data_args, *_ = arguments.parse(flags(files, **own))
+    corpus = data.load(data_args, "classification")
+    *_, made, _ = distill.load_models(model_args, "classification", corpus)
+    assert corpus.train["label"][:] == [0, 1] * 20 and corpus.names == ["Pos", "Neg"]
+    assert made.config.id2label == {0: "Pos", 1: "Neg"} and made.config.label2id == {"Pos": 0, "Neg": 1}
+
+
 def test_unlabelled_text_teaches_a_classifier(files, capsys):
     save_pair(files / "teacher", "bert", "classification")
     text = {"train_file": files / "words.txt", "validation_file": None}
