@@ -1,4 +1,7 @@
-"""`fastkd <command>`: each command is a module of this package, imported only when it is called."""
+"""`fastkd <command>`: each command is a module of this package, imported only when it is called.
+
+A mistake is one line on stderr and exit code 2, a failure of the machine 1, Ctrl-C 130; FASTKD_TRACEBACK=1 shows where.
+"""
 
 import importlib
 import os
@@ -6,6 +9,8 @@ import sys
 
 COMMANDS = {
     "distill": "distil a teacher into a student: --method, data, a report at the end",
+    "finetune": "train a model on labelled data, such as the teacher before it is distilled",
+    "methods": "the distillation methods, or the options of one of them",
     "demo": "a complete distillation on real text, with a real teacher, in under ten minutes",
     "bench": "every hot path beside its baselines and peers, on this machine",
     "profile": "where the time of a training step goes, ours beside the reference and the authors' way",
@@ -37,9 +42,24 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(f"fastkd.cli.{command}").main(rest)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "fastkd" or os.environ.get("FASTKD_TRACEBACK") == "1":
+    except (ModuleNotFoundError, ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        if os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
-        extra = EXTRAS.get(command, "train")
-        print(f"fastkd {command}: {error.name} is not installed; pip install 'fastkd[{extra}]'", file=sys.stderr)
-        return 1
+        code, sentence = _explained(error, command)
+        if sentence is None:
+            raise
+        print(f"fastkd {command}: {sentence}", file=sys.stderr)
+        return code
+
+
+def _explained(error: BaseException, command: str) -> tuple[int, str | None]:
+    """The exit code and one line; no line where the traceback says more."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "; ".join(["interrupted", *map(str, error.args)])
+    if isinstance(error, ModuleNotFoundError):
+        if error.name is None or error.name.split(".")[0] == "fastkd":
+            return 1, None
+        return 1, f"{error.name} is not installed; pip install 'fastkd[{EXTRAS.get(command, 'train')}]'"
+    if command == "bench":  # it explains its own mistakes; what is left is a defect
+        return 1, None
+    return 1 if isinstance(error, RuntimeError) else 2, " ".join(str(error).split())

@@ -1,71 +1,155 @@
 """`fastkd distill`: a teacher, a student, data, a method; a trained student and a report about it."""
 
-import os
+import json
 import shutil
-import sys
+import statistics
 from pathlib import Path
 
 
-def main(argv: list[str]) -> int:
-    try:
-        return run(argv)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("FASTKD_TRACEBACK") == "1":
-            raise
-        print(f"fastkd distill: {error}", file=sys.stderr)
-        return 1
-
-
-def run(argv: list[str]) -> int:
-    """Everything that can be wrong is looked at before training starts."""
+def main(argv: list[str], command: str = "distill") -> int:
     import datasets
     from transformers.utils import logging
 
-    from fastkd.train import arguments, data, report
-    from fastkd.train.callbacks import Watch, show_progress
-    from fastkd.train.trainer import DistillTrainer
+    from fastkd.train import arguments
 
-    whole = arguments.parse(argv)
-    model_args, data_args, method_args, args, options = whole
+    run = arguments.parse(argv, command)
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    _check_options(model_args, data_args)
+    if run.args.seeds:
+        return several(run)
+    if arguments.examine_folder(run)[0]:
+        raise ValueError(
+            f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
+        )
+    train(begun(run) if run.model.finetune_teacher else run)
+    return 0
+
+
+def several(run) -> int:
+    """The run once per seed, each in a folder of its own, and what the seeds have in common."""
+    from fastkd.train import arguments, report
+
+    arguments.examine_folder(run)
+    shared = begun(run)
+    rows: dict[str, list[dict]] = {}
+    for seed in range(1, run.args.seeds + 1):
+        options = {**shared.options, "seeds": None, "finetune_teacher": None, "teacher": shared.model.teacher}
+        options |= {"seed": seed, "output_dir": str(Path(run.args.output_dir) / f"seed-{seed}")}
+        for row in once(run.changed(**options)):
+            rows.setdefault(row["name"], []).append(row)
+    found, shown = {}, []
+    for name, of in rows.items():
+        found[name] = {key: spread([row[key] for row in of]) for key in ("metric", "test") if key in of[0]}
+        shown.append(of[0] | {key: (value["mean"], value["sd"]) for key, value in found[name].items()})
+    (Path(run.args.output_dir) / "seeds.json").write_text(json.dumps(found, indent=1))
+    report.print_table(shown)
+    return 0
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def once(run) -> list[dict]:
+    """The rows of the run's report; a finished run is not done again."""
+    from fastkd.train import arguments
+
+    if not arguments.examine_folder(run)[0]:
+        return train(run)
+    print(f"{run.args.output_dir} is finished")
+    return json.loads((Path(run.args.output_dir) / arguments.FINISHED / "report.json").read_text())["models"]
+
+
+def begun(run):
+    """The run, checked and saved, and its teacher fine-tuned where it asks for that."""
+    from fastkd.train import arguments
+
+    if not (Path(run.args.output_dir) / arguments.RESOLVED).exists():
+        prepare(run)
+        arguments.save(run)
+    if run.model.finetune_teacher:
+        of_teacher = run.of_teacher()
+        once(of_teacher)
+        run.model.teacher = str(Path(of_teacher.args.output_dir) / "model")
+        run.model.finetune_teacher, run.model.teacher_revision = False, None
+    return run
+
+
+def prepare(run):
+    """The trainer, with everything looked at that can be wrong; the teacher, the student, the tokenised test set, a sentence
+    for the report and a summary of the data."""
+    from fastkd.cli import models
+    from fastkd.train import data, tokenisation
+    from fastkd.train.trainer import DistillTrainer
+
+    model_args, data_args, method_args, args, _ = run
+    _check_options(run)
     _device(model_args.device, args)
-    checkpoint = arguments.examine_folder(whole)
-    corpus = data.load(data_args, data_args.task)
-    tokenizer, teacher, student, words = load_models(model_args, data_args.task, corpus)
-    for model in (teacher, student):
-        data.check_length(model, tokenizer, data_args.max_length)
+    corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
+    if corpus.validation is None:
+        args.eval_strategy = "no"
+    tokenizer, teacher, student, words = models.load(run, corpus)
+    for model in filter(None, (teacher, student)):
+        tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
-    tokens, answers = _tokens(corpus, tokenizer, data_args)
+    tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
+    distils = {} if teacher is None else {
+        "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
+        "compile_teacher": model_args.compile_teacher, "words": words,
+        "teacher_cache": None if model_args.finetune_teacher else model_args.teacher_cache,
+    }  # fmt: skip
     trainer = DistillTrainer(
-        student, teacher, method_args.method, task=data_args.task, answers=answers, advance=method_args.advance,
-        teacher_dtype=model_args.teacher_dtype, compile_teacher=model_args.compile_teacher,
-        teacher_cache=model_args.teacher_cache, words=words, args=args,
+        student, teacher, task=data_args.task, answers=answers, args=args, **distils,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=data.collator(tokenizer, data_args.task, data_args.mlm_probability),
+        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
     )  # fmt: skip
+    lead = _coverage(words, teacher, tokenizer, tokens["train"])
+    return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
+
+
+def train(run) -> list[dict]:
+    """From the options to a folder with a model and a report, whose rows it returns."""
+    from transformers import EarlyStoppingCallback
+
+    from fastkd.train import agreement, arguments, card, report
+    from fastkd.train.callbacks import Watch, show_progress
+
+    _, checkpoint = arguments.examine_folder(run)
+    trainer, teacher, student, test, lead, summary = prepare(run)
+    print(summary)
+    if run.args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(run.args.early_stopping_patience))
     watch = Watch(trainer)
     trainer.add_callback(watch)
-    show_progress(trainer, "distilling")
+    show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
+    if teacher is not None and not run.model.allow_weak_teacher:
+        agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")
-    arguments.save(whole)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    exported = Path(args.output_dir) / "student"
+    arguments.save(run)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar among others
+        raise KeyboardInterrupt(arguments.how_to_go_on(run.args)) from None
+    name = "model" if teacher is None else "student"
+    exported = Path(run.args.output_dir) / name
     trainer.save_model(str(exported))
-    rows = report.measure({"teacher": teacher, "student": student}, trainer)
-    source = data_args.dataset or data_args.train_file
+    models = {name: student} if teacher is None else {"teacher": teacher, "student": student}
+    rows = report.measure(models, trainer, test=test)
+    card.write(exported, run, rows)
+    title = f"{run.method.method if run.method else 'fine-tuning'} · {run.data.dataset or run.data.train_file}"
     page = report.write(
-        Path(args.output_dir) / arguments.FINISHED, title=f"{method_args.method} · {source}",
-        lead=_coverage(words, teacher, tokenizer, tokens["train"]),
-        rows=rows, histories={"student": trainer.state.log_history}, maps=watch.maps, config=options,
+        Path(run.args.output_dir) / arguments.FINISHED, title=title, lead=lead, rows=rows,
+        histories={name: trainer.state.log_history}, maps=watch.maps, config=run.options,
+        where="test" if trainer.eval_dataset is None else "validation",
     )  # fmt: skip
-    print(f"student: {exported}\nreport:  {page}")
-    return 0
+    report.print_table(rows)
+    print(f"{name + ':':8} {exported}\nreport:  {page}")
+    return rows
 
 
 def _coverage(words, teacher, tokenizer, tokens) -> str:
@@ -81,10 +165,13 @@ def _coverage(words, teacher, tokenizer, tokens) -> str:
     )
 
 
-def _check_options(model_args, data_args) -> None:
+def _check_options(run) -> None:
     from fastkd.train.batch import TASKS
 
-    if not model_args.teacher:
+    model_args, data_args = run.model, run.data
+    if run.method is None and not model_args.student:
+        raise ValueError("model: name one, a hub id or a folder with a model")
+    if run.method is not None and not model_args.teacher:
         raise ValueError("teacher: name one, a hub id or a folder with a (fine-tuned) model")
     sources = [x for x in (model_args.student, model_args.student_layers, model_args.student_config) if x]
     if len(sources) != 1:
@@ -93,6 +180,8 @@ def _check_options(model_args, data_args) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if data_args.pack and data_args.task != "causal_lm":
+        raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
         template = data_args.template or ""
         if "{text}" not in template or "{mask}" not in template or not data_args.answers:
@@ -110,52 +199,6 @@ def _device(name: str, args) -> None:
         raise ValueError("device: cuda was asked for, but torch finds no CUDA device here; use --device cpu")
     if name == "cpu" and args.device.type != "cpu":
         raise ValueError("device: for the CPU pass --use_cpu, which Trainer itself understands")
-
-
-def load_models(model_args, task: str, corpus):
-    from transformers import AutoTokenizer
-
-    from fastkd.train import agreement, student
-
-    kind = student.AUTO[task]
-    options = {"trust_remote_code": model_args.trust_remote_code}
-
-    def load(name, revision, **extra):
-        try:
-            return kind.from_pretrained(name, revision=revision, **options, **extra)
-        except OSError as error:
-            raise ValueError(
-                f"{name} is neither a folder with a model nor a model that the hub gives here: {_first_line(error)}"
-            ) from error
-
-    teacher = load(model_args.teacher, model_args.teacher_revision)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.teacher, revision=model_args.teacher_revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    teacher.config.pad_token_id = tokenizer.pad_token_id
-    classes = len(corpus.names) if corpus.names and task == "classification" else None
-    if classes and teacher.config.num_labels != classes:
-        raise ValueError(
-            f"teacher: has {teacher.config.num_labels} outputs, but the data has {classes} classes "
-            f"({', '.join(corpus.names)}); fine-tune the teacher on this task first"
-        )
-    words = None
-    if model_args.student_layers:
-        made = student.from_layers(teacher, model_args.student_layers)
-    elif model_args.student_config:
-        made = student.from_config(teacher, model_args.student_config)
-    else:
-        own = AutoTokenizer.from_pretrained(model_args.student, revision=model_args.student_revision)
-        words = agreement.teacher_words(own, tokenizer)
-        tokenizer = tokenizer if words is None else own  # the data bear the student's ids
-        labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
-        made = load(model_args.student, model_args.student_revision, **labels)
-        made.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, teacher, made, words
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def check_space(student, args) -> None:
@@ -180,22 +223,22 @@ def _existing(path: str) -> Path:
 def _tokens(corpus, tokenizer, data_args):
     import torch
 
-    from fastkd.train import data
+    from fastkd.train import data, tokenisation
 
     answers = None
     if data_args.task == "cloze":
         words = [word.strip() for word in data_args.answers.split(",")]
-        if len(words) != len(corpus.names):
+        if corpus.names and len(words) != len(corpus.names):
             raise ValueError(f"answers: {len(words)} words for {len(corpus.names)} classes ({', '.join(corpus.names)})")
         ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         long = [word for word, pieces in zip(words, ids, strict=True) if len(pieces) != 1]
         if long:
             raise ValueError(f"answers: {', '.join(long)} is more than one token; choose words of the vocabulary")
         answers = torch.tensor([pieces[0] for pieces in ids])
-    tokens = {}
-    for split in ("train", "validation"):
+    tokens, whole = {}, {}
+    for split in data.SPLITS:
         rows = getattr(corpus, split)
         if rows is not None:
-            options = (data_args.task, data_args.max_length, data_args.template)
-            tokens[split] = data.tokenise(rows, corpus, tokenizer, *options)
-    return tokens, answers
+            options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
+            tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
+    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length)

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,13 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        return run(parser().parse_args(argv))
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("FASTKD_TRACEBACK") == "1":
-            raise
-        print(f"fastkd vocab: {error}", file=sys.stderr)
-        return 1
+    return run(parser().parse_args(argv))
 
 
 def run(options) -> int:

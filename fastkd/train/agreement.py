@@ -8,6 +8,7 @@ from torch import Tensor
 from .batch import WORD_TASKS
 from .states import is_causal
 
+FEWEST = 20  # validation rows; of fewer, chance cannot be told from skill
 _UNNAMED = re.compile(r"label_\d+")
 
 
@@ -46,6 +47,11 @@ def check_pair(student, teacher, task: str, words: Tensor | None = None) -> None
                 f"words: name {len(words)} of the student's {sizes[0]} words, the last of the teacher's being "
                 f"{int(words.max())} of {sizes[1]}; they belong to other models"
             )
+    elif task == "regression" and teacher.config.num_labels != 1:
+        raise ValueError(
+            f"teacher: has {teacher.config.num_labels} outputs, and regression is about one number; choose a teacher of one "
+            "output, or the task classification"
+        )
     elif student.config.num_labels != teacher.config.num_labels:
         raise ValueError(
             f"labels: the student has {student.config.num_labels} outputs and the teacher {teacher.config.num_labels}; "
@@ -56,7 +62,7 @@ def check_pair(student, teacher, task: str, words: Tensor | None = None) -> None
 def teacher_labels(student, teacher) -> Tensor | None:
     """The teacher's column for each of the student's labels, by name; None where the orders agree or names say nothing."""
     ours, theirs = (_names(model.config.id2label) for model in (student, teacher))
-    if ours == theirs or any(_UNNAMED.fullmatch(name) for name in ours + theirs):
+    if ours == theirs or None in (label_names(model.config.id2label) for model in (student, teacher)):
         return None
     if sorted(ours) != sorted(theirs):
         raise ValueError(
@@ -64,6 +70,28 @@ def teacher_labels(student, teacher) -> Tensor | None:
             "config.json) so that each label has one name"
         )
     return torch.tensor([theirs.index(name) for name in ours])
+
+
+def label_names(id2label: dict) -> list[str] | None:
+    """What a model calls its outputs, in order; None where its names say nothing (LABEL_0)."""
+    if any(_UNNAMED.fullmatch(name) for name in _names(id2label)):
+        return None
+    return [str(id2label[i]) for i in sorted(id2label, key=int)]
+
+
+def check_teacher(trainer) -> None:
+    """Raise where the teacher is no better than chance on the validation set, of which a class's share does not matter."""
+    data = trainer.eval_dataset
+    classes = set() if data is None or trainer.task not in ("classification", "cloze") else set(data["labels"])
+    if len(classes) < 2 or len(data) < FEWEST:
+        return
+    found = trainer.evaluate_other(trainer.teacher)["eval_balanced_accuracy"]
+    if found <= 1 / len(classes):
+        raise RuntimeError(
+            f"teacher: recognises {found:.1%} of a class of the validation set on average, and chance is "
+            f"{1 / len(classes):.1%}, so there is nothing to learn from it. Fine-tune it on this task first, and check "
+            "label_column and its id2label; pass --allow_weak_teacher to distil it all the same"
+        )
 
 
 def _names(id2label: dict) -> list[str]:

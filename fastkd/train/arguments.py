@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,17 +18,26 @@ from .data import SHIPPED
 
 RESOLVED = "run.yaml"
 FINISHED = "report"
+INTERVALS = ("no", "steps", "epoch")
+JOINED = {"method": " + ", "student_layers": ",", "answers": ","}  # options that may be a list in YAML
 
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "models"
+
     teacher: str | None = field(default=None, metadata={"help": "hub id or folder of the (fine-tuned) teacher"})
-    student: str | None = field(default=None, metadata={"help": "hub id or folder of a student, or nothing: see below"})
+    student: str | None = field(
+        default=None, metadata={"help": "hub id or folder of a student; or make one of the teacher:"}
+    )
     student_layers: str | None = field(
         default=None, metadata={"help": "make the student of the teacher's layers: 0,2,4 or every:2"}
     )
     student_config: str | None = field(
         default=None, metadata={"help": "make it smaller: hidden_size=192,… or a .json file"}
+    )
+    finetune_teacher: bool = field(
+        default=False, metadata={"help": "first train the teacher on this data, into <output_dir>/teacher"}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "the teacher's commit on the hub"})
     student_revision: str | None = field(default=None, metadata={"help": "the student's commit on the hub"})
@@ -38,30 +48,60 @@ class ModelArguments:
         default=None,
         metadata={"help": "keep the teacher's logits in this folder, computed once (methods of logits only)"},
     )
+    allow_weak_teacher: bool = field(
+        default=False, metadata={"help": "go on with a teacher that is no better than chance on the validation set"}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+
+
+@dataclass
+class FinetuneArguments:
+    """What `fastkd finetune` has in place of ModelArguments and MethodArguments."""
+
+    _argument_group_name = "model"
+
+    model: str | None = field(default=None, metadata={"help": "hub id or folder of the model to train"})
+    model_revision: str | None = field(default=None, metadata={"help": "the model's commit on the hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
 
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     dataset: str | None = field(default=None, metadata={"help": f"{SHIPPED} (shipped), glue/<task>, or a hub id"})
     dataset_config: str | None = field(default=None, metadata={"help": "the hub data set's configuration"})
     train_file: str | None = field(default=None, metadata={"help": ".csv .tsv .jsonl .parquet .txt"})
-    validation_file: str | None = field(default=None, metadata={"help": "likewise"})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "likewise; without one, 5 %% of the training rows are held out"}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "likewise; evaluated once, at the end"})
     text_column: str = field(default="text", metadata={"help": "the column with the text"})
     pair_column: str | None = field(default=None, metadata={"help": "the column with the second text, if there is one"})
-    label_column: str = field(default="label", metadata={"help": "the column with the label"})
+    label_column: str = field(default="label", metadata={"help": "the column with the label, if there is one"})
     task: str = field(default="classification", metadata={"help": ", ".join(TASKS)})
     max_length: int = field(default=128, metadata={"help": "tokens per example; longer ones are cut"})
+    pack: bool = field(
+        default=False,
+        metadata={"help": "causal_lm: rows of max_length tokens that hold several documents; nothing is cut"},
+    )
     template: str | None = field(default=None, metadata={"help": "cloze: for example '{text} It was {mask}.'"})
     answers: str | None = field(default=None, metadata={"help": "cloze: one word per class, for example 'bad,good'"})
     mlm_probability: float = field(default=0.15, metadata={"help": "share of words that masked_lm hides"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many validation rows"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only so many training rows, a random choice"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "likewise of the validation rows"})
 
 
 @dataclass
 class MethodArguments:
-    method: str = field(default="kd", metadata={"help": "kd, bert_emd:beta=0.005, fcd + kd:weight=0.5 …"})
+    _argument_group_name = "method"
+
+    method: str = field(
+        default="kd", metadata={"help": "kd, bert_emd:beta=0.005, 'fcd + kd:weight=0.5' …; `fastkd methods` lists them"}
+    )
     advance: str = field(default="step", metadata={"help": "learned state moves once per 'step' or per 'micro' batch"})
 
 
@@ -69,39 +109,211 @@ class MethodArguments:
 class RunArguments(TrainingArguments):
     """Trainer's own arguments, with this house's defaults."""
 
+    _argument_group_name = "training (options of transformers' TrainingArguments; --help-all has all of them)"
+
     logging_steps: float = field(default=20, metadata={"help": "log every so many steps"})
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch"})
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "evaluate every epoch, every --eval_steps, or never", "choices": INTERVALS}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "order of the training rows; by length there is less padding",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
+    )
+    save_strategy: str = field(
+        default="steps",
+        metadata={
+            "help": "save checkpoints every --save_steps, every epoch, or never",
+            "choices": (*INTERVALS, "best"),
+        },
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "keep so many checkpoints"})
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "runs with the seeds 1 to N, into <output_dir>/seed-1 …; their mean and deviation"},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "stop after so many evaluations without a better --metric_for_best_model (loss), and keep the best"
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("seeds", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.early_stopping_patience:
+            if self.eval_strategy == "no":
+                raise ValueError("early_stopping_patience: needs evaluations; choose --eval_strategy epoch or steps")
+            self.load_best_model_at_end = True  # a checkpoint at each evaluation, so that the best one is there
+            self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
+        super().__post_init__()
+        if self.resume_from_checkpoint:
+            raise ValueError(
+                "resume_from_checkpoint: a run resumes by itself, from the last checkpoint of its output_dir, when the same "
+                "command is given again; leave it out"
+            )
+        if self.do_predict:
+            raise ValueError("do_predict: leave it out; --test_file is evaluated at the end")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: the losses of fastkd have none, got {self.label_smoothing_factor}; leave it out"
+            )
 
 
-KINDS = (ModelArguments, DataArguments, MethodArguments, RunArguments)
+KINDS = {
+    "distill": (ModelArguments, DataArguments, MethodArguments, RunArguments),
+    "finetune": (FinetuneArguments, DataArguments, RunArguments),
+}
+# Trainer's options that --help shows, and what it says of them.
+USUAL = {
+    "output_dir": "folder of the run; the same command again resumes it",
+    "num_train_epochs": "epochs", "max_steps": "steps, in place of epochs", "learning_rate": "peak learning rate of AdamW",
+    "lr_scheduler_type": "linear, cosine, constant …", "warmup_steps": "steps, or below 1 a share of them",
+    "weight_decay": "of AdamW", "per_device_train_batch_size": "rows per device and step",
+    "gradient_accumulation_steps": "micro-batches per step", "per_device_eval_batch_size": "rows per device in evaluation",
+    "eval_steps": "with --eval_strategy steps", "save_steps": "with --save_strategy steps",
+    "metric_for_best_model": "loss, accuracy …", "bf16": "train in bfloat16 (autocast)",
+    "gradient_checkpointing": "less memory, more time", "torch_compile": "compile the student", "seed": "the random seed",
+    "use_cpu": "train on the CPU even where there is a GPU",
+}  # fmt: skip
+RARE = ("teacher_revision", "student_revision", "model_revision", "compile_teacher", "advance", "dataset_config")
 
 
 class Run(NamedTuple):
-    """A parsed run; `options` are those that differ from the defaults, as --config reads them back."""
+    """A parsed run; `options` are those that differ from the defaults, as --config reads them back. Without a method it is
+    plain fine-tuning: there is no teacher, and the student is the model."""
 
     model: ModelArguments
     data: DataArguments
-    method: MethodArguments
+    method: MethodArguments | None
     args: RunArguments
     options: dict
 
+    def changed(self, **changes) -> "Run":
+        """The same run with other options; None stands for the default."""
+        options = {key: value for key, value in (self.options | changes).items() if value is not None}
+        return read(options, command="distill" if self.method else "finetune")
 
-def parse(argv: list[str]) -> Run:
+    def of_teacher(self) -> "Run":
+        """The fine-tuning of the teacher, on the same data and with the same options of training."""
+        shared = {f.name for kind in KINDS["finetune"] for f in dataclasses.fields(kind)} - {"seeds"}
+        options = {key: value for key, value in self.options.items() if key in shared}
+        names = {"model": self.model.teacher, "output_dir": str(Path(self.args.output_dir) / "teacher")}
+        if self.model.teacher_revision:
+            names["model_revision"] = self.model.teacher_revision
+        return read({**options, **names}, command="finetune")
+
+
+class _Help(argparse.HelpFormatter):
+    """A line or two per option: one spelling, no placeholder, the default where there is one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=118)
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[0] if action.option_strings else super()._format_action_invocation(action)
+
+    def _get_help_string(self, action):
+        default = _plain(action.default)
+        return action.help + ("" if default in (None, False, "", argparse.SUPPRESS, []) else " (default: %(default)s)")
+
+
+class _Parser(HfArgumentParser):
+    """Mistakes are one line, and the help has the options that a first user needs."""
+
+    def __init__(self, command: str, whole: bool = False):
+        usage = {
+            "distill": "fastkd distill --teacher MODEL --student_layers every:2 --train_file train.csv --output_dir runs/first",
+            "finetune": "fastkd finetune --model MODEL --train_file train.csv --output_dir runs/teacher",
+        }[command]
+        super().__init__(
+            KINDS[command],
+            prog=f"fastkd {command}",
+            usage=f"{usage} [options]",
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        self.add_argument("--help-all", "--help_all", action="help", help="also the options that are left out here")
+        self.add_argument("--config", help="a YAML file that has any of these options by name; flags win over it")
+        trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - vars(RunArguments).keys()
+        for action in self._actions:
+            if action.dest in USUAL:
+                action.help = USUAL[action.dest]
+            elif not whole and (action.dest in {*trainers, *RARE} or action.option_strings[0].startswith("--no_")):
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str):
+        raise ValueError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+
+
+def parse(argv: list[str], command: str = "distill") -> Run:
     """From flags and, below them, --config."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     found, flags = first.parse_known_args(argv)
-    epilog = "--config run.yaml holds any of these options by name; flags win over it"
-    parser = HfArgumentParser(KINDS, prog="fastkd distill", allow_abbrev=False, epilog=epilog)
+    return read(read_config(found.config) if found.config else {}, flags, command)
+
+
+def read(options: dict, flags: list[str] = (), command: str = "distill") -> Run:
+    """From options by name, as a configuration has them, and flags, which win."""
+    parser = _Parser(command, whole="--help-all" in flags or "--help_all" in flags)
     usual = parser.parse_args_into_dataclasses([], look_for_args_file=False)
-    if found.config:
-        parser.set_defaults(**read_config(found.config))
-    parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    _refuse_unknown(options, {action.dest for action in parser._actions}, "config: there is no option ")
+    known = [name for action in parser._actions for name in action.option_strings]
+    _refuse_unknown(
+        [x.split("=")[0] for x in parser.parse_known_args(flags)[1] if x.startswith("--")], known, "there is no "
+    )
+    given = []
+    for action in parser._actions:
+        if action.dest in options and action.option_strings[0] == f"--{action.dest}":
+            given += _flag(action, options[action.dest], parser)
+    *parsed, rest = parser.parse_args_into_dataclasses([*given, *flags], True, look_for_args_file=False)
+    if rest:
+        raise ValueError(
+            f"{rest[0]}: belongs to no option; put values with blanks in quotes, as in --method 'fcd + kd'"
+        )
+    *parsed, _ = parsed  # --config
+    *usual, _ = usual
     if parsed[-1].output_dir in (None, usual[-1].output_dir):
         raise ValueError("output_dir: say where the run shall be kept")
-    return Run(*parsed, _differing(parsed, usual))
+    options = _differing(parsed, usual)
+    if command == "distill":
+        return Run(*parsed, options)
+    model, data, args = parsed
+    as_student = {"student": model.model, "student_revision": model.model_revision}
+    return Run(
+        ModelArguments(**as_student, trust_remote_code=model.trust_remote_code, device=model.device),
+        data,
+        None,
+        args,
+        options,
+    )
+
+
+def _refuse_unknown(names, known, beginning: str) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; --help-all lists all options"
+            raise ValueError(f"{beginning}{name!r}{hint}")
+
+
+def _flag(action: argparse.Action, value, parser) -> list[str]:
+    """What YAML made of an option's value, as it would be written on the command line, where it is checked."""
+    name = action.option_strings[0]
+    if isinstance(value, list) and action.dest in JOINED:
+        value = JOINED[action.dest].join(map(str, value))
+    if value is None or isinstance(value, (dict, list)):
+        parser.set_defaults(**{action.dest: value})
+        return []
+    if value is False and action.nargs != "?":  # YAML reads a bare no, as in eval_strategy: no, so
+        value = "no"
+    return [f"{name}={value}"]
 
 
 def read_config(path: str) -> dict:
@@ -113,13 +325,6 @@ def read_config(path: str) -> dict:
         raise ValueError(f"config: {path} is not plain YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config: {path} must hold option: value lines, got a {type(options).__name__}")
-    known = {f.name for kind in KINDS for f in dataclasses.fields(kind) if f.init}
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            raise ValueError(
-                f"config: {path} has an unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
     return options
 
 
@@ -147,11 +352,12 @@ def _plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def examine_folder(run: Run) -> str | None:
-    """The checkpoint to resume from, None for a fresh folder; ValueError rather than touch anybody's results."""
+def examine_folder(run: Run) -> tuple[bool, str | None]:
+    """Whether the run is finished already, and the checkpoint to resume from, None for a fresh folder; ValueError rather than
+    touch anybody's results."""
     folder = Path(run.args.output_dir)
     if not folder.exists() or not any(folder.iterdir()):
-        return None
+        return False, None
     if not (folder / RESOLVED).exists():
         raise ValueError(f"output_dir: {folder} holds something that is not a run of fastkd; choose another folder")
     before = yaml.safe_load((folder / RESOLVED).read_text()) or {}
@@ -161,11 +367,7 @@ def examine_folder(run: Run) -> str | None:
             f"output_dir: {folder} holds another run ({', '.join(differing)} differ); choose another folder, or the same "
             "options"
         )
-    if (folder / FINISHED).exists():
-        raise ValueError(
-            f"output_dir: {folder} holds this run, and it is finished; choose another folder to run it again"
-        )
-    return get_last_checkpoint(str(folder))
+    return (folder / FINISHED).exists(), get_last_checkpoint(str(folder))
 
 
 def save(run: Run) -> None:
@@ -173,3 +375,11 @@ def save(run: Run) -> None:
     folder = Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESOLVED).write_text(yaml.safe_dump(run.options, sort_keys=True))
+
+
+def how_to_go_on(args: RunArguments) -> str:
+    """What a person who stopped a run can do."""
+    checkpoint = get_last_checkpoint(args.output_dir)
+    if checkpoint:
+        return f"the same command goes on from {checkpoint}"
+    return f"{args.output_dir} has no checkpoint yet, so the same command starts anew; --save_steps says how often to save one"

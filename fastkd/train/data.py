@@ -1,13 +1,15 @@
-"""From a name or a file to tokenised splits: columns checked, classes found, examples numbered."""
+"""From a name or a file to splits of clean rows: columns and values checked, a part held out, classes numbered."""
 
 import csv
 import gzip
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .agreement import label_names
 from .batch import WORD_TASKS
 
+SPLITS = ("train", "validation", "test")
 SHIPPED = "movie-reviews"
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 GLUE = {
@@ -19,20 +21,31 @@ GLUE = {
 
 @dataclass
 class Corpus:
-    """Splits before tokenising, and what they hold. names: the classes in the order of their numbers."""
+    """Splits before tokenising, and what they hold. label: None where the task or the data has none. found: the labels that
+    there are, before rows are held out or left out. names: the classes in the order of their numbers. dropped: how many rows
+    of each split had no text. held_out: whether the validation set is a part of what was given for training."""
 
     train: object
     validation: object
     text: str
     pair: str | None
     label: str | None
+    found: list | None = None
     names: list[str] | None = None
     glue: str | None = None
+    test: object = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    held_out: bool = False
+
+    def labelled(self) -> list[str]:
+        """The splits that have labels."""
+        found = {split: getattr(self, split) for split in SPLITS}
+        return [split for split, rows in found.items() if rows is not None and self.label in rows.column_names]
 
 
 def movie_reviews(split: str, task: str = "classification"):
-    """The shipped snippets (data/movie_reviews.md): text and label, a class 0/1 or the mean rating."""
-    from datasets import Dataset
+    """The shipped snippets (data/movie_reviews.md): text and label, a class or the mean rating."""
+    from datasets import ClassLabel, Dataset, Features, Value
 
     packed = Path(__file__).resolve().parent.parent / "data" / "movie_reviews.tsv.gz"
     with gzip.open(packed) as file:
@@ -40,16 +53,21 @@ def movie_reviews(split: str, task: str = "classification"):
             1:
         ]
     kept = [(text, float(rating)) for _, where, rating, text in rows if where == split]
+    label = Value("float64")
     if task == "classification":
         kept = [(text, int(rating > 0)) for text, rating in kept if rating != 0]
+        label = ClassLabel(names=["negative", "positive"])
     texts, labels = zip(*kept, strict=True)
-    return Dataset.from_dict({"text": list(texts), "label": list(labels)})
+    features = Features({"text": Value("string"), "label": label})
+    return Dataset.from_dict({"text": list(texts), "label": list(labels)}, features=features)
 
 
-def load(options, task: str) -> Corpus:
-    """`options` is arguments.DataArguments."""
+def load(options, task: str, *, seed: int = 42, evaluates: bool = True) -> Corpus:
+    """`options` is arguments.DataArguments. evaluates: whether a validation set is needed; where none is given, 5 % of the
+    training rows are held out, 2000 at most."""
+    sources = {split: getattr(options, f"{split}_file") for split in SPLITS}
     if options.train_file:
-        train, validation = _file(options.train_file), _file(options.validation_file)
+        train, validation = (_file(f"{split}_file", sources[split]) for split in SPLITS[:2])
         text, pair, label = options.text_column, options.pair_column, options.label_column
     elif options.dataset == SHIPPED:
         kind = "regression" if task == "regression" else "classification"
@@ -61,40 +79,67 @@ def load(options, task: str) -> Corpus:
         raise ValueError(
             f"dataset: name one ({SHIPPED!r} comes with fastkd, glue/sst2, any of the hub's) or give --train-file"
         )
-    needs_label = task not in WORD_TASKS
-    corpus = Corpus(train, validation, text, pair, label if needs_label else None)
+    corpus = Corpus(
+        train, validation, text, pair, None if task in WORD_TASKS else label, test=_file("test_file", options.test_file)
+    )
     corpus.glue = options.dataset.split("/")[1] if (options.dataset or "").startswith("glue/") else None
-    _check_columns(corpus)
-    if options.max_train_samples:
-        corpus.train = corpus.train.select(range(min(options.max_train_samples, len(corpus.train))))
-    if options.max_eval_samples and corpus.validation is not None:
-        corpus.validation = corpus.validation.select(range(min(options.max_eval_samples, len(corpus.validation))))
-    if task in ("classification", "cloze"):
-        _number_classes(corpus)
-        if options.dataset == SHIPPED:
-            corpus.names = ["negative", "positive"]
+    if corpus.label == "label" and not corpus.labelled():
+        corpus.label = None  # nobody named a column: unlabelled text
+    for split in SPLITS:
+        if getattr(corpus, split) is not None:
+            _clean(corpus, split, sources[split] or f"{options.dataset} ({split})", task)
+    if task not in WORD_TASKS and "validation" not in corpus.labelled():
+        corpus.validation = None  # there is nothing to compare predictions with
+    if task in ("classification", "cloze") and corpus.labelled():
+        corpus.found = sorted(set(getattr(corpus, corpus.labelled()[0])[corpus.label][:]))
+    if evaluates and corpus.validation is None and (task in WORD_TASKS or corpus.label):
+        _hold_out(corpus, seed)
+    for split, most in (("train", options.max_train_samples), ("validation", options.max_eval_samples)):
+        rows = getattr(corpus, split)
+        if most and rows is not None and most < len(rows):
+            setattr(corpus, split, rows.shuffle(seed=seed).select(range(most)))
     return corpus
 
 
-def _file(path: str | None):
+def _file(option: str, path: str | None):
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if not path:
         return None
     suffix = Path(path).suffix
     if suffix not in FORMATS:
-        raise ValueError(f"train_file, validation_file: {path} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"{option}: {path} is none of {', '.join(FORMATS)}")
     if not Path(path).is_file():
-        raise ValueError(f"train_file, validation_file: there is no file {path}")
+        raise ValueError(f"{option}: there is no file {path}")
     if Path(path).stat().st_size == 0:
-        raise ValueError(f"train_file, validation_file: {path} is empty")
+        raise ValueError(f"{option}: {path} is empty")
+    if suffix != ".parquet":
+        _check_utf8(option, path)
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    if FORMATS[suffix] == "csv":  # "null", "None" and "NA" are texts and labels like others
+        options |= {"keep_default_na": False, "na_values": [""]}
     try:
         return load_dataset(FORMATS[suffix], data_files=path, split="train", **options)
-    except ValueError as error:
+    except (DatasetGenerationError, ValueError) as error:
         if "corresponds to no data" in str(error):
-            raise ValueError(f"train_file, validation_file: {path} has no rows") from error
-        raise
+            raise ValueError(f"{option}: {path} has no rows") from error
+        while error.__cause__ is not None:
+            error = error.__cause__
+        why_not = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{option}: {path} cannot be read: {why_not}") from error
+
+
+def _check_utf8(option: str, path: str) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{option}: {path} is not UTF-8: line {number} has the byte 0x{line[error.start]:02x}; convert it, for "
+                    "example with iconv -f ISO-8859-1 -t UTF-8"
+                ) from error
 
 
 def _named(options):
@@ -119,44 +164,93 @@ def _named(options):
     return splits["train"], validation, text, pair, label
 
 
-def _check_columns(corpus: Corpus) -> None:
-    for split, rows in (("training", corpus.train), ("validation", corpus.validation)):
-        if rows is None:
+def _clean(corpus: Corpus, split: str, source: str, task: str) -> None:
+    """Drop and count the rows without text; a value that is missing or of another type is refused by file, column and row."""
+    rows = getattr(corpus, split)
+    if len(rows) == 0:
+        raise ValueError(f"dataset: {source} has no rows")
+    needed = corpus.label in rows.column_names or corpus.label != "label" or "train" in corpus.labelled()
+    label = corpus.label if needed else None
+    asked = {"text_column": corpus.text, "pair_column": corpus.pair, "label_column": label}
+    values = {}
+    for option, column in asked.items():
+        if column is None:
             continue
-        if len(rows) == 0:
-            raise ValueError(f"dataset: the {split} set has no rows")
-        asked = {"text_column": corpus.text, "pair_column": corpus.pair, "label_column": corpus.label}
-        for option, column in asked.items():
-            if column is not None and column not in rows.column_names:
-                raise ValueError(
-                    f"{option}: the {split} set has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}"
-                )
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{option}: {source} has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}"
+            )
+        values[option] = rows[column][:]
+
+    def refuse_if(wrong, option: str, what: str) -> None:
+        row = next((i for i in kept if wrong(values[option][i])), None)
+        if row is not None:
+            raise ValueError(
+                f"{option}: {source} has {what} in column {asked[option]!r}, row {row + 1} (the first row of data is 1): "
+                f"{values[option][row]!r}; correct or remove the row, or name another column"
+            )
+
+    texts = values["text_column"]
+    kept = range(len(rows))
+    for option in [name for name in values if name != "label_column"]:
+        refuse_if(lambda x: not isinstance(x, str | None), option, "no text")
+    kept = [i for i in kept if texts[i] and not texts[i].isspace()]
+    if not kept:
+        raise ValueError(f"text_column: every row of column {corpus.text!r} of {source} is empty")
+    if corpus.pair:
+        refuse_if(lambda x: not x or x.isspace(), "pair_column", "an empty second text")
+    if label:
+        refuse_if(lambda x: x is None or x != x, "label_column", "no label")
+        if task == "regression":
+            refuse_if(lambda x: not isinstance(x, int | float), "label_column", "no number")
+    corpus.dropped[split] = len(rows) - len(kept)
+    if corpus.dropped[split]:
+        setattr(corpus, split, rows.select(kept))
 
 
-def _number_classes(corpus: Corpus) -> None:
-    """Names or numbers -> 0 … C - 1, in sorted order; ClassLabel features already are."""
-    feature = corpus.train.features[corpus.label]
-    if hasattr(feature, "names"):
-        corpus.names = list(feature.names)
-    found = sorted(set(corpus.train[corpus.label][:]))
-    if len(found) < 2:
+def _hold_out(corpus: Corpus, seed: int) -> None:
+    held = min(max(len(corpus.train) // 20, 1), 2000)
+    if len(corpus.train) > held:
+        parts = corpus.train.train_test_split(test_size=held, seed=seed)
+        corpus.train, corpus.validation, corpus.held_out = parts["train"], parts["test"], True
+
+
+def number_classes(corpus: Corpus, id2label: dict | None = None) -> None:
+    """Labels -> 0 … C - 1: by the model's names of its outputs (`id2label`) where the labels are names, else in sorted order."""
+    found, splits = corpus.found, corpus.labelled()
+    if found is None:
+        return
+    if len(found) < 2 and splits[0] == "train":
         raise ValueError(
             f"label_column: every training row has the one label {found[0]!r}; nothing can be learned from it"
         )
-    if hasattr(feature, "names"):
-        return
-    if all(isinstance(x, float) and not x.is_integer() for x in found):
+    if any(isinstance(x, float) and not x.is_integer() for x in found):
         raise ValueError(
             f"label_column: {corpus.label!r} holds fractions; for a number to predict choose --task regression"
         )
-    corpus.names = [str(name) for name in found]
-    if found == list(range(len(found))):
-        return
-    numbers = {name: number for number, name in enumerate(found)}
-    for split in ("train", "validation"):
+    names = getattr(getattr(corpus, splits[0]).features[corpus.label], "names", None)
+    if names is not None:
+        found = list(range(len(names)))
+    named = names is not None or isinstance(found[0], str)
+    names = names or [str(int(x) if isinstance(x, float) else x) for x in found]
+    order = range(len(names))
+    theirs = None if id2label is None else label_names(id2label)
+    if named and theirs is not None:
+        ours, known = ([name.strip().lower() for name in both] for both in (names, theirs))
+        if not set(ours) <= set(known):
+            raise ValueError(
+                f"label_column: the data's labels are {', '.join(names)}, and the teacher's are {', '.join(theirs)}; give "
+                "each label one name, in the data or in the teacher's config.json (id2label and label2id)"
+            )
+        order, names = [known.index(name) for name in ours], theirs
+    elif id2label is not None and len(id2label) != len(names):
+        raise ValueError(
+            f"teacher: has {len(id2label)} outputs, but the data has {len(names)} classes ({', '.join(names)}); fine-tune "
+            "the teacher on this task first"
+        )
+    corpus.names, numbers = list(names), dict(zip(found, order, strict=True))
+    for split in splits:
         rows = getattr(corpus, split)
-        if rows is None:
-            continue
         labels = rows[corpus.label][:]
         strange = sorted(set(labels) - set(found), key=str)
         if strange:
@@ -165,64 +259,10 @@ def _number_classes(corpus: Corpus) -> None:
         setattr(corpus, split, renumbered)
 
 
-def check_length(model, tokenizer, length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return
-    if model.config.model_type == "roberta":
-        limit -= 2  # positions start after the padding's
-    if length > limit:
-        raise ValueError(
-            f"max_length: {length} tokens are asked for, but the {type(model).__name__} has {limit} positions"
-        )
-
-
-def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: str | None = None):
-    """Columns input_ids, attention_mask, (token_type_ids,) example_id, and labels where a row has one."""
-
-    def encode(batch, numbers):
-        texts = batch[corpus.text]
-        if task == "cloze":
-            texts = [template.format(text=text, mask=tokenizer.mask_token) for text in texts]
-        pairs = [batch[corpus.pair]] if corpus.pair else []
-        encoded = dict(tokenizer(texts, *pairs, truncation=True, max_length=length))
-        encoded["example_id"] = numbers
-        if task == "cloze":
-            encoded["blank"] = [_blank(ids, tokenizer.mask_token_id) for ids in encoded["input_ids"]]
-        if task == "regression":
-            encoded["labels"] = [float(x) for x in batch[corpus.label]]
-        elif task in ("classification", "cloze"):
-            encoded["labels"] = batch[corpus.label]
-        return encoded
-
-    rows = rows.filter(lambda batch: [bool(x and x.strip()) for x in batch[corpus.text]], batched=True)
-    if len(rows) == 0:
-        raise ValueError(f"text_column: every row of {corpus.text!r} is empty")
-    return rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names)
-
-
-def _blank(ids: list[int], mask_id: int) -> int:
-    if mask_id not in ids:
-        raise ValueError(
-            "template: its {mask} fell to truncation for a long text; put it before {text}, or raise --max-length"
-        )
-    return ids.index(mask_id)
-
-
-def collator(tokenizer, task: str, mlm_probability: float = 0.15):
-    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
-
-    if task == "masked_lm":
-        return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
-    if task == "causal_lm":
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return DataCollatorWithPadding(tokenizer)
-
-
 def metrics(task: str, glue: str | None = None):
     """compute_metrics for Trainer: the task's own, or that of the GLUE task; None for language modelling (perplexity)."""
     from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
     if task in WORD_TASKS:
         return None
@@ -239,6 +279,8 @@ def metrics(task: str, glue: str | None = None):
     def of_classes(outcome) -> dict[str, float]:
         predicted, wanted = outcome.predictions.argmax(-1), outcome.label_ids
         found = {"accuracy": float(accuracy_score(wanted, predicted))}
+        recall = recall_score(wanted, predicted, labels=sorted(set(wanted.tolist())), average="macro")
+        found["balanced_accuracy"] = float(recall)
         if glue == "cola":
             found["matthews"] = float(matthews_corrcoef(wanted, predicted))
         if glue in ("mrpc", "qqp"):

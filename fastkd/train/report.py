@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Column, Table
 
 from fastkd import atomic_write
 
@@ -37,15 +39,16 @@ overflow:auto; font-size:13px; margin:0 } details summary { cursor:pointer; colo
 """
 
 
-def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict]:
-    """For each model: the metric on `data` (None: the trainer's own), its size, its latency on the first rows."""
-    data = trainer.eval_dataset if data is None else data
+def measure(models: dict, trainer, data=None, batch_size: int = 16, test=None) -> list[dict]:
+    """For each model: the metric on `data` (None: the trainer's own, or else `test`), its size, its latency on the first
+    rows, and under "test" the metric on `test`."""
+    data = next((x for x in (data, trainer.eval_dataset, test) if x is not None), None)
     if data is None:
         return []
     columns = [
         c
         for c in data.column_names
-        if c in ("input_ids", "attention_mask", "labels", "token_type_ids", "example_id", "blank")
+        if c in ("input_ids", "position_ids", "attention_mask", "labels", "token_type_ids", "example_id", "blank")
     ]
     sample = trainer.data_collator(
         [{c: row[c] for c in columns} for row in data.select(range(min(batch_size, len(data))))]
@@ -56,9 +59,7 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict
         network = model.to(trainer.args.device)
         accepted = arguments_of(network)
         inputs = {k: v.to(trainer.args.device) for k, v in sample.items() if k in accepted and k != "labels"}
-        measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(network, data).items()}
-        if "accuracy" not in measured and "mse" not in measured:
-            measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
+        measured = evaluated(network, trainer, data)
         metric = next(m for m in METRICS if m in measured)
         parameters = sum(p.numel() for p in network.parameters())
         architecture = (type(network), parameters)
@@ -69,7 +70,45 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16) -> list[dict
             "name": name, "metric_name": metric, "metric": measured[metric], "parameters": parameters, "bytes": bytes_,
             "latency": latencies[architecture], "all": {k: v for k, v in measured.items() if isinstance(v, float)},
         })  # fmt: skip
+        if test is not None:
+            rows[-1]["test"] = (measured if data is test else evaluated(network, trainer, test))[metric]
     return rows
+
+
+def evaluated(model, trainer, data) -> dict[str, float]:
+    """`trainer`'s metrics of this model, or its perplexity where there are none."""
+    measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(model, data).items()}
+    if "accuracy" not in measured and "mse" not in measured:
+        measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
+    return measured
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """A heading and a line per row of `measure`; a metric may be a pair, the mean and the standard deviation over seeds."""
+    metric = metric_of(rows)
+    tested = "test" in rows[0]
+
+    def shown(value) -> str:
+        form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
+        parts = value if isinstance(value, tuple) else (value,)
+        return " ± ".join(map(form.format, parts)).replace("% ±", " ±")
+
+    lines = [["model", metric, *([f"test {metric}"] if tested else []), "parameters", "weights", "latency per example"]]
+    for row in rows:
+        values = [row["metric"], *([row["test"]] if tested else [])]
+        sizes = f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f} MB", f"{row['latency']:.2f} ms"
+        lines.append([row["name"], *map(shown, values), *sizes])
+    return lines
+
+
+def print_table(rows: list[dict]) -> None:
+    if not rows:
+        return
+    (name, *others), *lines = table(rows)
+    shown = Table(name, *(Column(other, justify="right") for other in others))
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
 
 
 def write(
@@ -164,7 +203,7 @@ def _page(title: str, lead: str, rows: list[dict], pictures: list, config: dict)
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>"
         f"<p class=lead>{html.escape(lead or 'A distillation with fastkd.')}</p>"
-        f"{_cards(rows, metric)}{_table(rows, metric)}"
+        f"{_cards(rows, metric)}{_table(rows)}"
         f"{sections}<section><h2>Configuration and versions</h2><details><summary>Options that differ from the defaults"
         f"</summary><pre>{html.escape(json.dumps(config, indent=2, default=str))}</pre></details>"
         f"<pre>{html.escape('  '.join(f'{k} {v}' for k, v in versions().items()))}</pre></section></main></html>"
@@ -199,17 +238,12 @@ def _cards(rows: list[dict], metric: str) -> str:
     )
 
 
-def _table(rows: list[dict], metric: str) -> str:
+def _table(rows: list[dict]) -> str:
     if not rows:
         return ""
-    form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
-    lines = "".join(
-        f"<tr><td>{html.escape(r['name'])}<td class=n>{form.format(r['metric'])}<td class=n>{r['parameters']:,}"
-        f"<td class=n>{r['bytes'] / 1e6:.1f} MB<td class=n>{r['latency']:.2f} ms"
-        for r in rows
-    )
-    head = f"<tr><th>model<th class=n>{metric}<th class=n>parameters<th class=n>weights<th class=n>latency per example"
-    return f"<section><table>{head}{lines}</table></section>"
+    head, *lines = table(rows)
+    cells = "".join("<tr><td>" + "<td class=n>".join(map(html.escape, line)) for line in lines)
+    return f"<section><table><tr><th>{'<th class=n>'.join(head)}{cells}</table></section>"
 
 
 def _inline(path: Path) -> str:

@@ -11,10 +11,11 @@ from accelerate.utils import is_compiled_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from . import cache, heads, states
+from . import cache, heads, packing, states
 from .agreement import check_model, check_pair, teacher_labels
-from .batch import UNITS, VOCABULARY_TASKS, Batch, count_units
+from .batch import UNITS, VOCABULARY_TASKS, WORD_TASKS, Batch, count_units
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
@@ -98,6 +99,13 @@ class DistillTrainer(Trainer):
         relabel = teacher_labels(model, teacher) if self.task == "classification" else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
         built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset))
+        columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
+        if self.task not in WORD_TASKS and not {"label", "labels"} & set(columns):
+            built.check_unlabelled()
+        if packing.is_packed(self.task, columns):
+            built.check_packed()
+            for side, network in (("student", model), ("teacher", teacher)):
+                packing.check_model(network, self._accepts[side])
         if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
@@ -187,6 +195,10 @@ class DistillTrainer(Trainer):
         counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
         return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
     def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
         if self.taught is not None:
@@ -201,6 +213,9 @@ class DistillTrainer(Trainer):
     def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
         if self.words is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
+        if packing.is_packed(self.task, inputs):
+            inputs = packing.model_inputs(inputs)
+        inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, for nobody to read
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         finish = self._finish[side] if reads or model.training or self._loss_only else None
         if not reads:
@@ -295,6 +310,18 @@ class DistillTrainer(Trainer):
         student.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+
+class ByLength(LengthGroupedSampler):
+    """transformers' own, whose order depends on the seed and the epoch alone: a resumed run sees the rows in the same one."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def real_tokens(inputs) -> Tensor:

@@ -93,7 +93,7 @@ def test_the_demo_refuses_before_it_trains(argv, said, tmp_path, monkeypatch, ca
     monkeypatch.setattr(demo, "_texts", lambda: pytest.fail("it began to work"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("my page")
-    assert main(["demo", *argv]) == 1
+    assert main(["demo", *argv]) == 2
     assert said in capsys.readouterr().err
     assert contents(tmp_path / "mine") == {"index.html": b"my page"}
 

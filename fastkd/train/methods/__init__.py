@@ -152,6 +152,26 @@ class Combined(nn.Module):
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())
 
+    def check_unlabelled(self) -> None:
+        """Raise where one of the methods reads labels, for a training set without any."""
+        for name, method in self.methods.items():
+            option = method.reads_labels()
+            if option is not None:
+                raise ValueError(
+                    f"labels: {name} reads them, and the training set has none; name their column (label_column), or choose "
+                    f"{name}:{option}, which learns from the teacher alone"
+                )
+
+    def check_packed(self) -> None:
+        """Raise where one of the methods cannot take rows of several documents."""
+        for name, method in self.methods.items():
+            if not method.token_wise:
+                known = ", ".join(other for other in METHODS if find(other).token_wise)
+                raise ValueError(
+                    f"pack: {name} compares the tokens of a row with each other, and a packed row holds several documents; "
+                    f"leave --pack out, or choose {known}"
+                )
+
 
 def build(text: str, setup: Setup) -> Combined:
     """The methods that `text` names, checked against the models and the task."""

@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from fastkd.losses.kd import PredictionLoss
 from fastkd.train.batch import Batch, Term
 from fastkd.train.states import QKV, depth, is_causal
 
@@ -69,6 +70,9 @@ class Method(nn.Module):
 
     stages: a method that learns features first and the task afterwards has two; `share` is the first one's part of
     training. Combined with other methods there is one stage, and the task is the others' business.
+
+    Args:
+        share: The first stage's part of training, in [0, 1]; with 1 it is all.
     """
 
     Loss: type[nn.Module] | None = None
@@ -76,6 +80,8 @@ class Method(nn.Module):
     read: dict[str, Sequence[int]] | None = None  # which levels of them, of "student" and "teacher"; None: all
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
+    token_wise = False  # compares no token with another one, so that a row may hold several documents
+    soft_only = "alpha=1"  # the option with which the prediction's loss reads no labels
     stages: tuple[str, ...] = ("all",)
 
     def __init__(self, setup: Setup, share: float = 1.0):
@@ -117,6 +123,13 @@ class Method(nn.Module):
     def predicts(self, side: str, progress: float) -> bool:
         """Whether predictions of the "student" or the "teacher" are read now; where nobody reads any, no head runs."""
         return not (self.features_only and self.features(progress))
+
+    def reads_labels(self) -> str | None:
+        """The option with which the method would read no labels; None where it reads none."""
+        if self.stage(1.0) == "task":
+            return "share=1"
+        hard = any(isinstance(loss, PredictionLoss) and loss.hard for loss in self.modules())
+        return self.soft_only if hard else None
 
     def teaches(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""

@@ -1,5 +1,13 @@
 """BERT-EMD (Li et al., EMNLP 2020): beta · (theta · (attention + hidden) + embedding) + prediction, every student layer with
-every teacher layer, as much as transport says. The prediction's soft cross-entropy is a mean over the classes too."""
+every teacher layer, as much as transport says. The prediction's soft cross-entropy is a mean over the classes too.
+
+Args:
+    beta: Weight of all but the prediction.
+    theta: Weight of attention and hidden states beside the embeddings.
+    temperature: T of the prediction.
+    emd_temperature: T of the layers' weights, with weights=softmax.
+    projection: What the map to the teacher's width starts from: "random" or "identity".
+"""
 
 from fastkd.losses.bert_emd import BertEMDLoss
 from fastkd.losses.kd import PredictionLoss

@@ -1,7 +1,12 @@
 """CoDIR (Sun et al., EMNLP 2020): (1 - beta) CE + beta T² KL + crd · contrast of a sentence's states in the student, layers
 1 … N, with its own in the teacher, layers 1, 3, 5, …, among other sentences. Those have other labels in classification; in
 masked_lm they are those of the batch, or the 2 · `window` nearest in the corpus. The released code adds crd to *sums* over
-a batch of B; here it weighs their means, so it is the released one divided by B."""
+a batch of B; here it weighs their means, so it is the released one divided by B.
+
+Args:
+    beta: Weight of the teacher's predictions, in [0, 1].
+    crd: Weight of the contrast.
+"""
 
 from fastkd.losses.codir import CoDIRLoss
 from fastkd.losses.kd import HintonKDLoss
@@ -10,7 +15,7 @@ from .base import Method, Setup, Term, has_labels, has_numbers
 
 
 class CoDIR(Method):
-    Loss, hidden = CoDIRLoss, True
+    Loss, hidden, soft_only = CoDIRLoss, True, "beta=1"
 
     def __init__(self, setup: Setup, beta: float = 0.5, temperature: float = 2.0, crd: float = 0.1, **options):
         super().__init__(setup)

@@ -1,6 +1,12 @@
 """DistilBERT, DistilGPT2 (Sanh et al., 2019): 5 · T² KL + 2 · language modelling + 1 · (1 - cos of the last layers), T = 2.
 
 The KL and the cosine are means over the real tokens, the language modelling over the tokens that have a label.
+
+Args:
+    alpha_kl: Weight of the KL term.
+    alpha_mlm: Weight of the language modelling.
+    alpha_cosine: Weight of the cosine of the last layers.
+    temperature: T > 0, of the KL term.
 """
 
 from fastkd.losses.distilbert import cosine_distance
@@ -10,7 +16,7 @@ from .base import Method, Term, same_width
 
 
 class DistilBERT(Method):
-    hidden = True
+    hidden, token_wise = True, True
 
     def __init__(self, setup, alpha_kl=5.0, alpha_mlm=2.0, alpha_cosine=1.0, temperature=2.0):
         super().__init__(setup)

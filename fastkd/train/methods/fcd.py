@@ -1,6 +1,11 @@
 """FCD (Huang, Guo, Wang; NeurIPS 2023): alpha · token + beta · sequence + gamma · random, relations among the tokens of the
-last layers ("last") or of all of the student's ("uniform"). The student's last learns from the teacher's last, or from
-`teacher_layer` (1-based). No task term, as released: relations first, for `share` of training, then plain fine-tuning."""
+last layers ("last") or of all of the student's ("uniform"). The released loss has no task term: relations first, then plain
+fine-tuning, `share` of training for the former.
+
+Args:
+    layers: "last", or "uniform": student layer l learns from teacher layer l·M/N.
+    teacher_layer: The teacher's layer that the student's last one learns from, counted from 1. None: its last.
+"""
 
 from fastkd.losses.fcd import FCDLoss
 

@@ -7,7 +7,7 @@ from .base import Method, Setup, Term
 
 
 class GLMD(Method):
-    stages = ("words", "soft")
+    stages, token_wise = ("words", "soft"), True
 
     def __init__(
         self,

@@ -9,6 +9,8 @@ from .base import Method, Setup
 
 
 class KD(Method):
+    token_wise = True
+
     def __init__(self, setup: Setup, alpha: float = 0.5, temperature: float = 2.0):
         super().__init__(setup)
         self.loss = HintonKDLoss(alpha, temperature)

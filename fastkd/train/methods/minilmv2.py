@@ -1,6 +1,10 @@
 """MiniLMv2 (Wang et al., 2021): Q-Q, K-K and V-V relations of one layer, re-split into common heads; then fine-tuning.
 The student's last layer learns from the teacher's last, or from `teacher_layer` (1-based): for a large teacher the authors
-take one above its middle, 21 of 24."""
+take one above its middle, 21 of 24.
+
+Args:
+    teacher_layer: The teacher's layer, counted from 1. None: its last.
+"""
 
 from fastkd.losses.minilm import MiniLMv2Loss
 

@@ -1,6 +1,10 @@
 """PKD (Sun et al., 2019): (1 - alpha) CE + alpha T² KL + beta · the sentence vectors of inner layers, on the unit sphere.
 
 "skip" maps student layer l to teacher layer l·M/N, "last" to M - N + l. A decoder's sentence vector is its last token's.
+
+Args:
+    beta: Weight of the sentence vectors.
+    strategy: "skip" or "last".
 """
 
 from fastkd.losses.kd import HintonKDLoss

@@ -1,6 +1,9 @@
 """TinyBERT (Jiao et al., 2020): student layer l learns attention scores and hidden states of teacher layer l·M/N.
 
 First attention + hidden (embeddings among them, through one trained projection), then soft cross-entropy at T = 1.
+
+Args:
+    temperature: T of the prediction.
 """
 
 from fastkd.losses.kd import PredictionLoss

@@ -1,0 +1,92 @@
+"""The models that a run names: found, loaded, and refused in one sentence where they cannot serve."""
+
+from fastkd.train import agreement, data, student
+from fastkd.train.methods import Side
+
+
+def load(run, corpus):
+    """tokenizer, teacher (None in fine-tuning), student, and words (see agreement.teacher_words)."""
+    from transformers import AutoTokenizer
+
+    options, task = run.model, run.data.task
+    remote = {"trust_remote_code": options.trust_remote_code}
+    name, revision = (
+        (options.teacher, options.teacher_revision) if run.method else (options.student, options.student_revision)
+    )
+    fresh = not run.method or options.finetune_teacher
+    if fresh:  # its outputs are the data's classes
+        data.number_classes(corpus)
+    head = _head(task, corpus.names) if fresh else {}
+    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **remote)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not run.method:
+        return tokenizer, None, model, None
+    teacher, words = model, None
+    if options.student_layers:
+        made = student.from_layers(teacher, options.student_layers)
+    elif options.student_config:
+        made = student.from_config(teacher, options.student_config)
+    else:
+        own = AutoTokenizer.from_pretrained(options.student, revision=options.student_revision, **remote)
+        words = agreement.teacher_words(own, tokenizer)
+        tokenizer = tokenizer if words is None else own  # the data bear the student's ids
+        labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
+        made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
+        made.config.pad_token_id = tokenizer.pad_token_id
+        if labels and agreement.label_names(made.config.id2label) is None:
+            made.config.id2label = teacher.config.id2label
+            made.config.label2id = {name: i for i, name in teacher.config.id2label.items()}
+    if task in ("classification", "cloze") and not fresh:
+        data.number_classes(corpus, made.config.id2label if task == "classification" else None)
+    return tokenizer, teacher, made, words
+
+
+def _head(task: str, names: list[str] | None) -> dict:
+    """The configuration of a head for these classes, or for a number."""
+    if task == "regression":
+        return {"num_labels": 1, "ignore_mismatched_sizes": True}
+    if task != "classification":
+        return {}
+    if names is None:
+        raise ValueError("label_column: fine-tuning needs labels, and the training set has none")
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {"num_labels": len(names), "ignore_mismatched_sizes": True, **labels}
+
+
+def _model(side: str, name: str, revision, task: str, remote: dict, *, new_head: bool, **extra):
+    """new_head: one whose weights are not in the checkpoint may be new, since it is trained."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(name, revision=revision, **remote)
+        if kind.is_encoder_decoder:
+            raise ValueError(
+                f"{side}: {name} ({kind.model_type}) is an encoder-decoder, and fastkd trains encoders and decoders"
+            )
+        model, found = student.AUTO[task].from_pretrained(
+            name, revision=revision, output_loading_info=True, **remote, **extra
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{name} is neither a folder with a model nor a model that the hub gives here: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{side}: {name} ({kind.model_type}) has no model for the task {task}") from error
+    if task == "causal_lm" and not Side.of(model).causal:
+        raise ValueError(
+            f"{side}: {name} ({kind.model_type}) is an encoder, whose tokens see the tokens that causal_lm asks for; choose "
+            "--task masked_lm, or a decoder"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing and not new_head:
+        raise ValueError(
+            f"{side}: {name} has no trained head for {task} ({', '.join(missing)} are not in it); train it with "
+            f"`fastkd finetune --model {name}` on the same data, or pass --finetune_teacher"
+        )
+    return model

@@ -1,0 +1,103 @@
+"""From clean rows to tokens: what is cut is counted, the collators of each task, and what a run says of its data."""
+
+from collections import Counter
+
+import numpy as np
+from torch import nn
+
+from . import packing
+from .data import Corpus
+
+
+def check_length(model, tokenizer, length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    for module in model.modules():  # positions may start after the padding's
+        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+            limit -= module.padding_idx + 1
+            break
+    if length > limit:
+        raise ValueError(
+            f"max_length: {length} tokens are asked for, but the {type(model).__name__} has {limit} positions"
+        )
+
+
+def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: str | None = None, pack: bool = False):
+    """Columns input_ids, attention_mask, (token_type_ids,) example_id, and labels where a row has one; and how many tokens
+    each text has before it is cut. pack: see packing.pack."""
+    labelled = corpus.label in rows.column_names
+
+    def encode(batch, numbers):
+        texts = batch[corpus.text]
+        if task == "cloze":
+            texts = [template.format(text=text, mask=tokenizer.mask_token) for text in texts]
+        columns = [texts, batch[corpus.pair]] if corpus.pair else [texts]
+        encoded = dict(tokenizer(*columns, truncation=not pack, max_length=None if pack else length, verbose=False))
+        if pack:
+            return {"input_ids": [packing.ended(ids, tokenizer.eos_token_id) for ids in encoded["input_ids"]]}
+        encoded["whole"] = [len(ids) for ids in encoded["input_ids"]]
+        full = [i for i, tokens in enumerate(encoded["whole"]) if tokens == length]  # perhaps these were cut
+        if full:
+            uncut = tokenizer(*([column[i] for i in full] for column in columns), truncation=False, verbose=False)
+            for i, ids in zip(full, uncut["input_ids"], strict=True):
+                encoded["whole"][i] = len(ids)
+        encoded["example_id"] = numbers
+        if task == "cloze":
+            encoded["blank"] = [_blank(ids, tokenizer.mask_token_id) for ids in encoded["input_ids"]]
+        if labelled:
+            labels = batch[corpus.label]
+            encoded["labels"] = [float(x) for x in labels] if task == "regression" else labels
+        return encoded
+
+    rows = rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names)
+    if pack:
+        return packing.pack(rows, length), [len(ids) for ids in rows["input_ids"]]
+    return rows.remove_columns("whole"), rows["whole"][:]
+
+
+def _blank(ids: list[int], mask_id: int) -> int:
+    if mask_id not in ids:
+        raise ValueError(
+            "template: its {mask} fell to truncation for a long text; put it before {text}, or raise --max-length"
+        )
+    return ids.index(mask_id)
+
+
+def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False):
+    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+
+    if pack:
+        return packing.Collator(tokenizer.pad_token_id)
+    if task == "masked_lm":
+        return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+    if task == "causal_lm":
+        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def summary(corpus: Corpus, tokens: dict, whole: dict[str, list[int]], length: int) -> list[str]:
+    """What a run is about to train on, in a few lines. tokens, whole: what `tokenise` returned, by split."""
+    sizes = [f"{len(whole[split]):,} {split}" for split in whole]
+    held = ", held out of the training set (--eval_strategy no keeps them in it)" if corpus.held_out else ""
+    lines = [f"rows: {' and '.join(sizes)}{held}"]
+    dropped = sum(corpus.dropped.values())
+    if dropped:
+        lines.append(f"dropped: {dropped:,} rows without text")
+    if corpus.names and "labels" in tokens["train"].column_names:
+        counts = Counter(tokens["train"]["labels"][:])
+        lines.append("classes: " + ", ".join(f"{name} {counts[i]:,}" for i, name in enumerate(corpus.names)))
+    if corpus.label is None and corpus.names is None and "validation" not in tokens:
+        lines.append("labels: none, so there is no evaluation")
+    every = np.concatenate(list(whole.values()))
+    median, most = np.percentile(every, [50, 95])
+    lines.append(f"tokens of a text: median {median:.0f}, 95 % have at most {most:.0f}, the longest {every.max():,}")
+    if "position_ids" in tokens["train"].column_names:
+        lines.append(f"packed: {len(tokens['train']):,} training rows of {length} tokens, nothing is cut")
+    elif (every > length).any():
+        lost = np.maximum(every - length, 0).sum()
+        lines.append(
+            f"cut: {(every > length).sum():,} of {len(every):,} texts to --max_length {length}; {lost:,} of {every.sum():,} "
+            f"tokens ({lost / every.sum():.1%}) are lost"
+        )
+    return lines
