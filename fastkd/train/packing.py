@@ -55,7 +55,7 @@ class Collator:
 
 def model_inputs(inputs: dict[str, Tensor]) -> dict:
     """What a model is given of a packed batch."""
-    return {name: x for name, x in inputs.items() if name != "attention_mask"}
+    return {name: x for name, x in inputs.items() if name != "attention_mask"} | {"use_cache": False}
 
 
 @torch.no_grad()
