@@ -36,7 +36,8 @@ def refusal(way: str, trainer) -> str | None:
         known = one and isinstance(method, (KD, ForwardKL, GLMD, DistilBERT, FCD))
         plain = not getattr(getattr(method, "loss", None), "top_n", None)
         if isinstance(method, FCD):
-            plain = method.pairs == [(-1, -1)] and "random" not in method.weights
+            last = {side: (getattr(method.setup, side).layers,) for side in method.read}
+            plain = method.read == last and "random" not in method.weights
         return None if known and plain else f"nobody has written a loop for {' + '.join(trainer.method.methods)} here"
     if way in LOOPS:
         if importlib.util.find_spec("trl") is None:

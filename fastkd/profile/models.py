@@ -83,7 +83,19 @@ def is_causal(config) -> bool:
     """Whether models of this configuration have causal attention, asked of one with a single layer."""
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = 1
-    return states.is_causal(AutoModel.from_config(config))
+    try:
+        with torch.device("meta"):  # mostly its modules say so
+            return states.is_causal(AutoModel.from_config(config))
+    except Exception:  # a forward is needed, or the options are wrong
+        return states.is_causal(built(AutoModel, config))
+
+
+def built(auto, config):
+    try:
+        return auto.from_config(config)
+    except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"from-config: no {config.model_type} can be built of these options: {reason}") from error
 
 
 def task_for(method: str, causal: bool) -> str:
@@ -121,11 +133,7 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
         return teacher, students.from_layers(teacher, layers)
     config = config_of(name)
     config.pad_token_id = getattr(config, "pad_token_id", None) or 0
-    try:
-        teacher = auto.from_config(config)
-    except Exception as error:  # whatever an option makes of the model's code: a KeyError, a division by zero
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"from-config: no model can be built of {name}: {reason}") from error
+    teacher = built(auto, config)
     return teacher, students.from_layers(teacher, layers)
 
 

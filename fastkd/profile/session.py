@@ -148,7 +148,7 @@ def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: in
         plan = replace(plan, ways=tuple(way for way in plan.ways if way not in left_out))
         if not plan.ways:
             raise ValueError("ways: " + "; ".join(f"{way}: {why}" for way, why in left_out.items()))
-        args.max_steps = len(plan.steps())
+        trainer.args.max_steps = len(plan.steps())
         trainer.remove_callback(PrinterCallback)
         trainer.timeline = Timeline(args.device)
         profiler = torch.profiler.profile() if trace is not None and plan.trace else None

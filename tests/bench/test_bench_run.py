@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastkd.bench import compare, machine, run
 
-from fastkd.cli import doctor
+from fastkd.cli import main as fastkd
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_argparse_answers_in_two_lines(argv, said, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_named(capsys):
-    assert run.main(["gram", "--device", "cuda"]) == 2 == doctor.main(["--device", "cuda"])
+    assert run.main(["gram", "--device", "cuda"]) == 2 == fastkd(["doctor", "--device", "cuda"])
     bench, other = capsys.readouterr().err.splitlines()
     assert bench.startswith("fastkd bench: device: 'cuda' cannot be used here") and "name cpu" in bench
     assert other.startswith("fastkd doctor: device: 'cuda' cannot be used here")
@@ -73,7 +73,7 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "", "cpu:x"], ids=repr)  # "gpu" as a name would be a marker
 def test_a_device_that_is_none_is_named_by_the_doctor(device, capsys):
-    assert doctor.main(["--device", device]) == 2
+    assert fastkd(["doctor", "--device", device]) == 2
     assert f"device: {device!r} cannot be used here" in capsys.readouterr().err
 
 
