@@ -98,7 +98,11 @@ MISTAKES = [
         {"without": "labels"},
         "negatives=label needs labels, and the training set",
     ),
-    ({}, {"without": "labels"}, "needs them, and the batch has none; give the data set a column 'labels', or choose"),
+    (
+        {},
+        {"without": "labels"},
+        "labels: kd reads them, and the training set has none; give it a column 'labels' (.*), or choose kd:alpha=1",
+    ),
     ({"method": "kd:weight=abc"}, {}, "kd:weight: expected a finite number, got 'abc'"),
     ({}, {"labels": 7}, r"labels: must lie in 0 to 1, or be -100, got 7; number the classes from 0"),
     ({"method": "fcd:share=0"}, {"labels": -3}, r"labels: must lie in 0 to 1, or be -100, got -3"),

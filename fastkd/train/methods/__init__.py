@@ -158,7 +158,8 @@ class Combined(nn.Module):
             option = method.reads_labels()
             if option is not None:
                 raise ValueError(
-                    f"labels: {name} reads them, and the training set has none; name their column (label_column), or choose "
+                    f"labels: {name} reads them, and the training set has none; give it a column 'labels' (fastkd distill: "
+                    "label_column), or choose "
                     f"{name}:{option}, which learns from the teacher alone"
                 )
 
