@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import fastkd
 from fastkd.cli import distill, main
+from fastkd.cli import models as loading
 from fastkd.train import arguments, data, student
 
 WORDS = [  # moods first: three good, three bad
@@ -165,7 +166,7 @@ WRONG = [
     ({"train_file": None, "validation_file": None}, "dataset: name one"),
     ({"train_file": None, "dataset": "glue/sst3"}, "GLUE has no task 'sst3'"),
     ({"max_length": 64}, "max_length: 64 tokens are asked for, but the BertForSequenceClassification has 32 positions"),
-    ({"method": "forward_kl"}, "forward_kl makes no sense for bert"),
+    ({"method": "forward_kl"}, "forward_kl makes no sense for a model with bidirectional attention"),
     ({"method": "minilmv2"}, "relation_heads=48 does not divide"),
     ({"pack": True}, "pack: is for the task causal_lm, got 'classification'"),
     ({"task": "summary"}, "task: expected one of classification"),
@@ -282,9 +283,9 @@ def test_classes_have_the_numbers_of_the_teachers_outputs_also_in_a_student_with
     for folder, names in (("teacher", {0: "Pos", 1: "Neg"}), ("student", {0: "LABEL_0", 1: "LABEL_1"})):
         save_pair(files / folder, "bert", "classification", id2label=names)
     own = {"student": files / "student", "student_layers": None}
-    model_args, data_args, *_ = arguments.parse(flags(files, **own))
-    corpus = data.load(data_args, "classification")
-    *_, made, _ = distill.load_models(model_args, "classification", corpus)
+    run = arguments.parse(flags(files, **own))
+    corpus = data.load(run.data, "classification")
+    *_, made, _ = loading.load(run, corpus)
     assert corpus.train["label"][:] == [0, 1] * 20 and corpus.names == ["Pos", "Neg"]
     assert made.config.id2label == {0: "Pos", 1: "Neg"} and made.config.label2id == {"Pos": 0, "Neg": 1}
 
