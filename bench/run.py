@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
     add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
-    add("--rivals", default="", help="only these baselines and peers, by comma: eager,compile,authors,…")
+    add("--others", default="", help="only these baselines and peers, by comma: eager,compile,authors,…")
     add(
         "--backends",
         default="",
@@ -79,8 +79,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         checks.one_of(
             "kind", asked.kind, [kind for stem in asked.stems or cases.STEMS for kind in cases.STEMS[stem].AXES]
         )
-    for name in filter(None, asked.rivals.split(",")):
-        checks.one_of("rivals", name, baselines.names())
+    for name in filter(None, asked.others.split(",")):
+        checks.one_of("others", name, baselines.names())
     least = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "tolerance": 0}
     for name, smallest in least.items():
         if getattr(asked, name) is not None and not smallest <= getattr(asked, name) < float("inf"):
@@ -207,8 +207,8 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tup
 def providers_of(case: Case, inputs: Inputs, asked: argparse.Namespace) -> list[Provider | Absent]:
     """Ours and all others; what is absent anyway keeps its own reason."""
     others = baselines.others(case, asked.device)
-    if asked.rivals:
-        kept = lambda p: isinstance(p, Absent) or p.name in asked.rivals.split(",")  # noqa: E731
+    if asked.others:
+        kept = lambda p: isinstance(p, Absent) or p.name in asked.others.split(",")  # noqa: E731
         others = [p if kept(p) else Absent(p.name, report.NOT_ASKED) for p in others]
     return [*baselines.ours(case, inputs, asked.backends.split(",")), *others]
 

@@ -125,7 +125,7 @@ def train(run) -> list[dict]:
     watch = Watch(trainer)
     trainer.add_callback(watch)
     show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
-    if teacher is not None and not run.model.allow_weak_teacher:
+    if teacher is not None and not (checkpoint or run.model.allow_weak_teacher):
         agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")

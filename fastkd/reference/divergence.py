@@ -24,8 +24,8 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
     if kind == "mse":
         return (s.masked_fill(missing, 0) - t.masked_fill(missing, 0)).square().sum(-1)
     (p, log_p), (q, log_q) = normalized(t, temperature), normalized(s, temperature)
-    apart = kind in OF_STUDENT and (kind, alpha) != ("skew_kl", 0)
-    if apart:
+    by_change = kind in OF_STUDENT and (kind, alpha) != ("skew_kl", 0)
+    if by_change:
         student_q, moved = q, (s - s.detach()) / temperature
         s, q, log_q = s.detach(), q.detach(), log_q.detach()  # their derivatives: OF_STUDENT
     d, near = log_ratio(difference(s, t) / temperature, p, log_p, q, log_q)
@@ -36,7 +36,7 @@ def rows_of(s, t, partial, mask, kind, temperature, beta, alpha):
         lacking = {"forward_kl": plain, "soft_ce": 1, "skew_kl": plain * (1 - alpha)}.get(kind, 0) * log_mass.expm1()
         p, d = p * log_mass.exp(), d - log_mass
         rows = compare(p, q, d, log_p + log_mass, kind, beta, alpha, ~near) + lacking[:, 0]
-    if apart:
+    if by_change:
         rows = rows + OF_STUDENT[kind](student_q, moved, q, p, d, alpha)
     return rows.masked_fill(blank, 0)
 

@@ -17,8 +17,7 @@ def check_model(side: str, model, task: str) -> None:
     kind, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{side}: {kind} is an encoder-decoder, and models of one stack of layers are distilled here; choose an encoder or "
-            "a decoder"
+            f"{side}: {kind} is an encoder-decoder, which fastkd does not distil; choose an encoder or a decoder"
         )
     if getattr(config, "output_attentions", False):
         raise ValueError(
@@ -88,8 +87,8 @@ def check_teacher(trainer) -> None:
     found = trainer.evaluate_other(trainer.teacher)["eval_balanced_accuracy"]
     if found <= 1 / len(classes):
         raise RuntimeError(
-            f"teacher: recognises {found:.1%} of a class of the validation set on average, and chance is "
-            f"{1 / len(classes):.1%}, so there is nothing to learn from it. Fine-tune it on this task first, and check "
+            f"teacher: its balanced accuracy on the validation set is {found:.1%}, and chance is {1 / len(classes):.1%}, so "
+            "there is nothing to learn from it. Fine-tune it on this task first, and check "
             "label_column and its id2label; pass --allow_weak_teacher to distil it all the same"
         )
 

@@ -204,7 +204,7 @@ def test_one_that_was_not_asked_for_is_named_as_such(fake_measure, monkeypatch):
     others = [provider("eager"), provider("other"), Absent("liger", "liger_kernel is not installed")]
     monkeypatch.setattr(run.baselines, "ours", lambda *_: [provider("fastkd")])
     monkeypatch.setattr(run.baselines, "others", lambda *_: others)
-    fewer = outcome_of(None, fake_measure, "--mode", "both", "--rivals", "eager")
+    fewer = outcome_of(None, fake_measure, "--mode", "both", "--others", "eager")
     assert [row["provider"] for row in fewer.rows] == ["fastkd", "eager"]
     assert fewer.absent == [Absent("other", "not asked for"), Absent("liger", "liger_kernel is not installed")]
 

@@ -22,7 +22,7 @@ def nothing_is_measured(monkeypatch):
         (["--shape", "bert-base", "grm"], "stem: expected one of"),
         (["gram", "--kind", "fcdd"], "kind: expected one of 'fcd', 'fcd_official'"),
         (["gram", "--kind", "jsd"], "got 'jsd'"),  # another stem's
-        (["--rivals", "eager,sklearn"], "rivals: expected one of 'eager', 'compile'"),
+        (["--others", "eager,sklearn"], "others: expected one of 'eager', 'compile'"),
         (["--case", "no-such"], "no case matches all of case='no-such'; leave one out"),
         (["--list", "gram", "--case", "no-such"], "no case matches all of stems=['gram'], case='no-such'"),
         (["--threads", "0"], "threads: expected at least 1, got 0"),

@@ -316,7 +316,7 @@ def test_a_teacher_that_says_the_same_of_every_text_stops_the_run(files, capsys)
     torch.nn.init.zeros_(teacher.classifier.weight)
     teacher.save_pretrained(files / "teacher")
     assert main(["distill", *flags(files, allow_weak_teacher=None)]) == 1
-    assert "teacher: recognises 50.0% of a class of the validation set on average" in capsys.readouterr().err
+    assert "teacher: its balanced accuracy on the validation set is 50.0%" in capsys.readouterr().err
     assert not any((files / "run").iterdir())  # and so the folder is still free
 
 

@@ -1,4 +1,4 @@
-"""What runs on a GPU only, with fakes in the place of one: what a rival's failed capture leaves behind, whose device is current."""
+"""What runs on a GPU only, with fakes in the place of one: what a peer's failed capture leaves behind, whose device is current."""
 
 import contextlib
 import csv

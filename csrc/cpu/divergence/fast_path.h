@@ -58,7 +58,7 @@ inline void exponentials(const float* s, const float* t, int64_t begin, int64_t 
     __builtin_prefetch(t + i + kFastChunk);
     const vfloat x = larger(splat(-200.f), (a - max_s) * per_two), y = larger(splat(-200.f), (b - max_t) * per_two);
     const vfloat e_s = power_of_two(x), e_t = power_of_two(y);
-    if constexpr (kEntropy) {  // both logarithms count: ones are added apart, so that they round nothing away
+    if constexpr (kEntropy) {  // both logarithms count: ones are summed separately, so that they round nothing away
       sums[0] += e_s == 1.f ? vfloat{} : e_s;
       sums[1] += e_t == 1.f ? vfloat{} : e_t;
       sums[3] += e_t * y;

@@ -74,7 +74,7 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
     const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
     const vint near = magnitude(c) < 1.f;
     const Exponential x = exponential(near ? c : row.student(a));
-    if constexpr (kEntropy) {  // log sum_t of a sure teacher: ones are counted apart, so that they round nothing away
+    if constexpr (kEntropy) {  // log sum_t of a sure teacher: ones are summed separately
       sums[0] += e == 1.f ? vfloat{} : e;
       sums[5] += e == 1.f ? e : vfloat{};
     } else {
