@@ -1,8 +1,9 @@
 """fastkd: distillation losses for transformers, with fused kernels behind plain PyTorch functions."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout, kernels/ and bench/ lie beside this package; installed, they lie in it (setup.py maps them there).
 _checkout = Path(__file__).resolve().parent.parent
@@ -37,6 +38,9 @@ from fastkd.losses.projection import Projection  # noqa: E402
 from fastkd.losses.tinybert import TinyBERTLoss  # noqa: E402
 from fastkd.vocab import VocabMap  # noqa: E402
 
+if TYPE_CHECKING:
+    from fastkd.train.trainer import DistillTrainer as DistillTrainer
+
 __all__ = [
     "BertEMDLoss",
     "CRDLoss",
@@ -67,3 +71,11 @@ __all__ = [
     "relation_kl_loss",
     "transport",
 ]
+
+
+def __getattr__(name: str):
+    if name == "DistillTrainer":  # transformers, which it needs, is an extra, and takes seconds to import
+        from fastkd.train.trainer import DistillTrainer
+
+        return DistillTrainer
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
