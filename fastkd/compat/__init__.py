@@ -1,0 +1,164 @@
+"""Other packages' losses under their own names, and `fastkd.patch`, which puts them in place of the originals.
+
+`fastkd.compat.<name>` has the functions and classes of that package with their signatures, defaults and results. What a
+kernel of fastkd does not cover is computed by the original.
+"""
+
+import importlib
+import importlib.metadata
+import inspect
+from typing import Any, NamedTuple
+
+
+class Patch(NamedTuple):
+    """What `fastkd.patch` replaces in a package.
+
+    `package` is the distribution's name, `versions` those that the replacements were tested against. A target is (module,
+    attribute, replacement): "package.module", "name" or "Class.name", "fastkd.compat.module:name".
+    """
+
+    package: str
+    versions: tuple[str, ...]
+    targets: tuple[tuple[str, str, str], ...]
+
+
+PATCHES: dict[str, Patch] = {
+    "trl": Patch(
+        package="trl",
+        versions=("1.16.0",),
+        targets=(
+            (
+                "trl.trainer.distillation_trainer",
+                "_chunked_divergence_loss",
+                "fastkd.compat.trl:chunked_divergence_loss",
+            ),
+            (
+                "trl.experimental.gkd.gkd_trainer",
+                "GKDTrainer.generalized_jsd_loss",
+                "fastkd.compat.trl:generalized_jsd_loss",
+            ),
+            (
+                "trl.experimental.gold.gold_trainer",
+                "GOLDTrainer.generalized_jsd_loss",
+                "fastkd.compat.trl:generalized_jsd_loss",
+            ),
+            (
+                "trl.experimental.iw_opd.iw_opd_trainer",
+                "IWOPDTrainer.generalized_jsd_loss",
+                "fastkd.compat.trl:iw_opd_jsd_loss",
+            ),
+        ),
+    ),
+}
+
+_originals: dict[tuple[str, str], Any] = {}  # what was replaced, as it lay in the module or class
+
+
+def original(module: str, attribute: str) -> Any:
+    """A package's own function or class, also while `fastkd.patch` has replaced it.
+
+    Args:
+        module: As in `Patch.targets`, for example "trl.experimental.gkd.gkd_trainer".
+        attribute: "name" or "Class.name".
+    """
+    if (module, attribute) in _originals:
+        found = _originals[module, attribute]
+        return found.__func__ if isinstance(found, staticmethod) else found
+    found = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class patch:
+    """Replaces a package's losses by fastkd's, until `undo()` or the end of a `with` block.
+
+    Only names that are looked up after the patch are affected: `from package import Loss` before it keeps the original. A
+    module of the package that cannot be imported is skipped; printing the patch says what was replaced, what was skipped
+    and why.
+
+    Args:
+        name: One of `fastkd.compat.PATCHES`, for example "trl".
+
+    Raises:
+        ValueError: fastkd has no patch of this name.
+        RuntimeError: The package is missing or of a version that was not tested, or it is patched already.
+
+    Example:
+        >>> sorted(fastkd.compat.PATCHES)  # doctest: +ELLIPSIS
+        [...'trl'...]
+        >>> with fastkd.patch("trl") as patched:  # doctest: +SKIP
+        ...     print(patched)
+        ...     trainer.train()
+    """
+
+    def __init__(self, name: str):
+        if name not in PATCHES:
+            raise ValueError(f"name: expected one of {sorted(PATCHES)}, got {name!r}")
+        self.name, self.version = name, _tested_version(name)
+        self.replaced: list[str] = []
+        self.skipped: list[str] = []
+        self._undo: list[tuple[Any, str, Any, Any, tuple[str, str]]] = []
+        for module, attribute, replacement in PATCHES[name].targets:
+            if (module, attribute) in _originals:
+                raise RuntimeError(f"fastkd.patch({name!r}): {module}.{attribute} is replaced already; undo that first")
+            try:
+                owner = importlib.import_module(module)
+            except ImportError as error:
+                self.skipped.append(f"{module}.{attribute}: {error}")
+                continue
+            *classes, last = attribute.split(".")
+            for each in classes:
+                owner = getattr(owner, each)
+            found = inspect.getattr_static(owner, last)
+            ours = _load(replacement)
+            if isinstance(found, staticmethod):
+                ours = staticmethod(ours)
+            self._undo.append((owner, last, found, ours, (module, attribute)))
+            self.replaced.append(f"{module}.{attribute} → {replacement.replace(':', '.')}")
+        for owner, last, found, ours, key in self._undo:
+            _originals[key] = found
+            setattr(owner, last, ours)
+
+    def undo(self) -> None:
+        """Puts the originals back; a second call does nothing."""
+        for owner, last, _, ours, key in self._undo:
+            if inspect.getattr_static(owner, last) is not ours:
+                raise RuntimeError(
+                    f"fastkd.patch({self.name!r}): {'.'.join(key)} was replaced again since; undo that first"
+                )
+        while self._undo:
+            owner, last, found, _, key = self._undo.pop()
+            setattr(owner, last, found)
+            del _originals[key]
+
+    def __enter__(self) -> "patch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        lines = [f"fastkd.patch({self.name!r}), {PATCHES[self.name].package} {self.version}"]
+        lines += [f"  {line}" for line in self.replaced]
+        lines += [f"  skipped {line}" for line in self.skipped]
+        return "\n".join(lines)
+
+
+def _tested_version(name: str) -> str:
+    package, versions = PATCHES[name].package, PATCHES[name].versions
+    known = " or ".join(f"{package}=={version}" for version in versions)
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError(f"fastkd.patch({name!r}): {package} is not installed; install {known}") from None
+    if found not in versions:
+        raise RuntimeError(
+            f"fastkd.patch({name!r}): {package} {found} was not tested, and its losses may differ; install {known}"
+        )
+    return found
+
+
+def _load(replacement: str) -> Any:
+    module, name = replacement.split(":")
+    return getattr(importlib.import_module(module), name)
