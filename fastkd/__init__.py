@@ -9,7 +9,8 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from fastkd.emd_numpy import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.compat import patch  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.emd_numpy import emd, emd_with_flow  # noqa: E402
 from fastkd.functional import (  # noqa: E402
     TopK,
     TransportPlan,
@@ -64,6 +65,7 @@ __all__ = [
     "layer_costs",
     "linear_divergence",
     "nce_loss",
+    "patch",
     "relation_kl_loss",
     "transport",
 ]

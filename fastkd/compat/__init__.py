@@ -22,34 +22,28 @@ class Patch(NamedTuple):
     targets: tuple[tuple[str, str, str], ...]
 
 
+# fmt: off
 PATCHES: dict[str, Patch] = {
-    "trl": Patch(
-        package="trl",
-        versions=("1.16.0",),
-        targets=(
-            (
-                "trl.trainer.distillation_trainer",
-                "_chunked_divergence_loss",
-                "fastkd.compat.trl:chunked_divergence_loss",
-            ),
-            (
-                "trl.experimental.gkd.gkd_trainer",
-                "GKDTrainer.generalized_jsd_loss",
-                "fastkd.compat.trl:generalized_jsd_loss",
-            ),
-            (
-                "trl.experimental.gold.gold_trainer",
-                "GOLDTrainer.generalized_jsd_loss",
-                "fastkd.compat.trl:generalized_jsd_loss",
-            ),
-            (
-                "trl.experimental.iw_opd.iw_opd_trainer",
-                "IWOPDTrainer.generalized_jsd_loss",
-                "fastkd.compat.trl:iw_opd_jsd_loss",
-            ),
-        ),
-    ),
+    "trl": Patch("trl", ("1.16.0",), (
+        ("trl.trainer.distillation_trainer", "_chunked_divergence_loss", "fastkd.compat.trl:chunked_divergence_loss"),
+        ("trl.experimental.gkd.gkd_trainer", "GKDTrainer.generalized_jsd_loss", "fastkd.compat.trl:generalized_jsd_loss"),
+        ("trl.experimental.gold.gold_trainer", "GOLDTrainer.generalized_jsd_loss", "fastkd.compat.trl:gold_jsd_loss"),
+        ("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer.generalized_jsd_loss", "fastkd.compat.trl:iw_opd_jsd_loss"),
+    )),
+    "liger": Patch("liger-kernel", ("0.8.5",), tuple(
+        (f"liger_kernel.{module}", name, f"fastkd.compat.liger:{name}")
+        for package, module, name in (
+            ("transformers", "kl_div", "LigerKLDIVLoss"),
+            ("transformers", "jsd", "LigerJSD"),
+            ("transformers", "tvd", "LigerTVDLoss"),
+            ("transformers", "fused_linear_jsd", "LigerFusedLinearJSD"),
+            ("transformers", "fused_linear_kl_div", "LigerFusedLinearKLDivLoss"),
+            ("chunked_loss", "jsd_loss", "LigerFusedLinearJSDLoss"),
+        )
+        for module in (package, f"{package}.{module}")  # where it is defined, and where it is exported
+    )),
 }
+# fmt: on
 
 _originals: dict[tuple[str, str], Any] = {}  # what was replaced, as it lay in the module or class
 
