@@ -26,6 +26,7 @@ from fastkd.functional import (  # noqa: E402
 )
 from fastkd.losses.bank import MemoryBank, NegativeQueue  # noqa: E402
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
+from fastkd.losses.cka import CKALoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
@@ -40,6 +41,7 @@ from fastkd.vocab import VocabMap  # noqa: E402
 
 __all__ = [
     "BertEMDLoss",
+    "CKALoss",
     "CRDLoss",
     "CoDIRLoss",
     "DistilBERTLoss",

@@ -14,7 +14,7 @@ class Patch(NamedTuple):
     """What `fastkd.patch` replaces in a package.
 
     `package` is the distribution's name, `versions` those that the replacements were tested against. A target is (module,
-    attribute, replacement): "package.module", "name" or "Class.name", "fastkd.compat.module:name".
+    attribute, replacement): "package.module", "name", "Class.name" or "REGISTRY.key", "fastkd.compat.module:name".
     """
 
     package: str
@@ -42,9 +42,42 @@ PATCHES: dict[str, Patch] = {
         )
         for module in (package, f"{package}.{module}")  # where it is defined, and where it is exported
     )),
+    "torchdistill": Patch("torchdistill", ("1.1.5",), tuple(
+        ("torchdistill.losses.registry", f"MIDDLE_LEVEL_LOSS_DICT.{name}", f"fastkd.compat.torchdistill:{name}")
+        for name in ("KDLoss", "LogitStdKDLoss", "SKDInstanceLoss", "CRDLoss")
+    )),
+    "textbrewer": Patch("textbrewer", ("0.2.1.post1",), tuple(
+        ("textbrewer.presets", entry, f"fastkd.compat.textbrewer:{name}")
+        for entry, name in (
+            ("KD_LOSS_MAP.ce", "kd_ce_loss"),
+            ("KD_LOSS_MAP.mse", "kd_mse_loss"),
+            ("MATCH_LOSS_MAP.hidden_mse", "hid_mse_loss"),
+            ("MATCH_LOSS_MAP.attention_mse", "att_mse_loss"),
+            ("MATCH_LOSS_MAP.attention_mse_sum", "att_mse_sum_loss"),
+        )
+    )),
+    "sentence_transformers": Patch("sentence-transformers", ("6.2.0",), tuple(
+        (f"sentence_transformers.sentence_transformer.losses.{module}", f"{name}.compute_loss_from_embeddings",
+         f"fastkd.compat.sentence_transformers:{ours}")
+        for module, name, ours in (
+            ("multiple_negatives_ranking", "MultipleNegativesRankingLoss", "multiple_negatives_ranking"),
+            ("distill_kl_div", "DistillKLDivLoss", "distill_kl_div"),
+        )
+    )),
+    "pot": Patch("POT", ("0.9.7.post1",), tuple(
+        (module, name, f"fastkd.compat.pot:{name}") for module in ("ot", "ot.lp") for name in ("emd", "emd2")
+    )),
+    "verl": Patch("verl", ("0.9.1",), (
+        ("verl.trainer.distillation.fsdp.losses", "compute_forward_kl_topk", "fastkd.compat.verl:compute_forward_kl_topk"),
+        *(
+            ("verl.trainer.distillation.losses", f"DISTILLATION_{kind}_REGISTRY.forward_kl_topk_tail", f"fastkd.compat.verl:{name}")
+            for kind, name in (("LOSS", "forward_kl_topk_tail"), ("SETTINGS", "TAIL_SETTINGS"))
+        ),
+    )),
 }
 # fmt: on
 
+_NOTHING = object()  # where a registry has no entry of that name
 _originals: dict[tuple[str, str], Any] = {}  # what was replaced, as it lay in the module or class
 
 
@@ -53,14 +86,14 @@ def original(module: str, attribute: str) -> Any:
 
     Args:
         module: As in `Patch.targets`, for example "trl.experimental.gkd.gkd_trainer".
-        attribute: "name" or "Class.name".
+        attribute: "name", "Class.name" or "REGISTRY.key".
     """
     if (module, attribute) in _originals:
         found = _originals[module, attribute]
         return found.__func__ if isinstance(found, staticmethod) else found
     found = importlib.import_module(module)
     for part in attribute.split("."):
-        found = getattr(found, part)
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
     return found
 
 
@@ -104,7 +137,7 @@ class patch:
             *classes, last = attribute.split(".")
             for each in classes:
                 owner = getattr(owner, each)
-            found = inspect.getattr_static(owner, last)
+            found = _look_up(owner, last)
             ours = _load(replacement)
             if isinstance(found, staticmethod):
                 ours = staticmethod(ours)
@@ -112,18 +145,18 @@ class patch:
             self.replaced.append(f"{module}.{attribute} → {replacement.replace(':', '.')}")
         for owner, last, found, ours, key in self._undo:
             _originals[key] = found
-            setattr(owner, last, ours)
+            _put(owner, last, ours)
 
     def undo(self) -> None:
         """Puts the originals back; a second call does nothing."""
         for owner, last, _, ours, key in self._undo:
-            if inspect.getattr_static(owner, last) is not ours:
+            if _look_up(owner, last) is not ours:
                 raise RuntimeError(
                     f"fastkd.patch({self.name!r}): {'.'.join(key)} was replaced again since; undo that first"
                 )
         while self._undo:
             owner, last, found, _, key = self._undo.pop()
-            setattr(owner, last, found)
+            _put(owner, last, found)
             del _originals[key]
 
     def __enter__(self) -> "patch":
@@ -151,6 +184,20 @@ def _tested_version(name: str) -> str:
             f"fastkd.patch({name!r}): {package} {found} was not tested, and its losses may differ; install {known}"
         )
     return found
+
+
+def _look_up(owner: Any, name: str) -> Any:
+    """What lies in a module or class, or in a registry, a dict."""
+    return owner.get(name, _NOTHING) if isinstance(owner, dict) else inspect.getattr_static(owner, name)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    if not isinstance(owner, dict):
+        setattr(owner, name, value)
+    elif value is _NOTHING:
+        del owner[name]
+    else:
+        owner[name] = value
 
 
 def _load(replacement: str) -> Any:

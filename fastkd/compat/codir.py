@@ -15,7 +15,7 @@ class CRDLoss(FastCRDLoss):
     Args:
         opt: An object with the attributes s_dim, t_dim, feat_dim, n_data, nce_k, nce_t and nce_m.
         negatives: Where `contrast_idx` is None: "all" draws from the whole data set, the positive included, as released;
-            "others" leaves the positive out.
+            "others" leaves the positive out. After `set_labels` both draw from other classes.
 
     Example:
         >>> from types import SimpleNamespace
@@ -39,7 +39,7 @@ class CRDLoss(FastCRDLoss):
             idx: [B], the ids of the examples.
             contrast_idx: [B, K + 1], idx in column 0 and the ids of K negatives. None: they are drawn.
         """
-        if contrast_idx is None and self.draws_the_positive:
+        if contrast_idx is None and self.draws_the_positive and self.labels is None:
             contrast_idx = torch.randint(self.n_data, (len(idx), self.nce_k + 1), device=idx.device)
             contrast_idx[:, 0] = idx
         return super().forward(f_s, f_t, idx, contrast_idx).reshape(1)

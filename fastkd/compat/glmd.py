@@ -29,14 +29,17 @@ class CustomLoss:
 
     @classmethod
     def kl_div(cls, input: Tensor, target: Tensor, parallel: str = "", **kwargs) -> Tensor:
+        """KL(softmax(target) ‖ softmax(input)), summed over V."""
         return _mean_of_rows("forward_kl", input, target, **kwargs)
 
     @classmethod
     def cross_entropy(cls, input: Tensor, target: Tensor, parallel: str = "", **kwargs) -> Tensor:
+        """-Σ softmax(target) log_softmax(input)."""
         return _mean_of_rows("soft_ce", input, target, **kwargs)
 
     @classmethod
     def mse_loss(cls, input: Tensor, target: Tensor, **kwargs) -> Tensor:
+        """The mean squared difference, over V as well."""
         return _mean_of_rows("mse", input, target, **kwargs) / input.shape[-1]
 
 

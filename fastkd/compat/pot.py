@@ -46,7 +46,7 @@ def emd(
     if problem.batched or not problem.solve(center_dual):
         return pot_emd(a, b, M, numItermax, log, center_dual, numThreads, check_marginals, potentials_init)
     plan = problem.like(problem.flow[0])
-    return (plan, problem.log(0, float(problem.value[0]))) if log else plan
+    return (plan, problem.log(0, float(problem.value[0].detach()))) if log else plan
 
 
 def emd2(

@@ -75,14 +75,16 @@ def distill_kl_div(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
     if len(embeddings) < 3 or labels.shape != (len(embeddings[0]), len(embeddings) - 1):
         return original(self, embeddings, labels)  # which says what is wrong
     scores = torch.stack([self.similarity_fct(embeddings[0], other) for other in embeddings[1:]], dim=1)  # [B, n]
-    targets = labels.detach() / self.teacher_temperature
-    if not soft_labels.takes(scores, targets):
+    labels = labels.detach()
+    if not soft_labels.takes(scores, labels):
         return original(self, embeddings, labels)
     if not self._checked_teacher_scale:
         self._checked_teacher_scale = True
-        check_teacher_targets(targets.softmax(dim=1), labels, self.teacher_temperature, type(self).__name__)
-    loss = soft_labels.kl_div(scores / self.student_temperature, targets, 1.0, "batchmean")
-    return loss * self.student_temperature**2
+        targets = (labels / self.teacher_temperature).softmax(dim=1)
+        check_teacher_targets(targets, labels, self.teacher_temperature, type(self).__name__)
+    temperatures = {"temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}
+    loss = functional.divergence(scores, labels, reduction="batchmean", **temperatures)
+    return soft_labels.like_softmax(loss, scores, labels)
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):

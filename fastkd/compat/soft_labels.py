@@ -32,10 +32,8 @@ def kl_div(student_logits: Tensor, teacher_logits: Tensor, temperature: float, r
         reduction: "batchmean", "mean" or "sum".
     """
     student, teacher = (x.movedim(1, -1) for x in (student_logits, teacher_logits))  # [B, ..., C]
-    how = "sum" if reduction == "sum" else "mean"
-    loss = functional.divergence(student, teacher, temperature=float(temperature), t_squared=False, reduction=how)
-    if reduction == "batchmean" and student.dim() > 2:
-        loss = loss * student.shape[1:-1].numel()
-    elif reduction == "mean":
+    options = {"temperature": float(temperature), "t_squared": False}
+    loss = functional.divergence(student, teacher, reduction=reduction, **options)
+    if reduction == "mean":  # over the elements, not the rows
         loss = loss / student.shape[-1]
     return like_softmax(loss, student_logits, teacher_logits)
