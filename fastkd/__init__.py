@@ -30,6 +30,7 @@ from fastkd.losses.cka import CKALoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
+from fastkd.losses.dkd import DecoupledKDLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
 from fastkd.losses.kd import HintonKDLoss  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "CKALoss",
     "CRDLoss",
     "CoDIRLoss",
+    "DecoupledKDLoss",
     "DistilBERTLoss",
     "FCDLoss",
     "GLMDLoss",
