@@ -116,13 +116,15 @@ latest:
 	rm -f .venv-latest/installed
 	$(MAKE) test $(LATEST)
 
+# torchdistill's losses import torch alone; what it requires beside that (torchvision) is not wanted, so it is added here.
 lock:
 	rm -f .venv-latest/installed
 	$(MAKE) .venv-latest/installed $(LATEST)
 	{ echo "# Every package that make test, demo and bench install, written by make lock from the ranges in pyproject.toml."; \
 	  echo "# Installed without looking at dependencies: the CUDA build of torch asks for a triton of its own, and this one is tested."; \
 	  .venv-latest/bin/python -m pip freeze --all --exclude-editable --exclude pip \
-	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; } > requirements.lock
+	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; \
+	  echo "torchdistill==1.1.5"; } > requirements.lock
 
 clean:
 	rm -rf build dist *.egg-info fastkd/*.so fastkd/*.not_built .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,8 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from fastkd.emd_numpy import emd, emd_with_flow  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.compat import patch  # noqa: E402 - fastkd.kernels must be found first
+from fastkd.emd_numpy import emd, emd_with_flow  # noqa: E402
 from fastkd.functional import (  # noqa: E402
     TopK,
     TransportPlan,
@@ -26,9 +27,11 @@ from fastkd.functional import (  # noqa: E402
 )
 from fastkd.losses.bank import MemoryBank, NegativeQueue  # noqa: E402
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
+from fastkd.losses.cka import CKALoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
+from fastkd.losses.dkd import DecoupledKDLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
 from fastkd.losses.kd import HintonKDLoss  # noqa: E402
@@ -43,8 +46,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BertEMDLoss",
+    "CKALoss",
     "CRDLoss",
     "CoDIRLoss",
+    "DecoupledKDLoss",
     "DistilBERTLoss",
     "FCDLoss",
     "GLMDLoss",
@@ -68,6 +73,7 @@ __all__ = [
     "layer_costs",
     "linear_divergence",
     "nce_loss",
+    "patch",
     "relation_kl_loss",
     "transport",
 ]

@@ -45,7 +45,7 @@ def emd(a, b, M, log=False):
     Args:
         a: [N], masses. None or empty: uniform.
         b: [M], masses of the same total. None or empty: uniform.
-        M: [N, M], costs; at most 64 x 64.
+        M: [N, M], costs.
         log: Also return a dict with `cost` and the duals `u` and `v` (u_i + v_j <= M_ij, with equality where mass flows).
 
     Returns:
@@ -69,7 +69,7 @@ def emd_with_flow(first_histogram, second_histogram, distance_matrix):
     Args:
         first_histogram: [N], masses.
         second_histogram: [N], masses of the same total.
-        distance_matrix: [N, N], costs; at most 64 x 64.
+        distance_matrix: [N, N], costs.
 
     Returns:
         (distance, flow as nested lists).
