@@ -47,7 +47,12 @@ data = load_dataset("csv", data_files=options.train, split="train").rename_colum
 data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=128), remove_columns="text")
 arguments = TrainingArguments(options.output, num_train_epochs=options.epochs, logging_steps=1, report_to="none")
 trainer = fastkd.DistillTrainer(
-    from_layers(teacher, "every:2"), teacher, options.method, args=arguments, train_dataset=data, processing_class=tokenizer
+    from_layers(teacher, "every:2"),
+    teacher,
+    options.method,
+    args=arguments,
+    train_dataset=data,
+    processing_class=tokenizer,
 )
 trainer.train()
 trainer.save_model(f"{options.output}/student")

@@ -36,7 +36,9 @@ counts = count_parts(count_corpus(texts, tokenizer), tokenizer)  # of tokens, an
 letters = [i for token, i in tokenizer.get_vocab().items() if len(token.removeprefix("##")) == 1]
 vocab = fastkd.VocabMap.from_counts(counts, options.size, always_keep={*letters, *tokenizer.all_special_ids})
 student, small_tokenizer = vocab.shrink(teacher), vocab.shrink_tokenizer(tokenizer)
-print(f"{len(vocab)} of {vocab.original_size} tokens; {student.num_parameters() / teacher.num_parameters():.0%} parameters")
+print(
+    f"{len(vocab)} of {vocab.original_size} tokens; {student.num_parameters() / teacher.num_parameters():.0%} parameters"
+)
 
 data = Dataset.from_dict({"text": texts})
 data = data.map(lambda row: small_tokenizer(row["text"], truncation=True, max_length=128), remove_columns="text")

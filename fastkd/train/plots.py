@@ -64,7 +64,9 @@ def tradeoff(rows: list[dict], metric: str, path: Path) -> Path:
             most = max(row[key] for row in rows) / unit
             axis.set(xlabel=label, xlim=(0, most * 1.2), ylim=(bottom - 0.3 * room, top + 0.3 * room))
         # Names beside the points would lie on one another: two students of one size differ by a point of accuracy.
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(rows))
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(rows)
+        )
         axes[0].set_title(f"{metric} against size")
         axes[1].set_title(f"{metric} against latency")
         if metric == "accuracy":

@@ -157,7 +157,9 @@ def write(
     return Path(folder) / "index.html"
 
 
-def draw(folder: Path, rows: list[dict], histories: dict, maps: list[dict], where: str) -> list[tuple[str, Path, str, str]]:
+def draw(
+    folder: Path, rows: list[dict], histories: dict, maps: list[dict], where: str
+) -> list[tuple[str, Path, str, str]]:
     """(heading, picture, what it shows in words, note) of everything that there is something to draw of."""
     metric = metric_of(rows)
     last = list(histories.values())[-1]
@@ -176,14 +178,20 @@ def draw(folder: Path, rows: list[dict], histories: dict, maps: list[dict], wher
         pictures.append(("While training", progress, shows, ""))
     note = "Light: as logged. Orange: smoothed. The factor after each name is its weight in the loss."
     names = sorted({key for entry in last for key in entry if key.startswith("term/")})
-    shows = "From the first step that was logged to the last: " + ", ".join(f"{x[5:]} {_ends(last, x)}" for x in names) + "."
+    shows = (
+        "From the first step that was logged to the last: "
+        + ", ".join(f"{x[5:]} {_ends(last, x)}" for x in names)
+        + "."
+    )
     pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), shows, note))
     note = (
         "Each cell is the share of mass that a student layer receives from a teacher layer in the optimal transport of "
         "each step, averaged over the steps since the log before; a row's sum is its layer's weight, drawn on the right."
     )
     transport = plots.transport(maps, folder / "transport.png")
-    shows = "Student layers against teacher layers at the start, in the middle and at the end; report.json has the numbers."
+    shows = (
+        "Student layers against teacher layers at the start, in the middle and at the end; report.json has the numbers."
+    )
     pictures.append(("Which teacher layer teaches which student layer", transport, shows, note))
     return [picture for picture in pictures if picture[1] is not None]
 

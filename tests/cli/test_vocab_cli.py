@@ -110,7 +110,9 @@ def test_tables_are_read_by_column(tmp_path):
     texts, read = [*TEXTS[:2], 'she said "zebra, vex"'], [0]
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"review": text}) for text in texts))
-    (tmp_path / "c.tsv").write_text("id\treview\n" + "\n".join(f"{i}\t{text}" for i, text in enumerate(texts)) + "\n9\t\n")
+    (tmp_path / "c.tsv").write_text(
+        "id\treview\n" + "\n".join(f"{i}\t{text}" for i, text in enumerate(texts)) + "\n9\t\n"
+    )
     with open(tmp_path / "d.csv", "w", newline="") as file:
         csv.writer(file).writerows([["review"], *([text] for text in texts)])
     files = sorted(str(path) for path in tmp_path.iterdir())
@@ -121,10 +123,20 @@ def test_tables_are_read_by_column(tmp_path):
 
 
 def test_a_size_too_small_for_what_is_always_kept(teacher, tmp_path, capsys):
-    arguments = [*corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "out"), "--multiple-of", "1"]
+    arguments = [
+        *corpus(tmp_path),
+        "--tokenizer",
+        str(teacher),
+        "--output",
+        str(tmp_path / "out"),
+        "--multiple-of",
+        "1",
+    ]
     assert main(["vocab", *arguments, "--size", "0.01"]) == 2
     said = capsys.readouterr().err
-    found = re.search(r"--size: 0.01 keeps (\d+) of (\d+) tokens, .* alone are (\d+); choose --size (\S+) or more", said)
+    found = re.search(
+        r"--size: 0.01 keeps (\d+) of (\d+) tokens, .* alone are (\d+); choose --size (\S+) or more", said
+    )
     asked, total, least, enough = map(float, found.groups())
     assert asked == int(0.01 * total) < least and "always_keep" not in said
     assert main(["vocab", *arguments, "--size", str(enough)]) == 0
