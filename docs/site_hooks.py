@@ -4,6 +4,7 @@ and the scripts and pictures that pages refer to. Links out of docs/ lead to the
 import re
 from pathlib import Path
 
+import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,3 +33,11 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({place}{anchor})" if files.get_file_from_path(place) else text
 
     return LINK.sub(lead, markdown)
+
+
+class Examples(griffe.Extension):
+    """Docstrings say "Example:" where there is one; the reader of docstrings knows the section as "Examples:"."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring is not None:
+            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
