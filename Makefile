@@ -2,13 +2,16 @@
 # make demo    a complete distillation on real text
 # make bench   every hot path beside its baselines, on this machine; make bench STEMS="divergence transport" some of them
 # make profile whole training steps beside a careful loop and TRL; make profile STEPS='"gpt2 --method jsd"' some of them
-# make performance  docs/performance.md and its pictures from the CSV under bench/results
+# make performance  docs/performance.md and its pictures from the CSV under bench/results, and the table of docs/numerics.md
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
 # make fuzz    20,000 random cases of the ops against the oracles; about ten minutes, not yet silent (docs/numerics.md)
 # make ci      make test, then whatever is marked long
 # make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
 # make lock    requirements.lock: the versions of make latest's environment, made anew
+# make docs    the pages of docs/ as a site in build/site
+# make wheel   dist/: an sdist, and one wheel for this platform and every Python, for machines without a compiler
+# make try-wheel  that wheel in fresh environments without a compiler; make try-wheel PYTHONS="python3.10 python3.13"
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of their own
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,7 +25,7 @@ ASAN_TESTS ?= $(addprefix tests/ops/,test_kernels.py test_gemm.py test_raw_op_ar
     linear_divergence relation transport)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cu csrc/cpu/*/*.h csrc/cpu/*/*.cpp)
 
-.PHONY: test ci asan fuzz mutants demo bench profile performance gpu latest lock lint build format clean
+.PHONY: test ci asan fuzz mutants demo bench profile performance docs wheel try-wheel gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -59,6 +62,28 @@ profile: build
 
 performance:
 	$(BIN)/python -m fastkd.bench.evidence.performance
+	$(BIN)/python -m fastkd.bench.evidence.numerics
+
+docs: $(VENV)/installed
+	$(BIN)/python -m mkdocs -q build
+
+# The operations know no Python; _C does, and other Pythons than its own do without it. torch's libraries are the user's torch's.
+# The tag says from which glibc on the wheel works: that of this machine, so build where it is old.
+WHEEL = build/wheel
+TORCH_LIBRARIES = libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
+wheel: build
+	rm -rf dist $(WHEEL) build/lib*
+	$(BIN)/python setup.py -q sdist
+	FASTKD_BUILD=$${FASTKD_BUILD:-cpu} $(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel -q repair $(TORCH_LIBRARIES:%=--exclude %) -w $(WHEEL)/repaired $(WHEEL)/*.whl
+	$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none $(WHEEL)/repaired/*.whl
+	mv $(WHEEL)/repaired/*.whl dist/
+
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+try-wheel:
+	for python in $(PYTHONS); do \
+	    rm -rf build/try && $$python -m venv build/try && build/try/bin/pip -q install $(TORCH) numpy dist/*.whl && \
+	    env -i PATH="$(CURDIR)/build/try/bin" build/try/bin/python -I tests/packaging/try_wheel.py || exit; done
 
 # The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
 # Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.
@@ -91,13 +116,15 @@ latest:
 	rm -f .venv-latest/installed
 	$(MAKE) test $(LATEST)
 
+# torchdistill's losses import torch alone; what it requires beside that (torchvision) is not wanted, so it is added here.
 lock:
 	rm -f .venv-latest/installed
 	$(MAKE) .venv-latest/installed $(LATEST)
 	{ echo "# Every package that make test, demo and bench install, written by make lock from the ranges in pyproject.toml."; \
 	  echo "# Installed without looking at dependencies: the CUDA build of torch asks for a triton of its own, and this one is tested."; \
 	  .venv-latest/bin/python -m pip freeze --all --exclude-editable --exclude pip \
-	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; } > requirements.lock
+	    | sed 's/+cpu$$//; /^#/d; s/^triton==.*/&; platform_system == "Linux"/'; \
+	  echo "torchdistill==1.1.5"; } > requirements.lock
 
 clean:
 	rm -rf build dist *.egg-info fastkd/*.so fastkd/*.not_built .pytest_cache .ruff_cache .hypothesis

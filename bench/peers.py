@@ -3,6 +3,8 @@
 `make(case)` gives a function of (tensors, options), or the sentence that says why it does not do the same job here.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from fastkd.bench import baselines
@@ -51,8 +53,49 @@ def liger_linear(case: Case):
     return run
 
 
+TRL_BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+
+
+def trl_logits(case: Case, ours: bool = False):
+    """GKDTrainer's loss, or fastkd's in its place."""
+    if case.kind not in TRL_BETAS:
+        return f"TRL has no {case.kind}"
+    if ours:
+        from fastkd.compat.trl import generalized_jsd_loss as loss
+    else:
+        from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+        loss = GKDTrainer.generalized_jsd_loss
+
+    def run(x, options):
+        temperature, labels = options["temperature"], torch.zeros(x["student"].shape[:-1], dtype=torch.long)
+        sides = x["student"], x["teacher"], labels.to(x["student"].device)
+        return loss(*sides, beta=TRL_BETAS[case.kind], temperature=temperature) * temperature**2
+
+    return run
+
+
+def trl_chunked(case: Case, ours: bool = False):
+    """DistillationTrainer's loss, with the entropy that it logs; or fastkd's in its place, with the entropy too."""
+    kind = case.options["kind"]
+    if kind not in TRL_BETAS:
+        return f"TRL has no chunked {kind}"
+    if ours:
+        from fastkd.compat.trl import chunked_divergence_loss as loss
+    else:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss as loss
+
+    def run(x, options):
+        hidden, heads = (x["student_hidden"], x["teacher_hidden"]), (x["student_head"], x["teacher_head"])
+        mask = torch.ones(len(hidden[0]), dtype=torch.long, device=hidden[0].device)
+        temperature = options["temperature"]
+        return loss(*hidden, *heads, mask, TRL_BETAS[kind], temperature=temperature)[0] * temperature**2
+
+    return run
+
+
 def checkpointed_chunks(case: Case):
-    """TRL's shape: 256 tokens at a time in fp32, under activation checkpointing."""
+    """TRL's shape before 1.16: 256 tokens at a time in fp32, under activation checkpointing."""
 
     def chunk(student, head, teacher, teacher_head, kind, temperature):
         logits = F.linear(student.float(), head.float()), F.linear(teacher.float(), teacher_head.float())
@@ -135,13 +178,19 @@ def cut_cross_entropy(case: Case):
 
 
 MORE = {
-    "divergence": [("liger", "liger_kernel", True, liger_divergence)],
+    "divergence": [
+        ("liger", "liger_kernel", True, liger_divergence),
+        ("trl", "trl", False, trl_logits),
+        ("compat trl", "", False, partial(trl_logits, ours=True)),
+    ],
     "layer_cost": [
         ("eager stacked", "", False, lambda case: baselines.layer_cost.stacked_case),
         ("cdist", "", False, cdist),
     ],
     "linear_divergence": [
         ("trl-style", "", False, checkpointed_chunks),
+        ("trl", "trl", False, trl_chunked),
+        ("compat trl", "", False, partial(trl_chunked, ours=True)),
         ("liger", "liger_kernel", False, liger_linear),
     ],
     "transport": [("authors", "ot", False, lambda case: baselines.transport.authors_case)],

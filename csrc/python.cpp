@@ -23,7 +23,9 @@ py::tuple emd(const Array& a, const Array& b, const Array& cost) {
     throw py::value_error("M: expected one row per mass of a and one column per mass of b, got " + std::to_string(n) +
                           " x " + std::to_string(m) + " for " + std::to_string(a.shape(0)) + " and " +
                           std::to_string(b.shape(0)) + " masses");
-  if (n < 1 || m < 1 || n > 64 || m > 64) throw py::value_error("M: the exact solver takes 1 to 64 rows and columns");
+  constexpr int largest = fastkd::transport::LARGEST_ON_HOST;
+  if (n < 1 || m < 1 || n > largest || m > largest)
+    throw py::value_error("M: the exact solver takes 1 to " + std::to_string(largest) + " rows and columns");
   py::array_t<double> flow({n, m}), u(n), v(m);
   int32_t status = 0, pivots = 0;
   const fastkd::transport::Batch problem{

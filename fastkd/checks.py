@@ -14,8 +14,10 @@ from torch import Tensor
 
 Backend = Literal["auto", "cuda", "triton", "cpu", "reference"]
 Reduction = Literal["mean", "sum", "none"]
+DivergenceReduction = Literal["mean", "batchmean", "sum", "none"]
 Kind = Literal["forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse"]
-KINDS = get_args(Kind)
+LogitsKind = Literal["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "jsd", "tvd", "soft_ce", "mse"]
+KINDS = get_args(Kind)  # in the kernels' order
 LARGEST = torch.finfo(torch.float32).max  # kernels take their numbers in float32
 CHECK_VALUES_EVERYWHERE = os.environ.get("FASTKD_CHECK", "0") == "1"
 
@@ -249,15 +251,14 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
     return q
 
 
-def divergence_options(kind: str, temperature: float, beta: float, alpha: float) -> None:
-    one_of("kind", kind, KINDS)
-    positive("temperature", temperature)
+def divergence_options(kind: str, beta: float, alpha: float, kinds: Sequence[str] = KINDS) -> None:
+    one_of("kind", kind, kinds)
     number("beta", beta)
     number("alpha", alpha)
-    if kind == "jsd":
-        between("beta", beta, 0.0, 1.0, "its ends are kind='forward_kl' and kind='reverse_kl'")
-    if kind == "skew_kl" and not 0 <= alpha < 1:
-        raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
+    if kind == "jsd" and not 0 <= beta <= 1:
+        raise ValueError(f"beta: must lie in [0, 1], got {beta!r}; 0 is forward_kl and 1 is reverse_kl")
+    if kind.startswith("skew_") and not 0 <= alpha < 1:
+        raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is the divergence without a mixture")
 
 
 def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int) -> None:

@@ -3,9 +3,13 @@
 Each call solves one problem; `fastkd.transport` has batches, gradients and GPUs.
 """
 
+import torch
+
+from fastkd.functional.transport import transport
+
 try:
     from fastkd import _C
-except ImportError:  # not built; _solve raises
+except ImportError:  # not built, or built for another Python: a wheel's module is for one, its operations are for all
     _C = None
 
 _WRONG = {
@@ -17,8 +21,6 @@ _WRONG = {
 
 
 def _solve(a, b, cost):
-    if _C is None:
-        raise RuntimeError("fastkd.emd needs the C++ library; reinstall fastkd with a compiler and FASTKD_BUILD=cpu")
     import numpy as np  # fastkd itself needs torch alone
 
     cost = np.asarray(cost, dtype=np.float64)
@@ -28,6 +30,9 @@ def _solve(a, b, cost):
         np.full(extent, 1.0 / extent) if x is None or len(x) == 0 else np.asarray(x, dtype=np.float64)
         for x, extent in zip((a, b), cost.shape, strict=True)
     )
+    if _C is None:
+        plan = transport(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (cost, a, b)))
+        return cost, *(x.numpy() for x in (plan.flow, plan.u, plan.v))
     flow, u, v, status, _ = _C.emd(a, b, cost)
     if status:
         raise ValueError(_WRONG[status])
@@ -40,7 +45,7 @@ def emd(a, b, M, log=False):
     Args:
         a: [N], masses. None or empty: uniform.
         b: [M], masses of the same total. None or empty: uniform.
-        M: [N, M], costs; at most 64 x 64.
+        M: [N, M], costs.
         log: Also return a dict with `cost` and the duals `u` and `v` (u_i + v_j <= M_ij, with equality where mass flows).
 
     Returns:
@@ -64,7 +69,7 @@ def emd_with_flow(first_histogram, second_histogram, distance_matrix):
     Args:
         first_histogram: [N], masses.
         second_histogram: [N], masses of the same total.
-        distance_matrix: [N, N], costs; at most 64 x 64.
+        distance_matrix: [N, N], costs.
 
     Returns:
         (distance, flow as nested lists).

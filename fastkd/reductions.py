@@ -33,6 +33,22 @@ def counted_rows(mask: Tensor | None, labels: Tensor | None, ignore_index: int, 
     return labelled if counted is None else counted & labelled
 
 
+def denominator(reduction: str, num_items_in_batch: float | Tensor | None, shape) -> tuple[str, float | Tensor]:
+    """(reduction, d): what `reduce` is asked for, and by what the caller divides it; shape is that of the rows."""
+    if num_items_in_batch is None:
+        return ("sum", float(shape[0]) if shape and shape[0] else 1.0) if reduction == "batchmean" else (reduction, 1.0)
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch: is what a mean divides by, so pass reduction='mean', got {reduction!r}")
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1 or num_items_in_batch.is_complex():
+            raise ValueError(f"num_items_in_batch: expected one number, got {checks.describe(num_items_in_batch)}")
+        if not checks.looks_are_free(num_items_in_batch):
+            return "sum", num_items_in_batch.reshape(())
+        num_items_in_batch = float(num_items_in_batch)
+    checks.positive("num_items_in_batch", num_items_in_batch)
+    return "sum", float(num_items_in_batch)
+
+
 def reduce(rows: Tensor, counted: Tensor | None, reduction: str, weights: Tensor | None = None) -> Tensor:
     """Mean over the rows that count (weighted: sum(w row) / sum(w)), their sum, or the rows with 0 where nothing counts.
 
@@ -56,8 +72,10 @@ def reduce(rows: Tensor, counted: Tensor | None, reduction: str, weights: Tensor
     return rows.sum() / counted.sum().clamp_min(1)
 
 
-def row_weights(counted: Tensor | None, reduction: str, weights: Tensor | None, like: Tensor) -> Tensor | None:
-    """w [N] with sum w row = what `reduce` returns, where that is one number; None for "none"."""
+def row_weights(
+    counted: Tensor | None, reduction: str, weights: Tensor | None, like: Tensor, divisor: float | Tensor = 1.0
+) -> Tensor | None:
+    """w [N] with sum w row = what `reduce` returns, by `divisor`, where that is one number; None for "none"."""
     if reduction == "none":
         return None
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -67,6 +85,8 @@ def row_weights(counted: Tensor | None, reduction: str, weights: Tensor | None, 
     if reduction == "mean":
         total = w.sum()
         w = w / torch.where(total == 0, 1.0, total)
+    if isinstance(divisor, Tensor) or divisor != 1.0:
+        w = w / divisor
     return w.reshape(-1)
 
 

@@ -63,3 +63,14 @@ def gradients(loss_function, *inputs, upstream_seed=7):
     loss = loss_function(*leaves)
     upstream = randn(*loss.shape, seed=upstream_seed).to(loss) + 1.5
     return loss.detach(), torch.autograd.grad(loss, leaves, upstream)
+
+
+def assert_same(ours, theirs, *inputs, tolerance=1e-5):
+    """Both functions of the inputs give the same loss, of one shape and dtype, and the same gradients."""
+    (value, grads), (expected, expected_grads) = gradients(ours, *inputs), gradients(theirs, *inputs)
+    assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
+    # A loss of 0 has no digits to compare.
+    assert relative_error(value, expected) < tolerance or (value - expected).abs().max() < 1e-7
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == expected_grad.dtype
+        assert relative_error(grad, expected_grad) < 10 * tolerance or (grad - expected_grad).abs().max() < 1e-7

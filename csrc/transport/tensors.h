@@ -25,9 +25,11 @@ inline Tensor hint(const char* expected, const std::optional<Tensor>& x, int64_t
 }
 
 // run(batch, problems, in_doubles) solves them all. `attention`: where to leave the weights' move, if that is wanted.
+// `largest`: most rows and most columns.
 template <class Run>
 Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start_flow,
-             const std::optional<Tensor>& start_v, Run run, const CostAttention& attention = {}) {
+             const std::optional<Tensor>& start_v, Run run, const CostAttention& attention = {},
+             int64_t largest = SIDE) {
   const ScalarType type = cost.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, "cost: expected float64 or float32");
   STD_TORCH_CHECK(a.scalar_type() == type && b.scalar_type() == type, "a, b: expected the dtype of cost");
@@ -35,8 +37,8 @@ Plan plan_of(const Tensor& cost, const Tensor& a, const Tensor& b, const std::op
                   "cost, a, b: expected [P, N, M], [P, N] and [P, M], got ", cost.dim(), ", ", a.dim(), " and ",
                   b.dim(), " axes");
   const int64_t problems = cost.size(0), n = cost.size(1), m = cost.size(2);
-  STD_TORCH_CHECK(n >= 1 && n <= SIDE && m >= 1 && m <= SIDE, "cost: expected 1 to 64 rows and columns, got ", n, " x ",
-                  m);
+  STD_TORCH_CHECK(n >= 1 && n <= largest && m >= 1 && m <= largest, "cost: expected 1 to ", largest,
+                  " rows and columns, got ", n, " x ", m);
   STD_TORCH_CHECK(a.size(0) == problems && a.size(1) == n && b.size(0) == problems && b.size(1) == m,
                   "a, b: expected one mass per row and per column of cost");
   const Tensor costs = torch::stable::contiguous(cost);

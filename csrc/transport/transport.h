@@ -6,6 +6,8 @@
 
 namespace fastkd::transport {
 
+constexpr int LARGEST_ON_HOST = 1 << 15;  // rows, columns; transport/start.h has the limit of the device
+
 // What the weights of layers become after the transport between them, see csrc/transport/attention.h.
 struct CostAttention {
   double *rows, *columns;  // [P, n], [P, m], or null: not wanted

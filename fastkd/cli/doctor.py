@@ -23,7 +23,7 @@ def _build() -> str:
     try:
         from fastkd import _C
     except ImportError:
-        return "no compiled module (fastkd._C)"
+        return "unknown, since fastkd._C, which says it, is not built for this Python"
     info = _C.build_info()
     return (
         f"{info['compiler']}, against torch {info['built_against_torch']}, instruction sets: {info['instruction_sets']}"

@@ -1,14 +1,16 @@
 """`fastkd vocab`: counts the tokens of a corpus, chooses a smaller vocabulary, and writes what a student with it needs."""
 
 import argparse
+import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="fastkd vocab", description=__doc__)
-    p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, or .jsonl")
+    p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, .csv, .tsv or .jsonl")
     p.add_argument("--tokenizer", help="folder or name of the teacher's fast tokenizer; default: --model's")
     p.add_argument("--model", help="folder or name of a model to shrink to the kept tokens as well")
     p.add_argument("--teacher", help="model whose embeddings define the nearest kept token; default: --model")
@@ -32,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words whose tokens are kept even if rare, such "
                    "as labels and verbalisers; special tokens are always kept")  # fmt: skip
-    p.add_argument("--text-column", default="text", help="of a .jsonl corpus")
+    p.add_argument("--text-column", default="text", help="of a .csv, .tsv or .jsonl corpus")
     p.add_argument("--workers", type=int, default=1, help="processes that count")
     return p
 
@@ -60,9 +62,11 @@ def run(options) -> int:
     embeddings = None if teacher is None else teacher.get_input_embeddings().weight.detach()[: len(tokenizer)]
     method = options.method or ("decoder" if embeddings is not None else "unk")
     padding = tokenizer.pad_token_id
+    kept = always_kept(options.keep, tokenizer)
+    if options.multiple_of > 0:  # else from_counts says it
+        check_size(options, len(kept), len(counts))
     vocab = VocabMap.from_counts(
-        count_parts(counts, tokenizer), size_of(options.size), multiple_of=options.multiple_of,
-        always_keep=always_kept(options.keep, tokenizer),
+        count_parts(counts, tokenizer), size_of(options.size), multiple_of=options.multiple_of, always_keep=kept,
         in_place=[padding] if padding == 1 else [],  # RoBERTa and MPNet count positions from it, MPNet by number
         embeddings=None if method == "unk" else embeddings, method=method,
         unk_id=tokenizer.unk_token_id if method == "unk" else None,
@@ -104,6 +108,17 @@ def size_of(text: str) -> int | float:
         raise ValueError(f"--size: expected a fraction such as 0.5 or a number of tokens, got {text!r}") from None
 
 
+def check_size(options, least: int, total: int) -> None:
+    """Raise where the size has no room for what is always kept."""
+    size, multiple = size_of(options.size), options.multiple_of
+    asked = -(-(int(size * total) if isinstance(size, float) else size) // multiple) * multiple
+    if asked < min(least, total):
+        raise ValueError(
+            f"--size: {options.size} keeps {asked:,} of {total:,} tokens, and special tokens, single characters and --keep "
+            f"alone are {least:,}; choose --size {math.ceil(100 * least / total) / 100:g} or more"
+        )
+
+
 def always_kept(words: list[str], tokenizer) -> list[int]:
     """Ids of special and added tokens, of single characters and bytes, and of the tokens of `words`."""
     ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -140,16 +155,31 @@ def count(options, tokenizer, source):
 def _texts(files: list[str], column: str, read: list[int]) -> Iterator[str]:
     """One text at a time; read[0] counts the bytes read."""
     for file in files:
-        if Path(file).suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"files: expected .txt or .jsonl, got {file}")
-        with open(file, "rb") as lines:
-            for line in lines:
-                read[0] += len(line)
-                text = line.decode("utf-8", errors="replace").strip()
-                if text and file.endswith(".jsonl"):
-                    row = json.loads(text)
-                    if column not in row:
-                        raise ValueError(f"--text-column: {file} has no column {column!r}, it has {', '.join(row)}")
-                    text = row[column]
-                if text:
-                    yield text
+        kind = Path(file).suffix
+        if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
+            raise ValueError(f"files: expected .txt, .csv, .tsv or .jsonl, got {file}")
+        lines = _lines(file, read)
+        for text in lines if kind == ".txt" else _column(_rows(lines, kind), column, file):
+            if text.strip():
+                yield text.strip()
+
+
+def _column(rows: Iterator[dict], column: str, file: str) -> Iterator[str]:
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"--text-column: {file} has no column {column!r}, it has {', '.join(map(str, row))}")
+        yield row[column] or ""
+
+
+def _rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
+    if kind == ".jsonl":
+        return map(json.loads, filter(str.strip, lines))
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+    return csv.DictReader(lines, **options)
+
+
+def _lines(file: str, read: list[int]) -> Iterator[str]:
+    with open(file, "rb") as lines:
+        for line in lines:
+            read[0] += len(line)
+            yield line.decode("utf-8", errors="replace")

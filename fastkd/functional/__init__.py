@@ -5,8 +5,9 @@ float64 inputs), gradients have the student's dtype, and no gradient flows to th
 what counts. backend="auto" takes the fastest implementation that runs here; `fastkd doctor` lists them. The kernels have
 first derivatives only; backend="reference" has second derivatives (create_graph=True), forward mode and torch.func as well.
 
-The functions that `fastkd` itself exports are losses. The others are the building blocks of CoDIR and BERT-EMD:
-nce_pair_loss, nce_partition, sample_negatives, unit_linear, update_bank, transport_with_cost_attention, CostAttention.
+The functions that `fastkd` itself exports are losses. The others are the building blocks of CoDIR and BERT-EMD
+(nce_pair_loss, nce_partition, sample_negatives, unit_linear, update_bank, transport_with_cost_attention, CostAttention) and
+what is logged beside a loss (linear_entropy).
 """
 
 from fastkd.functional.contrast import (
@@ -19,6 +20,7 @@ from fastkd.functional.contrast import (
     update_bank,
 )
 from fastkd.functional.divergence import divergence
+from fastkd.functional.entropy import linear_entropy
 from fastkd.functional.gram import gram_correlation_loss
 from fastkd.functional.layer_cost import attention_costs, layer_costs
 from fastkd.functional.linear_divergence import linear_divergence
@@ -37,6 +39,7 @@ __all__ = [
     "info_nce_loss",
     "layer_costs",
     "linear_divergence",
+    "linear_entropy",
     "nce_loss",
     "nce_pair_loss",
     "nce_partition",

@@ -1,10 +1,13 @@
 """Divergences between two sets of logits."""
 
+from typing import get_args
+
 from torch import Tensor
 
 from fastkd import checks, reductions
-from fastkd.checks import Backend, Kind, Reduction
+from fastkd.checks import Backend, DivergenceReduction, LogitsKind
 from fastkd.deprecation import renamed
+from fastkd.functional import temperature as temperatures
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import divergence as divergence_op
 from fastkd.ops.divergence import TopK
@@ -16,15 +19,17 @@ def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor | TopK,
     *,
-    kind: Kind = "forward_kl",
-    temperature: float = 1.0,
+    kind: LogitsKind = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     t_squared: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    reduction: DivergenceReduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Divergence of each row's student distribution from the teacher's.
@@ -34,7 +39,9 @@ def divergence(
     - "forward_kl": KL(p ‖ q) = Σ p log(p / q)
     - "reverse_kl": KL(q ‖ p)
     - "skew_kl": KL(p ‖ alpha p + (1 - alpha) q)
-    - "jsd": beta KL(p ‖ m) + (1 - beta) KL(q ‖ m) with m = beta p + (1 - beta) q
+    - "skew_reverse_kl": KL(q ‖ alpha q + (1 - alpha) p), from a "jsd" and a "skew_kl"; twice the work of the others
+    - "jsd": beta KL(p ‖ m) + (1 - beta) KL(q ‖ m) with m = beta p + (1 - beta) q; by convention KL(p ‖ q) for beta 0 and
+      KL(q ‖ p) for beta 1
     - "tvd": ½ Σ |p - q|
     - "soft_ce": -Σ p log q
     - "mse": Σ (student_logits - teacher_logits)², without the temperature
@@ -43,14 +50,18 @@ def divergence(
         student_logits: [..., V], one row per example or token.
         teacher_logits: [..., V], or `TopK(indices, log_probs, tail)` with the teacher's k most likely tokens.
         kind: The divergence; see above.
-        temperature: T > 0.
+        temperature: T > 0, a number or a tensor of one number, which gets no gradient.
+        teacher_temperature: The teacher's own temperature; None: T. `t_squared` means the student's.
         t_squared: Multiply by T², so that the gradient's size does not depend on T. "mse" is never multiplied.
-        beta: The teacher's weight in the mixture of "jsd", strictly between 0 and 1.
-        alpha: The teacher's weight in the mixture of "skew_kl", in [0, 1).
+        beta: The teacher's weight in the mixture of "jsd", in [0, 1].
+        alpha: The teacher's weight in the mixture of "skew_kl", the student's in "skew_reverse_kl"; in [0, 1).
         mask: [...], 1 where a row counts. None: all rows count.
         labels: [...]. Rows whose label is `ignore_index` do not count; the labels are used for nothing else.
         ignore_index: The label of rows that do not count.
-        reduction: "mean" over the rows that count, "sum", or "none".
+        reduction: "mean" over the rows that count, "batchmean" (their sum divided by the length of the first axis, as in
+            `torch.nn.functional.kl_div`), "sum", or "none".
+        num_items_in_batch: What "mean" divides by, in place of the number of rows that count; `Trainer` passes the number
+            of tokens of all accumulated batches on all ranks.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 
     Returns:
@@ -72,12 +83,29 @@ def divergence(
         True
     """
     checks.tensor("student_logits", student_logits, "[..., V]")
-    checks.divergence_options(kind, temperature, beta, alpha)
-    checks.one_of("reduction", reduction, reductions.REDUCTIONS)
+    checks.divergence_options(kind, beta, alpha, get_args(LogitsKind))
+    if kind == "skew_reverse_kl" and alpha:
+        # With m = alpha q + (1 - alpha) p: jsd = (1 - alpha) KL(p ‖ m) + alpha KL(q ‖ m), and KL(p ‖ m) is a skew KL.
+        more = {
+            "temperature": temperature, "teacher_temperature": teacher_temperature, "t_squared": t_squared, "mask": mask,
+            "labels": labels, "ignore_index": ignore_index, "reduction": reduction,
+            "num_items_in_batch": num_items_in_batch, "backend": backend,
+        }  # fmt: skip
+        jsd = divergence(student_logits, teacher_logits, kind="jsd", beta=1 - alpha, **more)
+        return (
+            jsd - (1 - alpha) * divergence(student_logits, teacher_logits, kind="skew_kl", alpha=1 - alpha, **more)
+        ) / alpha
+    kind = without_mixture(kind, beta)
+    temperature = temperatures.as_number("temperature", temperature)
+    if teacher_temperature is not None:
+        teacher_temperature = temperatures.as_number("teacher_temperature", teacher_temperature)
+    checks.one_of("reduction", reduction, get_args(DivergenceReduction))
     checks.flag("t_squared", t_squared)
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     if isinstance(teacher_logits, TopK):
         checks.topk("teacher_logits", teacher_logits, "student_logits", student_logits, kind, vocab)
+        if teacher_temperature is not None:
+            raise ValueError("teacher_temperature: a TopK has log-probabilities, which are used as given; leave None")
         teacher = teacher_logits.flattened()
     else:
         checks.tensor("teacher_logits", teacher_logits, "[..., V]")
@@ -89,10 +117,24 @@ def divergence(
     checks.same_device(student_logits=student_logits, mask=mask, labels=labels)
     counted = reductions.counted_rows(mask, labels, ignore_index, shape)
     flat = None if counted is None else counted.reshape(-1)
-    args = (kind, float(temperature), float(beta), float(alpha))
-    factor = float(temperature) ** 2 if t_squared and kind != "mse" else 1.0
-    expected = (reduction == "mean", factor)
-    rows = divergence_op.divergence(student_logits.reshape(-1, vocab), teacher, flat, *args, backend, expected)  # [N]
-    if factor != 1.0:
+    factor = temperature**2 if t_squared and kind != "mse" else 1.0
+    student = student_logits.reshape(-1, vocab)
+    if kind != "mse":
+        student, teacher, temperature = temperatures.scaled(student, teacher, temperature, teacher_temperature)
+    elif isinstance(temperature, Tensor):
+        temperature = 1.0
+    reduction, divisor = reductions.denominator(reduction, num_items_in_batch, shape)
+    factor = factor / divisor
+    expected = (reduction == "mean", factor if isinstance(factor, float) else 1.0)
+    args = (kind, temperature, float(beta), float(alpha), backend, expected)
+    rows = divergence_op.divergence(student, teacher, flat, *args)  # [N]
+    if isinstance(factor, Tensor) or factor != 1.0:
         rows = rows * factor
     return reductions.reduce(rows.reshape(shape), counted, reduction)
+
+
+def without_mixture(kind: str, beta: float) -> str:
+    """The kind that needs no mixture, where an end of the range has none."""
+    if kind == "skew_reverse_kl":  # alpha 0
+        return "reverse_kl"
+    return {0: "forward_kl", 1: "reverse_kl"}.get(beta, kind) if kind == "jsd" else kind

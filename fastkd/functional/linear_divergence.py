@@ -1,13 +1,15 @@
 """Divergences from hidden states and heads, without the logits in memory (GLMD)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastkd import checks, deprecation, reductions
-from fastkd.checks import Backend, Kind, Reduction
+from fastkd.checks import Backend, DivergenceReduction, Kind
 from fastkd.deprecation import renamed
+from fastkd.functional import temperature as temperatures
+from fastkd.functional.divergence import without_mixture
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops import subset_mass, vocab_parallel
@@ -30,7 +32,8 @@ def linear_divergence(
     weights: Tensor | None = None,
     recompute_logits: bool = False,
     kind: Kind = "forward_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     t_squared: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -42,12 +45,14 @@ def linear_divergence(
     logit_scale: float | tuple[float, float] = 1.0,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
     process_group=None,
-    reduction: Reduction = "mean",
+    reduction: DivergenceReduction = "mean",
+    num_items_in_batch: float | Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """`divergence` of two language models from their hidden states and heads; the logits are never all in memory.
 
-    The logits of either side are hidden headᵀ + bias; the divergences are those of `divergence`.
+    The logits of either side are hidden headᵀ + bias; the divergences are those of `divergence`, but "skew_reverse_kl". Under
+    autocast hidden states, heads and biases are cast as `nn.Linear` casts them; the logits stay in float32.
 
     Args:
         student_hidden: [..., Ds].
@@ -63,7 +68,8 @@ def linear_divergence(
         weights: [...], a weight for each row; "mean" is then Σ w · row / Σ w.
         recompute_logits: False forms the gradient in the forward. True saves eight numbers per row instead and computes
             the logits again in the backward: less memory, more time. reduction="none" always does so.
-        kind, temperature, t_squared, beta, alpha, mask, ignore_index: As for `divergence`.
+        kind, temperature, teacher_temperature, t_squared, beta, alpha, mask, ignore_index: As for `divergence`; a tensor as
+            temperature must be readable, so on the CPU.
         num_valid: An upper bound on the number of rows that count, if known; on a GPU the other rows are then left out
             of the matrix products.
         labels: [...], token ids. Rows with `ignore_index` do not count.
@@ -73,7 +79,7 @@ def linear_divergence(
         process_group: The heads and biases are this rank's shard of the vocabulary, in rank order, with the same tokens
             on both sides; hidden states are whole. Each rank returns the whole loss and the whole gradient of
             `student_hidden`. recompute_logits and num_valid then have no effect.
-        reduction: "mean" over the rows that count, "sum", or "none".
+        reduction, num_items_in_batch: As for `divergence`; with `weights`, too, the mean is then their sum by that number.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 
     Returns:
@@ -92,13 +98,19 @@ def linear_divergence(
     checks.tensor("student_hidden", student_hidden, "[..., D]")
     shape, sparse = student_hidden.shape[:-1], isinstance(teacher_hidden, TopK)
     _check_side("student", student_hidden, student_head, student_bias)
+    checks.divergence_options(kind, beta, alpha)
+    kind, temperature = without_mixture(kind, beta), _number("temperature", temperature)
+    if teacher_temperature is not None:
+        teacher_temperature = _number("teacher_temperature", teacher_temperature)
+    student_hidden, student_head, student_bias = _autocast(student_hidden, student_head, student_bias)
     if process_group is not None:
         _check_shards(sparse, vocab, backend)
     if sparse:
-        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_tokens)
+        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_tokens, teacher_temperature)
         teacher, heads = teacher_hidden.flattened(), alignment.Heads((student_head, student_bias), None)
     else:
         _check_teacher(teacher_hidden, teacher_head, teacher_bias, student_hidden)
+        teacher_hidden, teacher_head, teacher_bias = _autocast(teacher_hidden, teacher_head, teacher_bias)
         given = (student_head, student_bias), (teacher_head, teacher_bias)
         heads = alignment.aligned(vocab, teacher_tokens, kind, *given)
         teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), *heads.teacher)
@@ -108,28 +120,32 @@ def linear_divergence(
     )  # fmt: skip
     checks.flag("recompute_logits", recompute_logits)
     checks.mask("weights", weights, shape, "[...]")
-    checks.divergence_options(kind, temperature, beta, alpha)
-    checks.one_of("reduction", reduction, reductions.REDUCTIONS)
+    checks.one_of("reduction", reduction, get_args(DivergenceReduction))
     checks.flag("t_squared", t_squared)
     checks.number("hard_weight", hard_weight)
     counted = reductions.counted_rows(mask, labels, ignore_index, shape)
+    reduction, divisor = reductions.denominator(reduction, num_items_in_batch, shape)
     of_ranks = vocab_parallel.sizes(student_head, process_group) if hard_weight and process_group is not None else None
     if hard_weight:
         _check_labels(labels, counted, student_head.shape[0] if of_ranks is None else of_ranks.sum())
     _check_num_valid(num_valid, counted, student_hidden)
     # With teacher_tokens="all" the divergence may be over the teacher's vocabulary; labels are ids of the student's.
     separate_labels = bool(hard_weight) and vocab is not None and teacher_tokens == "all"
+    scales, caps = _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0)
+    if teacher_temperature is not None and kind != "mse":  # logits r z, softcap included, at the student's temperature
+        r = temperature / teacher_temperature
+        scales, caps = (scales[0], scales[1] * r), (caps[0], caps[1] * r)
     options = linear_divergence_op.Options(
-        kind, float(temperature), float(beta), float(alpha),
-        float(temperature) ** 2 if t_squared and kind != "mse" else 1.0, 0.0 if separate_labels else float(hard_weight),
-        _both_sides("logit_scale", logit_scale, 1.0), _both_sides("logit_softcap", logit_softcap, 0.0),
+        kind, temperature, float(beta), float(alpha), temperature**2 if t_squared and kind != "mse" else 1.0,
+        0.0 if separate_labels else float(hard_weight), scales, caps,
     )  # fmt: skip
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
     student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
     if process_group is not None:
         rows = vocab_parallel.rows(student, teacher, *flat, of_ranks, options, process_group).reshape(shape)
-        return reductions.reduce(rows, counted, reduction, weights)
-    row_weights, scale, shift = reductions.row_weights(counted, reduction, weights, student_hidden), None, None
+        return reductions.reduce(rows, counted, reduction, weights) / divisor
+    row_weights = reductions.row_weights(counted, reduction, weights, student_hidden, divisor)
+    scale = shift = None
     if heads.parts is not None:
         whole = (teacher[0], teacher_head, teacher_bias)
         mass = subset_mass.kept_log_mass(
@@ -148,11 +164,26 @@ def linear_divergence(
         loss = loss + (row_weights * shift).sum()
     if not separate_labels:
         return loss
-    return loss + hard_weight * linear_divergence(
+    return loss + hard_weight / divisor * linear_divergence(
         student_hidden, student_head, _one_hot(labels, counted), student_bias=student_bias, weights=weights,
         recompute_logits=recompute_logits, kind="soft_ce", mask=counted, num_valid=num_valid, logit_scale=options.scales[0],
         logit_softcap=options.caps[0] or None, reduction=reduction, backend=backend,
     )  # fmt: skip
+
+
+def _number(name: str, x: float | Tensor) -> float:
+    x = temperatures.as_number(name, x)
+    if isinstance(x, Tensor):
+        raise ValueError(f"{name}: reading {checks.describe(x)} would synchronise or break the graph; pass a number")
+    return x
+
+
+def _autocast(hidden, *more: Tensor | None):
+    """As `nn.Linear` casts under autocast, which leaves float64 alone."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, *more
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, *more)]
 
 
 def _one_hot(labels: Tensor, counted: Tensor | None) -> TopK:
@@ -175,7 +206,11 @@ def _check_shards(sparse: bool, vocab, backend: str) -> None:
         )
 
 
-def _check_sparse(teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, tokens: str) -> None:
+def _check_sparse(
+    teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, tokens: str, temperature: float | None
+) -> None:
+    if temperature is not None:
+        raise ValueError("teacher_temperature: a TopK has log-probabilities, which are used as given; leave None")
     checks.topk("teacher_hidden", teacher, "student_hidden", student_hidden, kind, student_head.shape[0])
     if tokens != "kept":
         raise ValueError(

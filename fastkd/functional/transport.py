@@ -24,7 +24,7 @@ def transport(
     min over F >= 0 of Σ F_ij cost_ij, with row sums Σ_j F_ij = a_i and column sums Σ_i F_ij = b_j.
 
     Args:
-        cost: [..., N, M].
+        cost: [..., N, M]. On a GPU, problems of more than 64 rows or columns are copied to the host and solved there.
         a: [..., N], the mass of each row. None: 1 / N.
         b: [..., M], the mass of each column, with the same total as `a`. None: 1 / M.
         warm_start: The plan of a similar problem, where the solver starts. It changes the time, not the optimum.

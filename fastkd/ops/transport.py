@@ -20,9 +20,7 @@ class TransportPlan(NamedTuple):
     status: Tensor  # [...] int32, 0 = optimal
 
 
-LARGEST = (
-    64  # rows and columns that the compiled solver takes, since it holds a subtree of its basis in two 64-bit sets
-)
+LARGEST = 64  # rows and columns that the CUDA kernel takes, since it holds a subtree of its basis in two 64-bit sets
 
 
 def _plan_fake(cost, a, b, start_flow, start_v):
@@ -103,14 +101,25 @@ def _solve(cost, a, b, start_flow=None, start_v=None, by_reference=False):
         if start_flow is not None:
             start_flow = start_flow.detach().expand(cost.shape).reshape(-1, n, m).double()
             start_v = start_v.detach().expand(*lead, m).reshape(-1, m).double()
-        flow, u, v, status = torch.ops.fastkd.transport(*problems, start_flow, start_v)
+        start = start_flow, start_v
+        if _on_the_host(cost):
+            problems, start = ([x if x is None else x.to("cpu") for x in group] for group in (problems, start))
+        plan = torch.ops.fastkd.transport(*problems, *start)
+        flow, u, v, status = (x.to(cost.device) for x in plan)
     return flow.reshape(cost.shape), u.reshape(*lead, n), v.reshape(*lead, m), status.reshape(lead)
 
 
 def _solve_and_move(cost, a, b, attention: CostAttention):
     """The same for cost [P, N, M], and the new weights [P, N] and [P, M], in one launch."""
     dtype = torch.promote_types(torch.promote_types(cost.dtype, a.dtype), torch.promote_types(b.dtype, torch.float32))
-    return torch.ops.fastkd.cost_attention(cost.to(dtype), a.to(dtype), b.to(dtype), *attention)
+    device = "cpu" if _on_the_host(cost) else cost.device
+    problems = (x.to(device, dtype) for x in (cost, a, b))
+    return tuple(x.to(cost.device) for x in torch.ops.fastkd.cost_attention(*problems, *attention))
+
+
+def _on_the_host(cost: Tensor) -> bool:
+    """Whether a problem on a GPU is too large for its kernel; the host then solves it, and the GPU waits."""
+    return cost.device.type != "cpu" and max(cost.shape[-2:]) > LARGEST
 
 
 def _by_reference(cost, a, b, attention=None):
@@ -142,9 +151,10 @@ def transport_and_weights(cost, a, b, attention: CostAttention, backend) -> tupl
 
 
 def _chosen(cost: Tensor, backend: str) -> str:
-    if max(cost.shape[-2:]) > LARGEST and backend == "auto":
-        backend = "reference"
+    large = _on_the_host(cost)
+    if large and backend == "auto":
+        return "reference" if backends.UNAVAILABLE["cpu"] else "cpu"
     backend = backends.choose("transport", backend, cost)
-    if max(cost.shape[-2:]) > LARGEST and backend != "reference":
-        raise ValueError(f"cost: the {backend} solver takes up to {LARGEST} rows and columns, got {list(cost.shape)}")
+    if large and backend == "cuda":
+        raise ValueError(f"cost: the CUDA kernel takes up to {LARGEST} rows and columns, got {list(cost.shape)}")
     return backend

@@ -58,15 +58,15 @@ def tradeoff(rows: list[dict], metric: str, path: Path) -> Path:
         room = max(top - bottom, 0.01)
         for axis, (key, unit, label) in zip(axes, sides, strict=True):
             for i, row in enumerate(rows):
-                colour = COLOURS[i % len(COLOURS)]
-                axis.scatter(
-                    row[key] / unit, row["metric"], s=150, color=colour, zorder=3, edgecolor="white", linewidth=1.5
-                )
-                axis.annotate(
-                    row["name"], (row[key] / unit, row["metric"]), (0, 11), textcoords="offset points", ha="center"
-                )
+                point = row[key] / unit, row["metric"]
+                look = {"color": COLOURS[i % len(COLOURS)], "edgecolor": "white", "linewidth": 1.5}
+                axis.scatter(*point, s=150, zorder=3, **look, label=row["name"])
             most = max(row[key] for row in rows) / unit
-            axis.set(xlabel=label, xlim=(0, most * 1.2), ylim=(bottom - 0.3 * room, top + 0.4 * room))
+            axis.set(xlabel=label, xlim=(0, most * 1.2), ylim=(bottom - 0.3 * room, top + 0.3 * room))
+        # Names beside the points would lie on one another: two students of one size differ by a point of accuracy.
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(rows)
+        )
         axes[0].set_title(f"{metric} against size")
         axes[1].set_title(f"{metric} against latency")
         if metric == "accuracy":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from sklearn.metrics import confusion_matrix
 
 from fastkd import atomic_write
 
@@ -18,6 +19,7 @@ from .callbacks import latency
 from .states import forget_attention
 from .trainer import arguments_of
 
+MOST_CLASSES = 20  # of a confusion table
 METRICS = ("accuracy", "matthews", "pearson", "perplexity")
 STYLE = """
 :root { --ink:#1f2933; --soft:#616e7c; --line:#e4e7eb; --warm:#e8743b; --deep:#334e68 }
@@ -25,7 +27,7 @@ STYLE = """
 main { max-width:1080px; margin:0 auto; padding:48px 24px 80px }
 h1 { font-size:30px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px; margin:0 0 12px }
 p.lead { color:var(--soft); margin:0 0 28px } section { background:#fff; border:1px solid var(--line); border-radius:10px;
-padding:24px 26px; margin:0 0 22px } img { width:100%; display:block }
+padding:24px 26px; margin:0 0 22px } .wide { overflow-x:auto } .wide img { width:100%; min-width:720px; display:block }
 p.note { color:var(--soft); font-size:14px; margin:10px 0 0 }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(180px,1fr)); gap:14px; margin:0 0 22px }
 .card { background:#fff; border:1px solid var(--line); border-radius:10px; padding:18px 20px }
@@ -33,7 +35,9 @@ p.note { color:var(--soft); font-size:14px; margin:10px 0 0 }
 .card.warm b { color:var(--warm) } table { border-collapse:collapse; width:100%; font-size:15px }
 th { text-align:left; color:var(--soft); font-weight:500 }
 th,td { padding:7px 10px 7px 0; border-bottom:1px solid var(--line) }
-td.n,th.n { text-align:right; font-variant-numeric:tabular-nums }
+td.n,th.n { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap; padding-left:10px }
+td.right { font-weight:600; background:#f5f7fa }
+@media (max-width:600px) { main { padding:24px 12px 40px } section { padding:16px 14px } }
 pre { background:#f5f7fa; border-radius:8px; padding:14px 16px;
 overflow:auto; font-size:13px; margin:0 } details summary { cursor:pointer; color:var(--deep); margin-bottom:10px }
 """
@@ -70,14 +74,27 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16, test=None) -
             "name": name, "metric_name": metric, "metric": measured[metric], "parameters": parameters, "bytes": bytes_,
             "latency": latencies[architecture], "all": {k: v for k, v in measured.items() if isinstance(v, float)},
         })  # fmt: skip
+        if "confusion" in measured:
+            rows[-1]["confusion"] = measured["confusion"]
         if test is not None:
             rows[-1]["test"] = (measured if data is test else evaluated(network, trainer, test))[metric]
     return rows
 
 
-def evaluated(model, trainer, data) -> dict[str, float]:
-    """`trainer`'s metrics of this model, or its perplexity where there are none."""
-    measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(model, data).items()}
+def evaluated(model, trainer, data) -> dict:
+    """`trainer`'s metrics of this model, or its perplexity where there are none. Of few classes also "confusion": their
+    names, and for each label how often each class was predicted."""
+    metrics, seen = trainer.compute_metrics, []
+    if metrics is not None:
+        trainer.compute_metrics = lambda outcome: seen.append(outcome) or metrics(outcome)
+    try:
+        measured = {k.removeprefix("eval_"): v for k, v in trainer.evaluate_other(model, data).items()}
+    finally:
+        trainer.compute_metrics = metrics
+    names = trainer.model.config.id2label  # the student's order, which the teacher's predictions are in, too
+    if seen and trainer.task == "classification" and len(names) <= MOST_CLASSES:
+        counts = confusion_matrix(seen[0].label_ids, seen[0].predictions.argmax(-1), labels=sorted(names))
+        measured["confusion"] = [str(names[i]) for i in sorted(names)], counts.tolist()
     if "accuracy" not in measured and "mse" not in measured:
         measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
     return measured
@@ -140,27 +157,48 @@ def write(
     return Path(folder) / "index.html"
 
 
-def draw(folder: Path, rows: list[dict], histories: dict, maps: list[dict], where: str) -> list[tuple[str, Path, str]]:
-    """(heading, picture, note) of everything that there is something to draw of."""
+def draw(
+    folder: Path, rows: list[dict], histories: dict, maps: list[dict], where: str
+) -> list[tuple[str, Path, str, str]]:
+    """(heading, picture, what it shows in words, note) of everything that there is something to draw of."""
     metric = metric_of(rows)
     last = list(histories.values())[-1]
     pictures = []
     if rows:
-        pictures.append(("Quality, size, speed", plots.comparison(rows, metric, where, folder / "comparison.png"), ""))
-        pictures.append(("What it costs", plots.tradeoff(rows, metric, folder / "tradeoff.png"), ""))
+        comparison = plots.comparison(rows, metric, where, folder / "comparison.png")
+        shows = f"Bars of the {metric}, the parameters and the latency of each model: the numbers of the table above."
+        pictures.append(("Quality, size, speed", comparison, shows, ""))
+        shows = f"The {metric} of each model against its parameters, and against its latency."
+        pictures.append(("What it costs", plots.tradeoff(rows, metric, folder / "tradeoff.png"), shows, ""))
         known = where == "validation" and "teacher" not in histories
         teacher = next((row["metric"] for row in rows if known and row["name"] == "teacher"), None)
-        pictures.append(("While training", plots.progress(histories, metric, teacher, folder / "progress.png"), ""))
+        progress = plots.progress(histories, metric, teacher, folder / "progress.png")
+        ends = (f"{name} {_ends(history, f'eval_{metric}')}" for name, history in histories.items())
+        shows = f"The {metric} at each evaluation, from the first to the last: {', '.join(ends)}."
+        pictures.append(("While training", progress, shows, ""))
     note = "Light: as logged. Orange: smoothed. The factor after each name is its weight in the loss."
-    pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), note))
+    names = sorted({key for entry in last for key in entry if key.startswith("term/")})
+    shows = (
+        "From the first step that was logged to the last: "
+        + ", ".join(f"{x[5:]} {_ends(last, x)}" for x in names)
+        + "."
+    )
+    pictures.append(("Terms of the loss", plots.terms(last, folder / "terms.png"), shows, note))
     note = (
         "Each cell is the share of mass that a student layer receives from a teacher layer in the optimal transport of "
         "each step, averaged over the steps since the log before; a row's sum is its layer's weight, drawn on the right."
     )
-    pictures.append(
-        ("Which teacher layer teaches which student layer", plots.transport(maps, folder / "transport.png"), note)
+    transport = plots.transport(maps, folder / "transport.png")
+    shows = (
+        "Student layers against teacher layers at the start, in the middle and at the end; report.json has the numbers."
     )
+    pictures.append(("Which teacher layer teaches which student layer", transport, shows, note))
     return [picture for picture in pictures if picture[1] is not None]
+
+
+def _ends(history: list[dict], key: str) -> str:
+    values = [entry[key] for entry in history if key in entry]
+    return f"{values[0]:.4g} to {values[-1]:.4g}" if values else "never"
 
 
 def paired_gain(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
@@ -195,15 +233,15 @@ def versions() -> dict[str, str]:
 def _page(title: str, lead: str, rows: list[dict], pictures: list, config: dict) -> str:
     metric = metric_of(rows)
     sections = "".join(
-        f"<section><h2>{html.escape(head)}</h2><img alt='{html.escape(head)}' src='{_inline(path)}'>"
+        f"<section><h2>{html.escape(head)}</h2><div class=wide><img alt='{html.escape(shows)}' src='{_inline(path)}'></div>"
         + (f"<p class=note>{html.escape(note)}</p>" if note else "") + "</section>"
-        for head, path, note in pictures
+        for head, path, shows, note in pictures
     )  # fmt: skip
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>"
         f"<p class=lead>{html.escape(lead or 'A distillation with fastkd.')}</p>"
-        f"{_cards(rows, metric)}{_table(rows)}"
+        f"{_cards(rows, metric)}{_table(rows)}{_confusion(rows)}"
         f"{sections}<section><h2>Configuration and versions</h2><details><summary>Options that differ from the defaults"
         f"</summary><pre>{html.escape(json.dumps(config, indent=2, default=str))}</pre></details>"
         f"<pre>{html.escape('  '.join(f'{k} {v}' for k, v in versions().items()))}</pre></section></main></html>"
@@ -243,7 +281,23 @@ def _table(rows: list[dict]) -> str:
         return ""
     head, *lines = table(rows)
     cells = "".join("<tr><td>" + "<td class=n>".join(map(html.escape, line)) for line in lines)
-    return f"<section><table><tr><th>{'<th class=n>'.join(head)}{cells}</table></section>"
+    return f"<section><div class=wide><table><tr><th>{'<th class=n>'.join(head)}{cells}</table></div></section>"
+
+
+def _confusion(rows: list[dict]) -> str:
+    """The last model's classes: a row per label, a column per prediction."""
+    names, counts = rows[-1].get("confusion", (None, None)) if rows else (None, None)
+    if not names:
+        return ""
+    head = "".join(f"<th class=n>{html.escape(name)}" for name in names)
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}" + "".join(f"<td class='{'n right' if i == j else 'n'}'>{n:,}" for j, n in enumerate(line))
+        for i, (name, line) in enumerate(zip(names, counts, strict=True))
+    )  # fmt: skip
+    return (
+        f"<section><h2>What the {html.escape(rows[-1]['name'])} takes for what</h2><div class=wide><table>"
+        f"<tr><th>label \\ prediction{head}{cells}</table></div></section>"
+    )
 
 
 def _inline(path: Path) -> str:

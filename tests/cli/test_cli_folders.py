@@ -1,7 +1,9 @@
 """A command never overwrites anything: not a teacher, nor an earlier result, nor somebody else's file."""
 
+import itertools
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("datasets")
 
 from fastkd.cli import demo, main
-from fastkd.train import report
+from fastkd.train import plots, report
 
 ROWS = [
     {"name": name, "metric_name": "accuracy", "metric": quality, "parameters": n, "bytes": 4 * n, "latency": 1.0, "all": {}}
@@ -62,6 +64,37 @@ def test_a_gain_within_its_standard_error_is_not_shown(tmp_path):
         rows = [*ROWS, {**ROWS[1], "gain": shown}]
         page = report.write(tmp_path / class_.strip().replace(" ", "-"), **{**WHOLE, "rows": rows}).read_text()
         assert f"<div class='{class_}'><b>{shown[0]:+.1f} ± {shown[1]:.1f}</b>" in page
+
+
+def test_the_page_says_what_its_pictures_show(tmp_path):
+    """The alternative text is not the heading, and a table has what is taken for what."""
+    rows = [ROWS[0], {**ROWS[1], "confusion": (["good", "b<d"], [[30, 4], [2, 1064]])}]
+    history = {"student": [{"step": i, "loss": 1.0, "term/kd/soft": 1 / i, "weight/kd/soft": 1.0} for i in (1, 2, 4)]}
+    page = report.write(tmp_path / "report", **{**WHOLE, "rows": rows, "histories": history}).read_text()
+    headings, shown = re.findall("<h2>(.*?)</h2><div class=wide><img", page), re.findall("<img alt='(.*?)'", page)
+    assert len(headings) == len(shown) == 3 and not set(headings) & set(shown)
+    assert "kd/soft 1 to 0.25" in shown[-1]
+    table = page.split("label \\ prediction")[1].split("</table>")[0]
+    assert re.findall(r">([\d,]+)(?=<|$)", table) == ["30", "4", "2", "1,064"] and "b&lt;d" in table
+
+
+def test_no_two_names_lie_on_one_another(tmp_path, monkeypatch):
+    """Models of one size and nearly one accuracy, as a student alone and distilled are."""
+    names = ("teacher", "student alone", "student distilled")
+    rows = [{**ROWS[1], "name": name, "metric": 0.8 + i / 1000} for i, name in enumerate(names)]
+    figures = []
+    monkeypatch.setattr(plots, "_saved", lambda figure, path: figures.append(figure))
+    plots.tradeoff(rows, "accuracy", tmp_path / "x.png")
+    (figure,) = figures
+    renderer = figure.canvas.get_renderer()
+    boxes = [
+        text.get_window_extent(renderer)
+        for text in figure.findobj(lambda x: hasattr(x, "get_text"))
+        if text.get_visible() and text.get_text()
+    ]
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [*names]
 
 
 def test_a_second_report_gets_its_own_folder(tmp_path):

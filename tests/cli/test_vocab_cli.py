@@ -1,6 +1,8 @@
 """`fastkd vocab`, from files to a folder that plain transformers loads; the counts and the coverage behind it."""
 
+import csv
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_vocab_tokenizer import RARE, TEXTS, trained
 
 from fastkd import VocabMap
 from fastkd.cli import main
+from fastkd.cli.vocab import _texts
 from fastkd.vocab import coverage as coverage_module
 from fastkd.vocab.coverage import count_corpus, coverage, report
 
@@ -100,6 +103,43 @@ def test_coverage_and_the_reported_sizes():
     found = report(VocabMap([2, 3], 6), counts, trained("WordPiece"))
     assert found["sizes_for"] == {"80%": 1, "90%": 2, "95%": 3, "99%": 4}
     assert found["covered"] == pytest.approx(0.9) and found["never_seen"] == 1
+
+
+def test_tables_are_read_by_column(tmp_path):
+    """The same texts as .txt, .csv (quoted), .tsv and .jsonl."""
+    texts, read = [*TEXTS[:2], 'she said "zebra, vex"'], [0]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"review": text}) for text in texts))
+    (tmp_path / "c.tsv").write_text(
+        "id\treview\n" + "\n".join(f"{i}\t{text}" for i, text in enumerate(texts)) + "\n9\t\n"
+    )
+    with open(tmp_path / "d.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["review"], *([text] for text in texts)])
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    assert [*_texts(files, "review", read)] == texts * 4
+    assert read[0] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"--text-column: .*d.csv has no column 'text', it has review"):
+        next(_texts(files[-1:], "text", read))
+
+
+def test_a_size_too_small_for_what_is_always_kept(teacher, tmp_path, capsys):
+    arguments = [
+        *corpus(tmp_path),
+        "--tokenizer",
+        str(teacher),
+        "--output",
+        str(tmp_path / "out"),
+        "--multiple-of",
+        "1",
+    ]
+    assert main(["vocab", *arguments, "--size", "0.01"]) == 2
+    said = capsys.readouterr().err
+    found = re.search(
+        r"--size: 0.01 keeps (\d+) of (\d+) tokens, .* alone are (\d+); choose --size (\S+) or more", said
+    )
+    asked, total, least, enough = map(float, found.groups())
+    assert asked == int(0.01 * total) < least and "always_keep" not in said
+    assert main(["vocab", *arguments, "--size", str(enough)]) == 0
 
 
 @pytest.mark.parametrize(("change", "named"), [(["--size", "half"], "--size"), (["--workers", "0"], "--workers")])

@@ -76,15 +76,16 @@ def test_no_deterministic_scatter_add_synchronises(path):
     assert not found, "\n".join(found)
 
 
-# Arrows point down only: cli → {bench, profile} → train → losses → functional → ops → {kernels, csrc, reference}. Of the two
-# in braces profile may import bench, whose baselines and tables it shares, and bench never profile.
+# Arrows point down only: cli → {bench, profile} → train → losses → functional → ops → {kernels, csrc, reference}, and compat →
+# losses. Of the two in braces profile may import bench, whose baselines and tables it shares, and bench never profile.
 FORBIDDEN = {
     "fastkd/reference/*.py": ["fastkd.(?!reference)"],
     "kernels/**/*.py": ["fastkd"],
     "fastkd/ops/*.py": ["fastkd.(functional|losses|train|profile|bench|cli)"],
-    "fastkd/functional/*.py": ["fastkd.(losses|train|profile|bench|cli)"],
-    "fastkd/vocab/*.py": ["fastkd.(losses|train|profile|bench|cli)"],
-    "fastkd/losses/*.py": ["fastkd.(ops|reference|kernels|backends|train|profile|bench|cli)"],
+    "fastkd/functional/*.py": ["fastkd.(losses|compat|train|profile|bench|cli)"],
+    "fastkd/vocab/*.py": ["fastkd.(losses|compat|train|profile|bench|cli)"],
+    "fastkd/losses/*.py": ["fastkd.(ops|reference|kernels|backends|compat|train|profile|bench|cli)"],
+    "fastkd/compat/*.py": ["fastkd.(ops|reference|kernels|backends|train|profile|bench|cli)"],
     "fastkd/train/**/*.py": ["fastkd.(ops|kernels|profile|bench|cli)"],
     "fastkd/profile/**/*.py": ["fastkd.(bench.evidence|cli)"],
     "fastkd/cli/doctor.py": ["fastkd.(bench|profile|train)"],

@@ -273,6 +273,23 @@ def test_a_third_party_adds_a_method(monkeypatch):
     assert built.weights == {"theirs": 2.0} and isinstance(built.methods["theirs"], Theirs)
 
 
+def test_a_method_is_registered_in_this_process(monkeypatch):
+    monkeypatch.setattr(methods, "_registered", {})
+
+    @methods.register("mine")
+    class Mine(methods.Method):
+        def forward(self, batch):
+            return {"own": Term(batch.hard(), 3.0)}
+
+    side = Side("bert", 2, 16, 4, 4)
+    setup = Setup(side, side, "classification", range(8))
+    assert isinstance(build("kd + mine:weight=2", setup).methods["mine"], Mine)
+    with pytest.raises(ValueError, match="name: 'kd' is one of fastkd's own methods"):
+        methods.register("kd")
+    with pytest.raises(ValueError, match=r"there is no 'other'; there are .*, skew_kl, mine"):
+        build("other", setup)
+
+
 def test_the_table_lists_every_method():
     lines = methods.table().splitlines()
     assert len(lines) == len(METHODS) + 2

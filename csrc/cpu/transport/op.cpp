@@ -1,4 +1,5 @@
-// Problems over torch's own thread pool; the simplex is in csrc/transport/simplex.h.
+// Problems over torch's own thread pool; the simplex is in csrc/transport/simplex.h, that of large problems in
+// network.h.
 #include <string>
 
 #include "transport/transport.h"
@@ -17,14 +18,14 @@ int64_t problems_per_thread(const Batch& batch) { return 1 + 768 / (batch.n * ba
 
 Plan plan_by(const Table& table, const Tensor& cost, const Tensor& a, const Tensor& b,
              const std::optional<Tensor>& start_flow, const std::optional<Tensor>& start_v,
-             const CostAttention& attention = {}) {
+             const CostAttention& attention = {}, int64_t largest = LARGEST_ON_HOST) {
   const auto run = [&](const Batch& batch, int64_t problems, bool in_doubles) {
     const auto solve = in_doubles ? table.doubles : table.floats;
     if (attention.rows) return solve(batch, 0, problems);
     parallel_for(0, problems, problems_per_thread(batch),
                  [&](int64_t begin, int64_t end) { solve(batch, begin, end); });
   };
-  return plan_of(cost, a, b, start_flow, start_v, run, attention);
+  return plan_of(cost, a, b, start_flow, start_v, run, attention, largest);
 }
 
 Plan transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
@@ -45,12 +46,13 @@ void emulate(const Batch& batch, int64_t begin, int64_t end) {
 
 Plan transport_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, std::optional<Tensor> start_flow,
                         std::optional<Tensor> start_v) {
-  return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v);
+  return plan_by({emulate<double>, emulate<float>}, cost, a, b, start_flow, start_v, {}, SIDE);
 }
 
 Moved moved(const Table& table, const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
-            double temperature, bool product_of_sums, bool joint, bool double_softmax) {
-  const auto solve = [&](const CostAttention& how) { return plan_by(table, cost, a, b, {}, {}, how); };
+            double temperature, bool product_of_sums, bool joint, bool double_softmax,
+            int64_t largest = LARGEST_ON_HOST) {
+  const auto solve = [&](const CostAttention& how) { return plan_by(table, cost, a, b, {}, {}, how, largest); };
   return moved_by(a, b, inverse_cost, temperature, product_of_sums, joint, double_softmax, solve);
 }
 
@@ -62,7 +64,7 @@ Moved cost_attention(const Tensor& cost, const Tensor& a, const Tensor& b, bool 
 Moved cost_attention_emulated(const Tensor& cost, const Tensor& a, const Tensor& b, bool inverse_cost,
                               double temperature, bool product_of_sums, bool joint, bool double_softmax) {
   return moved({emulate<double>, emulate<float>}, cost, a, b, inverse_cost, temperature, product_of_sums, joint,
-               double_softmax);
+               double_softmax, SIDE);
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 """The methods by name, which of them makes sense where, and how "--method" is read.
 
 "kd", "bert_emd:beta=0.005", "fcd + kd:weight=0.5,alpha=0.7": one method or several, each with its options and a weight.
-A third party adds one through the entry-point group `fastkd.methods`; the entry's name is the method's.
+A third party adds one through the entry-point group `fastkd.methods`, the entry's name being the method's, or by `register`.
 """
 
 import ast
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -16,7 +17,7 @@ from fastkd.train.batch import SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
 
 from .base import Method, Setup, Side, Term
 
-__all__ = ["METHODS", "Combined", "Method", "Setup", "Side", "Term", "build", "refusal", "table"]
+__all__ = ["METHODS", "Combined", "Method", "Setup", "Side", "Term", "build", "refusal", "register", "table"]
 
 GROUP = "fastkd.methods"
 ATTENTION = {False: "bidirectional", True: "causal"}
@@ -59,6 +60,21 @@ METHODS = {
 }
 
 
+_registered: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """`@register("mine")` above a class makes it the method "mine" in this process."""
+    if name in METHODS:
+        raise ValueError(f"name: {name!r} is one of fastkd's own methods; choose another name")
+
+    def add(kind: type[Method]) -> type[Method]:
+        _registered[name] = kind
+        return kind
+
+    return add
+
+
 def _third_parties() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
 
@@ -67,9 +83,11 @@ def find(name: str) -> type[Method]:
     if name in METHODS:
         module, kind = METHODS[name].where.split(":")
         return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    if name in _registered:
+        return _registered[name]
     others = _third_parties()
     if name not in others:
-        known = ", ".join((*METHODS, *others))
+        known = ", ".join((*METHODS, *_registered, *others))
         raise ValueError(f"method: there is no {name!r}; there are {known}")
     return others[name].load()
 

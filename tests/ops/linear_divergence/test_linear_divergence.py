@@ -124,7 +124,7 @@ def test_masked_rows_that_hold_nan_change_nothing(recompute, backend):
 
 @every_backend
 def test_mixed_dtypes_and_autocast(backend):
-    """A bfloat16 teacher beside a float32 student; autocast must not round the logits behind our back."""
+    """A bfloat16 teacher beside a float32 student; autocast casts what nn.Linear would cast, and rounds no logits."""
     student, teacher = sides(dtype=torch.float32)
     teacher = tuple(x.bfloat16() for x in teacher)
     loss, got = gradients(call(teacher, backend), *student)
@@ -132,7 +132,10 @@ def test_mixed_dtypes_and_autocast(backend):
     wanted = call([x.double() for x in teacher], "reference")(*(x.double() for x in student))
     assert relative_error(loss, wanted) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(call(teacher, backend)(*student), loss)
+        loss, got = gradients(call(teacher, backend), *student)
+    rounded, wanted = gradients(call(teacher, backend), *(x.bfloat16() for x in student))
+    assert torch.equal(loss, rounded)
+    assert all(x.dtype == torch.float32 and torch.equal(x, y.float()) for x, y in zip(got, wanted, strict=True))
 
 
 @every_backend

@@ -38,7 +38,9 @@ with torch.autocast("cpu", torch.bfloat16):
     inside = fastkd.linear_divergence(
         own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
     )
-assert torch.equal(inside, loss)  # autocast does not reach inside
+as_cast = [x if x.dtype == torch.float64 else x.bfloat16() for x in (own[0], own[1], sides[0], teacher[0], own[2], teacher[1])]
+cast = fastkd.linear_divergence(*as_cast[:4], student_bias=as_cast[4], teacher_bias=as_cast[5], process_group=group, **more)
+assert torch.equal(inside, cast)  # autocast leaves float64 alone
 try:
     fastkd.linear_divergence(
         sides[0], teacher[0], sides[0], teacher[0], labels=torch.full((300,), 23), hard_weight=1.0, process_group=group

@@ -1,0 +1,259 @@
+"""fastkd.compat.liger against the real Liger-Kernel: names, defaults, losses and gradients over random cases.
+
+Liger's chunked loss is PyTorch and runs here. Its other losses are Triton kernels, which Triton's interpreter runs in a process
+of its own: `python tests/compat/test_liger.py` compares them.
+"""
+
+import inspect
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastkd
+from cases import ROOT, randn, relative_error
+from fastkd.compat import liger as ours
+
+NAMES = ("LigerKLDIVLoss", "LigerJSD", "LigerTVDLoss", "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss")
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+TOLERANCES = {torch.float32: {"rtol": 2e-4, "atol": 2e-6}, torch.bfloat16: {"rtol": 0.05, "atol": 0.02}}
+
+needs_liger = pytest.mark.skipif(
+    not ours.importlib.util.find_spec("liger_kernel"),
+    reason="needs Liger-Kernel: pip install --no-deps liger-kernel==0.8.5",
+)
+
+
+def differentiated(loss, *inputs):
+    """(value, gradients of those inputs that require one); 0.37 times the sum of the value is differentiated."""
+    inputs = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in inputs]
+    value = loss(*inputs)
+    total = value[0] if isinstance(value, tuple) else value.sum()
+    return value, torch.autograd.grad(
+        0.37 * total, [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    )
+
+
+def linear_sides(draw, seed, dtype, vocab=None):
+    rows, vocab = draw.randint(1, 9), vocab or draw.choice([2, 7, 65])
+    widths = draw.randint(1, 8), draw.randint(1, 8)
+    student, teacher = (
+        [randn(rows, d, seed=seed + i).to(dtype), randn(vocab, d, seed=seed + 10 + i).to(dtype)]
+        for i, d in enumerate(widths)
+    )
+    return (
+        [x.requires_grad_() for x in student],
+        teacher,
+        torch.where(randn(rows, seed=seed + 3) > -0.5, rows % vocab, -100),
+    )
+
+
+# -- Liger's chunked loss ----------------------------------------------------------------------------------------------
+
+
+@needs_liger
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_jsd_loss(dtype):
+    """In bfloat16 Liger rounds the logits, so the comparison is of errors against float64."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(40):
+        draw = random.Random(seed)
+        student, teacher, labels = linear_sides(draw, seed, dtype)
+        vocab = len(student[1])
+        biases = [randn(vocab, seed=seed + i).to(dtype) for i in (5, 6)] if draw.random() < 0.5 else [None, None]
+        if biases[0] is not None:
+            biases[0].requires_grad_()
+        options = {
+            "beta": draw.choice(BETAS),
+            "temperature": draw.choice([1.0, 0.6, 3.0]),
+            "weight_hard_loss": draw.choice([0.5, 0.0, 0.9]),
+            "weight_soft_loss": draw.choice([0.5, 0.0, 1.0]),
+            "return_soft_hard_loss": draw.random() < 0.3,
+        }
+        inputs = (*student, *teacher, labels, *biases)
+        (value, gradients), (wanted, wanted_gradients) = (
+            differentiated(loss, *inputs)
+            for loss in (ours.LigerFusedLinearJSDLoss(**options), LigerFusedLinearJSDLoss(**options, compiled=False))
+        )
+        assert type(value) is type(wanted)
+        value, wanted = ([*x] if isinstance(x, tuple) else [x] for x in (value, wanted))
+        assert [x.dtype for x in value] == [x.dtype for x in wanted]
+        if dtype == torch.float32:
+            for x, y in zip((*value, *gradients), (*wanted, *wanted_gradients), strict=True):
+                torch.testing.assert_close(
+                    x, y, **TOLERANCES[dtype], msg=lambda text, seed=seed: f"case {seed}: {text}"
+                )
+            continue
+        exact = [
+            x.detach().double().requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x
+            for x in inputs
+        ]
+        truth, true_gradients = differentiated(ours.LigerFusedLinearJSDLoss(**options), *exact)
+        truth = [*truth] if isinstance(truth, tuple) else [truth]
+        for name, found in {"ours": (*value, *gradients), "theirs": (*wanted, *wanted_gradients)}.items():
+            pairs = zip(found, (*truth, *true_gradients), strict=True)
+            errors[name] += sum(relative_error(x, y) ** 2 for x, y in pairs)
+    assert errors["ours"] <= errors["theirs"], errors
+
+
+@needs_liger
+def test_a_teacher_with_more_tokens_goes_to_liger():
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    draw = random.Random(1)
+    student, _, labels = linear_sides(draw, 1, torch.float32, vocab=7)
+    teacher = randn(len(labels), 4, seed=2).float(), randn(9, 4, seed=3).float()
+    found, wanted = (
+        differentiated(loss(compiled=False), *student, *teacher, labels)
+        for loss in (ours.LigerFusedLinearJSDLoss, LigerFusedLinearJSDLoss)
+    )
+    assert torch.equal(found[0], wanted[0]) and all(map(torch.equal, found[1], wanted[1]))
+
+
+@needs_liger
+@pytest.mark.parametrize("name", [*NAMES, "LigerFusedLinearJSDLoss"])
+def test_signatures_are_the_originals(name):
+    from liger_kernel import chunked_loss, transformers
+
+    theirs = getattr(transformers, name, None) or getattr(chunked_loss, name)
+    for method in ("__init__", "forward"):
+        found, wanted = (
+            inspect.signature(getattr(x, method)).parameters.values() for x in (getattr(ours, name), theirs)
+        )
+        assert [(x.name, x.default, x.kind) for x in found] == [(x.name, x.default, x.kind) for x in wanted]
+
+
+@needs_liger
+def test_patch():
+    from liger_kernel import chunked_loss, transformers
+
+    before = transformers.LigerJSD
+    with fastkd.patch("liger") as patched:
+        assert not patched.skipped and transformers.LigerJSD is ours.LigerJSD
+        assert chunked_loss.LigerFusedLinearJSDLoss is ours.LigerFusedLinearJSDLoss
+        test_a_teacher_with_more_tokens_goes_to_liger()
+    assert transformers.LigerJSD is before
+
+
+# -- the definitions, which need no Liger ------------------------------------------------------------------------------
+
+
+def test_kl_is_torchs():
+    x, y = randn(5, 9, seed=1).log_softmax(-1), randn(5, 9, seed=2).log_softmax(-1)
+    for reduction in ("mean", "batchmean", "sum", "none"):
+        for log_target in (False, True):
+            target = y if log_target else y.exp()
+            found = differentiated(
+                ours.LigerKLDIVLoss(reduction=reduction, log_target=log_target),
+                x.float().requires_grad_(),
+                target.float(),
+            )
+            wanted = differentiated(
+                torch.nn.KLDivLoss(reduction=reduction, log_target=log_target), x.requires_grad_(), target
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_has_the_derivative_of_its_value_by_free_log_probabilities(beta):
+    x, y = randn(3, 7, seed=1).log_softmax(-1).requires_grad_(), randn(3, 7, seed=2).log_softmax(-1)
+
+    def definition(x):
+        p, q = y.exp(), x.exp()
+        m = beta * p + (1 - beta) * q
+        if beta in (0, 1):
+            return (p * (y - x) if beta == 0 else q * (x - y)).sum() / 3
+        return (beta * p * (y - m.log()) + (1 - beta) * q * (x - m.log())).sum() / 3
+
+    found, wanted = differentiated(ours.LigerJSD(beta), x.float(), y.float()), differentiated(definition, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+def test_a_target_of_given_probabilities(reduction):
+    """Also one that does not sum to 1, and one without any mass."""
+    hidden, head = randn(5, 4, seed=1).requires_grad_(), randn(9, 4, seed=2).requires_grad_()
+    target = randn(5, 9, seed=3).softmax(-1) * torch.tensor([1.0, 0.5, 1.7, 0.0, 1.0])[:, None]
+    target[1, :4] = 0
+    labels = torch.tensor([1, 2, 3, 4, -100])
+
+    def definition(hidden, head):
+        log_q = (F.linear(hidden, head) / 2).log_softmax(-1)
+        total = (torch.xlogy(target, target) - target * log_q)[:4].sum()
+        return total / {"batchmean": 4, "mean": 36, "sum": 1}[reduction]
+
+    loss = ours.LigerFusedLinearKLDivLoss(reduction, temperature=2.0)
+    found = differentiated(lambda *x: loss(*x, target, labels), hidden.float(), head.float())
+    torch.testing.assert_close(found, differentiated(definition, hidden, head), rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def test_nothing_counts_is_zero():
+    student, teacher, _ = linear_sides(random.Random(1), 1, torch.float32)
+    labels = torch.full(student[0].shape[:1], -100)
+    x = F.linear(*student).log_softmax(-1).detach().requires_grad_()
+    target = F.linear(*teacher).softmax(-1)
+    losses = [
+        differentiated(ours.LigerFusedLinearJSD(), *student, *teacher, labels),
+        differentiated(ours.LigerFusedLinearJSDLoss(), *student, *teacher, labels),
+        differentiated(ours.LigerFusedLinearKLDivLoss(), *student, target, labels),
+        differentiated(ours.LigerJSD(), x, target.log(), labels),
+        differentiated(ours.LigerTVDLoss(), x, target, labels),
+    ]
+    for value, gradients in losses:
+        assert value == 0 and all((g == 0).all() for g in gradients)
+
+
+# -- Liger's Triton kernels --------------------------------------------------------------------------------------------
+
+
+@needs_liger
+def test_against_ligers_kernels_in_the_interpreter():
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == f"{len(NAMES)} losses agree", run.stdout + run.stderr
+
+
+def kernel_case(name, seed, dtype):
+    """(options, inputs) of a random call."""
+    draw = random.Random(seed)
+    student, teacher, labels = linear_sides(draw, seed, dtype)
+    labels = draw.choice([None, labels]) if (labels != -100).any() else None
+    temperature, beta = draw.choice([1.0, 0.6, 3.0]), draw.choice(BETAS)
+    s, t = (F.linear(*x).detach() for x in (student, teacher))
+    if name == "LigerKLDIVLoss":
+        log_target, reduction = draw.random() < 0.5, draw.choice(["mean", "batchmean", "sum", "none"])
+        target = t.log_softmax(-1) if log_target else t.softmax(-1)
+        return {"reduction": reduction, "log_target": log_target}, (s.log_softmax(-1).requires_grad_(), target)
+    if name == "LigerJSD":
+        return {"beta": beta}, (s.log_softmax(-1).requires_grad_(), t.log_softmax(-1), labels)
+    if name == "LigerTVDLoss":
+        reduction = draw.choice(["mean", "batchmean", "sum", "none"])
+        return {"reduction": reduction}, (s.softmax(-1).requires_grad_(), t.softmax(-1), labels)
+    if name == "LigerFusedLinearJSD":
+        return {"jsd_beta": beta, "temperature": temperature}, (*student, *teacher, labels)
+    reduction = draw.choice(["mean", "batchmean", "sum"])
+    return {"reduction": reduction, "temperature": temperature}, (*student, t.softmax(-1), labels)
+
+
+def main():
+    from liger_kernel import transformers
+
+    for name in NAMES:
+        for seed in range(12):
+            for dtype, allowed in TOLERANCES.items():
+                options, inputs = kernel_case(name, seed, dtype)
+                found, wanted = (differentiated(getattr(x, name)(**options), *inputs) for x in (ours, transformers))
+                say = lambda text, case=(name, seed, dtype): f"{case}: {text}"  # noqa: E731
+                torch.testing.assert_close(found, wanted, **allowed, msg=say)
+    print(f"{len(NAMES)} losses agree")
+
+
+if __name__ == "__main__":
+    main()
