@@ -52,10 +52,9 @@ bench: build
 	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
 
 # Whole training steps: language models of three vocabularies, BERT-base on masked tokens and on classes; an hour on two cores.
-STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "bert-base --method kd,fcd" \
-    "bert-base --task masked_lm --method kd,glmd,distilbert" \
-    "qwen-0.5b:vocab_size=49152,hidden_size=576,num_hidden_layers=12,num_attention_heads=9,num_key_value_heads=3,intermediate_size=1536 \
-        --method forward_kl,fcd" "qwen-0.5b:num_hidden_layers=12 --method forward_kl"
+STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "smollm2-135m:num_hidden_layers=12 --method forward_kl,fcd" \
+    "qwen-0.5b:num_hidden_layers=12 --method forward_kl" "bert-base --task masked_lm --method kd,glmd,distilbert,fcd" \
+    "bert-base --method kd,fcd,bert_emd"
 profile: build
 	for step in $(STEPS); do $(BIN)/python -m fastkd profile --from-config $$step --batch 4 --length 128 \
 	    --ways fastkd,logits,loop,authors,trl,gkd --no-trace --out bench/results || exit; done

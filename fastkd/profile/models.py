@@ -26,6 +26,8 @@ CONFIGS = {  # model type, and what differs from its defaults
     "llama-8b": ("llama", {"intermediate_size": 14336, **LLAMA}),
     "qwen-0.5b": ("qwen2", {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
                             "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True}),
+    "smollm2-135m": ("llama", {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                               "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

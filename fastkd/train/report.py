@@ -139,14 +139,13 @@ def write(
     lead: str = "",
     where: str = "validation",
     models: dict | None = None,
-    tokenizer=None,
 ) -> Path:
     """The page's path; `folder` is new or empty, and the report is there whole or not at all. histories: name -> Trainer's
-    log_history; the last one's terms are drawn. models: name -> model, saved beside the page with the tokenizer."""
+    log_history; the last one's terms are drawn. models: name -> (model, tokenizer), saved beside the page."""
     with atomic_write.filling(Path(folder), "report") as scratch:
-        for name, model in (models or {}).items():
-            model.save_pretrained(scratch / name)
-            tokenizer.save_pretrained(scratch / name)
+        for name, parts in (models or {}).items():
+            for part in parts:
+                part.save_pretrained(scratch / name)
         pictures = draw(scratch, rows, histories, maps, where)
         record = {
             "title": title, "models": rows, "histories": histories, "transport": maps, "config": config,

