@@ -7,7 +7,7 @@ warns. `numThreads` and `processes` do nothing, as in POT.
 
 import numpy as np
 import torch
-from ot.lp import center_ot_dual
+from ot.lp._network_simplex import center_ot_dual
 from ot.lp._network_simplex import emd as pot_emd
 from ot.lp._network_simplex import emd2 as pot_emd2
 from torch import Tensor

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bert_emd import BUFFERS, M, N, VARIANTS, numpy_step, step_inputs
+from test_bert_emd import BUFFERS, VARIANTS, M, N, numpy_step, step_inputs
 from test_codir import golden_loss, golden_step
 from test_glmd import GOLD, KEPT, MASK, SMALL_STUDENT, STUDENT, TEACHER
 

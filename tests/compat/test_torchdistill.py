@@ -80,7 +80,8 @@ def test_crd_over_three_steps(dtype):
         extra = {"e": {"input": {"pos_idx": pos_idx, "contrast_idx": contrast_idx}}}
         inputs = [F.normalize(randn(4, 8, seed=10 * step + k, dtype=dtype), dim=1) for k in (0, 1)]
         calls = [
-            lambda s, t, f=f, extra=extra: f({"s": {"output": s}, **extra}, {"t": {"output": t}}) for f in (ours, theirs)
+            lambda s, t, f=f, extra=extra: f({"s": {"output": s}, **extra}, {"t": {"output": t}})
+            for f in (ours, theirs)
         ]
         (value, grads), (expected, expected_grads) = (gradients(call, *inputs) for call in calls)
         assert value.shape == expected.shape == (1,)

@@ -29,7 +29,9 @@ def oracle(student, teacher, level, mask):
 @pytest.mark.parametrize("level", ["token", "sequence", "all"])
 def test_against_the_definition(level, masked, dtype):
     loss = fastkd.CKALoss(level)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0], [1] * 7]) if masked else None
+    mask = (
+        torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0], [1] * 7]) if masked else None
+    )
     for seed, (Ds, Dt) in enumerate(((12, 20), (5, 3), (33, 33))):
         student, teacher = randn(4, 7, Ds, seed=seed, dtype=dtype) + 2, 5 * randn(4, 7, Dt, seed=9, dtype=dtype) - 1
         value, grads = gradients(lambda x, t=teacher: loss(x, t, mask), student)
