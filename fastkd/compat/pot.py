@@ -102,9 +102,9 @@ class _Problem:
         self.batched = False
         self.inputs = None
         given = [x for x in (a, b) if x is not None and len(x)]
-        self.type_as = given[0] if given else a if a is not None else b
+        self.type_as = [*given, *(x for x in (a, b) if x is not None), M][0]
         kinds = {type(x) for x in (a, b, M) if x is not None}
-        if self.type_as is None or len(kinds) > 1 or limit < DEFAULT_LIMIT or potentials_init is not None:
+        if len(kinds) > 1 or limit < DEFAULT_LIMIT or potentials_init is not None:
             return
         if not _dense_floats(M, 2) or not _floating(self.type_as):
             return

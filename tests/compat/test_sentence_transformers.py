@@ -29,12 +29,16 @@ def calls(name, labels=None, **options):
     return [lambda *xs, f=f: f.compute_loss_from_embeddings(list(xs), labels) for f in both(name, **options)]
 
 
+def in_float64(call):
+    """Near convergence the original's float32 has four digits less than the kernels'; its float64 has none too few."""
+    return lambda *xs: call(*(x.double() for x in xs)).to(xs[0].dtype)
+
+
 def embeddings(columns, batch, seed, dtype=torch.float32):
     return [randn(batch, 24, seed=seed + k, dtype=dtype) for k in range(columns)]
 
 
-def by_kernels(options):
-    directions = set(options.get("directions", ()))
+def by_kernels(directions):
     return "doc_to_query" in directions or "doc_to_doc" not in directions
 
 
@@ -42,7 +46,7 @@ def by_kernels(options):
 @pytest.mark.parametrize("directions", DIRECTIONS, ids=lambda some: "+".join(some[1:]) or "default")
 def test_ranking_with_every_direction(directions, dtype, monkeypatch):
     """Pairs, triplets and more, both partitions and similarities; the original is called only where it must be."""
-    if by_kernels({"directions": directions}):
+    if by_kernels(directions):
         monkeypatch.setattr(compat, "original", None)
     partitions = ["joint"] if set(directions) & {"query_to_query", "doc_to_doc"} else ["joint", "per_direction"]
     cases = itertools.product(partitions, (2, 3, 5), (cos_sim, dot_score), (1, 7))
@@ -50,9 +54,9 @@ def test_ranking_with_every_direction(directions, dtype, monkeypatch):
         options = {"similarity_fct": similarity, "partition_mode": partition, "directions": directions}
         scale = 20.0 if similarity is cos_sim else 0.2
         inputs = embeddings(columns, batch, seed, dtype)
-        assert_same(
-            *calls("MultipleNegativesRankingLoss", scale=scale, **options), *inputs, tolerance=TOLERANCES[dtype]
-        )
+        mine, theirs = calls("MultipleNegativesRankingLoss", scale=scale, **options)
+        theirs = in_float64(theirs) if by_kernels(directions) else theirs
+        assert_same(mine, theirs, *inputs, tolerance=TOLERANCES[dtype])
 
 
 def test_ranking_by_default(monkeypatch):

@@ -30,13 +30,15 @@ def both(name, **options):
     return [getattr(module, name)(**PATHS, **options) for module in (compat, mid_level)]
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
 def test_soft_and_hard_labels(name, dtype):
     """Every reduction, alpha (of the labels here) and beta; T² only where there is a hard term; images of logits, too."""
     weights = [{"alpha": 0.3}, {"alpha": 0.0}, {"alpha": None, "beta": 1.0}, {"alpha": 0.5, "beta": 9.0}]
-    cases = itertools.product(weights, ("batchmean", "mean", "sum", "none"), ((6, 50), (3, 11, 4, 2)), (True, False))
-    for seed, (weight, reduction, shape, labelled) in enumerate(cases):
+    cases = itertools.product(weights, ("batchmean", "mean", "sum", "none"), ((6, 50), (3, 11, 4, 5)))
+    for seed, (weight, reduction, shape) in enumerate(cases):
+        labelled = seed % 3 > 0
         if reduction == "none" and labelled and weight["alpha"]:
             continue  # losses per element and per example: torchdistill cannot add them either
         student, teacher = randn(*shape, seed=seed, dtype=dtype), 3 * randn(*shape, seed=seed + 1, dtype=dtype)

@@ -78,12 +78,11 @@ def example(seed, V=60, k=9, lengths=(5, 3, 8)):
 def test_losses_and_masses(modules, clamp):
     ours, theirs, _ = modules
     for seed in range(4):
-        student, log_probs, ids = example(seed)
-        call = [
-            lambda x, f=m.compute_forward_kl_topk: f(x, log_probs, ids, config(clamp), "thd") for m in (ours, theirs)
-        ]
-        assert_same(*(lambda x, f=f: f(x)["distillation_losses"] for f in call), student)
-        a, b = (f(student) for f in call)
+        student, *teacher = example(seed)
+        functions = [module.compute_forward_kl_topk for module in (ours, theirs)]
+        calls = [lambda x, f=f, t=teacher: f(x, *t, config(clamp), "thd")["distillation_losses"] for f in functions]
+        assert_same(*calls, student)
+        a, b = (f(student, *teacher, config(clamp), "thd") for f in functions)
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
