@@ -1,5 +1,6 @@
 """The authors' own calls: their signatures give their released numbers, quirks included."""
 
+import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from test_bert_emd import BUFFERS, VARIANTS, M, N, numpy_step, step_inputs
 from test_codir import golden_loss, golden_step
 from test_glmd import GOLD, KEPT, MASK, SMALL_STUDENT, STUDENT, TEACHER
 
+import fastkd
 from cases import GOLDENS, assert_same, det, randn
 from fastkd.compat import bert_emd, codir, fcd, glmd
 from fastkd.losses.bert_emd import SMALLEST_WEIGHT
@@ -191,3 +193,11 @@ def test_glmd_divergences(name, masks, keep_batch):
 
     call = getattr(glmd.CustomLoss, name)
     assert_same(lambda x: call(x, TEACHER, keep_batch=keep_batch, **options), released, STUDENT, tolerance=1e-11)
+
+
+@pytest.mark.parametrize(
+    "subject", [fcd.FCDLoss, bert_emd.TransformerLoss, codir.CRDLoss, glmd.CustomLoss, glmd.logits_distil_loss]
+)
+def test_the_example_runs(subject):
+    (found,) = doctest.DocTestFinder(recurse=False).find(subject, globs={"torch": torch, "fastkd": fastkd})
+    assert found.examples and doctest.DocTestRunner().run(found).failed == 0

@@ -10,9 +10,17 @@ theirs = pytest.importorskip("textbrewer.losses", reason=why)
 
 from textbrewer import presets  # noqa: E402 - where it is installed
 
+from fastkd.compat import soft_labels  # noqa: E402
 from fastkd.compat import textbrewer as ours  # noqa: E402
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(soft_labels, "WORTH", 0)
+
+
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])  # [B, L]
 
 
@@ -70,6 +78,17 @@ def test_attention(name, mask, dtype):
         assert_same(*(lambda x, f=f: f(x, more, mask) for f in both(name)), student, tolerance=1e-4)
         calls = [lambda x, f=f: f(x, teacher[:, 0], mask) for f in both(name)]
         assert_same(*calls, student[:, 0], tolerance=TOLERANCES[dtype])
+
+
+def test_small_losses_are_the_originals(monkeypatch):
+    """Where a kernel would not be faster; from `WORTH` elements on it computes them."""
+    monkeypatch.undo()
+    student, teacher, called = randn(4, 16, dtype=torch.float32), randn(4, 16, seed=1, dtype=torch.float32), []
+    for name in ("kd_ce_loss", "kd_mse_loss", "hid_mse_loss", "att_mse_loss"):
+        monkeypatch.setattr(theirs, name, lambda *args, name=name: called.append(name))
+        getattr(ours, name)(student, teacher)
+        getattr(ours, name)(student.repeat(64, 16), teacher.repeat(64, 16))
+    assert called == ["kd_ce_loss", "kd_mse_loss", "hid_mse_loss", "att_mse_loss"]
 
 
 def test_the_maps_hold_ours_until_undo():

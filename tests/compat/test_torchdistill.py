@@ -13,6 +13,7 @@ mid_level = pytest.importorskip("torchdistill.losses.mid_level", reason=why)
 
 from torchdistill.losses import registry  # noqa: E402 - where it is installed
 
+from fastkd.compat import soft_labels  # noqa: E402
 from fastkd.compat import torchdistill as compat  # noqa: E402
 
 PATHS = {
@@ -20,6 +21,11 @@ PATHS = {
     "teacher_module_path": "head", "teacher_module_io": "output",
 }  # fmt: skip
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(soft_labels, "WORTH", 0)
 
 
 def outputs(x):
