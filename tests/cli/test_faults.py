@@ -25,6 +25,14 @@ from fastkd.train import arguments, report, tokenisation
 from fastkd.train.trainer import DistillTrainer
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def contents(folder):
     return sorted(path.name for path in folder.iterdir())
 

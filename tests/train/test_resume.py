@@ -96,8 +96,9 @@ def test_a_run_goes_on_bit_for_bit_from_its_last_checkpoint(method, tmp_path):
 def test_an_evaluation_draws_no_random_numbers_and_is_made_up_for(strategy, tmp_path):
     """The checkpoint of step 3 is written before the epoch's evaluation, and the run is killed between them."""
     evaluates = {"eval_strategy": strategy, "eval_steps": 2, "max_steps": 8}
-    plain, straight = made(tmp_path / "plain", max_steps=8), made(tmp_path / "straight", **evaluates)
+    plain = made(tmp_path / "plain", max_steps=8)
     plain.train()
+    straight = made(tmp_path / "straight", **evaluates)
     straight.train()
     assert_same(plain, straight)
     with pytest.raises(Stop):
