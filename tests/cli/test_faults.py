@@ -14,6 +14,7 @@ import yaml
 from test_distill_cli import files, flags, save_pair  # noqa: F401
 
 import tiny
+from kills import prepare
 
 pytest.importorskip("transformers")
 import torch
@@ -41,21 +42,40 @@ def weights(run):
     return (run / "student" / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A teacher, data, and a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("source")
+    prepare(folder)
+    assert main(["distill", *flags(folder, output_dir=folder / "undisturbed")]) == 0
+    return folder
+
+
 @pytest.fixture
-def undisturbed(files, capsys):  # noqa: F811
-    """The weights of the student of a run that nothing happens to."""
-    save_pair(files / "teacher", "bert", "classification", dropout=0.1)
-    assert main(["distill", *flags(files, output_dir=files / "undisturbed")]) == 0, capsys.readouterr().err
-    return weights(files / "undisturbed")
+def argv(source, tmp_path):
+    return ["distill", *flags(source, output_dir=tmp_path / "run")]
 
 
-SIGNALS = [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+def assert_undisturbed(argv, source, tmp_path, capsys):
+    """The same command finishes the run, whose student is the undisturbed run's; a third time it refuses."""
+    assert main(argv) == 0, capsys.readouterr().err
+    assert weights(tmp_path / "run") == weights(source / "undisturbed")
+    assert {"index.html", "report.json"} <= set(contents(tmp_path / "run" / "report"))
+    assert main(argv) == 2
+    assert "it is finished" in capsys.readouterr().err
+    assert not [name for name in contents(tmp_path / "run") if name.startswith(".")]
 
 
-@pytest.mark.parametrize(("number", "code", "word"), SIGNALS)
-@pytest.mark.parametrize("place", ["training", "evaluation", "report"])
+TERMINATED, INTERRUPTED = (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")
+SIGNALS = [("training", *TERMINATED), ("evaluation", *INTERRUPTED), ("report", *TERMINATED)]
+MORE = [("training", *INTERRUPTED), ("evaluation", *TERMINATED), ("report", *INTERRUPTED)]
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "code", "word"), SIGNALS + [pytest.param(*row, marks=pytest.mark.long) for row in MORE]
+)
 def test_a_signal_saves_says_how_to_go_on_and_exports_nothing(
-    number, code, word, place, files, undisturbed, capsys, monkeypatch  # noqa: F811
+    place, number, code, word, argv, source, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
     where = {
         "training": (Trainer, "training_step"),
@@ -72,44 +92,38 @@ def test_a_signal_saves_says_how_to_go_on_and_exports_nothing(
         return method(*args, **kwargs)
 
     monkeypatch.setattr(holder, name, strike)
-    assert main(["distill", *flags(files)]) == code
-    error = capsys.readouterr().err
+    assert main(argv) == code
+    error, run = capsys.readouterr().err, tmp_path / "run"
     step = {"training": 3, "evaluation": 2, "report": 4}[place]
-    run = files / "run"
     assert f"fastkd distill: {word}; the same command goes on from {run / f'checkpoint-{step}'}\n" in error
     assert "Traceback" not in error and not (run / "report").exists()
     assert (run / "student").exists() == (place == "report")
-    assert not [name for name in contents(run) if name.startswith(".")]
-    assert main(["distill", *flags(files)]) == 0, capsys.readouterr().err
-    assert weights(run) == undisturbed and arguments.is_finished(arguments.parse(flags(files)))
+    assert_undisturbed(argv, source, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("place", ["save_model", "measure", "card", "draw", "_page"])
+LATE = [("save_model", ()), ("_page", ()), ("measure", pytest.mark.long), ("card", pytest.mark.long)]
+
+
+@pytest.mark.parametrize("place", [pytest.param(place, marks=marks) for place, marks in LATE])
 def test_a_run_that_died_after_training_is_finished_by_the_same_command(
-    place, files, undisturbed, capsys, monkeypatch  # noqa: F811
+    place, argv, source, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
     from fastkd.train import card
 
     where = {"save_model": DistillTrainer, "card": card}.get(place, report)
-    monkeypatch.setattr(where, "write" if place == "card" else place, lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["distill", *flags(files)])
-    run = files / "run"
-    (run / ".report.partial").mkdir()  # kill −9 leaves scratch folders
-    (run / ".report.partial" / "tradeoff.png").touch()
-    (run / ".saving").mkdir(exist_ok=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, "write" if place == "card" else place, lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(argv)
+    run = tmp_path / "run"
+    for scratch in (".report.partial", ".student.partial"):  # as kill −9 leaves them
+        (run / scratch).mkdir()
+        (run / scratch / "of the killed process").touch()
     assert not (run / "report").exists()
-    assert main(["distill", *flags(files)]) == 0, capsys.readouterr().err
-    assert weights(run) == undisturbed
-    assert {"index.html", "report.json", "tradeoff.png"} <= set(contents(run / "report"))
-    assert ".report.partial" not in contents(run)
-    assert main(["distill", *flags(files)]) == 2
-    assert "it is finished" in capsys.readouterr().err
+    assert_undisturbed(argv, source, tmp_path, capsys)
 
 
-def test_a_run_that_something_stops_is_not_exported(files, capsys, monkeypatch):  # noqa: F811
-    save_pair(files / "teacher", "bert", "classification")
+def test_a_run_that_something_stops_is_not_exported(argv, tmp_path, capsys, monkeypatch):
     step = DistillTrainer.training_step
 
     def stopping(self, *args, **kwargs):
@@ -117,21 +131,24 @@ def test_a_run_that_something_stops_is_not_exported(files, capsys, monkeypatch):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "training_step", stopping)
-    assert main(["distill", *flags(files)]) == 1
+    assert main(argv) == 1
     assert "training was stopped after step 2 of 4, so nothing is exported; the same command" in capsys.readouterr().err
-    assert not (files / "run" / "student").exists()
+    assert not (tmp_path / "run" / "student").exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_stepped_over(files, undisturbed, capsys):  # noqa: F811
-    run = files / "undisturbed"
+def test_a_damaged_checkpoint_is_named_and_stepped_over(source, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "source")
+    run = tmp_path / "source" / "undisturbed"
+    argv = ["distill", *flags(tmp_path / "source", output_dir=run)]
     shutil.rmtree(run / "report")
+    (run / "run.yaml").unlink()
+    arguments.save(arguments.parse(argv[1:]))
     path = run / "checkpoint-4" / "optimizer.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    argv = ["distill", *flags(files, output_dir=run)]
     assert main(argv) == 0, capsys.readouterr().err
     said = capsys.readouterr()
     assert f"skipped: {run / 'checkpoint-4'} has " in said.out and " bytes of optimizer.pt instead of " in said.out
-    assert f"resuming from {run / 'checkpoint-2'}" in said.out and weights(run) == undisturbed
+    assert f"resuming from {run / 'checkpoint-2'}" in said.out and weights(run) == weights(source / "undisturbed")
     shutil.rmtree(run / "report")
     for step in (2, 4):
         (run / f"checkpoint-{step}" / "rng_state.pth").unlink()
@@ -139,8 +156,8 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over(files, undisturbed, caps
     assert "none of its checkpoints can be resumed from: " in capsys.readouterr().err
 
 
-def test_a_folder_that_is_deleted_meanwhile_is_still_a_run(files, undisturbed, capsys, monkeypatch):  # noqa: F811
-    step, calls, run = Trainer.training_step, [], files / "run"
+def test_a_folder_that_is_deleted_meanwhile_is_still_a_run(argv, source, tmp_path, capsys, monkeypatch):
+    step, calls, run = Trainer.training_step, [], tmp_path / "run"
 
     def deleting(*args, **kwargs):
         calls.append(1)
@@ -149,35 +166,36 @@ def test_a_folder_that_is_deleted_meanwhile_is_still_a_run(files, undisturbed, c
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", deleting)
-    assert main(["distill", *flags(files)]) == 0, capsys.readouterr().err
-    assert weights(run) == undisturbed and yaml.safe_load((run / "run.yaml").read_text())["max_steps"] == 4
-    assert main(["distill", *flags(files)]) == 2
-    assert "it is finished" in capsys.readouterr().err
+    assert main(argv) == 0, capsys.readouterr().err
+    assert weights(run) == weights(source / "undisturbed")
+    assert yaml.safe_load((run / "run.yaml").read_text())["max_steps"] == 4
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize(
-    "place",
-    [
-        "torch.save",
-        "fastkd.train.trainer.DistillTrainer.save_model",
-        "fastkd.train.card.write",
-        "fastkd.train.report._page",
-    ],
-)
-def test_a_disk_that_takes_nothing_more_is_one_sentence(place, code, files, undisturbed, capsys, monkeypatch):  # noqa: F811
+FULL = [
+    ("torch.save", errno.ENOSPC, ()),
+    ("fastkd.train.trainer.DistillTrainer.save_model", errno.ENOSPC, ()),
+    ("fastkd.train.report._page", errno.EROFS, ()),
+    ("torch.save", errno.EROFS, pytest.mark.long),
+    ("fastkd.train.card.write", errno.ENOSPC, pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("place", "code"), [pytest.param(*row, marks=marks) for *row, marks in FULL])
+def test_a_disk_that_takes_nothing_more_is_one_sentence(place, code, argv, source, tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
-        if place.endswith("save_model"):
+        if place.endswith("save_model") and "run/.student" in args[1]:
             raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+        if place.endswith("save_model"):
+            return save_model(*args, **kwargs)
         raise OSError(code, os.strerror(code), "somewhere")
 
-    monkeypatch.setattr(place, refuse)
-    assert main(["distill", *flags(files)]) == 1
+    save_model = DistillTrainer.save_model
+    with monkeypatch.context() as patch:
+        patch.setattr(place, refuse)
+        assert main(argv) == 1
     error = capsys.readouterr().err
     assert os.strerror(code) in error and "Traceback" not in error
-    monkeypatch.undo()
-    assert main(["distill", *flags(files)]) == 0, capsys.readouterr().err
-    assert weights(files / "run") == undisturbed
+    assert_undisturbed(argv, source, tmp_path, capsys)
 
 
 def test_run_yaml_is_replaced_whole(files, monkeypatch):  # noqa: F811
