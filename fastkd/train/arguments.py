@@ -191,7 +191,15 @@ USUAL = {
     "gradient_checkpointing": "less memory, more time", "torch_compile": "compile the student", "seed": "the random seed",
     "use_cpu": "train on the CPU even where there is a GPU",
 }  # fmt: skip
-RARE = ("teacher_revision", "student_revision", "model_revision", "compile_teacher", "advance", "dataset_config")
+RARE = (
+    "teacher_revision",
+    "student_revision",
+    "model_revision",
+    "compile_teacher",
+    "advance",
+    "dataset_config",
+    "max_skipped_steps",
+)
 
 
 class Run(NamedTuple):
