@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over(case, name, damage, sent
         made(folder, "bert_emd").train(resume_from_checkpoint=str(folder / "checkpoint-7"))
 
 
-@pytest.mark.parametrize("damage", [empty, flip, truncate], ids=["empty", "flipped", "truncated"])
+@pytest.mark.parametrize("damage", [empty, flip], ids=["empty", "flipped"])
 def test_a_run_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(damage, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-7" / "optimizer.pt")
@@ -271,34 +271,31 @@ def torchs_own(*args, **kwargs):
     raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\n frame #0")
 
 
-@pytest.mark.parametrize(
-    ("place", "fault", "reason"),
-    [
-        ("torch.save", refused(errno.ENOSPC), "No space left on device"),
-        ("torch.save", torchs_own, "unexpected pos 64 vs 0"),
-        ("fastkd.train.trainer.save_file", refused(errno.EROFS), "Read-only file system"),
-        ("fastkd.train.checkpoints.write_manifest", refused(errno.EIO), "Input/output error"),
-        ("fastkd.atomic_write.rename", refused(errno.EACCES), "Permission denied"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_written_is_one_sentence(place, fault, reason, tmp_path, monkeypatch):
+FAULTS = [
+    ("torch.save", torchs_own, "unexpected pos 64 vs 0", ()),
+    ("fastkd.train.trainer.save_file", refused(errno.EROFS), "Read-only file system", ()),
+    ("torch.save", refused(errno.ENOSPC), "No space left on device", pytest.mark.long),
+    ("fastkd.train.checkpoints.write_manifest", refused(errno.EIO), "Input/output error", pytest.mark.long),
+    ("fastkd.atomic_write.rename", refused(errno.EACCES), "Permission denied", pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("place", "fault", "reason"), [pytest.param(*row, marks=marks) for *row, marks in FAULTS])
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(place, fault, reason, straight, tmp_path, monkeypatch):
     class Fault(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 5:
                 monkeypatch.setattr(place, fault)
 
-    straight = made(tmp_path / "straight", "bert_emd")
-    straight.train()
-    folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="checkpoint-6 could not be written") as error:
-        made(folder, "bert_emd", callbacks=[Fault()]).train()
+        made(tmp_path, "bert_emd", callbacks=[Fault()]).train()
     sentence = str(error.value)
-    assert reason in sentence and f"{folder / 'checkpoint-3'} is intact" in sentence and "\n" not in sentence
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+    assert reason in sentence and f"{tmp_path / 'checkpoint-3'} is intact" in sentence and "\n" not in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     monkeypatch.undo()
-    resumed = made(folder, "bert_emd", seed=99)
+    resumed = made(tmp_path, "bert_emd", seed=99)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(resumed, straight)
+    assert_same(resumed, straight[1])
 
 
 def test_a_disk_that_is_full_within_a_file(tmp_path):
