@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,10 +52,53 @@ def filling(folder: Path, argument: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch path beside `path` (which is ours to replace): readers see all of the old file or all of the new one."""
+    """A scratch path beside `path` (which is ours to replace): readers see all of the old file or all of the new one, also
+    after a power failure."""
     scratch = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield scratch
+        sync(scratch)
         os.replace(scratch, path)
+        sync(path.parent, inside=False)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder beside `folder` (which is ours to replace): `folder` appears whole, when all is written, or not at
+    all. What a killed process left of an earlier attempt is removed."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        sync(scratch)
+        rename(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def rename(scratch: Path, folder: Path) -> None:
+    """`scratch` becomes `folder`, in the place of an older one, which is deleted only then."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    sync(folder.parent, inside=False)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path, inside: bool = True) -> None:
+    """Return when a file, or a folder with (inside=True) all that it holds, is on the disk."""
+    if path.is_dir() and inside:
+        for child in path.iterdir():
+            sync(child)
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -211,11 +211,16 @@ def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
     values(name, x, lambda: x.numel() == 0 or inside(), f"indices must lie in [0, {size}), the {what}")
 
 
+class NotFiniteError(ValueError):
+    """Costs with NaN or infinite entries, for which there is no plan; found where values may be read."""
+
+
 def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
     """Turn the solver's `status` into an error that says which input was wrong."""
     if not looks_are_free(cost) or not bool(status.any()):
         return
-    values("cost", cost, cost.isfinite().all, "costs must be finite")
+    if not bool(cost.isfinite().all()):
+        raise NotFiniteError(f"cost: costs must be finite, got {describe(cost)}")
     for name, x in (("a", a), ("b", b)):
         values(name, x, lambda x=x: (x.isfinite() & (x >= 0)).all(), "masses must be finite and >= 0")
     total_a, total_b = a.double().sum(-1), b.double().sum(-1)

@@ -1,12 +1,17 @@
 """`fastkd <command>`: each command is a module of this package, imported only when it is called.
 
-A mistake is one line on stderr and exit code 2, a failure of the machine 1, Ctrl-C 130; FASTKD_TRACEBACK=1 shows where.
+A mistake is one line on stderr and exit code 2, a failure of the machine 1, Ctrl-C 130, SIGTERM 143; FASTKD_TRACEBACK=1 shows
+where.
 """
 
+import errno
 import importlib
 import os
 import sys
 
+from fastkd import interruption
+
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 COMMANDS = {
     "distill": "distil a teacher into a student: --method, data, a report at the end",
     "finetune": "train a model on labelled data, such as the teacher before it is distilled",
@@ -41,8 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastkd: there is no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"fastkd.cli.{command}").main(rest)
-    except (ModuleNotFoundError, ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        with interruption.terminable():
+            return importlib.import_module(f"fastkd.cli.{command}").main(rest)
+    except (
+        ModuleNotFoundError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        KeyboardInterrupt,
+        interruption.Terminated,
+    ) as error:
         if os.environ.get("FASTKD_TRACEBACK") == "1":
             raise
         code, sentence = _explained(error, command)
@@ -55,11 +68,14 @@ def main(argv: list[str] | None = None) -> int:
 def _explained(error: BaseException, command: str) -> tuple[int, str | None]:
     """The exit code and one line; no line where the traceback says more."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "; ".join(["interrupted", *map(str, error.args)])
+        return 130, "; ".join(["interrupted", *filter(None, map(str, error.args))])
+    if isinstance(error, interruption.Terminated):
+        return error.code, "; ".join(["terminated", *filter(None, [error.sentence])])
     if isinstance(error, ModuleNotFoundError):
         if error.name is None or error.name.split(".")[0] == "fastkd":
             return 1, None
         return 1, f"{error.name} is not installed; pip install 'fastkd[{EXTRAS.get(command, 'train')}]'"
     if command == "bench":  # it explains its own mistakes; what is left is a defect
         return 1, None
-    return 1 if isinstance(error, RuntimeError) else 2, " ".join(str(error).split())
+    machine = isinstance(error, RuntimeError) or getattr(error, "errno", None) in OF_THE_MACHINE
+    return 1 if machine else 2, " ".join(str(error).split())

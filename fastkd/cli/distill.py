@@ -17,7 +17,7 @@ def main(argv: list[str], command: str = "distill") -> int:
     logging.disable_progress_bar()
     if run.args.seeds:
         return several(run)
-    if arguments.examine_folder(run)[0]:
+    if arguments.is_finished(run):
         raise ValueError(
             f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
         )
@@ -27,9 +27,10 @@ def main(argv: list[str], command: str = "distill") -> int:
 
 def several(run) -> int:
     """The run once per seed, each in a folder of its own, and what the seeds have in common."""
+    from fastkd import atomic_write
     from fastkd.train import arguments, report
 
-    arguments.examine_folder(run)
+    arguments.is_finished(run)
     shared = begun(run)
     rows: dict[str, list[dict]] = {}
     for seed in range(1, run.args.seeds + 1):
@@ -41,7 +42,8 @@ def several(run) -> int:
     for name, of in rows.items():
         found[name] = {key: spread([row[key] for row in of]) for key in ("metric", "test") if key in of[0]}
         shown.append(of[0] | {key: (value["mean"], value["sd"]) for key, value in found[name].items()})
-    (Path(run.args.output_dir) / "seeds.json").write_text(json.dumps(found, indent=1))
+    with atomic_write.replacing(Path(run.args.output_dir) / "seeds.json") as scratch:
+        scratch.write_text(json.dumps(found, indent=1))
     report.print_table(shown)
     return 0
 
@@ -54,7 +56,7 @@ def once(run) -> list[dict]:
     """The rows of the run's report; a finished run is not done again."""
     from fastkd.train import arguments
 
-    if not arguments.examine_folder(run)[0]:
+    if not arguments.is_finished(run):
         return train(run)
     print(f"{run.args.output_dir} is finished")
     return json.loads((Path(run.args.output_dir) / arguments.FINISHED / "report.json").read_text())["models"]
@@ -102,8 +104,9 @@ def prepare(run):
     }  # fmt: skip
     trainer = DistillTrainer(
         student, teacher, task=data_args.task, answers=answers, args=args, **distils,
+        max_skipped_steps=args.max_skipped_steps,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
+        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack, args.seed),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
     )  # fmt: skip
     lead = _coverage(words, teacher, tokenizer, tokens["train"])
@@ -111,20 +114,36 @@ def prepare(run):
 
 
 def train(run) -> list[dict]:
-    """From the options to a folder with a model and a report, whose rows it returns."""
+    """From the options to a folder with a model and a report, whose rows it returns. A run that was stopped goes on from its
+    last checkpoint, also where only the export or the report is left."""
+    from fastkd import interruption
+    from fastkd.train import arguments, checkpoints
+
+    try:
+        checkpoint, skipped = checkpoints.newest(run.args.output_dir)
+        for sentence in skipped:
+            print(f"skipped: {sentence}")
+        trainer, models, test, lead, maps = _trained(run, checkpoint)
+        return _export(run, trainer, models, test, lead, maps)
+    except (KeyboardInterrupt, interruption.Terminated) as stopped:
+        raise type(stopped)(arguments.how_to_go_on(run.args)) from None
+
+
+def _trained(run, checkpoint):
+    """The trainer after training, the models by name, the test set, a sentence for the report and the maps of transport."""
     from transformers import EarlyStoppingCallback
 
-    from fastkd.train import agreement, arguments, card, report
-    from fastkd.train.callbacks import Watch, show_progress
+    from fastkd.train import agreement, arguments, checkpoints
+    from fastkd.train.callbacks import AtEachCheckpoint, Watch, show_progress
 
-    _, checkpoint = arguments.examine_folder(run)
     trainer, teacher, student, test, lead, summary = prepare(run)
     print(summary)
     if run.args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(run.args.early_stopping_patience))
-    watch = Watch(trainer)
+    watch, resolved = Watch(trainer), Path(run.args.output_dir) / arguments.RESOLVED
     trainer.add_callback(watch)
-    show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
+    trainer.add_callback(AtEachCheckpoint(lambda: resolved.exists() or arguments.save(run)))
+    bar = show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
     if teacher is not None and not (checkpoint or run.model.allow_weak_teacher):
         agreement.check_teacher(trainer)
     if checkpoint:
@@ -132,23 +151,42 @@ def train(run) -> list[dict]:
     arguments.save(run)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar among others
-        raise KeyboardInterrupt(arguments.how_to_go_on(run.args)) from None
-    name = "model" if teacher is None else "student"
-    exported = Path(run.args.output_dir) / name
-    trainer.save_model(str(exported))
-    models = {name: student} if teacher is None else {"teacher": teacher, "student": student}
-    rows = report.measure(models, trainer, test=test)
-    card.write(exported, run, rows)
+    finally:
+        bar.on_train_end(trainer.args, trainer.state, trainer.control)
+    if not checkpoints.is_finished(trainer):
+        raise RuntimeError(
+            f"training was stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, so nothing is "
+            f"exported; {arguments.how_to_go_on(run.args)}"
+        )
+    models = {"model": student} if teacher is None else {"teacher": teacher, "student": student}
+    return trainer, models, test, lead, watch.maps
+
+
+def _export(run, trainer, models, test, lead, maps) -> list[dict]:
+    """The trained model, and last of all the report, whose folder says that the run is finished."""
+    from safetensors import SafetensorError
+
+    from fastkd import atomic_write
+    from fastkd.train import arguments, card, report
+
+    folder, name = Path(run.args.output_dir), list(models)[-1]
+    with atomic_write.replacing_folder(folder / name) as scratch:
+        try:
+            trainer.save_model(str(scratch))
+        except SafetensorError as error:
+            raise RuntimeError(
+                f"{name}: could not be written to {folder} ({error}); make room, and give the same command again"
+            ) from error
+        rows = report.measure(models, trainer, test=test)
+        card.write(scratch, run, rows)
     title = f"{run.method.method if run.method else 'fine-tuning'} · {run.data.dataset or run.data.train_file}"
-    page = report.write(
-        Path(run.args.output_dir) / arguments.FINISHED, title=title, lead=lead, rows=rows,
-        histories={name: trainer.state.log_history}, maps=watch.maps, config=run.options,
-        where="test" if trainer.eval_dataset is None else "validation",
-    )  # fmt: skip
+    with atomic_write.replacing_folder(folder / arguments.FINISHED) as scratch:
+        page = report.write(
+            scratch, title=title, lead=lead, rows=rows, histories={name: trainer.state.log_history}, maps=maps,
+            config=run.options, where="test" if trainer.eval_dataset is None else "validation",
+        )  # fmt: skip
     report.print_table(rows)
-    print(f"{name + ':':8} {exported}\nreport:  {page}")
+    print(f"{name + ':':8} {folder / name}\nreport:  {folder / arguments.FINISHED / page.name}")
     return rows
 
 

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from fastkd import atomic_write
+
+from . import checkpoints
 from .batch import TASKS
 from .data import SHIPPED
 
 RESOLVED = "run.yaml"
-FINISHED = "report"
+FINISHED = "report"  # a folder that is renamed into its place when all else is done
 INTERVALS = ("no", "steps", "epoch")
 JOINED = {"method": " + ", "student_layers": ",", "answers": ","}  # options that may be a list in YAML
 
@@ -135,6 +137,12 @@ class RunArguments(TrainingArguments):
         default=None,
         metadata={"help": "runs with the seeds 1 to N, into <output_dir>/seed-1 …; their mean and deviation"},
     )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "end the run after so many steps in a row whose loss or gradient is not finite; fewer are skipped"
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -143,7 +151,7 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("seeds", "early_stopping_patience"):
+        for name in ("seeds", "early_stopping_patience", "max_skipped_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.early_stopping_patience:
@@ -157,6 +165,8 @@ class RunArguments(TrainingArguments):
                 "resume_from_checkpoint: a run resumes by itself, from the last checkpoint of its output_dir, when the same "
                 "command is given again; leave it out"
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError("enable_jit_checkpoint: SIGTERM and Ctrl-C save a checkpoint without it; leave it out")
         if self.do_predict:
             raise ValueError("do_predict: leave it out; --test_file is evaluated at the end")
         if self.label_smoothing_factor:
@@ -181,7 +191,15 @@ USUAL = {
     "gradient_checkpointing": "less memory, more time", "torch_compile": "compile the student", "seed": "the random seed",
     "use_cpu": "train on the CPU even where there is a GPU",
 }  # fmt: skip
-RARE = ("teacher_revision", "student_revision", "model_revision", "compile_teacher", "advance", "dataset_config")
+RARE = (
+    "teacher_revision",
+    "student_revision",
+    "model_revision",
+    "compile_teacher",
+    "advance",
+    "dataset_config",
+    "max_skipped_steps",
+)
 
 
 class Run(NamedTuple):
@@ -352,34 +370,36 @@ def _plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def examine_folder(run: Run) -> tuple[bool, str | None]:
-    """Whether the run is finished already, and the checkpoint to resume from, None for a fresh folder; ValueError rather than
-    touch anybody's results."""
-    folder = Path(run.args.output_dir)
-    if not folder.exists() or not any(folder.iterdir()):
-        return False, None
+def is_finished(run: Run) -> bool:
+    """Whether the run in this folder is finished; ValueError rather than touch anybody's results."""
+    folder, cache = Path(run.args.output_dir), run.model.teacher_cache
+    begun = [Path(cache)] if cache else []  # may have been made before the run itself
+    begun += folder.glob(f".*-{RESOLVED}")
+    if not folder.exists() or {path.resolve() for path in folder.iterdir()} <= {path.resolve() for path in begun}:
+        return False
     if not (folder / RESOLVED).exists():
         raise ValueError(f"output_dir: {folder} holds something that is not a run of fastkd; choose another folder")
-    before = yaml.safe_load((folder / RESOLVED).read_text()) or {}
+    before = read_config(str(folder / RESOLVED))
     differing = sorted(key for key in {*before, *run.options} if before.get(key) != run.options.get(key))
     if differing:
         raise ValueError(
             f"output_dir: {folder} holds another run ({', '.join(differing)} differ); choose another folder, or the same "
             "options"
         )
-    return (folder / FINISHED).exists(), get_last_checkpoint(str(folder))
+    return (folder / FINISHED / "report.json").exists()
 
 
 def save(run: Run) -> None:
     """The resolved run, beside its results; `--config run.yaml` repeats it."""
     folder = Path(run.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(yaml.safe_dump(run.options, sort_keys=True))
+    with atomic_write.replacing(folder / RESOLVED) as scratch:
+        scratch.write_text(yaml.safe_dump(run.options, sort_keys=True))
 
 
 def how_to_go_on(args: RunArguments) -> str:
     """What a person who stopped a run can do."""
-    checkpoint = get_last_checkpoint(args.output_dir)
+    checkpoint = checkpoints.last(args.output_dir)
     if checkpoint:
         return f"the same command goes on from {checkpoint}"
-    return f"{args.output_dir} has no checkpoint yet, so the same command starts anew; --save_steps says how often to save one"
+    return f"{args.output_dir} has no checkpoint yet, so the same command starts anew"

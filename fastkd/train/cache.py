@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastkd import atomic_write
+from fastkd import atomic_write, interruption
 
 from . import states
 
@@ -79,6 +79,7 @@ def _compute(shape, teacher, data, collator, accepts, batch_size: int, device, w
     kept = torch.full(shape, torch.nan)  # a row that nobody asks for stays so
     starts = range(0, len(data), batch_size)
     for start in track(starts, description="teacher"):
+        interruption.check()
         examples = [data[i] for i in range(start, min(start + batch_size, len(data)))]
         numbers = torch.tensor([example["example_id"] for example in examples])
         inputs = {name: x.to(device) for name, x in collator(examples).items() if name in accepts and name != "labels"}

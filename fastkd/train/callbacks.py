@@ -5,19 +5,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .trainer import DistillTrainer
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback, ExportableState):
     """For methods that transport: the flows and the layers' weights that they used, each the mean over the steps since
     the log before. A single step would mislead: weights by inverse cost can swing from one step to the next.
-    `.maps` is a list of {"step", "flows": {kind: [N][M]}, "weights": {kind: [N]}}; a row of a flow sums to its weight."""
+    `.maps` is a list of {"step", "flows": {kind: [N][M]}, "weights": {kind: [N]}}; a row of a flow sums to its weight. They
+    are saved in checkpoints."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer, self.maps = trainer, []
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"maps": self.maps}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault("Watch", self.state())
+        self.maps = list(saved["attributes"]["maps"])
 
     def on_step_end(self, args, state, control, **kwargs):
         methods = {} if self.trainer.method is None else self.trainer.method.methods
@@ -34,6 +43,17 @@ class Watch(TrainerCallback):
         flows = {kind: flow.tolist() for kind, flow in flows.items()}
         self.maps.append({"step": state.global_step, "flows": flows, "weights": weights})
         self._sums, self._steps = {}, 0
+
+
+class AtEachCheckpoint(TrainerCallback):
+    """Calls a function when a checkpoint has been written."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.call()
 
 
 class RichProgress(TrainerCallback):
@@ -76,11 +96,13 @@ class RichProgress(TrainerCallback):
             self.console.print(table_of_terms(logs))
 
 
-def show_progress(trainer, title: str) -> None:
+def show_progress(trainer, title: str) -> RichProgress:
     """RichProgress in place of Trainer's own bar and of the dictionaries that it prints without one."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RichProgress(title))
+    progress = RichProgress(title)
+    trainer.add_callback(progress)
+    return progress
 
 
 def table_of_terms(logs: list[dict]) -> Table:

@@ -29,7 +29,8 @@ def write(folder, run, rows: list[dict]) -> None:
     }
     versions = report.versions()
     facts["Versions"] = ", ".join(f"{name} {versions[name]}" for name in ("fastkd", "torch", "transformers"))
-    lines = "\n".join(f"- {name}: `{value}`" for name, value in facts.items())
+    plain = {name: " ".join(str(value).split()).replace("`", "'") for name, value in facts.items()}
+    lines = "\n".join(f"- {name}: `{value}`" for name, value in plain.items())
     text = f"---\n{metadata.to_yaml()}\n---\n\n# {Path(made_of).name}, {'distilled' if run.method else 'fine-tuned'}\n\n{lines}\n"
     if rows:
         head, *body = report.table(rows)

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 INK, SOFT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#334e68", "#9fb3c8", "#e8743b", "#2f855a", "#805ad5")
 STYLE = {
+    "text.parse_math": False,  # a name may have a $
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": GRID, "axes.labelcolor": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
     "axes.axisbelow": True, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlecolor": INK,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from sklearn.metrics import confusion_matrix
 
@@ -124,7 +125,7 @@ def print_table(rows: list[dict]) -> None:
     (name, *others), *lines = table(rows)
     shown = Table(name, *(Column(other, justify="right") for other in others))
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*map(escape, line))
     Console().print(shown)
 
 
@@ -270,7 +271,9 @@ def _cards(rows: list[dict], metric: str) -> str:
         )
     return (
         "<div class=cards>"
-        + "".join(f"<div class='card {k}'><b>{b}</b><span>{s}</span></div>" for k, b, s in cards)
+        + "".join(
+            f"<div class='card {k}'><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for k, b, s in cards
+        )
         + "</div>"
     )
 
@@ -278,8 +281,8 @@ def _cards(rows: list[dict], metric: str) -> str:
 def _table(rows: list[dict]) -> str:
     if not rows:
         return ""
-    head, *lines = table(rows)
-    cells = "".join("<tr><td>" + "<td class=n>".join(map(html.escape, line)) for line in lines)
+    head, *lines = ([html.escape(cell) for cell in line] for line in table(rows))
+    cells = "".join("<tr><td>" + "<td class=n>".join(line) for line in lines)
     return f"<section><div class=wide><table><tr><th>{'<th class=n>'.join(head)}{cells}</table></div></section>"
 
 

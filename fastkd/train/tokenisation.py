@@ -1,9 +1,12 @@
 """From clean rows to tokens: what is cut is counted, the collators of each task, and what a run says of its data."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
+import torch
 from torch import nn
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from . import packing
 from .data import Corpus
@@ -64,13 +67,27 @@ def _blank(ids: list[int], mask_id: int) -> int:
     return ids.index(mask_id)
 
 
-def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False):
-    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+class Masking(DataCollatorForLanguageModeling):
+    """transformers' own, whose masks depend on the seed and the batch's tokens alone: a resumed run masks as the undisturbed
+    one, and teacher and student are evaluated on the same masks."""
 
+    def __init__(self, tokenizer, mlm_probability: float, seed: int):
+        super().__init__(tokenizer, mlm_probability=mlm_probability)
+        self.mask_seed = seed
+
+    def torch_call(self, examples):
+        rows = repr([self.mask_seed, *(list(example["input_ids"]) for example in examples)])
+        digest = hashlib.blake2b(rows.encode(), digest_size=8).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return super().torch_call(examples)
+
+
+def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False, seed: int = 0):
+    """seed: of the masks of masked_lm."""
     if pack:
         return packing.Collator(tokenizer.pad_token_id)
     if task == "masked_lm":
-        return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+        return Masking(tokenizer, mlm_probability, seed)
     if task == "causal_lm":
         return DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return DataCollatorWithPadding(tokenizer)

@@ -13,16 +13,20 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from fastkd import interruption
+
 from . import cache, heads, packing, states
 from .agreement import check_model, check_pair, teacher_labels
 from .batch import UNITS, VOCABULARY_TASKS, WORD_TASKS, Batch, count_units
+from .checkpoints import Checkpoints, Continuation, Interruptions, not_finite
+from .finite import Finite
 from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
 EXTRA = ("example_id", "blank")
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(Checkpoints, Trainer):
     """Trainer(model=student, …) with `teacher` and `method` ("bert_emd", "fcd + kd:weight=0.5"; see fastkd.train.methods).
 
     The teacher is frozen and in eval mode, never wrapped, never saved. The method's learned pieces (projections, layer
@@ -32,6 +36,7 @@ class DistillTrainer(Trainer):
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
     teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
+    max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many of them in a row end the run.
     words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
     data bear the student's ids.
     """
@@ -51,6 +56,7 @@ class DistillTrainer(Trainer):
         compile_teacher: bool = False,
         teacher_cache: str | None = None,
         words: Tensor | None = None,
+        max_skipped_steps: int = 10,
         **kwargs,
     ):
         if advance not in ("step", "micro"):
@@ -62,6 +68,9 @@ class DistillTrainer(Trainer):
         kwargs["args"] = copy.copy(kwargs["args"])
         kwargs["args"].logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
         super().__init__(model=model, **kwargs)
+        self.finite, self.interruptions = Finite(self, max_skipped_steps), Interruptions(self)
+        for callback in (self.interruptions, self.finite, Continuation(self)):
+            self.add_callback(callback)
         self.model_accepts_loss_kwargs = False
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
@@ -81,7 +90,8 @@ class DistillTrainer(Trainer):
                 self._stop_after = states.stop_after(self.teacher, *read)
             if teacher_cache:
                 size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
-                with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
+                first = self.args.main_process_first(desc="teacher_cache")
+                with interruption.deferred(), first:  # the others then find it done
                     self.taught = cache.logits(
                         teacher_cache, self.teacher, self.train_dataset,
                         self._get_collator_with_removed_columns(self.data_collator), accepts, task, size,
@@ -174,6 +184,8 @@ class DistillTrainer(Trainer):
             own = count_units(self.task, batch.mask, labels)
             batch.shares = dict(zip(UNITS, own / num_items_in_batch.clamp_min(1e-9), strict=True))
         loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
+        if training and not distils:
+            self.finite.see({"hard": loss}, batch.ids)
         if not return_outputs:
             return loss
         return loss, {"loss": loss} if self._loss_only else {"loss": loss, "logits": batch.task_logits()}
@@ -229,11 +241,12 @@ class DistillTrainer(Trainer):
 
     def _terms(self, batch: Batch) -> Tensor:
         self.method.train()
-        loss = 0.0
-        for name, term in self.method(batch).items():
-            value = batch.of_step(term)
-            loss = loss + term.weight * value
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        loss, terms = 0.0, self.method(batch)
+        values = {name: batch.of_step(term) for name, term in terms.items()}
+        shown = self.finite.see(values, batch.ids)
+        for name, term in terms.items():
+            loss = loss + term.weight * values[name]
+            self._sums[name] = self._sums.get(name, 0.0) + shown[name]
             self._steps[name] = self._steps.get(name, 0) + self.accelerator.sync_gradients
             self._weights[name] = term.weight
         return loss
@@ -254,13 +267,14 @@ class DistillTrainer(Trainer):
             self._accepts["student"], self._finish["student"] = accepts, finish
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[n] / max(self._steps[n], 1) for n in names])
-            means = self.accelerator.reduce(means, "mean")
-            for name, value in zip(names, means.tolist(), strict=True):  # the one look, where Trainer looks too
-                logs[f"term/{name}"] = value
-                logs[f"weight/{name}"] = self._weights[name]
+        if "loss" in logs:
+            lost = self.finite.amend(logs)
+            steps = {name: count - lost[name] for name, count in self._steps.items()}
+            names = sorted(name for name, count in steps.items() if count > 0)
+            means = [self._sums[name] / steps[name] for name in names]
+            means = self.accelerator.reduce(torch.stack(means), "mean").tolist() if means else []
+            for name, value in zip(names, means, strict=True):  # the one look, where Trainer looks too
+                logs |= {f"term/{name}": value, f"weight/{name}": self._weights[name]}
             self._sums, self._steps = {}, {}
         super().log(logs, start_time)
 
@@ -282,7 +296,7 @@ class DistillTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step_begins and self.method is not None:
             self.method.zero_grad()  # Trainer zeroes the gradients of its model, not those of its optimizer
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)  # a skipped step's
         self._step_begins = self.accelerator.sync_gradients
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1 and self.method is not None:
             for parameter in self.method.parameters():  # DDP averages the student's gradients; these are not in it
@@ -290,6 +304,10 @@ class DistillTrainer(Trainer):
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.accelerator.num_processes
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.finite.norm = super()._get_grad_norm(model, grad_norm)
+        return self.finite.norm
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save and self.method is not None:
@@ -305,6 +323,13 @@ class DistillTrainer(Trainer):
         """The student alone, loadable with AutoModel….from_pretrained: nothing of the teacher or the method, no pickle."""
         if not self.args.should_save:
             return
+        saved = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        wrong = not_finite(saved | ({} if self.method is None else dict(self.method.named_parameters())))
+        if wrong:
+            raise RuntimeError(
+                f"the weights are not finite after step {self.state.global_step} ({', '.join(wrong[:3])}), so they are not "
+                "saved, and the checkpoints before are intact; lower the learning rate"
+            )
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         output_dir = output_dir or self.args.output_dir
         student.save_pretrained(output_dir, state_dict=state_dict)

@@ -146,38 +146,6 @@ def test_the_bank_moves_once_per_step_with_every_row_of_it(tmp_path):
     assert not trainer.method.methods["codir"].seen
 
 
-RESUMED = ["bert_emd:beta=1", "codir:nce_k=3,feat_dim=8", "fcd:gamma=1,K=8 + kd", "tinybert:share=0.5"]
-
-
-@pytest.mark.parametrize("method", RESUMED)
-def test_resume_is_bitwise_the_uninterrupted_run(method, tmp_path):
-    def run(folder, checkpoint=None, stop=None):
-        teacher, student = pair("bert", "classification")
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.1
-        args = tiny.arguments(
-            tmp_path / folder, max_steps=6, per_device_train_batch_size=3, save_strategy="steps", save_steps=3,
-            learning_rate=1e-2, lr_scheduler_type="linear", weight_decay=0.01,
-        )  # fmt: skip
-        torch.manual_seed(11)
-        data = tiny.dataset("classification")
-        trainer = DistillTrainer(student, teacher, method, args=args, train_dataset=data)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer
-
-    straight = run("straight")
-    torch.manual_seed(99)  # a fresh process starts elsewhere
-    resumed = run("resumed", str(tmp_path / "straight" / "checkpoint-3"))
-    for kind in ("model", "method"):
-        ours, theirs = (getattr(t, kind).state_dict() for t in (resumed, straight))
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert torch.equal(ours[name], theirs[name]), (kind, name)
-    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (resumed, straight)]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
-
-
 def test_a_checkpoint_holds_the_student_and_apart_from_it_what_the_method_learned(tmp_path):
     from safetensors.torch import load_file
 

@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from fastkd import checks
@@ -150,7 +151,12 @@ class Combined(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Term]:
         terms = {}
         for name, method in self.methods.items():
-            for part, term in method(batch).items():
+            try:
+                made = method(batch)
+            except checks.NotFiniteError:  # then the trainer skips the step, as where values cannot be looked at
+                parts = [*batch.student.tensors(), *method.parameters()]
+                made = {"cost": Term(sum(x.float().sum() for x in parts) * torch.nan, 1.0)}
+            for part, term in made.items():
                 terms[f"{name}/{part}"] = term._replace(weight=term.weight * self.weights[name])
         return terms
 
