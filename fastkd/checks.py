@@ -201,12 +201,13 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
         raise ValueError(f"{name}: {wrong}, got {describe(x)}")
 
 
-def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
+def indices_in_range(name: str, x: Tensor, size: int | Tensor, what: str) -> None:
     def inside():
         low, high = x.aminmax()  # one pass
         return (low >= 0) & (high < size)
 
-    values(name, x, lambda: x.numel() == 0 or inside(), f"indices must lie in [0, {size}), the {what}")
+    known = f"lie in [0, {size})" if isinstance(size, int) else "be a token of one of the shards"
+    values(name, x, lambda: x.numel() == 0 or inside(), f"indices must {known}, the {what}")
 
 
 def solved(status: Tensor, cost: Tensor, a: Tensor, b: Tensor) -> None:
@@ -260,7 +261,7 @@ def divergence_options(kind: str, temperature: float, beta: float, alpha: float)
         raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is forward_kl")
 
 
-def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int) -> None:
+def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int | Tensor) -> None:
     """A sparse teacher, passed as the argument `name`, over the student's vocabulary of `size` tokens."""
     indices, log_probs, tail = teacher
     integers(f"{name}.indices", indices, "[..., k]")

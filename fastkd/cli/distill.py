@@ -1,35 +1,57 @@
 """`fastkd distill`: a teacher, a student, data, a method; a trained student and a report about it."""
 
+import contextlib
+import functools
 import json
+import logging
+import os
 import shutil
 import statistics
 from pathlib import Path
 
+from fastkd.distributed import on_first_rank
+
 
 def main(argv: list[str], command: str = "distill") -> int:
     import datasets
-    from transformers.utils import logging
+    from torch import distributed as dist
+    from transformers.utils.logging import disable_progress_bar
 
     from fastkd.train import arguments
 
+    joined = dist.is_initialized()
     run = arguments.parse(argv, command)
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    if run.args.seeds:
-        return several(run)
-    if arguments.examine_folder(run)[0]:
-        raise ValueError(
-            f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
-        )
-    train(begun(run) if run.model.finetune_teacher else run)
+    disable_progress_bar()
+    with contextlib.ExitStack() as stack:
+        if run.args.process_index:  # one rank speaks
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            logging.getLogger("fastkd").setLevel(logging.ERROR)
+        if run.args.seeds:
+            several(run)
+        elif examined(run)[0]:
+            raise ValueError(
+                f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
+            )
+        else:
+            train(begun(run) if run.model.finetune_teacher else run)
+    if dist.is_initialized() and not joined:
+        dist.destroy_process_group()
     return 0
 
 
-def several(run) -> int:
-    """The run once per seed, each in a folder of its own, and what the seeds have in common."""
-    from fastkd.train import arguments, report
+def examined(run) -> tuple[bool, str | None]:
+    """What the first rank finds in the output folder, before any rank writes there."""
+    from fastkd.train import arguments
 
-    arguments.examine_folder(run)
+    return on_first_rank(arguments.examine_folder, run)
+
+
+def several(run) -> None:
+    """The run once per seed, each in a folder of its own, and what the seeds have in common."""
+    from fastkd.train import report
+
+    examined(run)
     shared = begun(run)
     rows: dict[str, list[dict]] = {}
     for seed in range(1, run.args.seeds + 1):
@@ -41,9 +63,8 @@ def several(run) -> int:
     for name, of in rows.items():
         found[name] = {key: spread([row[key] for row in of]) for key in ("metric", "test") if key in of[0]}
         shown.append(of[0] | {key: (value["mean"], value["sd"]) for key, value in found[name].items()})
-    (Path(run.args.output_dir) / "seeds.json").write_text(json.dumps(found, indent=1))
+    on_first_rank((Path(run.args.output_dir) / "seeds.json").write_text, json.dumps(found, indent=1))
     report.print_table(shown)
-    return 0
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -54,7 +75,7 @@ def once(run) -> list[dict]:
     """The rows of the run's report; a finished run is not done again."""
     from fastkd.train import arguments
 
-    if not arguments.examine_folder(run)[0]:
+    if not examined(run)[0]:
         return train(run)
     print(f"{run.args.output_dir} is finished")
     return json.loads((Path(run.args.output_dir) / arguments.FINISHED / "report.json").read_text())["models"]
@@ -64,9 +85,9 @@ def begun(run):
     """The run, checked and saved, and its teacher fine-tuned where it asks for that."""
     from fastkd.train import arguments
 
-    if not (Path(run.args.output_dir) / arguments.RESOLVED).exists():
+    if not on_first_rank((Path(run.args.output_dir) / arguments.RESOLVED).exists):
         prepare(run)
-        arguments.save(run)
+        on_first_rank(arguments.save, run)
     if run.model.finetune_teacher:
         of_teacher = run.of_teacher()
         once(of_teacher)
@@ -85,14 +106,16 @@ def prepare(run):
     model_args, data_args, method_args, args, _ = run
     _check_options(run)
     _device(model_args.device, args)
-    corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
+    with args.main_process_first(desc="data"):  # the others then find them in the cache
+        corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
     if corpus.validation is None:
         args.eval_strategy = "no"
     tokenizer, teacher, student, words = models.load(run, corpus)
     for model in filter(None, (teacher, student)):
         tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
-    tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
+    with args.main_process_first(desc="tokens"):
+        tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     distils = {} if teacher is None else {
@@ -117,7 +140,7 @@ def train(run) -> list[dict]:
     from fastkd.train import agreement, arguments, card, report
     from fastkd.train.callbacks import Watch, show_progress
 
-    _, checkpoint = arguments.examine_folder(run)
+    _, checkpoint = examined(run)
     trainer, teacher, student, test, lead, summary = prepare(run)
     print(summary)
     if run.args.early_stopping_patience:
@@ -129,7 +152,7 @@ def train(run) -> list[dict]:
         agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")
-    arguments.save(run)
+    on_first_rank(arguments.save, run)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -140,13 +163,14 @@ def train(run) -> list[dict]:
     trainer.save_model(str(exported))
     models = {name: student} if teacher is None else {"teacher": teacher, "student": student}
     rows = report.measure(models, trainer, test=test)
-    card.write(exported, run, rows)
+    on_first_rank(card.write, exported, run, rows)
     title = f"{run.method.method if run.method else 'fine-tuning'} · {run.data.dataset or run.data.train_file}"
-    page = report.write(
-        Path(run.args.output_dir) / arguments.FINISHED, title=title, lead=lead, rows=rows,
+    write = functools.partial(
+        report.write, Path(run.args.output_dir) / arguments.FINISHED, title=title, lead=lead, rows=rows,
         histories={name: trainer.state.log_history}, maps=watch.maps, config=run.options,
         where="test" if trainer.eval_dataset is None else "validation",
     )  # fmt: skip
+    page = on_first_rank(write)
     report.print_table(rows)
     print(f"{name + ':':8} {exported}\nreport:  {page}")
     return rows
