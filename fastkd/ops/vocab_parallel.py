@@ -93,7 +93,9 @@ def _topk(s, teacher, mask, first, options, group) -> Tensor:
     s, place = s / options.temperature, indices.long() - first
     here = (place >= 0) & (place < s.shape[1])  # [N, k]
     size = s.shape[1]
-    named = torch.zeros(s.shape[0], size + 1, dtype=torch.bool, device=s.device)  # those elsewhere go to the last column
+    named = torch.zeros(
+        s.shape[0], size + 1, dtype=torch.bool, device=s.device
+    )  # those elsewhere go to the last column
     named = named.scatter(-1, torch.where(here, place, size), True)[:, :size]
     outside = ~named & (s != -torch.inf)
     top = s.detach().masked_fill(~outside, -torch.inf).amax(-1, keepdim=True)

@@ -30,7 +30,9 @@ def compared(s, rest, has_rest, t, tail, masked, kind, beta, alpha):
     if tail is None:
         log_rest = torch.full_like(rest, -torch.inf)
     else:
-        log_rest = torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail.to(t.dtype)[:, None]
+        log_rest = (
+            torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail.to(t.dtype)[:, None]
+        )
         log_rest = log_rest.masked_fill(masked, 0)
         all_mass = torch.cat([t, log_rest], -1).logsumexp(-1, keepdim=True)
         t, log_rest = t - all_mass, log_rest - all_mass

@@ -26,7 +26,7 @@ def check_sharding(trainer) -> None:
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError(
             f"fsdp: accelerate shards a model over several GPUs started by torchrun or accelerate launch, and this run has "
-            f"{trainer.args.world_size} process(es) on {trainer.args.device.type}; leave --fsdp out"
+            f"{trainer.args.world_size} processes on {trainer.args.device.type}; leave --fsdp out"
         )
 
 

@@ -203,7 +203,9 @@ class DistillTrainer(Trainer):
             return samples, None
         if self.method is not None and self.args.world_size > 1 and self.method.one_shape():
             tokenizer, text = self.processing_class, self.model.config.get_text_config()
-            pad_id = next((x for x in (text.pad_token_id, getattr(tokenizer, "pad_token_id", None)) if x is not None), 0)
+            pad_id = next(
+                (x for x in (text.pad_token_id, getattr(tokenizer, "pad_token_id", None)) if x is not None), 0
+            )
             ranks.pad_alike(samples, pad_id, getattr(tokenizer, "padding_side", "right"), self._host_group)
         counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
         counts = self.accelerator.reduce(torch.stack(counts).to(device), "mean")  # [micro-batches, UNITS]

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastkd.train.trainer import DistillTrainer
 from ranks import on_two_ranks
 
 logging.set_verbosity_error()
+long = pytest.mark.long  # of a pair of processes, which takes seconds to start
 ROWS = 16
 # What couples samples does more here than at the methods' own weights; the rest is each method as it is.
 METHOD = {
@@ -106,7 +108,8 @@ def every(folder, world: int) -> list[dict]:
     for method, family, task in CASES:
         trainer = trained(folder, method, family, task, world, double=True)
         logged = [{k: x for k, x in e.items() if k.startswith(("loss", "term/"))} for e in trainer.state.log_history]
-        found.append({"steps": trainer.steps, "logged": logged[:2]})
+        kinds = [type(x).__name__ for x in (trainer.model_wrapped, trainer.teacher)]
+        found.append({"steps": trainer.steps, "logged": logged[:2], "kinds": kinds})
     return found
 
 
@@ -157,14 +160,17 @@ class _Refuses:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Everything that two ranks do, in one pair of processes: each takes seconds to start."""
+    """Everything that two ranks do, in one pair of processes."""
     folder = str(tmp_path_factory.mktemp("two"))
-    return on_two_ranks(f"""
+    return on_two_ranks(
+        f"""
 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
 os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
 import test_ranks
 result = {{"cases": test_ranks.every({folder!r}, 2), "others": test_ranks.others({folder!r})}}
-""")
+""",
+        seconds=600,
+    )
 
 
 def moved(steps: list[dict], step: int) -> dict[str, torch.Tensor]:
@@ -179,12 +185,14 @@ def one(tmp_path_factory):
     return every(str(tmp_path_factory.mktemp("one")), 1)
 
 
+@long
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{method}-{family}" for method, family, _ in CASES])
 def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(case, one, two):
     """Of plain SGD, so that a step is the gradient: micro-batches and ranks hold unequal numbers of tokens and labels."""
     alone = one[case]
     for rank in two:
         together = rank["cases"][case]
+        assert together["kinds"] == ["DistributedDataParallel", alone["kinds"][1]]  # the teacher is never wrapped
         for step in (1, 2):
             right, found = (moved(run["steps"], step) for run in (alone, together))
             assert right["student"].norm() > 1e-6
@@ -194,6 +202,7 @@ def test_two_ranks_take_the_steps_of_one_process_with_the_whole_batch(case, one,
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@long
 def test_what_ranks_hold_is_equal_after_each_step(two):
     """To the last bit: student, projections, layer weights, banks, Z, sampler."""
     for first, second in zip(two[0]["cases"], two[1]["cases"], strict=True):
@@ -201,6 +210,7 @@ def test_what_ranks_hold_is_equal_after_each_step(two):
             assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
+@long
 @pytest.mark.parametrize("case", range(len(RESUMED)), ids=RESUMED)
 def test_two_ranks_resume_bitwise(case, two):
     for rank in two:
@@ -209,6 +219,7 @@ def test_two_ranks_resume_bitwise(case, two):
         assert all(torch.equal(x, resumed[name]) for name, x in straight.items())
 
 
+@long
 def test_gradient_checkpointing_changes_nothing_where_no_prediction_is_read(two):
     for rank in two:
         plain, checkpointed = rank["others"]["checkpointing"]
@@ -216,12 +227,20 @@ def test_gradient_checkpointing_changes_nothing_where_no_prediction_is_read(two)
             torch.testing.assert_close(checkpointed[name], x, rtol=1e-9, atol=1e-12)
 
 
+@long
 def test_micro_batches_are_padded_to_the_longest_of_all_ranks(two):
     first, second = (rank["others"]["padded"] for rank in two)
     assert first["input_ids"].tolist() == [[1, 1, 7, 7, 7]] * 2 and second["input_ids"].tolist() == [[7] * 5] * 2
-    assert first["attention_mask"].tolist() == [[0, 0, 1, 1, 1]] * 2 and first["labels"][0].tolist() == [-100, -100, 5, 5, 5]
+    assert first["attention_mask"].tolist() == [[0, 0, 1, 1, 1]] * 2 and first["labels"][0].tolist() == [
+        -100,
+        -100,
+        5,
+        5,
+        5,
+    ]
 
 
+@long
 def test_what_the_first_rank_does_reaches_all(two):
     for rank in two:
         asked = rank["others"]
@@ -233,6 +252,6 @@ def test_what_the_first_rank_does_reaches_all(two):
 def test_one_process_needs_no_group(tmp_path):
     assert ranks.process_group(tiny.arguments(tmp_path)) is None
     assert distributed.on_first_rank(lambda: 3) == 3
-    with pytest.raises(ValueError, match=r"fsdp: accelerate shards a model over several GPUs .* 1 process\(es\) on cpu"):
-        teacher, student = pair("bert", "classification")
-        DistillTrainer(student, teacher, "kd", args=tiny.arguments(tmp_path, fsdp="full_shard"))
+    on_cpus = SimpleNamespace(fsdp=True, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"fsdp: accelerate shards a model over several GPUs .* 2 processes on cpu"):
+        ranks.check_sharding(SimpleNamespace(args=on_cpus, is_fsdp_enabled=False))
