@@ -30,6 +30,38 @@ def check_sharding(trainer) -> None:
         )
 
 
+def check_replicas(trainer, method, student: nn.Module) -> None:
+    """Raise where what the method learns cannot train beside a student that is sharded, or would be no smaller than it."""
+    if not list(method.parameters()) or not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return
+    name = " + ".join(method.methods)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_deepspeed_enabled or plugin.fsdp_version != 2 or trainer.args.fp16:
+        raise ValueError(
+            f"method: {name} learns pieces of its own, which train beside a sharded student under FSDP2 without fp16 only; "
+            "choose fsdp_config version 2 and bf16, or use DDP"
+        )
+    learned, own = (sum(x.numel() for part in (m.parameters(), m.buffers()) for x in part) for m in (method, student))
+    if learned > own:
+        raise ValueError(
+            f"method: {name} keeps {learned:,} numbers, which FSDP would not shard, and the student has {own:,}; use DDP, or "
+            "choose a method that keeps less"
+        )
+
+
+def optimizer_beside(optimizer, groups: list[dict]):
+    """An optimizer of the same kind for `groups`, which are replicated: it steps with the other, at its learning rate."""
+    beside = type(optimizer)(groups)
+
+    def step(*_) -> None:
+        for group in beside.param_groups:
+            group["lr"] = optimizer.param_groups[0]["lr"]
+        beside.step()
+
+    optimizer.register_step_post_hook(step)
+    return beside
+
+
 def of_the_host(group):
     """A group of the same ranks for numbers that the host reads: no device has to be waited for."""
     return group if dist.get_backend(group) == "gloo" else dist.new_group(backend="gloo")

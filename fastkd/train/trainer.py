@@ -73,7 +73,7 @@ class DistillTrainer(Trainer):
         self.teacher, self.method, self.relabel, self.taught = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
-        self._loss_only, self._stop_after = False, None
+        self._loss_only, self._stop_after, self._replicated = False, None, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         check_model("student", model, task)
         if teacher is not None:
@@ -112,10 +112,7 @@ class DistillTrainer(Trainer):
             built.check_packed()
             for side, network in (("student", model), ("teacher", teacher)):
                 packing.check_model(network, self._accepts[side])
-        if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
-            )
+        ranks.check_replicas(self, built, model)
         for side, network in (("student", model), ("teacher", teacher)):
             if built.attention(side):
                 states.record_attention(network)
@@ -296,9 +293,16 @@ class DistillTrainer(Trainer):
             shared = {k: v for k, v in self.optimizer.defaults.items() if k not in ("params", "weight_decay")}
             decayed = [p for p in learned if p.dim() > 1]
             biases = [p for p in learned if p.dim() <= 1]
-            for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0)):
-                if group:
-                    self.optimizer.add_param_group({"params": group, "weight_decay": decay, **shared})
+            groups = [
+                {"params": group, "weight_decay": decay, **shared}
+                for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0))
+                if group
+            ]
+            if self.is_fsdp_enabled:  # accelerate's optimizer takes the parameters of the sharded model only
+                self._replicated = ranks.optimizer_beside(self.optimizer, groups)
+            else:
+                for group in groups:
+                    self.optimizer.add_param_group(group)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -316,7 +320,15 @@ class DistillTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save and self.method is not None:
             save_method(self.method, output_dir)
+            if self._replicated is not None:
+                torch.save(self._replicated.state_dict(), Path(output_dir) / f"{STATE}_optimizer.pt")
         super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._replicated is not None:
+            saved = torch.load(Path(checkpoint) / f"{STATE}_optimizer.pt", map_location="cpu", weights_only=True)
+            self._replicated.load_state_dict(saved)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

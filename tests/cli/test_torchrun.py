@@ -11,7 +11,7 @@ from test_distill_cli import files, flags, save_pair  # noqa: F401
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
-from fastkd.cli import distill
+from fastkd.cli import distill, main
 from fastkd.train import arguments
 
 
@@ -23,7 +23,7 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-def test_two_ranks_distil_as_one_process_does(files):  # noqa: F811
+def test_two_ranks_distil_as_one_process_does(files, capsys):  # noqa: F811
     save_pair(files / "teacher", "bert", "classification")
     same = {"method": "bert_emd:beta=1 + kd:weight=0.5", "train_sampling_strategy": "random", "learning_rate": 1e-3}
     asked = {**same, "per_device_train_batch_size": 4, "output_dir": files / "two"}
@@ -40,8 +40,8 @@ def test_two_ranks_distil_as_one_process_does(files):  # noqa: F811
     weights = [load_file(files / name / "student" / "model.safetensors") for name in ("two", "one")]
     for name, x in weights[0].items():
         torch.testing.assert_close(x, weights[1][name], rtol=1e-3, atol=1e-5)
-    again = torchrun("distill", *flags(files, **asked))
-    assert again.returncode != 0 and "it is finished; choose another folder" in again.stderr
+    assert main(["distill", *flags(files, **asked)]) == 2
+    assert "it is finished; choose another folder" in capsys.readouterr().err
 
 
 def test_processes_without_gpus_are_told_of_each_other(monkeypatch):

@@ -1,22 +1,26 @@
 """Two processes that train together: the steps of one process with the whole batch, state that is alike, resuming."""
 
 import copy
+import functools
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 import tiny
 
 pytest.importorskip("transformers")
+from accelerate.state import DistributedType, PartialState
 from datasets import Dataset
 from test_methods import METHODS, pair, spelled, task_of
 from transformers import TrainerCallback, logging
 
 from fastkd import distributed
 from fastkd.train import ranks
+from fastkd.train.methods import Setup, Side, build
 from fastkd.train.trainer import DistillTrainer
 from ranks import on_two_ranks
 
@@ -34,8 +38,8 @@ CASES = [
     ("codir:nce_k=3,feat_dim=8,crd=1,preset=paper,negatives=in_batch", "bert", "classification"),
     ("codir:nce_k=3,feat_dim=8,crd=1,negatives=in_batch", "bert", "masked_lm"),
     ("tinybert:share=0.5", "llama", "causal_lm"),
-    ("kd", "gpt2", "classification"),
 ]
+SHARDED = ["fcd:share=1", "bert_emd:beta=1"]
 RESUMED = ["bert_emd:beta=1", METHOD["codir"], "fcd:gamma=1,K=8,share=1 + kd"]
 
 
@@ -48,9 +52,8 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trained = {"student": self.trainer.accelerator.unwrap_model(self.trainer.model), "method": self.trainer.method}
-        self.seen.append(
-            {f"{side} {name}": x.clone() for side, part in trained.items() for name, x in part.state_dict().items()}
-        )
+        now = {f"{side} {name}": x for side, part in trained.items() for name, x in part.state_dict().items()}
+        self.seen.append({name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in now.items()})
 
 
 def uneven(task: str) -> Dataset:
@@ -88,6 +91,8 @@ def trained(folder, method: str, family: str, task: str | None, world: int, doub
         folder, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
         ddp_backend="gloo" if world > 1 else None, **options,
     )  # fmt: skip
+    if args.fsdp:  # of accelerate's kinds of ranks only those on accelerators can shard; torch shards on CPUs, too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     torch.manual_seed(0)
     steps = Steps()
     teacher, student = models
@@ -115,7 +120,7 @@ def every(folder, world: int) -> list[dict]:
 
 def others(folder) -> dict:
     """What two ranks are asked besides."""
-    result = {"resumed": [], "raised": {}}
+    result = {"resumed": [], "sharded": [], "raised": {}}
     for method in RESUMED:
         options = {"dropout": 0.1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
         straight = trained(f"{folder}/straight", method, "bert", "classification", 2, False, **options)
@@ -130,6 +135,16 @@ def others(folder) -> dict:
     checkpointed = {"gradient_checkpointing": True}
     runs = (trained(folder, "fcd:beta=0,share=1", "bert", None, 2, True, **more) for more in ({}, checkpointed))
     result["checkpointing"] = [run.steps[-1] for run in runs]
+    options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
+    for method in SHARDED:
+        start = functools.partial(
+            trained, method=method, family="llama", task="causal_lm", world=2, double=True, **options
+        )
+        whole, sharded = start(f"{folder}/whole"), start(f"{folder}/{method}", fsdp=True)
+        found = {"kind": type(sharded.model).__name__, "whole": whole.steps[-1], "sharded": sharded.steps[-1]}
+        if method.startswith("bert_emd"):
+            found["resumed"] = start(folder, fsdp=True, resume=f"{folder}/{method}/checkpoint-1").steps[-1]
+        result["sharded"].append(found)
     rank = torch.distributed.get_rank()
     group = torch.distributed.group.WORLD
     batches = [{"input_ids": torch.full((2, 3 + 2 * rank), 7), "labels": torch.full((2, 3 + 2 * rank), 5)}]
@@ -228,6 +243,18 @@ def test_gradient_checkpointing_changes_nothing_where_no_prediction_is_read(two)
 
 
 @long
+@pytest.mark.parametrize("case", range(len(SHARDED)), ids=SHARDED)
+def test_a_student_sharded_by_fsdp2_learns_what_a_whole_one_learns(case, two):
+    """What the method learns is replicated beside it, and resumes with it."""
+    for rank in two:
+        found = rank["others"]["sharded"][case]
+        assert found["kind"].startswith("FSDP")
+        for name, x in found["whole"].items():
+            torch.testing.assert_close(found["sharded"][name], x, rtol=1e-6, atol=1e-9)
+            assert torch.equal(found.get("resumed", found["sharded"])[name], found["sharded"][name]), name
+
+
+@long
 def test_micro_batches_are_padded_to_the_longest_of_all_ranks(two):
     first, second = (rank["others"]["padded"] for rank in two)
     assert first["input_ids"].tolist() == [[1, 1, 7, 7, 7]] * 2 and second["input_ids"].tolist() == [[7] * 5] * 2
@@ -255,3 +282,26 @@ def test_one_process_needs_no_group(tmp_path):
     on_cpus = SimpleNamespace(fsdp=True, world_size=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"fsdp: accelerate shards a model over several GPUs .* 2 processes on cpu"):
         ranks.check_sharding(SimpleNamespace(args=on_cpus, is_fsdp_enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "fp16", "message"),
+    [
+        ("kd", 1, True, None), ("bert_emd", 2, False, None),
+        ("bert_emd", 1, False, "bert_emd learns pieces of its own, which train beside a sharded student under FSDP2"),
+        ("bert_emd + kd", 2, True, r"bert_emd \+ kd learns pieces of its own"),
+        ("codir:nce_k=3,feat_dim=512", 2, False, r"codir keeps [\d,]+ numbers, .* the student has [\d,]+; use DDP"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_replicated_beside_a_sharded_student_is_refused_by_name(method, version, fp16, message):
+    teacher, student = pair("bert", "classification")
+    built = build(method, Setup(Side.of(student), Side.of(teacher), "classification", tiny.dataset("classification")))
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True, is_deepspeed_enabled=False, accelerator=SimpleNamespace(state=state),
+        args=SimpleNamespace(fp16=fp16),
+    )  # fmt: skip
+    if message is None:
+        return ranks.check_replicas(trainer, built, student)
+    with pytest.raises(ValueError, match=message):
+        ranks.check_replicas(trainer, built, student)
