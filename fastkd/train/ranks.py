@@ -31,10 +31,17 @@ def check_sharding(trainer) -> None:
 
 
 def check_replicas(trainer, method, student: nn.Module) -> None:
-    """Raise where what the method learns cannot train beside a student that is sharded, or would be no smaller than it."""
+    """Raise where the method cannot train a student that is sharded, or learns more than is worth replicating beside it."""
+    name = " + ".join(method.methods)
+    layers, levels = method.attention("student", 0.0), method.levels("student", 0.0)
+    beneath = max(layers, default=-1) >= max(levels, default=0) and not method.predicts("student", 0.0)
+    if beneath and trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"method: {name} reads queries and keys of a layer and nothing above them, and FSDP gathers a layer's weights "
+            f"for a gradient of its output only; add a method that reads predictions, as in {name} + kd, or use DDP"
+        )
     if not list(method.parameters()) or not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return
-    name = " + ".join(method.methods)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_deepspeed_enabled or plugin.fsdp_version != 2 or trainer.args.fp16:
         raise ValueError(

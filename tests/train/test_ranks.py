@@ -287,7 +287,9 @@ def test_one_process_needs_no_group(tmp_path):
 @pytest.mark.parametrize(
     ("method", "version", "fp16", "message"),
     [
-        ("kd", 1, True, None), ("bert_emd", 2, False, None),
+        ("kd", 1, True, None), ("bert_emd", 2, False, None), ("minilm + kd", 2, True, None),
+        ("tinybert", 2, False, None),
+        ("minilm", 2, False, r"minilm reads queries and keys .* as in minilm \+ kd, or use DDP"),
         ("bert_emd", 1, False, "bert_emd learns pieces of its own, which train beside a sharded student under FSDP2"),
         ("bert_emd + kd", 2, True, r"bert_emd \+ kd learns pieces of its own"),
         ("codir:nce_k=3,feat_dim=512", 2, False, r"codir keeps [\d,]+ numbers, .* the student has [\d,]+; use DDP"),
