@@ -203,12 +203,13 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
         raise ValueError(f"{name}: {wrong}, got {describe(x)}")
 
 
-def indices_in_range(name: str, x: Tensor, size: int, what: str) -> None:
+def indices_in_range(name: str, x: Tensor, size: int | Tensor, what: str) -> None:
     def inside():
         low, high = x.aminmax()  # one pass
         return (low >= 0) & (high < size)
 
-    values(name, x, lambda: x.numel() == 0 or inside(), f"indices must lie in [0, {size}), the {what}")
+    known = f"lie in [0, {size})" if isinstance(size, int) else "be a token of one of the shards"
+    values(name, x, lambda: x.numel() == 0 or inside(), f"indices must {known}, the {what}")
 
 
 class NotFiniteError(ValueError):
@@ -266,7 +267,7 @@ def divergence_options(kind: str, beta: float, alpha: float, kinds: Sequence[str
         raise ValueError(f"alpha: must lie in [0, 1), got {alpha!r}; 0 is the divergence without a mixture")
 
 
-def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int) -> None:
+def topk(name: str, teacher, student_name: str, student: Tensor, kind: str, size: int | Tensor) -> None:
     """A sparse teacher, passed as the argument `name`, over the student's vocabulary of `size` tokens."""
     indices, log_probs, tail = teacher
     integers(f"{name}.indices", indices, "[..., k]")

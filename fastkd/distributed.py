@@ -1,4 +1,4 @@
-"""What is shared between ranks: rows that all of them see, and a mean over all of them."""
+"""What is shared between ranks: rows that all of them see, and a mean over all of them, and what one rank does for all."""
 
 import torch
 import torch.distributed as dist
@@ -62,9 +62,33 @@ class _MeanOverRanks(torch.autograd.Function):
         return grad * share, None, None
 
 
+def from_first(x: Tensor, process_group) -> Tensor:
+    """The first rank's x, on every rank, in place."""
+    if process_group is not None:
+        dist.broadcast(x, dist.get_global_rank(process_group, 0), group=process_group)
+    return x
+
+
 def mean_over_ranks(x: Tensor, weight: Tensor | None, process_group) -> Tensor:
     """A mean that every rank made over its own `weight` (a count, [] or like x) samples, made global."""
     if process_group is None:
         return x
     weight = x.new_ones(()) if weight is None else weight.to(x.dtype)
     return _MeanOverRanks.apply(x, weight, process_group)
+
+
+def on_first_rank(function, *args):
+    """function(*args), called by rank 0 alone: every rank returns its result or raises its error. It must be picklable."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function(*args)
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

@@ -17,8 +17,8 @@ rank, group = {rank}, dist.group.WORLD
 LEAVE = "dist.barrier()\nos._exit(0)"
 
 
-def on_two_ranks(script):
-    """Run `script` (it sees rank and group, and leaves a `result`) in two processes; both results."""
+def on_two_ranks(script, seconds=120):
+    """Run `script` (it sees rank and group, and leaves a `result`) in two processes; both results, within so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(2):
@@ -31,7 +31,7 @@ def on_two_ranks(script):
             )
             processes.append(process)
         try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
+            errors = [process.communicate(timeout=seconds)[1] for process in processes]
         finally:
             for process in processes:
                 process.kill()

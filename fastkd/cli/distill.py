@@ -1,36 +1,57 @@
 """`fastkd distill`: a teacher, a student, data, a method; a trained student and a report about it."""
 
+import contextlib
+import functools
 import json
+import logging
+import os
 import shutil
 import statistics
 from pathlib import Path
 
+from fastkd.distributed import on_first_rank
+
 
 def main(argv: list[str], command: str = "distill") -> int:
     import datasets
-    from transformers.utils import logging
+    from torch import distributed as dist
+    from transformers.utils.logging import disable_progress_bar
 
     from fastkd.train import arguments
 
+    joined = dist.is_initialized()
     run = arguments.parse(argv, command)
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    if run.args.seeds:
-        return several(run)
-    if arguments.is_finished(run):
-        raise ValueError(
-            f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
-        )
-    train(begun(run) if run.model.finetune_teacher else run)
+    disable_progress_bar()
+    with contextlib.ExitStack() as stack:
+        if run.args.process_index:  # one rank speaks
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            logging.getLogger("fastkd").setLevel(logging.ERROR)
+        if run.args.seeds:
+            several(run)
+        elif finished(run):
+            raise ValueError(
+                f"output_dir: {run.args.output_dir} holds this run, and it is finished; choose another folder to run it again"
+            )
+        else:
+            train(begun(run) if run.model.finetune_teacher else run)
+    if dist.is_initialized() and not joined:
+        dist.destroy_process_group()
     return 0
 
 
-def several(run) -> int:
-    """The run once per seed, each in a folder of its own, and what the seeds have in common."""
-    from fastkd import atomic_write
-    from fastkd.train import arguments, report
+def finished(run) -> bool:
+    """What the first rank finds in the output folder, before any rank writes there."""
+    from fastkd.train import arguments
 
-    arguments.is_finished(run)
+    return on_first_rank(arguments.is_finished, run)
+
+
+def several(run) -> None:
+    """The run once per seed, each in a folder of its own, and what the seeds have in common."""
+    from fastkd.train import report
+
+    finished(run)
     shared = begun(run)
     rows: dict[str, list[dict]] = {}
     for seed in range(1, run.args.seeds + 1):
@@ -42,10 +63,15 @@ def several(run) -> int:
     for name, of in rows.items():
         found[name] = {key: spread([row[key] for row in of]) for key in ("metric", "test") if key in of[0]}
         shown.append(of[0] | {key: (value["mean"], value["sd"]) for key, value in found[name].items()})
-    with atomic_write.replacing(Path(run.args.output_dir) / "seeds.json") as scratch:
-        scratch.write_text(json.dumps(found, indent=1))
+    on_first_rank(_write_seeds, Path(run.args.output_dir) / "seeds.json", found)
     report.print_table(shown)
-    return 0
+
+
+def _write_seeds(path: Path, found: dict) -> None:
+    from fastkd import atomic_write
+
+    with atomic_write.replacing(path) as scratch:
+        scratch.write_text(json.dumps(found, indent=1))
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -56,7 +82,7 @@ def once(run) -> list[dict]:
     """The rows of the run's report; a finished run is not done again."""
     from fastkd.train import arguments
 
-    if not arguments.is_finished(run):
+    if not finished(run):
         return train(run)
     print(f"{run.args.output_dir} is finished")
     return json.loads((Path(run.args.output_dir) / arguments.FINISHED / "report.json").read_text())["models"]
@@ -66,9 +92,9 @@ def begun(run):
     """The run, checked and saved, and its teacher fine-tuned where it asks for that."""
     from fastkd.train import arguments
 
-    if not (Path(run.args.output_dir) / arguments.RESOLVED).exists():
+    if not on_first_rank((Path(run.args.output_dir) / arguments.RESOLVED).exists):
         prepare(run)
-        arguments.save(run)
+        on_first_rank(arguments.save, run)
     if run.model.finetune_teacher:
         of_teacher = run.of_teacher()
         once(of_teacher)
@@ -87,14 +113,16 @@ def prepare(run):
     model_args, data_args, method_args, args, _ = run
     _check_options(run)
     _device(model_args.device, args)
-    corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
+    with args.main_process_first(desc="data"):  # the others then find them in the cache
+        corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
     if corpus.validation is None:
         args.eval_strategy = "no"
     tokenizer, teacher, student, words = models.load(run, corpus)
     for model in filter(None, (teacher, student)):
         tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
-    tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
+    with args.main_process_first(desc="tokens"):
+        tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     distils = {} if teacher is None else {
@@ -120,7 +148,7 @@ def train(run) -> list[dict]:
     from fastkd.train import arguments, checkpoints
 
     try:
-        checkpoint, skipped = checkpoints.newest(run.args.output_dir)
+        checkpoint, skipped = on_first_rank(checkpoints.newest, run.args.output_dir)
         for sentence in skipped:
             print(f"skipped: {sentence}")
         trainer, models, test, lead, maps = _trained(run, checkpoint)
@@ -148,7 +176,7 @@ def _trained(run, checkpoint):
         agreement.check_teacher(trainer)
     if checkpoint:
         print(f"resuming from {checkpoint}")
-    arguments.save(run)
+    on_first_rank(arguments.save, run)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -166,11 +194,10 @@ def _export(run, trainer, models, test, lead, maps) -> list[dict]:
     """The trained model, and last of all the report, whose folder says that the run is finished."""
     from safetensors import SafetensorError
 
-    from fastkd import atomic_write
     from fastkd.train import arguments, card, report
 
     folder, name = Path(run.args.output_dir), list(models)[-1]
-    with atomic_write.replacing_folder(folder / name) as scratch:
+    with _replacing_folder(run, folder / name) as scratch:
         try:
             trainer.save_model(str(scratch))
         except SafetensorError as error:
@@ -178,16 +205,24 @@ def _export(run, trainer, models, test, lead, maps) -> list[dict]:
                 f"{name}: could not be written to {folder} ({error}); make room, and give the same command again"
             ) from error
         rows = report.measure(models, trainer, test=test)
-        card.write(scratch, run, rows)
+        on_first_rank(card.write, scratch, run, rows)
     title = f"{run.method.method if run.method else 'fine-tuning'} · {run.data.dataset or run.data.train_file}"
-    with atomic_write.replacing_folder(folder / arguments.FINISHED) as scratch:
-        page = report.write(
-            scratch, title=title, lead=lead, rows=rows, histories={name: trainer.state.log_history}, maps=maps,
+    with _replacing_folder(run, folder / arguments.FINISHED) as scratch:
+        write = functools.partial(
+            report.write, scratch, title=title, lead=lead, rows=rows, histories={name: trainer.state.log_history}, maps=maps,
             config=run.options, where="test" if trainer.eval_dataset is None else "validation",
         )  # fmt: skip
+        page = on_first_rank(write)
     report.print_table(rows)
     print(f"{name + ':':8} {folder / name}\nreport:  {folder / arguments.FINISHED / page.name}")
     return rows
+
+
+def _replacing_folder(run, folder: Path):
+    """`atomic_write.replacing_folder` on the first rank; the others write nothing."""
+    from fastkd import atomic_write
+
+    return atomic_write.replacing_folder(folder) if not run.args.process_index else contextlib.nullcontext(folder)
 
 
 def _coverage(words, teacher, tokenizer, tokens) -> str:

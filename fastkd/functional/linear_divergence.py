@@ -77,7 +77,7 @@ def linear_divergence(
         logit_scale, logit_softcap: The logits are softcap · tanh(scale · x / softcap). A number for both sides, or
             (student's, teacher's); no softcap where it is None.
         process_group: The heads and biases are this rank's shard of the vocabulary, in rank order, with the same tokens
-            on both sides; hidden states are whole. Each rank returns the whole loss and the whole gradient of
+            on both sides; hidden states are whole, and so is a `TopK`. Each rank returns the whole loss and the whole gradient of
             `student_hidden`. recompute_logits and num_valid then have no effect.
         reduction, num_items_in_batch: As for `divergence`; with `weights`, too, the mean is then their sum by that number.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
@@ -104,9 +104,12 @@ def linear_divergence(
         teacher_temperature = _number("teacher_temperature", teacher_temperature)
     student_hidden, student_head, student_bias = _autocast(student_hidden, student_head, student_bias)
     if process_group is not None:
-        _check_shards(sparse, vocab, backend)
+        _check_shards(vocab, backend)
+    by_token_id = process_group is not None and (sparse or bool(hard_weight))
+    of_ranks = vocab_parallel.sizes(student_head, process_group) if by_token_id else None
+    size = student_head.shape[0] if of_ranks is None else of_ranks.sum()
     if sparse:
-        _check_sparse(teacher_hidden, student_hidden, student_head, kind, teacher_tokens, teacher_temperature)
+        _check_sparse(teacher_hidden, student_hidden, size, kind, teacher_tokens, teacher_temperature)
         teacher, heads = teacher_hidden.flattened(), alignment.Heads((student_head, student_bias), None)
     else:
         _check_teacher(teacher_hidden, teacher_head, teacher_bias, student_hidden)
@@ -125,9 +128,8 @@ def linear_divergence(
     checks.number("hard_weight", hard_weight)
     counted = reductions.counted_rows(mask, labels, ignore_index, shape)
     reduction, divisor = reductions.denominator(reduction, num_items_in_batch, shape)
-    of_ranks = vocab_parallel.sizes(student_head, process_group) if hard_weight and process_group is not None else None
     if hard_weight:
-        _check_labels(labels, counted, student_head.shape[0] if of_ranks is None else of_ranks.sum())
+        _check_labels(labels, counted, size)
     _check_num_valid(num_valid, counted, student_hidden)
     # With teacher_tokens="all" the divergence may be over the teacher's vocabulary; labels are ids of the student's.
     separate_labels = bool(hard_weight) and vocab is not None and teacher_tokens == "all"
@@ -192,9 +194,7 @@ def _one_hot(labels: Tensor, counted: Tensor | None) -> TopK:
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
 
 
-def _check_shards(sparse: bool, vocab, backend: str) -> None:
-    if sparse:
-        raise ValueError("process_group: a TopK teacher has no head to shard; gather the student's head instead")
+def _check_shards(vocab, backend: str) -> None:
     if vocab is not None:
         raise ValueError(
             "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
@@ -207,11 +207,11 @@ def _check_shards(sparse: bool, vocab, backend: str) -> None:
 
 
 def _check_sparse(
-    teacher: TopK, student_hidden: Tensor, student_head: Tensor, kind: str, tokens: str, temperature: float | None
+    teacher: TopK, student_hidden: Tensor, size, kind: str, tokens: str, temperature: float | None
 ) -> None:
     if temperature is not None:
         raise ValueError("teacher_temperature: a TopK has log-probabilities, which are used as given; leave None")
-    checks.topk("teacher_hidden", teacher, "student_hidden", student_hidden, kind, student_head.shape[0])
+    checks.topk("teacher_hidden", teacher, "student_hidden", student_hidden, kind, size)
     if tokens != "kept":
         raise ValueError(
             f"teacher_tokens={tokens!r}: a TopK is used as given, so leave 'kept'; for all tokens, take log_probs over "

@@ -4,6 +4,7 @@ preset="paper": InfoNCE; the teacher's vector of an example must pick the studen
 preset="official", the released code: NCE; each side's vector against the other side's bank, also for the positive.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -151,6 +152,7 @@ class CoDIRLoss(nn.Module):
         contrast_idx: Tensor | None = None,
         *,
         mask: Tensor | None = None,
+        parts: Sequence[int] | None = None,
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -161,13 +163,15 @@ class CoDIRLoss(nn.Module):
             idx: [B], the ids of the examples in the data set, 0 to n_data - 1.
             contrast_idx: [B, K + 1], idx in column 0 and the ids of K negatives. None: they are drawn.
             mask: [B, S], 1 = real token, for token states.
+            parts: The sizes of the micro-batches that were put together to this batch, if it was, where each of them is spread
+                over the ranks of process_group. Negatives are then drawn as for one process that has all of each.
         """
         f_s, f_t = (
             self.pooled("student_hidden", student_hidden, mask),
             self.pooled("teacher_hidden", teacher_hidden, mask),
         )
         checks.frozen("teacher_hidden", f_t)
-        idx, contrast_idx = self._indices(f_s, f_t, idx, contrast_idx)  # [B], [B, K + 1]
+        idx, contrast_idx = self._indices(f_s, f_t, idx, contrast_idx, parts)  # [B], [B, K + 1]
         v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)  # [B, feat_dim]
         if contrast_idx is None:
             loss = self._in_batch(v_s, v_t, idx)
@@ -211,7 +215,7 @@ class CoDIRLoss(nn.Module):
         first = reductions.as_bool(mask).int().argmax(1)  # [B], not 0 under left padding
         return x.gather(1, first[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
 
-    def _indices(self, f_s: Tensor, f_t: Tensor, idx, contrast_idx) -> tuple[Tensor, Tensor]:
+    def _indices(self, f_s: Tensor, f_t: Tensor, idx, contrast_idx, parts) -> tuple[Tensor, Tensor]:
         for name, x, embed in (("student", f_s, self.embed_s), ("teacher", f_t, self.embed_t)):
             width = embed.linear.in_features
             if x.shape[1] != width:
@@ -240,25 +244,37 @@ class CoDIRLoss(nn.Module):
             agree = lambda: (contrast_idx[:, 0] == idx).all()  # noqa: E731 (called only where values may be read)
             checks.values("contrast_idx", contrast_idx, agree, "column 0 must be idx; the negatives follow it")
             return idx, contrast_idx.long()
-        return idx, self._draw(idx)
+        return idx, self._draw(idx, parts)
 
-    def _draw(self, idx: Tensor) -> Tensor:
-        """idx in column 0, then K drawn negatives: [B, K + 1]."""
+    def _draw(self, idx: Tensor, parts: Sequence[int] | None) -> Tensor:
+        """idx in column 0, then K drawn negatives: [B, K + 1]. What is drawn for an example depends on its place in the batch,
+        so all ranks draw for the examples of all."""
+        everyone, own = self._everyone(idx, parts)
         if self.negatives == "in_batch":
-            everyone = distributed.gather_rows(idx, self.process_group)  # [world * B]
-            first = 0 if self.process_group is None else dist.get_rank(self.process_group) * idx.shape[0]
             steps = torch.arange(everyone.shape[0], device=idx.device)
-            return everyone[(first + steps[: idx.shape[0], None] + steps) % everyone.shape[0]]
+            return everyone[(own[:, None] + steps) % everyone.shape[0]]
         labels = None
         if self.negatives == "label" or (self.negatives is None and self.labels is not None):
             if self.labels is None:
                 raise ValueError("negatives: 'label' needs the classes of the examples; call set_labels first")
             labels = self.labels, self.label_order, self.label_bounds
         options = {"n_data": self.n_data, "labels": labels, "window": self.window, "backend": self.backend}
-        negatives = functional.sample_negatives(idx, self.nce_k, self.sampler, **options)
+        negatives = functional.sample_negatives(everyone, self.nce_k, self.sampler, **options)
         if self.training:
             self.sampler[1] += 1
-        return torch.cat([idx[:, None], negatives], 1)
+        return torch.cat([idx[:, None], negatives if everyone is idx else negatives[own]], 1)
+
+    def _everyone(self, idx: Tensor, parts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """The ids of all ranks [world * B], rank by rank within each part, and the places of this rank's among them [B]."""
+        group, count = self.process_group, idx.shape[0]
+        if group is None:
+            return idx, torch.arange(count, device=idx.device)
+        world, rank, begin, places = dist.get_world_size(group), dist.get_rank(group), 0, []
+        for part in parts or [count]:
+            places.append(torch.arange(part, device=idx.device) + begin * world + rank * part)
+            begin += part
+        of_ranks = distributed.gather_rows(idx, group).view(world, count).split(list(parts or [count]), 1)
+        return torch.cat([x.flatten() for x in of_ranks]), torch.cat(places)
 
     def _nce(self, queries: tuple, banks: tuple, index: Tensor) -> Tensor:
         frozen = z = self.z_student, self.z_teacher

@@ -106,11 +106,15 @@ class FCDLoss(nn.Module):
             gathered = [None if x is None else x.transpose(0, 1) for x in gathered]
         s, t, real = (None if x is None else x.flatten(0, 1) for x in gathered)  # [B·N, ...]
         if real is None:
-            drawn = torch.randperm(s.shape[0], device=s.device)[: self.K]
+            drawn = self._alike(torch.randperm(s.shape[0], device=s.device)[: self.K])
             return s[drawn][None], t[drawn][None], None
         # Real tokens first, in random order; the mask marks the others, where fewer than K are real.
-        drawn = torch.rand(s.shape[0], device=s.device).masked_fill(~real, 2.0).argsort()[: self.K]
+        drawn = self._alike(torch.rand(s.shape[0], device=s.device).masked_fill(~real, 2.0).argsort()[: self.K])
         return s[drawn][None], t[drawn][None], real[drawn][None]
+
+    def _alike(self, drawn: Tensor) -> Tensor:
+        """Ranks whose generators have parted all use the first one's draw."""
+        return distributed.from_first(drawn.contiguous(), self.process_group)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, K={self.K}, grouping={self.grouping!r}"

@@ -1,4 +1,5 @@
 """linear_divergence with heads whose vocabulary is sharded over ranks: every rank has all rows, and a shard of the vocabulary.
+A sparse teacher, which has no head, is whole on every rank.
 
 Sums over the vocabulary are also summed over the ranks. Rows are computed in chunks, and again for their gradient, so that a
 rank holds the logits of few rows and of its shard only. This is PyTorch, on every device: GEMMs are the library's.
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastkd import backends
+from fastkd.ops.divergence import TopK
 from fastkd.reference import divergence as reference
 from fastkd.reference.digits import log_ratio, total
+from fastkd.reference.divergence_topk import compared
 from fastkd.reference.linear_divergence import _logits
 
 ROWS = 256  # at a time
@@ -81,20 +84,51 @@ def _divergence(s, t, options, group) -> Tensor:
     return reference.compare(p, q, d, log_p, options.kind, options.beta, options.alpha, ~near)
 
 
+def _topk(s, teacher, mask, first, options, group) -> Tensor:
+    """The divergence [N] from a sparse teacher, the same on every rank: each knows the student's logits at the k tokens, and
+    the log-sum-exp of the others, once they are summed over the ranks."""
+    indices, log_probs, tail = teacher
+    masked = torch.zeros_like(indices[:, :1], dtype=torch.bool) if mask is None else ~mask[:, None]
+    s, t = (x.double().masked_fill(masked, 0) for x in (s, log_probs))
+    s, place = s / options.temperature, indices.long() - first
+    here = (place >= 0) & (place < s.shape[1])  # [N, k]
+    size = s.shape[1]
+    named = torch.zeros(
+        s.shape[0], size + 1, dtype=torch.bool, device=s.device
+    )  # those elsewhere go to the last column
+    named = named.scatter(-1, torch.where(here, place, size), True)[:, :size]
+    outside = ~named & (s != -torch.inf)
+    top = s.detach().masked_fill(~outside, -torch.inf).amax(-1, keepdim=True)
+    top = _reduced(top, group, dist.ReduceOp.MAX)
+    has_rest = top > -torch.inf  # [N, 1]
+    top = top.masked_fill(~has_rest, 0)
+    others = torch.where(outside, (s - top).masked_fill(~outside, 0).exp(), 0).sum(-1, keepdim=True)
+    others = _replicated_sum(others, group)
+    rest = torch.where(has_rest, top + others.masked_fill(~has_rest, 1).log(), 0)
+    at_k = _replicated_sum(torch.where(here, s.gather(-1, place.clamp(0, size - 1)), 0), group)
+    return compared(at_k, rest, has_rest, t, tail, masked, options.kind, options.beta, options.alpha)
+
+
 def _chunk(student, teacher, mask, labels, first, options, group) -> Tensor:
     hidden, head, bias = student
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     hidden = _Copy.apply(hidden, group)
     s = _logits(hidden, head, bias, mask, dtype, options.scales[0], options.caps[0])  # [N, V / ranks]
-    with torch.no_grad():
-        t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
-    rows = options.factor * _divergence(s, t, options, group)
+    sparse = isinstance(teacher, TopK)
+    if sparse:
+        rows, whole = s.new_zeros(s.shape[0]), options.factor * _topk(s, teacher, mask, first, options, group).to(dtype)
+    else:
+        with torch.no_grad():
+            t = _logits(*teacher, mask, dtype, options.scales[1], options.caps[1])
+        rows = options.factor * _divergence(s, t, options, group)
     if options.hard:
         place = labels.long() - first
         in_shard = (place >= 0) & (place < s.shape[1])
         log_q = _softmax(s, group)[1].gather(1, place.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
         rows = rows - options.hard * torch.where(in_shard, log_q, 0.0)
-    rows = _replicated_sum(rows, group)
+    if options.hard or not sparse:
+        rows = _replicated_sum(rows, group)
+    rows = rows + whole if sparse else rows
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
@@ -106,15 +140,19 @@ def sizes(head: Tensor, group) -> Tensor:
 
 
 def rows(student, teacher, mask, labels, shard_sizes, options, group) -> Tensor:
-    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None), with shards in rank order; shard_sizes: of
-    `sizes`, needed with labels. Rows [N], the same on every rank; the gradient of hidden is that of the full vocabulary, a
-    head's that of its shard."""
-    first = shard_sizes[: dist.get_rank(group)].sum() if options.hard else 0  # this rank's first token id
+    """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None), with shards in rank order; the teacher may be a TopK
+    over the whole vocabulary. shard_sizes: of `sizes`, needed with labels or a TopK. Rows [N], the same on every rank; the
+    gradient of hidden is that of the full vocabulary, a head's that of its shard."""
+    first = 0 if shard_sizes is None else shard_sizes[: dist.get_rank(group)].sum()  # this rank's first token id
     chunks = []
     with backends.full_precision(student[0]):
         for start in range(0, student[0].shape[0], ROWS):
             part = slice(start, start + ROWS)
-            sides = [(hidden[part], head, bias) for hidden, head, bias in (student, teacher)]
+            own = (student[0][part], *student[1:])
             some = [None if x is None else x[part] for x in (mask, labels)]
-            chunks.append(checkpoint(_chunk, *sides, *some, first, options, group, use_reentrant=False))
+            if isinstance(teacher, TopK):
+                given = TopK(*(x[part] if isinstance(x, Tensor) else x for x in teacher))
+            else:
+                given = (teacher[0][part], *teacher[1:])
+            chunks.append(checkpoint(_chunk, own, given, *some, first, options, group, use_reentrant=False))
     return torch.cat(chunks) if chunks else student[0].new_zeros(0, dtype=torch.float32) * student[0].sum()

@@ -21,15 +21,23 @@ def divergence_topk(student, indices, log_probs, tail, mask, kind, temperature, 
     outside = torch.ones_like(s, dtype=torch.bool).scatter(-1, indices.long(), False)
     has_rest = (outside & (s != -torch.inf)).any(-1, keepdim=True)  # [N, 1]
     rest = torch.where(has_rest, s, 0).masked_fill(has_rest & ~outside, -torch.inf).logsumexp(-1, keepdim=True)
+    return compared(s.gather(-1, indices.long()), rest, has_rest, t, tail, masked, kind, beta, alpha).to(dtype)
+
+
+def compared(s, rest, has_rest, t, tail, masked, kind, beta, alpha):
+    """Rows [N] of the student's logits at the k tokens s [N,k] and those of the rest as one token [N,1], both divided by the
+    temperature, and the teacher's t [N,k]; has_rest, masked [N,1]."""
     if tail is None:
         log_rest = torch.full_like(rest, -torch.inf)
     else:
-        log_rest = torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail.to(wide)[:, None]
+        log_rest = (
+            torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1)) if tail is True else tail.to(t.dtype)[:, None]
+        )
         log_rest = log_rest.masked_fill(masked, 0)
         all_mass = torch.cat([t, log_rest], -1).logsumexp(-1, keepdim=True)
         t, log_rest = t - all_mass, log_rest - all_mass
     log_mass = t.logsumexp(-1, keepdim=True)
     log_mass = log_mass if tail is None else torch.where(has_rest, 0, log_mass)
-    s = torch.cat([s.gather(-1, indices.long()), torch.where(has_rest, rest, -torch.inf)], -1)  # [N, k + 1]
+    s = torch.cat([s, torch.where(has_rest, rest, -torch.inf)], -1)  # [N, k + 1]
     t = torch.cat([t, torch.where(has_rest, log_rest, -torch.inf)], -1)
-    return rows_of(s, t, (log_mass, tail is None), mask, kind, 1.0, beta, alpha).to(dtype)
+    return rows_of(s, t, (log_mass, tail is None), ~masked[:, 0], kind, 1.0, beta, alpha)

@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -159,6 +161,7 @@ class RunArguments(TrainingArguments):
                 raise ValueError("early_stopping_patience: needs evaluations; choose --eval_strategy epoch or steps")
             self.load_best_model_at_end = True  # a checkpoint at each evaluation, so that the best one is there
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
+        _several_on_cpus()
         super().__post_init__()
         if self.resume_from_checkpoint:
             raise ValueError(
@@ -173,6 +176,12 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor: the losses of fastkd have none, got {self.label_smoothing_factor}; leave it out"
             )
+
+
+def _several_on_cpus() -> None:
+    """Where torchrun starts processes on a machine without GPUs, accelerate lets each train alone, unless it is told."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 KINDS = {

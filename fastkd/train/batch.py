@@ -25,11 +25,13 @@ UNITS = ("examples", "labels", "tokens", "sequences", "positions", "pairs", "bat
 
 
 class Term(NamedTuple):
-    """A part of the loss, how much it weighs, and which of UNITS it is a mean over."""
+    """A part of the loss, how much it weighs, and which of UNITS it is a mean over. of_all_ranks: value is the same on every
+    rank, a mean over the micro-batches of all of them; otherwise it is a mean over this rank's own."""
 
     value: Tensor
     weight: float
     over: str = "batches"
+    of_all_ranks: bool = False
 
 
 def count_units(task: str, mask: Tensor, labels: Tensor | None) -> Tensor:
@@ -68,7 +70,8 @@ class Batch:
     """mask [B, S] has 1 on real tokens. ids [B]: the examples' numbers in the training set. answers [C]: in cloze, the
     token that stands for each class; blank [B]: where its mask token is. progress: the share of training that is done.
     advance: whether learned state (layer weights, banks) moves after this micro-batch. shares: by how much a mean over each
-    of UNITS counts in the mean over the whole step, 1 where this batch is the step."""
+    of UNITS counts in the mean over the whole step, 1 where this batch is the step; shares_of_all_ranks: likewise a mean over the
+    micro-batches of all ranks."""
 
     task: str
     student: States
@@ -81,10 +84,12 @@ class Batch:
     progress: float = 0.0
     advance: bool = True
     shares: dict[str, Tensor] | None = None
+    shares_of_all_ranks: dict[str, Tensor] | None = None
 
     def of_step(self, term: Term) -> Tensor:
         """What the term adds to its mean over the whole step, without its weight."""
-        return term.value if self.shares is None else term.value * self.shares[term.over]
+        shares = self.shares_of_all_ranks if term.of_all_ranks else self.shares
+        return term.value if shares is None else term.value * shares[term.over]
 
     def predictions(self) -> Predictions:
         """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastkd import interruption
 
-from . import cache, heads, packing, states
+from . import cache, heads, packing, ranks, states
 from .agreement import check_model, check_pair, teacher_labels
 from .batch import UNITS, VOCABULARY_TASKS, WORD_TASKS, Batch, count_units
 from .checkpoints import Checkpoints, Continuation, Interruptions, not_finite
@@ -24,6 +25,7 @@ from .methods import Combined, Setup, Side, build
 
 STATE = "fastkd_method"
 EXTRA = ("example_id", "blank")
+COUNTS = "units"  # of a micro-batch, a rank's average
 
 
 class DistillTrainer(Checkpoints, Trainer):
@@ -67,17 +69,20 @@ class DistillTrainer(Checkpoints, Trainer):
             raise ValueError(f"teacher: method={method!r} needs one, got None; leave the method out to fine-tune alone")
         kwargs["args"] = copy.copy(kwargs["args"])
         kwargs["args"].logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
+        if method is not None:
+            ranks.find_unused(kwargs["args"])
         super().__init__(model=model, **kwargs)
         self.finite, self.interruptions = Finite(self, max_skipped_steps), Interruptions(self)
         for callback in (self.interruptions, self.finite, Continuation(self)):
             self.add_callback(callback)
         self.model_accepts_loss_kwargs = False
+        ranks.check_sharding(self)
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel, self.taught = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
-        self._loss_only, self._stop_after = False, None
+        self._loss_only, self._stop_after, self._replicated = False, None, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         check_model("student", model, task)
         if teacher is not None:
@@ -108,7 +113,8 @@ class DistillTrainer(Checkpoints, Trainer):
         check_pair(model, teacher, self.task, self.words)
         relabel = teacher_labels(model, teacher) if self.task == "classification" else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
-        built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset))
+        group = ranks.process_group(self.args)
+        built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset, group))
         columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
         if self.task not in WORD_TASKS and not {"label", "labels"} & set(columns):
             built.check_unlabelled()
@@ -116,14 +122,13 @@ class DistillTrainer(Checkpoints, Trainer):
             built.check_packed()
             for side, network in (("student", model), ("teacher", teacher)):
                 packing.check_model(network, self._accepts[side])
-        if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
-            )
+        ranks.check_replicas(self, built, model)
         for side, network in (("student", model), ("teacher", teacher)):
             if built.attention(side):
                 states.record_attention(network)
-        return built.to(self.args.device)
+        built = built.to(self.args.device)
+        ranks.begin_alike(built, group)
+        return built
 
     def _prepared(self, teacher, dtype: str, compiled: bool):
         teacher = teacher.eval().requires_grad_(False).to(self.args.device)
@@ -164,7 +169,7 @@ class DistillTrainer(Checkpoints, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
-        extra = {name: inputs.pop(name, None) for name in EXTRA}
+        extra = {name: inputs.pop(name, None) for name in (*EXTRA, COUNTS)}
         training = model.training
         distils = training and self.method is not None
         progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
@@ -181,8 +186,9 @@ class DistillTrainer(Checkpoints, Trainer):
             progress, self.advance == "micro" or self.accelerator.sync_gradients,
         )  # fmt: skip
         if num_items_in_batch is not None and training:
-            own = count_units(self.task, batch.mask, labels)
-            batch.shares = dict(zip(UNITS, own / num_items_in_batch.clamp_min(1e-9), strict=True))
+            whole, own = num_items_in_batch.clamp_min(1e-9), count_units(self.task, batch.mask, labels)
+            of_all = own if extra[COUNTS] is None else extra[COUNTS]
+            batch.shares, batch.shares_of_all_ranks = (dict(zip(UNITS, x / whole, strict=True)) for x in (own, of_all))
         loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
         if training and not distils:
             self.finite.see({"hard": loss}, batch.ids)
@@ -204,8 +210,21 @@ class DistillTrainer(Checkpoints, Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples:
             return samples, None
+        if self.method is not None and self.args.world_size > 1 and self.method.one_shape():
+            tokenizer, text = self.processing_class, self.model.config.get_text_config()
+            pad_id = next(
+                (x for x in (text.pad_token_id, getattr(tokenizer, "pad_token_id", None)) if x is not None), 0
+            )
+            ranks.pad_alike(samples, pad_id, getattr(tokenizer, "padding_side", "right"), self._host_group)
         counts = [count_units(self.task, real_tokens(x), x.get("labels")) for x in samples]
-        return samples, self.accelerator.reduce(sum(counts).to(device), "mean")
+        counts = self.accelerator.reduce(torch.stack(counts).to(device), "mean")  # [micro-batches, UNITS]
+        for x, count in zip(samples, counts, strict=True):
+            x[COUNTS] = count
+        return samples, counts.sum(0)
+
+    @cached_property
+    def _host_group(self):
+        return ranks.of_the_host(ranks.process_group(self.args))
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -288,9 +307,16 @@ class DistillTrainer(Checkpoints, Trainer):
             shared = {k: v for k, v in self.optimizer.defaults.items() if k not in ("params", "weight_decay")}
             decayed = [p for p in learned if p.dim() > 1]
             biases = [p for p in learned if p.dim() <= 1]
-            for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0)):
-                if group:
-                    self.optimizer.add_param_group({"params": group, "weight_decay": decay, **shared})
+            groups = [
+                {"params": group, "weight_decay": decay, **shared}
+                for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0))
+                if group
+            ]
+            if self.is_fsdp_enabled:  # accelerate's optimizer takes the parameters of the sharded model only
+                self._replicated = ranks.optimizer_beside(self.optimizer, groups)
+            else:
+                for group in groups:
+                    self.optimizer.add_param_group(group)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -312,7 +338,15 @@ class DistillTrainer(Checkpoints, Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.should_save and self.method is not None:
             save_method(self.method, output_dir)
+            if self._replicated is not None:
+                torch.save(self._replicated.state_dict(), Path(output_dir) / f"{STATE}_optimizer.pt")
         super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._replicated is not None:
+            saved = torch.load(Path(checkpoint) / f"{STATE}_optimizer.pt", map_location="cpu", weights_only=True)
+            self._replicated.load_state_dict(saved)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

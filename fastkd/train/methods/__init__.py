@@ -176,6 +176,9 @@ class Combined(nn.Module):
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())
 
+    def one_shape(self) -> bool:
+        return any(method.one_shape for method in self.methods.values())
+
     def check_unlabelled(self) -> None:
         """Raise where one of the methods reads labels, for a training set without any."""
         for name, method in self.methods.items():

@@ -39,12 +39,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method may know before training. data: the training set, with a length or without one."""
+    """What a method may know before training. data: the training set, with a length or without one. process_group: the ranks
+    that train together, None for one; losses that couple the examples of a batch take it."""
 
     student: Side
     teacher: Side
     task: str
     data: Sequence | None = None
+    process_group: object | None = None
 
     @property
     def n_data(self) -> int:
@@ -80,6 +82,7 @@ class Method(nn.Module):
     read: dict[str, Sequence[int]] | None = None  # which levels of them, of "student" and "teacher"; None: all
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
+    one_shape = False  # needs batches of one shape on all ranks: it couples their examples, or counts padding
     token_wise = False  # compares no token with another one, so that a row may hold several documents
     soft_only = "alpha=1"  # the option with which the prediction's loss reads no labels
     stages: tuple[str, ...] = ("all",)
@@ -142,7 +145,8 @@ class Method(nn.Module):
         if self.training and not whole_step:
             self.seen.append(tuple(x.detach() for x in inputs))
             if batch.advance:
-                self.loss.train()(*map(torch.cat, zip(*self.seen, strict=True)))
+                parts = [len(x[0]) for x in self.seen]
+                self.loss.train()(*map(torch.cat, zip(*self.seen, strict=True)), parts=parts)
                 self.seen.clear()
         return value
 

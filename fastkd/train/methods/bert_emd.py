@@ -17,7 +17,7 @@ from .base import Method, Term, same_heads
 
 
 class BertEMD(Method):
-    Loss, hidden, every_layer = BertEMDLoss, True, True
+    Loss, hidden, every_layer, one_shape = BertEMDLoss, True, True, True
 
     def __init__(self, setup, beta=0.01, theta=1.0, temperature=1.0, emd_temperature=1.0, projection="random", **more):
         super().__init__(setup)
@@ -26,7 +26,8 @@ class BertEMD(Method):
         self.prediction = PredictionLoss(kind="soft_ce", temperature=temperature)
         self.projection = Projection(setup.student.width, setup.teacher.width, start=projection)
         layers = setup.student.layers, setup.teacher.layers
-        self.loss = BertEMDLoss(*layers, temperature=emd_temperature, causal=setup.student.causal, **more)
+        more |= {"causal": setup.student.causal, "process_group": setup.process_group}
+        self.loss = BertEMDLoss(*layers, temperature=emd_temperature, **more)
 
     def forward(self, batch):
         self.loss.train(self.training and batch.advance)
@@ -34,5 +35,5 @@ class BertEMD(Method):
         attention, hidden = self.loss(*self.scores(batch), student[1:], teacher[1:], batch.mask)
         values = attention, hidden, self.loss.embedding_loss(student[0], teacher[0], batch.mask)
         terms = batch.distil(self.prediction, "prediction", scale=1 / batch.classes())
-        over = {"attention": "pairs", "hidden": "tokens", "embedding": "tokens"}
-        return terms | {name: Term(x, self.weights[name], over[name]) for name, x in zip(over, values, strict=True)}
+        over = {"attention": ("pairs", True), "hidden": ("tokens", True), "embedding": ("tokens", False)}
+        return terms | {name: Term(x, self.weights[name], *over[name]) for name, x in zip(over, values, strict=True)}

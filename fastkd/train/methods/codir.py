@@ -15,7 +15,7 @@ from .base import Method, Setup, Term, has_labels, has_numbers
 
 
 class CoDIR(Method):
-    Loss, hidden, soft_only = CoDIRLoss, True, "beta=1"
+    Loss, hidden, one_shape, soft_only = CoDIRLoss, True, True, "beta=1"
 
     def __init__(self, setup: Setup, beta: float = 0.5, temperature: float = 2.0, crd: float = 0.1, **options):
         super().__init__(setup)
@@ -24,7 +24,7 @@ class CoDIR(Method):
             options.setdefault("negatives", "window" if options.get("window") else "in_batch")
         self.crd, self.prediction = crd, HintonKDLoss(beta, temperature)
         widths = setup.student.width * setup.student.layers, setup.teacher.width * ((setup.teacher.layers + 1) // 2)
-        self.loss = CoDIRLoss(*widths, setup.n_data, **options)
+        self.loss = CoDIRLoss(*widths, setup.n_data, process_group=setup.process_group, **options)
         if has_labels(setup, "codir", options.get("negatives") == "label"):
             self.loss.set_labels(setup.labels)
 

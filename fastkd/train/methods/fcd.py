@@ -13,7 +13,7 @@ from .base import Method, Term, layer_number, uniform_map
 
 
 class FCD(Method):
-    hidden, features_only, stages = True, True, ("relations", "task")
+    hidden, features_only, one_shape, stages = True, True, True, ("relations", "task")
 
     def __init__(self, setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", teacher_layer=None, share=0.5):
         super().__init__(setup, share)
@@ -24,12 +24,14 @@ class FCD(Method):
         self.read = dict(zip(("student", "teacher"), zip(*pairs, strict=True), strict=True))
         weights = {"token": alpha, "sequence": beta, "random": gamma}
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        self.losses = {name: FCDLoss(*(float(name == other) for other in weights), K=K) for name in self.weights}
+        options = {"K": K, "process_group": setup.process_group}
+        self.losses = {name: FCDLoss(*(float(name == other) for other in weights), **options) for name in self.weights}
 
     def forward(self, batch):
         if self.stage(batch.progress) == "task":
             return batch.fine_tune()
         student, teacher = ([getattr(batch, side).hidden[i] for i in self.read[side]] for side in self.read)
         values = {name: loss(student, teacher, batch.mask) for name, loss in self.losses.items()}
-        over = {"token": "sequences", "sequence": "batches", "random": "batches"}  # the last two couple the batch
-        return {name: Term(value, self.weights[name], over[name]) for name, value in values.items()}
+        of_batch = "batches", True  # the sequence level and the random relation couple the batch
+        over = {"token": ("sequences", False), "sequence": of_batch, "random": of_batch}
+        return {name: Term(value, self.weights[name], *over[name]) for name, value in values.items()}

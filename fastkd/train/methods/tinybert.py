@@ -14,7 +14,8 @@ from .base import Method, Setup, Term, same_heads, uniform_map
 
 
 class TinyBERT(Method):
-    hidden, every_layer, features_only, stages = True, True, True, ("intermediate", "prediction")
+    hidden, every_layer, features_only, one_shape = True, True, True, True
+    stages = ("intermediate", "prediction")
 
     def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
         super().__init__(setup, share)

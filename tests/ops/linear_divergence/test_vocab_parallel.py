@@ -18,11 +18,13 @@ OPTIONS = [
     {"hard_weight": 0.3, "temperature": 2.0, "masked": True},
     {"logit_scale": (2.0, 0.5), "logit_softcap": 3.0, "weighted": True, "masked": True},
     {"reduction": "sum", "masked": True},
+    {"sparse": None, "masked": True}, {"sparse": True, "kind": "reverse_kl", "hard_weight": 0.3, "temperature": 2.0},
+    {"sparse": "given", "kind": "jsd", "logit_softcap": 3.0}, {"sparse": True, "kind": "forward_kl", "tokens": 15},
 ]  # fmt: skip
 
 RUN = """
 import fastkd
-from test_vocab_parallel import OPTIONS, inputs, shard
+from test_vocab_parallel import OPTIONS, inputs, loss_of, shard
 result = []
 for options in OPTIONS:
     for near in (False, True):
@@ -30,17 +32,12 @@ for options in OPTIONS:
         student = shard(leaves[1:], rank)
         teacher = shard(sides[1:], rank)
         own = [leaves[0].requires_grad_(), *(x.requires_grad_() for x in student)]
-        loss = fastkd.linear_divergence(
-            own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
-        )
+        loss = loss_of(own, sides[0], teacher, process_group=group, **more)
         result.append((loss.detach(), torch.autograd.grad(0.37 * loss, own)))
 with torch.autocast("cpu", torch.bfloat16):
-    inside = fastkd.linear_divergence(
-        own[0], own[1], sides[0], teacher[0], student_bias=own[2], teacher_bias=teacher[1], process_group=group, **more
-    )
-as_cast = [x if x.dtype == torch.float64 else x.bfloat16() for x in (own[0], own[1], sides[0], teacher[0], own[2], teacher[1])]
-cast = fastkd.linear_divergence(*as_cast[:4], student_bias=as_cast[4], teacher_bias=as_cast[5], process_group=group, **more)
-assert torch.equal(inside, cast)  # autocast leaves float64 alone
+    inside = loss_of(own, sides[0], teacher, process_group=group, **more)
+cast = [[x if x.dtype == torch.float64 else x.bfloat16() for x in side] for side in (own, sides[:1], teacher)]
+assert torch.equal(inside, loss_of(cast[0], cast[1][0], cast[2], process_group=group, **more))  # autocast leaves float64 alone
 try:
     fastkd.linear_divergence(
         sides[0], teacher[0], sides[0], teacher[0], labels=torch.full((300,), 23), hard_weight=1.0, process_group=group
@@ -49,12 +46,19 @@ except ValueError as error:
     assert "labels: a label that counts must be a token of one of the shards" in str(error)
 else:
     raise AssertionError("a label outside of all shards was accepted")
+try:
+    fastkd.linear_divergence(sides[0], teacher[0], fastkd.TopK(torch.full((300, 1), 23), torch.zeros(300, 1)), process_group=group)
+except ValueError as error:
+    assert "indices must be a token of one of the shards" in str(error)
+else:
+    raise AssertionError("a TopK with a token outside of all shards was accepted")
 """
 
 
 def inputs(options, near, dtype):
     """(hidden, head, bias) of the student and of the teacher, and the rest of the arguments."""
     options = dict(options)
+    tail, tokens = options.pop("sparse", "dense"), options.pop("tokens", 4)
     teacher = [randn(ROWS, D, seed=1), randn(WORDS, D, seed=2), randn(WORDS, seed=3)]
     generator = torch.Generator().manual_seed(4)
     student = [x + (1e-3 if near else 1.0) * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in teacher]
@@ -64,6 +68,11 @@ def inputs(options, near, dtype):
         options["weights"] = torch.arange(ROWS, dtype=torch.float32) / ROWS
     if "hard_weight" in options:
         options["labels"] = torch.arange(ROWS) % WORDS
+    if tail != "dense":
+        log_p = (torch.nn.functional.linear(*teacher) / options.get("temperature", 1.0)).log_softmax(-1)
+        log_probs, indices = log_p.topk(tokens, -1)
+        given = log_probs.exp().sum(-1).neg().log1p() if tail == "given" else tail
+        options["topk"] = fastkd.TopK(indices, log_probs.to(dtype), given)
     return [x.to(dtype) for x in student], [x.to(dtype) for x in teacher], options
 
 
@@ -71,12 +80,19 @@ def shard(head_and_bias, rank):
     return [x[SPLIT[rank] : SPLIT[rank + 1]].clone() for x in head_and_bias]
 
 
+def loss_of(student, teacher_hidden, teacher, topk=None, **more):
+    """student: (hidden, head, bias); teacher: (head, bias), where it is not a TopK."""
+    if topk is not None:
+        return fastkd.linear_divergence(student[0], student[1], topk, student_bias=student[2], **more)
+    biases = {"student_bias": student[2], "teacher_bias": teacher[1]}
+    return fastkd.linear_divergence(student[0], student[1], teacher_hidden, teacher[0], **biases, **more)
+
+
 def in_one_process(options, near, dtype, wide):
     """(loss, gradients) with all words, of the inputs in `dtype`, computed in `wide`."""
     leaves, sides, more = inputs(options, near, getattr(torch, dtype))
     own, teacher = [x.to(wide).requires_grad_() for x in leaves], [x.to(wide) for x in sides]
-    biases = {"student_bias": own[2], "teacher_bias": teacher[2]}
-    loss = fastkd.linear_divergence(own[0], own[1], teacher[0], teacher[1], backend="reference", **biases, **more)
+    loss = loss_of(own, teacher[0], teacher[1:], backend="reference", **more)
     return loss, torch.autograd.grad(0.37 * loss, own)
 
 
@@ -131,6 +147,3 @@ def test_what_cannot_be_sharded_is_an_error():
         fastkd.linear_divergence(hidden, head, hidden, head, vocab=torch.arange(5), process_group=object())
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run here"):
         fastkd.linear_divergence(hidden, head, hidden, head, backend="cpu", process_group=object())
-    topk = fastkd.TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="process_group: a TopK teacher has no head"):
-        fastkd.linear_divergence(hidden, head, topk, process_group=object())
