@@ -144,6 +144,7 @@ def test_patch():
 # -- the definitions, which need no Liger ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
 def test_kl_is_torchs():
     x, y = randn(5, 9, seed=1).log_softmax(-1), randn(5, 9, seed=2).log_softmax(-1)
     for reduction in ("mean", "batchmean", "sum", "none"):
@@ -213,6 +214,7 @@ def test_nothing_counts_is_zero():
 
 
 @needs_liger
+@pytest.mark.long
 def test_against_ligers_kernels_in_the_interpreter():
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
