@@ -12,12 +12,19 @@ try:
 except ImportError:  # not built, or built for another Python: a wheel's module is for one, its operations are for all
     _C = None
 
+LARGEST = 2**15  # rows and columns
+
 _WRONG = {
     1: "M: costs must be finite",
     2: "a, b: masses must be finite and >= 0",
     3: "a and b must have the same total mass; divide each by its sum",
     4: "the solver did not finish; please report this problem",
 }
+
+
+def solver():
+    """The compiled function (a [N], b [M], cost [N, M]) -> (flow, u, v, status, pivots); None where it is not built."""
+    return None if _C is None else _C.emd
 
 
 def _solve(a, b, cost):

@@ -64,9 +64,7 @@ PATCHES: dict[str, Patch] = {
             ("distill_kl_div", "DistillKLDivLoss", "distill_kl_div"),
         )
     )),
-    "pot": Patch("POT", ("0.9.7.post1",), tuple(
-        (module, name, f"fastkd.compat.pot:{name}") for module in ("ot", "ot.lp") for name in ("emd", "emd2")
-    )),
+    "pot": Patch("POT", ("0.9.7.post1",), (("ot.lp._network_simplex", "emd_c", "fastkd.compat.pot:emd_c"),)),
     "verl": Patch("verl", ("0.9.1",), (
         ("verl.trainer.distillation.fsdp.losses", "compute_forward_kl_topk", "fastkd.compat.verl:compute_forward_kl_topk"),
         *(

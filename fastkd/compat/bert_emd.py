@@ -27,9 +27,10 @@ class TransformerLoss:
     Example:
         >>> from types import SimpleNamespace
         >>> args = SimpleNamespace(use_att=True, use_rep=True, update_weight=True, seperate=False)
-        >>> scores, hidden = (lambda n: [torch.randn(2, 2, 5, 5) for _ in range(n)]), (lambda n: [torch.randn(2, 5, 6) for _ in range(n)])
+        >>> student_atts, teacher_atts = ([torch.randn(2, 2, 5, 5) for _ in range(n)] for n in (2, 4))
+        >>> student_reps, teacher_reps = ([torch.randn(2, 5, 6) for _ in range(n)] for n in (3, 5))  # embeddings first
         >>> transformer_loss = fastkd.compat.bert_emd.TransformerLoss()
-        >>> inputs = scores(2), scores(4), hidden(3), hidden(5)  # hidden[0] is the embedding layer's output
+        >>> inputs = student_atts, teacher_atts, student_reps, teacher_reps
         >>> att_loss, rep_loss = transformer_loss(*inputs, "cpu", torch.nn.MSELoss(), args, global_step=0)
     """
 

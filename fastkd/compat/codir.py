@@ -50,6 +50,8 @@ class CRDLoss(FastCRDLoss):
             for released, ours in _RELEASED.items():
                 state_dict[prefix + ours] = state_dict.pop(prefix + released)
             for ours, z in (("z_student", params[2]), ("z_teacher", params[3])):
-                state_dict[prefix + ours] = z.clamp_min(0.0).reshape(getattr(self, ours).shape)  # -1 before the first call
+                state_dict[prefix + ours] = z.clamp_min(0.0).reshape(
+                    getattr(self, ours).shape
+                )  # -1 before the first call
             state_dict[prefix + "sampler"] = self.sampler
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -6,13 +6,15 @@ from torch import Tensor
 from fastkd import functional
 
 REDUCTIONS = ("batchmean", "mean", "sum")
+WORTH = 2**16  # elements from which on a kernel is faster than two softmaxes; below, the checks of a call take longer
 
 
 def takes(student_logits: Tensor, teacher_logits: Tensor) -> bool:
-    """Whether the kernels give what two softmaxes over these give: of one shape, and without a gradient for the teacher."""
+    """Whether kernels give what two softmaxes over these give, and faster: one shape, no gradient for the teacher."""
     teacher_learns = teacher_logits.requires_grad and torch.is_grad_enabled()
     floating = student_logits.is_floating_point() and teacher_logits.is_floating_point()
-    return floating and student_logits.shape == teacher_logits.shape and student_logits.numel() > 0 and not teacher_learns
+    large = student_logits.numel() >= max(WORTH, 1)
+    return large and floating and student_logits.shape == teacher_logits.shape and not teacher_learns
 
 
 def like_softmax(loss: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The authors' own calls: their signatures give their released numbers, quirks included."""
 
+import doctest
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bert_emd import BUFFERS, M, N, VARIANTS, numpy_step, step_inputs
+from test_bert_emd import BUFFERS, VARIANTS, M, N, numpy_step, step_inputs
 from test_codir import golden_loss, golden_step
 from test_glmd import GOLD, KEPT, MASK, SMALL_STUDENT, STUDENT, TEACHER
 
+import fastkd
 from cases import GOLDENS, assert_same, det, randn
 from fastkd.compat import bert_emd, codir, fcd, glmd
 from fastkd.losses.bert_emd import SMALLEST_WEIGHT
@@ -143,8 +145,8 @@ def test_codir_draws_from_all_examples():
     seen = {}
     for negatives in ("all", "others"):
         loss = codir.CRDLoss(opt, negatives=negatives)
-        loss._nce = lambda queries, banks, index, negatives=negatives: seen.setdefault(negatives, index) * 0.0
-        loss(randn(2, 4, dtype=torch.float32), randn(2, 4, dtype=torch.float32), torch.tensor([0, 2]))[:1]
+        loss._nce = lambda queries, banks, index, negatives=negatives: seen.setdefault(negatives, index)[0, 0] * 0.0
+        loss(randn(2, 4, dtype=torch.float32), randn(2, 4, dtype=torch.float32), torch.tensor([0, 2]))
     own = torch.tensor([[0], [2]])
     assert (seen["all"][:, :1] == own).all() and (seen["all"][:, 1:] == own).any()
     assert not (seen["others"][:, 1:] == own).any()
@@ -191,3 +193,11 @@ def test_glmd_divergences(name, masks, keep_batch):
 
     call = getattr(glmd.CustomLoss, name)
     assert_same(lambda x: call(x, TEACHER, keep_batch=keep_batch, **options), released, STUDENT, tolerance=1e-11)
+
+
+@pytest.mark.parametrize(
+    "subject", [fcd.FCDLoss, bert_emd.TransformerLoss, codir.CRDLoss, glmd.CustomLoss, glmd.logits_distil_loss]
+)
+def test_the_example_runs(subject):
+    (found,) = doctest.DocTestFinder(recurse=False).find(subject, globs={"torch": torch, "fastkd": fastkd})
+    assert found.examples and doctest.DocTestRunner().run(found).failed == 0

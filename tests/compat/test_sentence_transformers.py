@@ -15,10 +15,16 @@ from sentence_transformers.util import cos_sim, dot_score, euclidean_sim, pairwi
 
 from fastkd import compat  # noqa: E402
 from fastkd.compat import sentence_transformers as ours  # noqa: E402
+from fastkd.compat import soft_labels  # noqa: E402
 
 OTHER = ("query_to_query", "doc_to_query", "doc_to_doc")
 DIRECTIONS = [("query_to_doc", *some) for k in range(4) for some in itertools.combinations(OTHER, k)]
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(soft_labels, "WORTH", 0)
 
 
 def both(name, **options):
@@ -29,12 +35,16 @@ def calls(name, labels=None, **options):
     return [lambda *xs, f=f: f.compute_loss_from_embeddings(list(xs), labels) for f in both(name, **options)]
 
 
+def in_float64(call):
+    """Near convergence the original's float32 has four digits less than the kernels'; its float64 has none too few."""
+    return lambda *xs: call(*(x.double() for x in xs)).to(xs[0].dtype)
+
+
 def embeddings(columns, batch, seed, dtype=torch.float32):
     return [randn(batch, 24, seed=seed + k, dtype=dtype) for k in range(columns)]
 
 
-def by_kernels(options):
-    directions = set(options.get("directions", ()))
+def by_kernels(directions):
     return "doc_to_query" in directions or "doc_to_doc" not in directions
 
 
@@ -42,17 +52,17 @@ def by_kernels(options):
 @pytest.mark.parametrize("directions", DIRECTIONS, ids=lambda some: "+".join(some[1:]) or "default")
 def test_ranking_with_every_direction(directions, dtype, monkeypatch):
     """Pairs, triplets and more, both partitions and similarities; the original is called only where it must be."""
-    if by_kernels({"directions": directions}):
+    if by_kernels(directions):
         monkeypatch.setattr(compat, "original", None)
     partitions = ["joint"] if set(directions) & {"query_to_query", "doc_to_doc"} else ["joint", "per_direction"]
-    cases = itertools.product(partitions, (2, 3, 5), (cos_sim, dot_score), (1, 7))
+    cases = itertools.product(partitions, (2, 4), (cos_sim, dot_score), (1, 7))
     for seed, (partition, columns, similarity, batch) in enumerate(cases):
         options = {"similarity_fct": similarity, "partition_mode": partition, "directions": directions}
         scale = 20.0 if similarity is cos_sim else 0.2
         inputs = embeddings(columns, batch, seed, dtype)
-        assert_same(
-            *calls("MultipleNegativesRankingLoss", scale=scale, **options), *inputs, tolerance=TOLERANCES[dtype]
-        )
+        mine, theirs = calls("MultipleNegativesRankingLoss", scale=scale, **options)
+        theirs = in_float64(theirs) if by_kernels(directions) else theirs
+        assert_same(mine, theirs, *inputs, tolerance=TOLERANCES[dtype])
 
 
 def test_ranking_by_default(monkeypatch):

@@ -10,10 +10,22 @@ theirs = pytest.importorskip("textbrewer.losses", reason=why)
 
 from textbrewer import presets  # noqa: E402 - where it is installed
 
+from fastkd.compat import soft_labels  # noqa: E402
 from fastkd.compat import textbrewer as ours  # noqa: E402
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(soft_labels, "WORTH", 0)
+
+
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])  # [B, L]
+
+
+def both(name):
+    return [getattr(module, name) for module in (ours, theirs)]
 
 
 def scores(*shape, seed, dtype):
@@ -35,9 +47,9 @@ def test_logits(name, dtype):
         student, teacher = randn(*shape, dtype=dtype), 3 * randn(*shape, seed=1, dtype=dtype)
         for T in each:
             T = T.to(dtype) if isinstance(T, torch.Tensor) else T
-            calls = [lambda x, f=getattr(module, name), t=teacher, T=T: f(x, t, T) for module in (ours, theirs)]
+            calls = [lambda x, f=f, t=teacher, T=T: f(x, t, T) for f in both(name)]
             assert_same(*calls, student, tolerance=TOLERANCES[dtype])
-        calls = [lambda x, t, f=getattr(module, name): f(x, t) for module in (ours, theirs)]
+        calls = [lambda x, t, f=f: f(x, t) for f in both(name)]
         assert_same(*calls, student, teacher, tolerance=TOLERANCES[dtype])  # a teacher that learns
 
 
@@ -59,13 +71,24 @@ def test_hidden_states(mask, dtype):
 @pytest.mark.parametrize("name", ["att_mse_loss", "att_mse_sum_loss"])
 def test_attention(name, mask, dtype):
     student, teacher = (scores(3, 4, 5, 5, seed=k, dtype=dtype) for k in (0, 1))
-    calls = [lambda x, f=getattr(module, name): f(x, teacher, mask) for module in (ours, theirs)]
+    calls = [lambda x, f=f: f(x, teacher, mask) for f in both(name)]
     assert_same(*calls, student, tolerance=TOLERANCES[dtype])
     if name == "att_mse_sum_loss":  # more heads in the teacher, and heads that are summed already
         more = scores(3, 6, 5, 5, seed=2, dtype=dtype)
-        assert_same(*(lambda x, f=getattr(m, name): f(x, more, mask) for m in (ours, theirs)), student, tolerance=1e-4)
-        calls = [lambda x, f=getattr(module, name): f(x, teacher[:, 0], mask) for module in (ours, theirs)]
+        assert_same(*(lambda x, f=f: f(x, more, mask) for f in both(name)), student, tolerance=1e-4)
+        calls = [lambda x, f=f: f(x, teacher[:, 0], mask) for f in both(name)]
         assert_same(*calls, student[:, 0], tolerance=TOLERANCES[dtype])
+
+
+def test_small_losses_are_the_originals(monkeypatch):
+    """Where a kernel would not be faster; from `WORTH` elements on it computes them."""
+    monkeypatch.undo()
+    student, teacher, called = randn(4, 16, dtype=torch.float32), randn(4, 16, seed=1, dtype=torch.float32), []
+    for name in ("kd_ce_loss", "kd_mse_loss", "hid_mse_loss", "att_mse_loss"):
+        monkeypatch.setattr(theirs, name, lambda *args, name=name: called.append(name))
+        getattr(ours, name)(student, teacher)
+        getattr(ours, name)(student.repeat(64, 16), teacher.repeat(64, 16))
+    assert called == ["kd_ce_loss", "kd_mse_loss", "hid_mse_loss", "att_mse_loss"]
 
 
 def test_the_maps_hold_ours_until_undo():
@@ -74,4 +97,4 @@ def test_the_maps_hold_ours_until_undo():
     assert presets.KD_LOSS_MAP["ce"] is ours.kd_ce_loss and presets.MATCH_LOSS_MAP["hidden_mse"] is ours.hid_mse_loss
     assert "presets.KD_LOSS_MAP.mse → fastkd.compat.textbrewer.kd_mse_loss" in repr(registered)
     registered.undo()
-    assert (presets.KD_LOSS_MAP, presets.MATCH_LOSS_MAP) == originals
+    assert originals == (presets.KD_LOSS_MAP, presets.MATCH_LOSS_MAP)

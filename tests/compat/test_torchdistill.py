@@ -13,6 +13,7 @@ mid_level = pytest.importorskip("torchdistill.losses.mid_level", reason=why)
 
 from torchdistill.losses import registry  # noqa: E402 - where it is installed
 
+from fastkd.compat import soft_labels  # noqa: E402
 from fastkd.compat import torchdistill as compat  # noqa: E402
 
 PATHS = {
@@ -20,6 +21,11 @@ PATHS = {
     "teacher_module_path": "head", "teacher_module_io": "output",
 }  # fmt: skip
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(soft_labels, "WORTH", 0)
 
 
 def outputs(x):
@@ -30,13 +36,15 @@ def both(name, **options):
     return [getattr(module, name)(**PATHS, **options) for module in (compat, mid_level)]
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
 def test_soft_and_hard_labels(name, dtype):
     """Every reduction, alpha (of the labels here) and beta; T² only where there is a hard term; images of logits, too."""
     weights = [{"alpha": 0.3}, {"alpha": 0.0}, {"alpha": None, "beta": 1.0}, {"alpha": 0.5, "beta": 9.0}]
-    cases = itertools.product(weights, ("batchmean", "mean", "sum", "none"), ((6, 50), (3, 11, 4, 2)), (True, False))
-    for seed, (weight, reduction, shape, labelled) in enumerate(cases):
+    cases = itertools.product(weights, ("batchmean", "mean", "sum", "none"), ((6, 50), (3, 11, 4, 5)))
+    for seed, (weight, reduction, shape) in enumerate(cases):
+        labelled = seed % 3 > 0
         if reduction == "none" and labelled and weight["alpha"]:
             continue  # losses per element and per example: torchdistill cannot add them either
         student, teacher = randn(*shape, seed=seed, dtype=dtype), 3 * randn(*shape, seed=seed + 1, dtype=dtype)
@@ -80,7 +88,8 @@ def test_crd_over_three_steps(dtype):
         extra = {"e": {"input": {"pos_idx": pos_idx, "contrast_idx": contrast_idx}}}
         inputs = [F.normalize(randn(4, 8, seed=10 * step + k, dtype=dtype), dim=1) for k in (0, 1)]
         calls = [
-            lambda s, t, f=f, extra=extra: f({"s": {"output": s}, **extra}, {"t": {"output": t}}) for f in (ours, theirs)
+            lambda s, t, f=f, extra=extra: f({"s": {"output": s}, **extra}, {"t": {"output": t}})
+            for f in (ours, theirs)
         ]
         (value, grads), (expected, expected_grads) = (gradients(call, *inputs) for call in calls)
         assert value.shape == expected.shape == (1,)

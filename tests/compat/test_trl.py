@@ -66,7 +66,7 @@ def chunked(function, student, teacher, mask, options):
 
 def test_chunked_divergence_loss():
     original = theirs(*CHUNKED)
-    for seed in range(60):
+    for seed in range(40):
         case = chunked_case(seed)
         (found, gradients), (wanted, wanted_gradients) = (
             chunked(ours.chunked_divergence_loss, *case),
@@ -79,8 +79,8 @@ def test_chunked_divergence_loss():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_chunked_divergence_loss_in_bfloat16_is_no_further_from_float64(autocast):
-    """float32 inputs under autocast are rounded as the original rounds them."""
-    original, errors = theirs(*CHUNKED), {"ours": 0.0, "theirs": 0.0}
+    """float32 inputs under autocast are rounded as the original rounds them, and gradients once more, as those of nn.Linear."""
+    original, errors, gradient_errors = theirs(*CHUNKED), {"ours": 0.0, "theirs": 0.0}, {"ours": 0.0, "theirs": 0.0}
     for seed in range(20):
         student, teacher, mask, options = chunked_case(seed, torch.bfloat16, num_items_in_batch=None)
         if not mask.any():
@@ -93,9 +93,11 @@ def test_chunked_divergence_loss_in_bfloat16_is_no_further_from_float64(autocast
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found, gradients = chunked(function, student, teacher, mask, options)
             assert [x.dtype for x in gradients] == [x.dtype for x in student]
-            pairs = zip((*found[:2], *gradients), (*wanted[:2], *wanted_gradients), strict=True)
-            errors[name] += sum(relative_error(x, y) ** 2 for x, y in pairs)
-    assert errors["ours"] <= 1.1 * errors["theirs"], errors
+            errors[name] += sum(relative_error(x, y) ** 2 for x, y in zip(found[:2], wanted[:2], strict=True))
+            pairs = zip(gradients, wanted_gradients, strict=True)
+            gradient_errors[name] += sum(relative_error(x, y) ** 2 for x, y in pairs)
+    assert errors["ours"] <= errors["theirs"], errors
+    assert gradient_errors["ours"] <= (1.25 if autocast else 1.0) ** 2 * gradient_errors["theirs"], gradient_errors
 
 
 def test_no_gradient_flows_to_the_teacher_or_from_the_entropy():

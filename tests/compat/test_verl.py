@@ -64,19 +64,25 @@ def config(clamp, mode="forward_kl_topk"):
 
 
 def example(seed, V=60, k=9, lengths=(5, 3, 8)):
-    student, teacher = randn(1, sum(lengths), V, seed=seed, dtype=torch.float32), 3 * randn(sum(lengths), V, seed=seed + 1)
+    student, teacher = (
+        randn(1, sum(lengths), V, seed=seed, dtype=torch.float32),
+        3 * randn(sum(lengths), V, seed=seed + 1),
+    )
     log_probs, ids = teacher.float().log_softmax(-1).topk(k)
-    return student, *(torch.nested.as_nested_tensor(list(x.split(lengths)), layout=torch.jagged) for x in (log_probs, ids))
+    return student, *(
+        torch.nested.as_nested_tensor(list(x.split(lengths)), layout=torch.jagged) for x in (log_probs, ids)
+    )
 
 
 @pytest.mark.parametrize("clamp", [None, -4.0])
 def test_losses_and_masses(modules, clamp):
     ours, theirs, _ = modules
     for seed in range(4):
-        student, log_probs, ids = example(seed)
-        call = [lambda x, f=m.compute_forward_kl_topk: f(x, log_probs, ids, config(clamp), "thd") for m in (ours, theirs)]
-        assert_same(*(lambda x, f=f: f(x)["distillation_losses"] for f in call), student)
-        a, b = (f(student) for f in call)
+        student, *teacher = example(seed)
+        functions = [module.compute_forward_kl_topk for module in (ours, theirs)]
+        calls = [lambda x, f=f, t=teacher: f(x, *t, config(clamp), "thd")["distillation_losses"] for f in functions]
+        assert_same(*calls, student)
+        a, b = (f(student, *teacher, config(clamp), "thd") for f in functions)
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
@@ -95,7 +101,9 @@ def test_the_tail_makes_it_a_divergence(modules):
 
     settings = config(-10.0, ours.TAIL)
     assert_same(
-        lambda x: ours.compute_forward_kl_topk(x, log_probs, ids, settings, "thd")["distillation_losses"], oracle, student
+        lambda x: ours.compute_forward_kl_topk(x, log_probs, ids, settings, "thd")["distillation_losses"],
+        oracle,
+        student,
     )
     original = theirs.compute_forward_kl_topk
     for owner, name, replacement in (

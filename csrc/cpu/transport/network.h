@@ -1,4 +1,5 @@
-// The transportation simplex for the host, of any size; transport/simplex.h has the problem and is faster up to 64 x 64.
+// The transportation simplex for the host, of any size; transport/simplex.h has the problem and is faster up to 64
+// x 64.
 //
 // The basis is a rooted spanning tree over rows and columns: each node knows its parent, its first child and its
 // siblings. A pivot reverses the path from the entering arc to the leaving one and hangs what is below it elsewhere.
@@ -6,7 +7,8 @@
 // Masses are integers: 2^60 for the total, and one more for every column, so that each column has mass. The tree is
 // strongly feasible (Cunningham, 1976): an arc without flow points to the root. It starts so, and stays so because of
 // the arcs that run out the last one on the cycle leaves, seen from its apex in the direction of the entering arc.
-// Degenerate pivots then cannot cycle. The flow that is returned is computed from the last tree and the caller's masses.
+// Degenerate pivots then cannot cycle. The flow that is returned is computed from the last tree and the caller's
+// masses.
 #pragma once
 
 #include <new>
@@ -52,7 +54,8 @@ class Network {
     const int exponent = load_cost(lanes, shape, static_cast<const Cost*>(batch.cost) + p * cells);
     Outcome outcome{BAD_COST, 0};
     if (exponent != NOT_FINITE)
-      outcome.status = read_masses(static_cast<const Cost*>(batch.a) + p * n, static_cast<const Cost*>(batch.b) + p * m);
+      outcome.status =
+          read_masses(static_cast<const Cost*>(batch.a) + p * n, static_cast<const Cost*>(batch.b) + p * m);
     if (outcome.status == OPTIMAL) {
       const double* const hint = batch.start_v ? batch.start_v + p * m : nullptr;
       start(hint, power_of_two(-exponent), !hint && nearly_monge(lanes, shape));

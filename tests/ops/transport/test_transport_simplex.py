@@ -266,7 +266,7 @@ def test_large_problems():
     ot = pytest.importorskip("ot", reason="POT confirms the objective: pip install POT")
     for kind in ("random", "uniform", "ties", "zero_masses", "forbidden", "near_monge"):
         problem = cost, a, b = problems_of(kind, 3, 130, 97)
-        flow, u, v, status = plan = solve("transport", *problem)
+        flow, u, v, _ = plan = solve("transport", *problem)
         assert broken(*problem, flow, u, v) is None, kind
         torch.set_num_threads(1)
         assert all(map(torch.equal, plan, solve("transport", *problem))), kind
