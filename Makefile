@@ -74,7 +74,7 @@ wheel: build
 	rm -rf dist $(WHEEL) build/lib*
 	$(BIN)/python setup.py -q sdist
 	FASTKD_BUILD=$${FASTKD_BUILD:-cpu} $(PIP) wheel --no-deps --no-build-isolation -w $(WHEEL) .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel -q repair $(TORCH_LIBRARIES:%=--exclude %) -w $(WHEEL)/repaired $(WHEEL)/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair $(TORCH_LIBRARIES:%=--exclude %) -w $(WHEEL)/repaired $(WHEEL)/*.whl
 	$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none $(WHEEL)/repaired/*.whl
 	mv $(WHEEL)/repaired/*.whl dist/
 

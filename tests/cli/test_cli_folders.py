@@ -86,15 +86,11 @@ def test_no_two_names_lie_on_one_another(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_saved", lambda figure, path: figures.append(figure))
     plots.tradeoff(rows, "accuracy", tmp_path / "x.png")
     (figure,) = figures
-    renderer = figure.canvas.get_renderer()
-    boxes = [
-        text.get_window_extent(renderer)
-        for text in figure.findobj(lambda x: hasattr(x, "get_text"))
-        if text.get_visible() and text.get_text()
-    ]
+    figure.canvas.draw()  # places the texts
+    named = [*figure.legends[0].get_texts(), *(text for axis in figure.axes for text in axis.texts)]
+    assert [text.get_text() for text in named] == [*names]
+    boxes = [text.get_window_extent() for text in named]
     assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [*names]
 
 
 def test_a_second_report_gets_its_own_folder(tmp_path):
