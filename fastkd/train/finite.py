@@ -161,7 +161,8 @@ class Finite(TrainerCallback):
 
     def _named(self, step: Step, flags: list[int]) -> str:
         terms = [name for name, flag in zip(step.names, flags, strict=False) if flag]
-        if not terms and not flags[len(step.names)]:
+        term_anywhere = flags[-2]
+        if not terms and (term_anywhere or not flags[len(step.names)]):
             return f"step {step.number}: a term or the gradient is not finite on another rank"
         what = f"the term {', '.join(terms)}" if terms else "the gradient"
         guilty = [(i, batch.ids) for i, batch in enumerate(step.batches, 1) if not terms or bool(batch.wrong.any())]

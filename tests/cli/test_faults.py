@@ -67,8 +67,8 @@ def assert_undisturbed(argv, source, tmp_path, capsys):
 
 
 TERMINATED, INTERRUPTED = (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")
-SIGNALS = [("training", *TERMINATED), ("evaluation", *INTERRUPTED), ("report", *TERMINATED)]
-MORE = [("training", *INTERRUPTED), ("evaluation", *TERMINATED), ("report", *INTERRUPTED)]
+SIGNALS = [("training", *TERMINATED)]
+MORE = [("evaluation", *INTERRUPTED), ("report", *TERMINATED), ("report", *INTERRUPTED)]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exports_nothing(
     assert_undisturbed(argv, source, tmp_path, capsys)
 
 
-LATE = [("save_model", ()), ("_page", ()), ("measure", pytest.mark.long), ("card", pytest.mark.long)]
+LATE = [("save_model", ()), ("_page", pytest.mark.long), ("measure", pytest.mark.long), ("card", pytest.mark.long)]
 
 
 @pytest.mark.parametrize("place", [pytest.param(place, marks=marks) for place, marks in LATE])
@@ -156,6 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over(source, tmp_path, capsys
     assert "none of its checkpoints can be resumed from: " in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_folder_that_is_deleted_meanwhile_is_still_a_run(argv, source, tmp_path, capsys, monkeypatch):
     step, calls, run = Trainer.training_step, [], tmp_path / "run"
 
@@ -172,11 +173,9 @@ def test_a_folder_that_is_deleted_meanwhile_is_still_a_run(argv, source, tmp_pat
 
 
 FULL = [
-    ("torch.save", errno.ENOSPC, ()),
+    ("torch.save", errno.ENOSPC, pytest.mark.long),
     ("fastkd.train.trainer.DistillTrainer.save_model", errno.ENOSPC, ()),
-    ("fastkd.train.report._page", errno.EROFS, ()),
-    ("torch.save", errno.EROFS, pytest.mark.long),
-    ("fastkd.train.card.write", errno.ENOSPC, pytest.mark.long),
+    ("fastkd.train.report._page", errno.EROFS, pytest.mark.long),
 ]
 
 
@@ -228,14 +227,19 @@ def test_a_report_escapes_whatever_comes_from_data_and_names(tmp_path):
     row = {"metric": 0.9, "metric_name": "accuracy", "parameters": 9, "bytes": 36, "latency": 1.0, "all": {}}
     rows = [row | {"name": evil}, row | {"name": f"{evil} 2", "gain": (1.0, 0.5)}]
     history = [
-        {"step": i, "loss": 1.0, f"term/{evil}": 1.0 / i, f"weight/{evil}": 1.0, "eval_accuracy": 0.5} for i in (1, 2)
+        {"step": i, "loss": 1.0, f"term/{evil}": 1.0 / i, f"weight/{evil}": 1.0, f"eval_{evil}": 0.5} for i in (1, 2)
     ]
-    for metric in ("accuracy", evil):
-        page = report.write(
-            tmp_path / str(len(metric)), title=evil, lead=evil, rows=[x | {"metric_name": metric} for x in rows],
-            histories={evil: history}, maps=[], config={evil: evil}, where=evil,
-        ).read_text()  # fmt: skip
-        assert "<script" not in page and page.count("&lt;script&gt;") >= 5
+    rows = [x | {"metric_name": evil} for x in rows]
+    options = {
+        "title": evil,
+        "lead": evil,
+        "histories": {evil: history},
+        "maps": [],
+        "config": {evil: evil},
+        "where": evil,
+    }
+    page = report.write(tmp_path / "report", rows=rows, **options).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 5
     report.print_table(rows)
 
 
@@ -286,7 +290,7 @@ def test_kill_9_at_random_moments():
     path = os.pathsep.join(str(folder / part) for part in ("..", ".", "cli", "train"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(
-        [sys.executable, str(folder / "kills.py"), "6"], capture_output=True, text=True, env=environment, timeout=600
+        [sys.executable, str(folder / "kills.py"), "3"], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 kills, every run went on" in done.stdout
+    assert "3 kills, every run went on" in done.stdout

@@ -63,7 +63,7 @@ def said(caplog):
     return lambda: [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
 
 
-QUICK = ("kd", "bert_emd", "codir")
+QUICK = ("bert_emd", "codir")
 EVERY = [pytest.param(spelled(x), marks=() if x in QUICK else pytest.mark.long) for x in METHODS]
 
 
@@ -84,7 +84,9 @@ def test_a_bad_example_is_named_and_the_others_train(method, tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    ("looks", "optim"), [(True, "adamw_torch"), (False, "adamw_torch_fused"), (False, "sgd")], ids=lambda x: str(x)
+    ("looks", "optim"),
+    [(True, "adamw_torch"), (False, "adamw_torch_fused"), pytest.param(False, "sgd", marks=pytest.mark.long)],
+    ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("method", ["bert_emd", "codir:nce_k=3,feat_dim=8"])
 def test_a_skipped_step_changes_nothing(method, looks, optim, tmp_path, monkeypatch):

@@ -16,10 +16,6 @@ pytest.importorskip("transformers")
 from test_methods import pair
 from transformers import TrainerCallback
 
-BOTH = pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGTERM, interruption.Terminated), (signal.SIGINT, KeyboardInterrupt)]
-)
-
 
 @pytest.fixture(autouse=True)
 def interruptible():
@@ -47,12 +43,13 @@ class Signal(TrainerCallback):
                 kill(self.number)
 
 
+TERMINATED, INTERRUPTED = (signal.SIGTERM, interruption.Terminated), (signal.SIGINT, KeyboardInterrupt)
 EVENTS = [  # when the signal comes, and the step of the checkpoint
-    ("on_substep_end", 4, 5),
-    ("on_prediction_step", 4, 4),
-    *(pytest.param(*row, marks=pytest.mark.long) for row in (
-        ("on_step_begin", 4, 5), ("on_step_end", 4, 4), ("on_epoch_end", 3, 4), ("on_save", 4, 4), ("on_log", 5, 6),
-        ("on_step_begin", 6, 7),
+    ("on_substep_end", 4, 5, *TERMINATED),
+    ("on_prediction_step", 4, 4, *INTERRUPTED),
+    *(pytest.param(*row, *TERMINATED, marks=pytest.mark.long) for row in (
+        ("on_prediction_step", 4, 4), ("on_step_begin", 4, 5), ("on_step_end", 4, 4), ("on_epoch_end", 3, 4), ("on_save", 4, 4),
+        ("on_log", 5, 6), ("on_step_begin", 6, 7),
     )),
 ]  # fmt: skip
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4}
@@ -65,8 +62,7 @@ def straight(tmp_path_factory):
     return trainer
 
 
-@BOTH
-@pytest.mark.parametrize(("event", "step", "saved"), EVENTS)
+@pytest.mark.parametrize(("event", "step", "saved", "number", "raised"), EVENTS)
 def test_a_checkpoint_within_one_step_and_on_from_there(event, step, saved, number, raised, straight, tmp_path):
     before = signal.getsignal(number)
     trainer = made(tmp_path, "bert_emd", callbacks=[Signal(number, event, step)], **EVALUATES)
@@ -142,7 +138,7 @@ def test_where_signals_are_obeyed():
     assert struck(signal.SIGTERM, deferred, then=ValueError("wrong")) == (ValueError, True)
 
 
-@BOTH
+@pytest.mark.parametrize(("number", "raised"), [TERMINATED, INTERRUPTED])
 def test_the_building_of_the_teacher_cache_stops_between_two_batches(number, raised, tmp_path):
     teacher, student = pair("bert", "classification")
     calls = []
