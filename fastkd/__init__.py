@@ -28,6 +28,7 @@ from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
+from fastkd.losses.embedding import EmbeddingLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
 from fastkd.losses.kd import HintonKDLoss  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "CRDLoss",
     "CoDIRLoss",
     "DistilBERTLoss",
+    "EmbeddingLoss",
     "FCDLoss",
     "GLMDLoss",
     "HintonKDLoss",

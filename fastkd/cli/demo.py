@@ -181,7 +181,7 @@ def _train(options, work: Path, tokenizer, sets):
 def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, title: str):
     from transformers import TrainingArguments
 
-    from fastkd.train import data, tokenisation
+    from fastkd.train import metrics, tokenisation
     from fastkd.train.callbacks import show_progress
     from fastkd.train.trainer import DistillTrainer
 
@@ -195,7 +195,7 @@ def _trainer(work, tokenizer, sets, model, teacher, method=None, *, steps: int, 
     trainer = DistillTrainer(
         model, teacher, method, args=args, train_dataset=sets["train"], eval_dataset=sets["validation"],
         data_collator=tokenisation.collator(tokenizer, "classification"), processing_class=tokenizer,
-        compute_metrics=data.metrics("classification"),
+        compute_metrics=metrics.of_task("classification"),
     )  # fmt: skip
     show_progress(trainer, title)
     return trainer

@@ -79,7 +79,7 @@ def prepare(run):
     """The trainer, with everything looked at that can be wrong; the teacher, the student, the tokenised test set, a sentence
     for the report and a summary of the data."""
     from fastkd.cli import models
-    from fastkd.train import data, tokenisation
+    from fastkd.train import data, metrics, tokenisation
     from fastkd.train.trainer import DistillTrainer
 
     model_args, data_args, method_args, args, _ = run
@@ -98,13 +98,14 @@ def prepare(run):
     distils = {} if teacher is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
         "compile_teacher": model_args.compile_teacher, "words": words,
+        **({"pooling": models.pooling(run)[0]} if data_args.task == "embedding" else {}),
         "teacher_cache": None if model_args.finetune_teacher else model_args.teacher_cache,
     }  # fmt: skip
     trainer = DistillTrainer(
         student, teacher, task=data_args.task, answers=answers, args=args, **distils,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
         data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
-        compute_metrics=data.metrics(data_args.task, corpus.glue),
+        compute_metrics=metrics.of_task(data_args.task, corpus.glue, corpus.names),
     )  # fmt: skip
     lead = _coverage(words, teacher, tokenizer, tokens["train"])
     return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
@@ -114,6 +115,7 @@ def train(run) -> list[dict]:
     """From the options to a folder with a model and a report, whose rows it returns."""
     from transformers import EarlyStoppingCallback
 
+    from fastkd.cli.models import save_pooling
     from fastkd.train import agreement, arguments, card, report
     from fastkd.train.callbacks import Watch, show_progress
 
@@ -138,6 +140,8 @@ def train(run) -> list[dict]:
     name = "model" if teacher is None else "student"
     exported = Path(run.args.output_dir) / name
     trainer.save_model(str(exported))
+    if run.data.task == "embedding":
+        save_pooling(run, student, exported)
     models = {name: student} if teacher is None else {"teacher": teacher, "student": student}
     rows = report.measure(models, trainer, test=test)
     card.write(exported, run, rows)
@@ -166,6 +170,8 @@ def _coverage(words, teacher, tokenizer, tokens) -> str:
 
 
 def _check_options(run) -> None:
+    from fastkd import checks
+    from fastkd.train import embedding
     from fastkd.train.batch import TASKS
 
     model_args, data_args = run.model, run.data
@@ -180,6 +186,12 @@ def _check_options(run) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if data_args.task == "embedding" and (run.method is None or model_args.finetune_teacher):
+        raise ValueError(
+            "task: embedding has no labels to fine-tune on; train the teacher with sentence-transformers, for example"
+        )
+    if data_args.pooling is not None:
+        checks.one_of("pooling", data_args.pooling, tuple(embedding.POOLINGS))
     if data_args.pack and data_args.task != "causal_lm":
         raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
@@ -241,4 +253,4 @@ def _tokens(corpus, tokenizer, data_args):
         if rows is not None:
             options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
             tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
-    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length)
+    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length, data_args.task)

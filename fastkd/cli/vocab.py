@@ -1,6 +1,7 @@
 """`fastkd vocab`: counts the tokens of a corpus, chooses a smaller vocabulary, and writes what a student with it needs."""
 
 import argparse
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="fastkd vocab", description=__doc__)
-    p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, or .jsonl")
+    p.add_argument("files", nargs="+", help="the corpus: .txt with a text per line, .jsonl, .csv or .tsv")
     p.add_argument("--tokenizer", help="folder or name of the teacher's fast tokenizer; default: --model's")
     p.add_argument("--model", help="folder or name of a model to shrink to the kept tokens as well")
     p.add_argument("--teacher", help="model whose embeddings define the nearest kept token; default: --model")
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--keep", nargs="*", default=[], metavar="WORD", help="words whose tokens are kept even if rare, such "
                    "as labels and verbalisers; special tokens are always kept")  # fmt: skip
-    p.add_argument("--text-column", default="text", help="of a .jsonl corpus")
+    p.add_argument("--text-column", default="text", help="of a .jsonl, .csv or .tsv corpus")
     p.add_argument("--workers", type=int, default=1, help="processes that count")
     return p
 
@@ -140,16 +141,26 @@ def count(options, tokenizer, source):
 def _texts(files: list[str], column: str, read: list[int]) -> Iterator[str]:
     """One text at a time; read[0] counts the bytes read."""
     for file in files:
-        if Path(file).suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"files: expected .txt or .jsonl, got {file}")
-        with open(file, "rb") as lines:
-            for line in lines:
-                read[0] += len(line)
-                text = line.decode("utf-8", errors="replace").strip()
-                if text and file.endswith(".jsonl"):
-                    row = json.loads(text)
-                    if column not in row:
-                        raise ValueError(f"--text-column: {file} has no column {column!r}, it has {', '.join(row)}")
-                    text = row[column]
-                if text:
-                    yield text
+        kind, lines = Path(file).suffix, _lines(file, read)
+        if kind == ".txt":
+            yield from filter(None, map(str.strip, lines))
+            continue
+        if kind == ".jsonl":
+            rows = map(json.loads, filter(str.strip, lines))
+        elif kind in (".csv", ".tsv"):
+            quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+            rows = csv.DictReader(lines, **quoting)
+        else:
+            raise ValueError(f"files: expected .txt, .jsonl, .csv or .tsv, got {file}")
+        for row in rows:
+            if column not in row:
+                raise ValueError(f"--text-column: {file} has no column {column!r}, it has {', '.join(row)}")
+            if row[column]:
+                yield row[column]
+
+
+def _lines(file: str, read: list[int]) -> Iterator[str]:
+    with open(file, "rb") as lines:
+        for line in lines:
+            read[0] += len(line)
+            yield line.decode("utf-8", errors="replace")

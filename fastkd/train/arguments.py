@@ -88,6 +88,10 @@ class DataArguments:
     )
     template: str | None = field(default=None, metadata={"help": "cloze: for example '{text} It was {mask}.'"})
     answers: str | None = field(default=None, metadata={"help": "cloze: one word per class, for example 'bad,good'"})
+    pooling: str | None = field(
+        default=None,
+        metadata={"help": "embedding: mean, cls or last (token); by default as the teacher does it, or mean"},
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "share of words that masked_lm hides"})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "use only so many training rows, a random choice"}

@@ -1,5 +1,6 @@
 """`fastkd vocab`, from files to a folder that plain transformers loads; the counts and the coverage behind it."""
 
+import csv
 import json
 
 import pytest
@@ -27,9 +28,11 @@ def teacher(tmp_path):
 
 
 def corpus(folder):
-    (folder / "a.txt").write_text("\n".join(TEXTS[:2]) + "\n\n")
-    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[2:]))
-    return [str(folder / name) for name in ("a.txt", "b.jsonl")]
+    (folder / "a.txt").write_text("\n".join(TEXTS[:1]) + "\n\n")
+    with open(folder / "b.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], [0, TEXTS[1]], [1, ""]])
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[2:]))
+    return [str(folder / name) for name in ("a.txt", "b.csv", "c.jsonl")]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -102,12 +105,19 @@ def test_coverage_and_the_reported_sizes():
     assert found["covered"] == pytest.approx(0.9) and found["never_seen"] == 1
 
 
-@pytest.mark.parametrize(("change", "named"), [(["--size", "half"], "--size"), (["--workers", "0"], "--workers")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--size", "half"], "--size"),
+        (["--workers", "0"], "--workers"),
+        (["--size", "2", "--multiple-of", "1"], "size: 2 tokens are fewer than"),
+    ],
+)
 def test_mistakes(teacher, tmp_path, change, named, capsys):
     arguments = [*corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "out")]
     assert main(["vocab", *arguments, *change]) == 2
     assert named in capsys.readouterr().err
-    assert main(["vocab", *arguments[1:2], str(tmp_path / "c.csv"), *arguments[2:]]) == 2
+    assert main(["vocab", *arguments[1:2], str(tmp_path / "d.xlsx"), *arguments[2:]]) == 2
 
 
 @pytest.mark.parametrize("source", ["--model", "--tokenizer", "--teacher"])
