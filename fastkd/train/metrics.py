@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_
 from .batch import WORD_TASKS
 
 SHOWN = (
-    "entity_f1", "micro_f1", "accuracy", "matthews", "pearson", "perplexity", "spearman", "cosine", "agreement",
+    "entity_f1", "micro_f1", "accuracy", "matthews", "pearson", "perplexity", "spearman", "cosine", "agreement", "loss",
 )  # fmt: skip
 SHARES = ("entity_f1", "micro_f1", "accuracy")  # of 1, and so shown in per cent
 
