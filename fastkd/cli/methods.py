@@ -32,7 +32,7 @@ def _line(name: str) -> str:
     first, *rest = re.split(r"(?<!al)[.:] ", " ".join(_text(methods.find(name)).split()))  # not "et al."
     summary = first if ")" not in first[-1:] or not rest else f"{first}: {rest[0]}"
     tasks = methods.named_tasks(name)
-    return textwrap.shorten(summary.rstrip("."), 110, placeholder=" …") + ("" if tasks == "all" else f" [{tasks}]")
+    return textwrap.shorten(summary.rstrip("."), 96, placeholder=" …") + ("" if tasks == "all" else f" [{tasks}]")
 
 
 def describe(name: str) -> str:
