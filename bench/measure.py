@@ -89,6 +89,18 @@ def make_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.T
     return Task(provider, {"forward": lambda _: call(), "both": both, "loss_only": loss_only}[mode])
 
 
+def gradient_in_forward(loss: torch.Tensor) -> bool:
+    """Whether the gradient of this loss was made with it, so that a backward alone says nothing about its cost."""
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        kind = getattr(node, "_forward_cls", None)  # of a torch.autograd.Function in Python
+        if getattr(node, "gradient_in_forward", getattr(kind, "gradient_in_forward", False)):
+            return True
+        nodes += [] if node is None else [following for following, _ in node.next_functions]
+    return False
+
+
 class WallTimer:
     """Wall clock for CPU tasks. `flush` runs before every sample, outside of it."""
 

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--case", default="", help="only cases whose name contains this, such as 512x30522")
     add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
     add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
-    add("--others", default="", help="only these baselines and peers, by comma: eager,compile,authors,…")
+    add("--others", default="", help="only these baselines and peers, by comma (quick: eager,authors)")
     add(
         "--backends",
         default="",
@@ -91,6 +91,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "against: --force and --no-publish publish nothing, so nothing could be compared; leave them out"
         )
     asked.device = checks.device(asked.device, ("cpu", "cuda"), here=not asked.list)
+    asked.others = asked.others or ("eager,authors" if asked.quick else "")  # compiling takes longer than all else
     asked.rounds = asked.rounds or (10 if asked.quick else 30)
     asked.budget = (3.0 if asked.quick else 20.0) if asked.budget is None else asked.budget
     return asked
@@ -183,6 +184,7 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tup
     counted = [task for task in plain if task.provider in ("fastkd", "eager") and launch == "plain"]
     launches = {task.provider: measure.count_launches(task, device) for task in counted}
     timings = measure.interleave(tasks, timer, asked.rounds, asked.budget)
+    early = any(p.name == "fastkd" and measure.gradient_in_forward(p.call(inputs)) for p in passed)
     roofs.again(case, mode)
     seconds, bound = roofs.floor_of(case, mode)
     own, moved, rows = timings.get("fastkd"), case.bytes.of(mode), []
@@ -191,7 +193,8 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tup
         low, high = measure.ratio_interval(time.samples, own.samples) if own else (None, None)
         rows.append({
             "mode": mode, "launch": launch, "cache": measure.cache_state(device, asked.cold), "provider": provider.name,
-            "served_by": provider.served_by, "by_eager": provider.served_by in SERVED_BY_EAGER, **time.columns(),
+            "served_by": provider.served_by, "by_eager": provider.served_by in SERVED_BY_EAGER, "gradient_in_forward": early,
+            **time.columns(),
             "times_ours_median": time.median / own.median if own else None, "times_ours_low": low, "times_ours_high": high,
             "times_ours_minimum": min(time.samples) / min(own.samples) if own else None,
             "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / time.median,

@@ -32,6 +32,7 @@ from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
 from fastkd.losses.dkd import DecoupledKDLoss  # noqa: E402
+from fastkd.losses.embedding import EmbeddingLoss  # noqa: E402
 from fastkd.losses.fcd import FCDLoss  # noqa: E402
 from fastkd.losses.glmd import GLMDLoss  # noqa: E402
 from fastkd.losses.kd import HintonKDLoss  # noqa: E402
@@ -51,6 +52,7 @@ __all__ = [
     "CoDIRLoss",
     "DecoupledKDLoss",
     "DistilBERTLoss",
+    "EmbeddingLoss",
     "FCDLoss",
     "GLMDLoss",
     "HintonKDLoss",

@@ -135,6 +135,7 @@ class Function(torch.autograd.Function):
     """The base of every Function that calls a kernel: derivatives that kernels do not have raise an error, and are never 0."""
 
     function = ""  # the public function, for error messages
+    gradient_in_forward = False  # whether the forward makes the gradient, which the backward only rescales
 
     def __init_subclass__(cls):
         backward = cls.backward

@@ -203,6 +203,33 @@ def values(name: str, x: Tensor, condition, wrong: str) -> None:
         raise ValueError(f"{name}: {wrong}, got {describe(x)}")
 
 
+def zero_or_one(name: str, x: Tensor) -> None:
+    """A mask in a floating dtype, which may be an additive one; others cannot be."""
+    if x.is_floating_point():
+        hint = "must be 1 where something counts and 0 elsewhere; an additive mask (0 and -1e4) says the opposite: pass mask == 0"
+        values(name, x, lambda: ((x == 0) | (x == 1)).all(), hint)
+
+
+def unit_length(name: str, x: Tensor) -> None:
+    """Only under FASTKD_CHECK=1: vectors of other lengths have a loss, too."""
+    if CHECK_VALUES_EVERYWHERE:
+        hint = "rows must have unit length under FASTKD_CHECK=1; torch.nn.functional.normalize gives it"
+        values(name, x, lambda: ((x.detach().float().norm(dim=-1) - 1).abs() < 1e-2).all(), hint)
+
+
+def not_probabilities(name: str, x: Tensor) -> None:
+    """Scores [B, H, S, S], of which one row is looked at first, and all of them where it might be a softmax."""
+
+    def a_softmax(rows: Tensor) -> bool:
+        rows = rows.detach().float()
+        return bool(((rows >= 0) & (rows <= 1)).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all())
+
+    if x.numel() and x.shape[-1] > 1:
+        hint = "expected scores, and these are probabilities (rows in [0, 1] that sum to 1), as transformers returns them; pass "
+        hint += "what the softmax was taken of, or a pair (q, k)"
+        values(name, x, lambda: not (a_softmax(x[0, 0, 0]) and a_softmax(x)), hint)
+
+
 def indices_in_range(name: str, x: Tensor, size: int | Tensor, what: str) -> None:
     def inside():
         low, high = x.aminmax()  # one pass
@@ -239,6 +266,7 @@ def scores(name: str, x, key_mask: Tensor | None) -> Tensor:
         if x.shape[1] == 0:
             raise ValueError(f"{name}: expected at least one head, got {describe(x)}")
         mask("mask", key_mask, (x.shape[0], x.shape[-1]), "[B, S]")
+        not_probabilities(name, x)
         return x
     if not isinstance(x, (tuple, list)) or len(x) != 2:
         raise ValueError(f"{name}: expected scores [B, H, S, S] or a pair (q, k), got {describe(x)}")

@@ -17,6 +17,8 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
     """1 counts. Any dtype a tokenizer may give: bool, integers, floats."""
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"mask: expected a tensor where 1 counts, got {checks.describe(mask)}")
+    if mask is not None:
+        checks.zero_or_one("mask", mask)
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
@@ -88,6 +90,16 @@ def row_weights(
     if isinstance(divisor, Tensor) or divisor != 1.0:
         w = w / divisor
     return w.reshape(-1)
+
+
+def end_token(x: Tensor, mask: Tensor | None, end: str) -> Tensor:
+    """[B, D] of x [B, S, D]: its "first" or "last" token that counts, whichever side the padding is on; 0 where none does."""
+    if mask is None:
+        return x[:, 0 if end == "first" else -1]
+    keep, order = as_bool(mask), torch.arange(x.shape[1], device=x.device)
+    rank = torch.where(keep, -order if end == "first" else order, -x.shape[1])
+    token = x.take_along_dim(rank.argmax(1)[:, None, None], 1).squeeze(1)
+    return token.masked_fill(~keep.any(1, keepdim=True), 0)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:

@@ -99,6 +99,11 @@ def dataset(task: str, rows: int = 8, *, seed: int = 0, even: bool = False) -> D
         columns["blank"] = [2] * rows
     if task == "regression":
         columns["labels"] = [float(i % 5) / 4 for i in range(rows)]
+    if task == "multi_label":
+        columns["labels"] = [[i % 2, int(i % 3 == 0)] for i in range(rows)]
+    if task == "token_classification":  # on the first of the tokens of each word
+        inner = (batch["attention_mask"] == 0) | (torch.arange(LENGTH) % 3 == 1)
+        columns["labels"] = (ids % 2).masked_fill(inner, -100).tolist()
     if task in ("causal_lm", "masked_lm"):
         labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
         if task == "masked_lm":

@@ -22,7 +22,7 @@ import torch
 from fastkd.bench import machine
 from scipy import stats
 
-from fastkd.train import data, tokenisation
+from fastkd.train import data, metrics, tokenisation
 
 ALONE, ALL = "alone", 0
 KD = "kd:alpha=0.9,temperature=2"
@@ -131,7 +131,7 @@ class Task:
             trainer = DistillTrainer(
                 model, teacher, method, args=args, train_dataset=rows, processing_class=self.tokenizer,
                 data_collator=tokenisation.collator(self.tokenizer, "classification"),
-                compute_metrics=data.metrics("classification", "cola" if self.name == "cola" else None),
+                compute_metrics=metrics.of_task("classification", "cola" if self.name == "cola" else None),
             )  # fmt: skip
             trainer.train()
             return trainer
@@ -158,10 +158,10 @@ class Task:
         start = time.perf_counter()
         trainer = self.train(student, *how, rows, rate, steps, seed)
         seconds = time.perf_counter() - start
-        metrics = trainer.evaluate_other(student, self.sets[split])
+        scores = trainer.evaluate_other(student, self.sets[split])
         theirs = trainer.evaluate_other(self.teacher, self.sets[split])
         key = f"eval_{METRIC.get(self.name, 'accuracy')}"
-        return {"score": metrics[key], "teacher": theirs[key], "seconds": round(seconds, 1)}
+        return {"score": scores[key], "teacher": theirs[key], "seconds": round(seconds, 1)}
 
 
 class Table:

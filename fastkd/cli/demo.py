@@ -203,7 +203,7 @@ def _train(options, work: Path, texts: Texts):
 def _trainer(work, tokenizer, sets, model, teacher=None, *, steps: int, title: str, **how):
     from transformers import TrainingArguments
 
-    from fastkd.train import data, tokenisation
+    from fastkd.train import metrics, tokenisation
     from fastkd.train.callbacks import show_progress
     from fastkd.train.trainer import DistillTrainer
 
@@ -217,7 +217,7 @@ def _trainer(work, tokenizer, sets, model, teacher=None, *, steps: int, title: s
     trainer = DistillTrainer(
         model, teacher, **how, args=args, train_dataset=sets["train"], eval_dataset=sets["validation"],
         data_collator=tokenisation.collator(tokenizer, "classification"), processing_class=tokenizer,
-        compute_metrics=data.metrics("classification"),
+        compute_metrics=metrics.of_task("classification"),
     )  # fmt: skip
     show_progress(trainer, title)
     return trainer

@@ -107,7 +107,7 @@ def prepare(run):
     """The trainer, with everything looked at that can be wrong; the teacher, the student, the tokenised test set, a sentence
     for the report and a summary of the data."""
     from fastkd.cli import models
-    from fastkd.train import data, tokenisation
+    from fastkd.train import data, metrics, tokenisation
     from fastkd.train.trainer import DistillTrainer
 
     model_args, data_args, method_args, args, _ = run
@@ -128,6 +128,7 @@ def prepare(run):
     distils = {} if teacher is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
         "compile_teacher": model_args.compile_teacher, "words": words,
+        **({"pooling": models.pooling(run)[0]} if data_args.task == "embedding" else {}),
         "teacher_cache": None if model_args.finetune_teacher else model_args.teacher_cache,
     }  # fmt: skip
     trainer = DistillTrainer(
@@ -135,7 +136,7 @@ def prepare(run):
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
         data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack, args.seed),
-        compute_metrics=data.metrics(data_args.task, corpus.glue),
+        compute_metrics=metrics.of_task(data_args.task, corpus.glue, corpus.names),
     )  # fmt: skip
     lead = _coverage(words, teacher, tokenizer, tokens["train"])
     return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
@@ -194,6 +195,7 @@ def _export(run, trainer, models, test, lead, maps) -> list[dict]:
     """The trained model, and last of all the report, whose folder says that the run is finished."""
     from safetensors import SafetensorError
 
+    from fastkd.cli.models import save_pooling
     from fastkd.train import arguments, card, report
 
     folder, name = Path(run.args.output_dir), list(models)[-1]
@@ -204,6 +206,8 @@ def _export(run, trainer, models, test, lead, maps) -> list[dict]:
             raise RuntimeError(
                 f"{name}: could not be written to {folder} ({error}); make room, and give the same command again"
             ) from error
+        if run.data.task == "embedding" and not run.args.process_index:
+            save_pooling(run, models[name], scratch)
         rows = report.measure(models, trainer, test=test)
         on_first_rank(card.write, scratch, run, rows)
     title = f"{run.method.method if run.method else 'fine-tuning'} · {run.data.dataset or run.data.train_file}"
@@ -239,6 +243,8 @@ def _coverage(words, teacher, tokenizer, tokens) -> str:
 
 
 def _check_options(run) -> None:
+    from fastkd import checks
+    from fastkd.train import embedding
     from fastkd.train.batch import TASKS
 
     model_args, data_args = run.model, run.data
@@ -253,6 +259,12 @@ def _check_options(run) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if data_args.task == "embedding" and (run.method is None or model_args.finetune_teacher):
+        raise ValueError(
+            "task: embedding has no labels to fine-tune on; train the teacher with sentence-transformers, for example"
+        )
+    if data_args.pooling is not None:
+        checks.one_of("pooling", data_args.pooling, tuple(embedding.POOLINGS))
     if data_args.pack and data_args.task != "causal_lm":
         raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
@@ -314,4 +326,4 @@ def _tokens(corpus, tokenizer, data_args):
         if rows is not None:
             options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
             tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
-    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length)
+    return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length, data_args.task)

@@ -7,7 +7,6 @@ import sys
 import textwrap
 
 from fastkd.train import methods
-from fastkd.train.batch import TASKS
 
 WEIGHT = "The method's weight in a sum of several."
 
@@ -30,11 +29,10 @@ def overview() -> str:
 
 
 def _line(name: str) -> str:
-    entry = methods.METHODS[name]
     first, *rest = re.split(r"(?<!al)[.:] ", " ".join(_text(methods.find(name)).split()))  # not "et al."
     summary = first if ")" not in first[-1:] or not rest else f"{first}: {rest[0]}"
-    tasks = "" if entry.tasks == TASKS else f" [{', '.join(entry.tasks)}]"
-    return textwrap.shorten(summary.rstrip("."), 110, placeholder=" …") + tasks
+    tasks = methods.named_tasks(name)
+    return textwrap.shorten(summary.rstrip("."), 96, placeholder=" …") + ("" if tasks == "all" else f" [{tasks}]")
 
 
 def describe(name: str) -> str:

@@ -1,6 +1,7 @@
 """The models that a run names: found, loaded, and refused in one sentence where they cannot serve."""
 
-from fastkd.train import agreement, data, student
+from fastkd.train import agreement, data, embedding, student
+from fastkd.train.batch import NAMED_TASKS
 from fastkd.train.methods import Side
 
 
@@ -19,6 +20,8 @@ def load(run, corpus):
     head = _head(task, corpus.names) if fresh else {}
     model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **remote)
+    if task == "token_classification":
+        tokenizer = _for_words(tokenizer, name, revision, remote)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -33,14 +36,14 @@ def load(run, corpus):
         own = AutoTokenizer.from_pretrained(options.student, revision=options.student_revision, **remote)
         words = agreement.teacher_words(own, tokenizer)
         tokenizer = tokenizer if words is None else own  # the data bear the student's ids
-        labels = {"num_labels": teacher.config.num_labels} if task in ("classification", "regression") else {}
+        labels = {"num_labels": teacher.config.num_labels} if task in (*NAMED_TASKS, "regression") else {}
         made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
         if labels and agreement.label_names(made.config.id2label) is None:
             made.config.id2label = teacher.config.id2label
             made.config.label2id = {name: i for i, name in teacher.config.id2label.items()}
-    if task in ("classification", "cloze") and not fresh:
-        data.number_classes(corpus, made.config.id2label if task == "classification" else None)
+    if task in (*NAMED_TASKS, "cloze") and not fresh:
+        data.number_classes(corpus, None if task == "cloze" else made.config.id2label)
     return tokenizer, teacher, made, words
 
 
@@ -48,12 +51,44 @@ def _head(task: str, names: list[str] | None) -> dict:
     """The configuration of a head for these classes, or for a number."""
     if task == "regression":
         return {"num_labels": 1, "ignore_mismatched_sizes": True}
-    if task != "classification":
+    if task not in NAMED_TASKS:
         return {}
     if names is None:
         raise ValueError("label_column: fine-tuning needs labels, and the training set has none")
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {"num_labels": len(names), "ignore_mismatched_sizes": True, **labels}
+    several = {"problem_type": "multi_label_classification"} if task == "multi_label" else {}
+    return {"num_labels": len(names), "ignore_mismatched_sizes": True, **labels, **several}
+
+
+def _for_words(tokenizer, name: str, revision, remote: dict):
+    """The tokenizer as it takes lists of words."""
+    from transformers import AutoTokenizer
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer: that of {name} ({type(tokenizer).__name__}) does not say which word a token is of; token_classification "
+            "needs a fast one"
+        )
+    if getattr(tokenizer, "add_prefix_space", True):
+        return tokenizer
+    return AutoTokenizer.from_pretrained(name, revision=revision, add_prefix_space=True, **remote)
+
+
+def pooling(run) -> tuple[str, bool]:
+    """How the run pools token states, and whether sentence-transformers is to normalise them, as it does for the teacher."""
+    from transformers.utils import cached_file
+
+    quiet = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+    quiet = {f"_raise_exceptions_for_{name}": value for name, value in quiet.items()}
+    return embedding.read_pooling(
+        lambda name: cached_file(run.model.teacher, name, revision=run.model.teacher_revision, **quiet),
+        run.data.pooling,
+    )
+
+
+def save_pooling(run, made, folder) -> None:
+    """Beside the saved student, what sentence-transformers needs to know of it."""
+    embedding.write_pooling(folder, *pooling(run), made.config.get_text_config().hidden_size, run.data.max_length)
 
 
 def _model(side: str, name: str, revision, task: str, remote: dict, *, new_head: bool, **extra):
@@ -84,7 +119,7 @@ def _model(side: str, name: str, revision, task: str, remote: dict, *, new_head:
             "--task masked_lm, or a decoder"
         )
     missing = sorted(found["missing_keys"])
-    if missing and not new_head:
+    if missing and not new_head and task != "embedding":  # where a pooler may be missing, which nobody reads
         raise ValueError(
             f"{side}: {name} has no trained head for {task} ({', '.join(missing)} are not in it); train it with "
             f"`fastkd finetune --model {name}` on the same data, or pass --finetune_teacher"

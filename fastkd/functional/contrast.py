@@ -25,11 +25,12 @@ def info_nce_loss(
     """InfoNCE: the query must pick its positive among negatives.
 
     -log( exp(<q, p> / T) / (exp(<q, p> / T) + Σ_k exp(<q, n_k> / T)) ). Vectors are used as given; give them unit length,
-    for example with `torch.nn.functional.normalize`.
+    for example with `torch.nn.functional.normalize`, so that <q, p> is their cosine. With FASTKD_CHECK=1 in the environment,
+    queries and positives of another length are refused.
 
     Args:
-        query: [B, D].
-        positive: [B, D], the positive of each query.
+        query: [B, D], rows of unit length.
+        positive: [B, D], the positive of each query, likewise.
         bank: [K, D], the negatives; may require grad. None: the negatives are the other positives of the batch.
         index: [B, K'], the rows of `bank` that are the negatives of each query. None: all rows are.
         temperature: T, a number or a learnable tensor with one element.
@@ -59,6 +60,8 @@ def info_nce_loss(
             raise ValueError(f"{name}: expected the width of query, {query.shape[-1]}, got {checks.describe(x)}")
     checks.same_shape("positive", positive, "query", query)
     checks.same_device(query=query, positive=positive, bank=bank, index=index, scale=scale)
+    for name, x in (("query", query), ("positive", positive)):
+        checks.unit_length(name, x)
     checks.positive("temperature", temperature, learnable=True)
     checks.one_of("reduction", reduction, reductions.REDUCTIONS)
     if index is not None:

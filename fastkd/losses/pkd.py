@@ -6,7 +6,6 @@ state of the sentence token. The last layer is left to the logits.
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,11 +81,5 @@ class PKDLoss(nn.Module):
     def _sentence(self, name: str, hidden: Tensor, mask: Tensor | None) -> Tensor:
         checks.tensor(name, hidden, "[B, S, D]")
         checks.mask("mask", mask, hidden.shape[:2], "[B, S]")
-        x = hidden[:, 0 if self.token == "first" else -1]  # [B, D]
-        if mask is not None:
-            order = torch.arange(hidden.shape[1], device=hidden.device)
-            rank = -order if self.token == "first" else order
-            position = torch.where(mask, rank, -hidden.shape[1]).argmax(1)  # [B]
-            x = hidden.take_along_dim(position[:, None, None], 1).squeeze(1)
-            x = x.masked_fill(~mask.any(1, keepdim=True), 0)  # a row of nothing but padding
+        x = reductions.end_token(hidden, mask, self.token)  # [B, D]
         return F.normalize(x, dim=-1, eps=1e-12) if self.normalize else x

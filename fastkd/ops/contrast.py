@@ -67,6 +67,7 @@ class InfoNCE(backends.Function):
     of a trained bank, w e^(n_k - lse) query / T for its row k."""
 
     function = "info_nce_loss"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids, scale):
@@ -107,6 +108,7 @@ class NCE(backends.Function):
     """unit_grad is the gradient for an upstream gradient of 1."""
 
     function = "nce_loss"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, backend, query, bank, index, shift, temperature, scale):
@@ -126,6 +128,7 @@ class NCEPair(backends.Function):
     """Both anchors of CoDIR in one call. Also returns both z as updated; they and the banks have no gradient."""
 
     function = "nce_pair_loss"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, query_a, query_b, *rest):

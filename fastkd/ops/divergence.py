@@ -78,6 +78,7 @@ class DivergenceGradientInForward(backends.Function):
     the gradient beside the logits."""
 
     function = "divergence"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, student, teacher, mask, options, expected_upstream):

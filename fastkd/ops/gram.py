@@ -105,6 +105,7 @@ class GramGradientInForward(backends.Function):
     """On the CPU: one pass computes the values, and the gradients summed over all levels."""
 
     function = "gram_correlation_loss"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, options, expected_upstream, mask, count, *layers):

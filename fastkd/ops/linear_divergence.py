@@ -74,6 +74,7 @@ class LinearDivergenceGradientInForward(backends.Function):
     """sum weights * rows; its gradients are made while the logits are in memory."""
 
     function = "linear_divergence"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, backend, numbers, wanted, hand_over, weights, *inputs):

@@ -51,7 +51,7 @@ class Relation(backends.Function):
     def forward(ctx, backend, xs, ys, xt, yt, mask, gradient_in_forward, *options):
         rows, *saved = KERNELS[backend].fwd(xs, ys, xt, yt, mask, *options, gradient_in_forward)
         ctx.save_for_backward(xs, ys, xt, yt, mask, *saved)
-        ctx.backend, ctx.options = backend, options
+        ctx.backend, ctx.options, ctx.gradient_in_forward = backend, options, gradient_in_forward
         return rows
 
     @staticmethod

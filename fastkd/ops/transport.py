@@ -60,6 +60,7 @@ class Transport(backends.Function):
     theorem; u and v are defined up to u + c, v - c only, so each is centred."""
 
     function = "transport or transport_with_cost_attention"
+    gradient_in_forward = True
 
     @staticmethod
     def forward(ctx, cost, a, b, start_flow, start_v, attention=None):

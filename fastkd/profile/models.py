@@ -103,15 +103,18 @@ def built(auto, config):
 def task_for(method: str, causal: bool) -> str:
     """The task that this method is usually trained on, with models of causal or of bidirectional attention."""
     tasks = [METHODS[name].tasks for name, _ in parse(method) if name in METHODS]
-    wanted = ("causal_lm", "classification") if causal else ("classification", "masked_lm")
-    suiting = [task for task in wanted if all(task in allowed for allowed in tasks)]
+    suiting = [task for task in _usual_tasks(causal) if all(task in allowed for allowed in tasks)]
     if not suiting:
         raise ValueError(f"method: {method} has no task that suits this model; choose --task")
     return suiting[0]
 
 
+def _usual_tasks(causal: bool) -> tuple[str, str]:
+    return ("causal_lm", "classification") if causal else ("classification", "masked_lm")
+
+
 def sensible_methods(causal: bool) -> list[str]:
-    return [name for name in METHODS if refusal(name, causal) is None]
+    return [name for name in METHODS if any(refusal(name, causal, task) is None for task in _usual_tasks(causal))]
 
 
 def first_stage(method: str) -> str:

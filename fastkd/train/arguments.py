@@ -92,6 +92,10 @@ class DataArguments:
     )
     template: str | None = field(default=None, metadata={"help": "cloze: for example '{text} It was {mask}.'"})
     answers: str | None = field(default=None, metadata={"help": "cloze: one word per class, for example 'bad,good'"})
+    pooling: str | None = field(
+        default=None,
+        metadata={"help": "embedding: mean, cls or last (token); by default as the teacher does it, or mean"},
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "share of words that masked_lm hides"})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "use only so many training rows, a random choice"}
@@ -268,10 +272,11 @@ class _Parser(HfArgumentParser):
         self.add_argument("--help-all", "--help_all", action="help", help="also the options that are left out here")
         self.add_argument("--config", help="a YAML file that has any of these options by name; flags win over it")
         trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - vars(RunArguments).keys()
+        hidden = {*trainers, *RARE, *(["pooling"] if command == "finetune" else [])}  # no fine-tuning of embeddings
         for action in self._actions:
             if action.dest in USUAL:
                 action.help = USUAL[action.dest]
-            elif not whole and (action.dest in {*trainers, *RARE} or action.option_strings[0].startswith("--no_")):
+            elif not whole and (action.dest in hidden or action.option_strings[0].startswith("--no_")):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str):

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from fastkd import checks, functional
 from fastkd.losses.kd import PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
-from . import heads
+from . import embedding, heads
 from .heads import Headless
 from .states import States
 
-TASKS = ("classification", "regression", "masked_lm", "causal_lm", "cloze")
 WORD_TASKS = ("masked_lm", "causal_lm")
 VOCABULARY_TASKS = (*WORD_TASKS, "cloze")
-SENTENCE_TASKS = ("classification", "regression", "cloze")
+LABEL_FREE_TASKS = (*WORD_TASKS, "embedding")  # nobody has to label their data
+NAMED_TASKS = ("classification", "multi_label", "token_classification")  # their labels are names
+SENTENCE_TASKS = ("classification", "multi_label", "regression", "cloze")
+PREDICTING_TASKS = ("classification", "multi_label", "regression", "token_classification", *VOCABULARY_TASKS)
+TASKS = (*PREDICTING_TASKS, "embedding")
 
 
 # What a term can be a mean over. A mean over "batches" weighs every micro-batch alike: the terms that couple its samples.
@@ -71,7 +74,7 @@ class Batch:
     token that stands for each class; blank [B]: where its mask token is. progress: the share of training that is done.
     advance: whether learned state (layer weights, banks) moves after this micro-batch. shares: by how much a mean over each
     of UNITS counts in the mean over the whole step, 1 where this batch is the step; shares_of_all_ranks: likewise a mean over the
-    micro-batches of all ranks."""
+    micro-batches of all ranks. pooling: of embedding, see `embedding.pool`."""
 
     task: str
     student: States
@@ -85,6 +88,7 @@ class Batch:
     advance: bool = True
     shares: dict[str, Tensor] | None = None
     shares_of_all_ranks: dict[str, Tensor] | None = None
+    pooling: str = "mean"
 
     def of_step(self, term: Term) -> Tensor:
         """What the term adds to its mean over the whole step, without its weight."""
@@ -92,17 +96,23 @@ class Batch:
         return term.value if shares is None else term.value * shares[term.over]
 
     def predictions(self) -> Predictions:
-        """A class per sentence, or a word per token; a decoder's position i is asked for token i + 1."""
+        """A class per sentence or per token, or a word per token, of which a decoder's position i is asked for token i + 1.
+        In multi_label each of C labels is a question of its own, with the answers no and yes."""
         student = self._asked(self.student)
-        self._check_labels(student.shape[-1])
         teacher = None if self.teacher is None else self._asked(self.teacher)
+        if self.task == "multi_label":  # whose logits are 0 and x: their softmax is the sigmoid of x
+            student, teacher = (
+                x if x is None else torch.stack([torch.zeros_like(x), x], -1) for x in (student, teacher)
+            )
+            return Predictions(student, teacher, None if self.labels is None else self.labels.long(), None)
+        self._check_labels(student.shape[-1])
         if self.task == "causal_lm":
             labels = None if self.labels is None else self.labels[:, 1:]
             return Predictions(student, teacher, labels, self.mask[:, 1:])
-        return Predictions(student, teacher, self.labels, None)
+        return Predictions(student, teacher, self.labels, self.mask if self.task == "token_classification" else None)
 
     def _check_labels(self, classes: int) -> None:
-        if self.labels is None or self.task == "regression":
+        if self.labels is None or self.task in ("regression", "embedding"):
             return
         outside = lambda: (self.labels != -100) & ((self.labels < 0) | (self.labels >= classes))  # noqa: E731
         try:
@@ -124,16 +134,28 @@ class Batch:
             if isinstance(x, Headless):
                 return replace(x, hidden=at_blank(x.hidden)).of(self.answers).logits()
             return at_blank(x)[:, self.answers]  # [B, C]
+        if self.task == "embedding":
+            return embedding.pool(x, self.mask, self.pooling)  # [B, D]
         return x
 
     def task_logits(self) -> Tensor:
-        """The student's logits for what the task asks, whole."""
-        x = self.predictions().student
+        """The student's logits for what the task asks, whole; in embedding, its embeddings."""
+        x = self._asked(self.student)
         return x.logits() if isinstance(x, Headless) else x
 
+    def outputs(self) -> dict[str, Tensor]:
+        """What an evaluation has of the batch; in embedding also the teacher's embeddings and the examples' numbers, since rows
+        come in the order of their lengths."""
+        found = {"logits": self.task_logits()}
+        if self.task == "embedding":
+            found |= {"teacher": self._asked(self.teacher), **({} if self.ids is None else {"example_id": self.ids})}
+        return found
+
     def hard(self) -> Tensor:
-        """The task's own loss, against the labels."""
-        student, _, labels, mask = self.predictions()
+        """The task's own loss, against the labels; in embedding, how far the student's embeddings are from the teacher's."""
+        student, teacher, labels, mask = self.predictions()
+        if self.task == "embedding":
+            return embedding.distance(student, teacher)
         if labels is None:
             raise ValueError(
                 "labels: the task's own loss needs them, and the batch has none; give the data set a column 'labels', or choose "
@@ -157,12 +179,13 @@ class Batch:
             both = f"{name} + hard" if loss.hard else name
             value = self.compared(loss, asked.student, asked.teacher, asked.mask, labels=asked.labels)
             return {both: Term(value, scale, "labels")}
-        words = self.task in WORD_TASKS
+        of_tokens = self.task in (*WORD_TASKS, "token_classification")
         if self.task == "regression":
             value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
         else:
-            value = loss.soft_term(asked.student, asked.teacher, asked.labels if words else None, asked.mask)
-        terms = {name: Term(value, scale * loss.soft, "labels" if words else "examples")}
+            value = loss.soft_term(asked.student, asked.teacher, asked.labels if of_tokens else None, asked.mask)
+        over = "examples" if not of_tokens else "tokens" if asked.labels is None else "labels"
+        terms = {name: Term(value, scale * loss.soft, over)}
         return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
 
     def on_tokens(self, loss: nn.Module, headless: bool = True) -> Tensor:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .agreement import label_names
-from .batch import WORD_TASKS
+from .batch import LABEL_FREE_TASKS, NAMED_TASKS, WORD_TASKS
 
 SPLITS = ("train", "validation", "test")
 SHIPPED = "movie-reviews"
+LISTED_TASKS = ("token_classification", "multi_label")  # a row has a list of labels
+WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "labels", "label")  # columns of token_classification, as usual
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 GLUE = {
     "cola": ("sentence", None), "sst2": ("sentence", None), "mrpc": ("sentence1", "sentence2"),
@@ -70,7 +72,7 @@ def load(options, task: str, *, seed: int = 42, evaluates: bool = True) -> Corpu
         train, validation = (_file(f"{split}_file", sources[split]) for split in SPLITS[:2])
         text, pair, label = options.text_column, options.pair_column, options.label_column
     elif options.dataset == SHIPPED:
-        kind = "regression" if task == "regression" else "classification"
+        kind = "regression" if task in ("regression", "embedding") else "classification"
         train, validation = movie_reviews("train", kind), movie_reviews("validation", kind)
         text, pair, label = "text", None, "label"
     elif options.dataset:
@@ -79,26 +81,39 @@ def load(options, task: str, *, seed: int = 42, evaluates: bool = True) -> Corpu
         raise ValueError(
             f"dataset: name one ({SHIPPED!r} comes with fastkd, glue/sst2, any of the hub's) or give --train-file"
         )
-    corpus = Corpus(
-        train, validation, text, pair, None if task in WORD_TASKS else label, test=_file("test_file", options.test_file)
-    )
+    if task == "token_classification":
+        text, label = _usual(train, "text", text, WORDS), _usual(train, "label", label, TAGS)
+    if task in WORD_TASKS or (task == "embedding" and pair is None):
+        label = None
+    corpus = Corpus(train, validation, text, pair, label, test=_file("test_file", options.test_file))
     corpus.glue = options.dataset.split("/")[1] if (options.dataset or "").startswith("glue/") else None
     if corpus.label == "label" and not corpus.labelled():
         corpus.label = None  # nobody named a column: unlabelled text
     for split in SPLITS:
         if getattr(corpus, split) is not None:
             _clean(corpus, split, sources[split] or f"{options.dataset} ({split})", task)
-    if task not in WORD_TASKS and "validation" not in corpus.labelled():
+    if task not in LABEL_FREE_TASKS and "validation" not in corpus.labelled():
         corpus.validation = None  # there is nothing to compare predictions with
-    if task in ("classification", "cloze") and corpus.labelled():
-        corpus.found = sorted(set(getattr(corpus, corpus.labelled()[0])[corpus.label][:]))
-    if evaluates and corpus.validation is None and (task in WORD_TASKS or corpus.label):
+    if task in (*NAMED_TASKS, "cloze") and corpus.labelled():
+        corpus.found = sorted(set(_flat(getattr(corpus, corpus.labelled()[0])[corpus.label][:])))
+    if evaluates and corpus.validation is None and (task in LABEL_FREE_TASKS or corpus.label):
         _hold_out(corpus, seed)
     for split, most in (("train", options.max_train_samples), ("validation", options.max_eval_samples)):
         rows = getattr(corpus, split)
         if most and rows is not None and most < len(rows):
             setattr(corpus, split, rows.shuffle(seed=seed).select(range(most)))
     return corpus
+
+
+def _usual(rows, default: str, column: str, names: tuple[str, ...]) -> str:
+    """The first of the usual names that there is, where nobody named a column."""
+    found = [name for name in names if name in rows.column_names]
+    return found[0] if column == default and found else column
+
+
+def _flat(labels: list) -> list:
+    """The labels of rows that have one each, or a list of them."""
+    return [x for row in labels for x in row] if labels and isinstance(labels[0], list) else labels
 
 
 def _file(option: str, path: str | None):
@@ -192,20 +207,42 @@ def _clean(corpus: Corpus, split: str, source: str, task: str) -> None:
 
     texts = values["text_column"]
     kept = range(len(rows))
-    for option in [name for name in values if name != "label_column"]:
-        refuse_if(lambda x: not isinstance(x, str | None), option, "no text")
-    kept = [i for i in kept if texts[i] and not texts[i].isspace()]
+    if task == "token_classification":
+        words = lambda x: isinstance(x, list) and all(isinstance(word, str) for word in x)  # noqa: E731
+        refuse_if(lambda x: x is not None and not words(x), "text_column", "no list of words")
+    else:
+        for option in [name for name in values if name != "label_column"]:
+            refuse_if(lambda x: not isinstance(x, str | None), option, "no text")
+    kept = [i for i in kept if texts[i] and (isinstance(texts[i], list) or not texts[i].isspace())]
     if not kept:
         raise ValueError(f"text_column: every row of column {corpus.text!r} of {source} is empty")
     if corpus.pair:
         refuse_if(lambda x: not x or x.isspace(), "pair_column", "an empty second text")
     if label:
         refuse_if(lambda x: x is None or x != x, "label_column", "no label")
-        if task == "regression":
+        if task in ("regression", "embedding"):
             refuse_if(lambda x: not isinstance(x, int | float), "label_column", "no number")
+        if task in LISTED_TASKS:
+            refuse_if(lambda x: not isinstance(x, list) or None in x, "label_column", "no list of labels")
+        elif isinstance(values["label_column"][kept[0]], list):
+            raise ValueError(
+                f"label_column: {source} has lists of labels in column {label!r}; choose --task multi_label or "
+                "token_classification"
+            )
+        if task == "token_classification":
+            _check_sizes(texts, values["label_column"], kept, source)
     corpus.dropped[split] = len(rows) - len(kept)
     if corpus.dropped[split]:
         setattr(corpus, split, rows.select(kept))
+
+
+def _check_sizes(words: list, labels: list, kept: list[int], source: str) -> None:
+    for i in kept:
+        if len(words[i]) != len(labels[i]):
+            raise ValueError(
+                f"label_column: {source} has {len(labels[i])} labels for {len(words[i])} words in row {i + 1} (the first row of "
+                "data is 1); give each word one"
+            )
 
 
 def _hold_out(corpus: Corpus, seed: int) -> None:
@@ -228,7 +265,8 @@ def number_classes(corpus: Corpus, id2label: dict | None = None) -> None:
         raise ValueError(
             f"label_column: {corpus.label!r} holds fractions; for a number to predict choose --task regression"
         )
-    names = getattr(getattr(corpus, splits[0]).features[corpus.label], "names", None)
+    feature = getattr(corpus, splits[0]).features[corpus.label]
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list of labels, or of a label
     if names is not None:
         found = list(range(len(names)))
     named = names is not None or isinstance(found[0], str)
@@ -252,39 +290,8 @@ def number_classes(corpus: Corpus, id2label: dict | None = None) -> None:
     for split in splits:
         rows = getattr(corpus, split)
         labels = rows[corpus.label][:]
-        strange = sorted(set(labels) - set(found), key=str)
+        strange = sorted(set(_flat(labels)) - set(found), key=str)
         if strange:
             raise ValueError(f"label_column: the {split} set has {strange[0]!r}, which no training row has")
-        renumbered = rows.remove_columns(corpus.label).add_column(corpus.label, [numbers[x] for x in labels])
-        setattr(corpus, split, renumbered)
-
-
-def metrics(task: str, glue: str | None = None):
-    """compute_metrics for Trainer: the task's own, or that of the GLUE task; None for language modelling (perplexity)."""
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
-
-    if task in WORD_TASKS:
-        return None
-
-    def of_numbers(outcome) -> dict[str, float]:
-        predicted, wanted = outcome.predictions.squeeze(-1), outcome.label_ids
-        pearson, spearman = pearsonr(predicted, wanted)[0], spearmanr(predicted, wanted)[0]
-        return {
-            "mse": float(((predicted - wanted) ** 2).mean()),
-            "pearson": float(pearson),
-            "spearman": float(spearman),
-        }
-
-    def of_classes(outcome) -> dict[str, float]:
-        predicted, wanted = outcome.predictions.argmax(-1), outcome.label_ids
-        found = {"accuracy": float(accuracy_score(wanted, predicted))}
-        recall = recall_score(wanted, predicted, labels=sorted(set(wanted.tolist())), average="macro")
-        found["balanced_accuracy"] = float(recall)
-        if glue == "cola":
-            found["matthews"] = float(matthews_corrcoef(wanted, predicted))
-        if glue in ("mrpc", "qqp"):
-            found["f1"] = float(f1_score(wanted, predicted))
-        return found
-
-    return of_numbers if task == "regression" else of_classes
+        labels = [[numbers[x] for x in row] if isinstance(row, list) else numbers[row] for row in labels]
+        setattr(corpus, split, rows.remove_columns(corpus.label).add_column(corpus.label, labels))

@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from .metrics import SHARES
+
 INK, SOFT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#334e68", "#9fb3c8", "#e8743b", "#2f855a", "#805ad5")
 STYLE = {
@@ -26,7 +28,7 @@ def comparison(rows: list[dict], metric: str, where: str, path: Path) -> Path:
             metric,
             f"{metric} on the {where} set",
             [row["metric"] for row in rows],
-            "{:.1%}" if metric == "accuracy" else "{:.3f}",
+            "{:.1%}" if metric in SHARES else "{:.3f}",
         ),
         ("parameters", "parameters, millions", [row["parameters"] / 1e6 for row in rows], "{:.1f}"),
         ("latency", "milliseconds per example", [row["latency"] for row in rows], "{:.2f}"),
@@ -42,7 +44,7 @@ def comparison(rows: list[dict], metric: str, where: str, path: Path) -> Path:
             axis.set_yticklabels([row["name"] for row in rows], color=INK)
             if axis is axes[0]:
                 axis.invert_yaxis()
-            if quantity == "accuracy":
+            if quantity in SHARES:
                 axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
             axis.grid(axis="y", visible=False)
             axis.tick_params(length=0)
@@ -70,7 +72,7 @@ def tradeoff(rows: list[dict], metric: str, path: Path) -> Path:
         )
         axes[0].set_title(f"{metric} against size")
         axes[1].set_title(f"{metric} against latency")
-        if metric == "accuracy":
+        if metric in SHARES:
             axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=1))
         figure.tight_layout(w_pad=2.5)
         return _saved(figure, path)
@@ -117,7 +119,7 @@ def progress(histories: dict[str, list[dict]], metric: str, teacher: float | Non
             plt.close(figure)
             return None
         axis.set(title=f"{metric} on the validation set while training", xlabel="step")
-        if metric == "accuracy":
+        if metric in SHARES:
             axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
         axis.legend(loc="lower right", ncols=3)
         return _saved(figure, path)

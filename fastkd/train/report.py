@@ -15,13 +15,13 @@ from sklearn.metrics import confusion_matrix
 
 from fastkd import atomic_write
 
-from . import plots
+from . import metrics, plots
+from .batch import WORD_TASKS
 from .callbacks import latency
 from .states import forget_attention
 from .trainer import arguments_of
 
 MOST_CLASSES = 20  # of a confusion table
-METRICS = ("accuracy", "matthews", "pearson", "perplexity")
 STYLE = """
 :root { --ink:#1f2933; --soft:#616e7c; --line:#e4e7eb; --warm:#e8743b; --deep:#334e68 }
 * { box-sizing:border-box } body { margin:0; background:#f5f7fa; color:var(--ink); font:16px/1.55 system-ui,sans-serif }
@@ -58,14 +58,16 @@ def measure(models: dict, trainer, data=None, batch_size: int = 16, test=None) -
     sample = trainer.data_collator(
         [{c: row[c] for c in columns} for row in data.select(range(min(batch_size, len(data))))]
     )
-    rows, latencies = [], {}  # one latency per architecture: two models of one differ by noise only
+    found = {}
     for name, model in models.items():
         forget_attention(model)
-        network = model.to(trainer.args.device)
+        found[name] = evaluated(model.to(trainer.args.device), trainer, data)
+    metric = next(m for m in metrics.SHOWN if all(m in measured for measured in found.values()))
+    rows, latencies = [], {}  # one latency per architecture: two models of one differ by noise only
+    for name, network in models.items():
         accepted = arguments_of(network)
         inputs = {k: v.to(trainer.args.device) for k, v in sample.items() if k in accepted and k != "labels"}
-        measured = evaluated(network, trainer, data)
-        metric = next(m for m in METRICS if m in measured)
+        measured = found[name]
         parameters = sum(p.numel() for p in network.parameters())
         architecture = (type(network), parameters)
         if architecture not in latencies:
@@ -96,7 +98,7 @@ def evaluated(model, trainer, data) -> dict:
     if seen and trainer.task == "classification" and len(names) <= MOST_CLASSES:
         counts = confusion_matrix(seen[0].label_ids, seen[0].predictions.argmax(-1), labels=sorted(names))
         measured["confusion"] = [str(names[i]) for i in sorted(names)], counts.tolist()
-    if "accuracy" not in measured and "mse" not in measured:
+    if trainer.task in WORD_TASKS:
         measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
     return measured
 
@@ -107,7 +109,7 @@ def table(rows: list[dict]) -> list[list[str]]:
     tested = "test" in rows[0]
 
     def shown(value) -> str:
-        form = "{:.2%}" if metric == "accuracy" else "{:.4f}"
+        form = "{:.2%}" if metric in metrics.SHARES else "{:.4f}"
         parts = value if isinstance(value, tuple) else (value,)
         return " ± ".join(map(form.format, parts)).replace("% ±", " ±")
 
@@ -252,7 +254,7 @@ def _cards(rows: list[dict], metric: str) -> str:
     if len(rows) < 2:
         return ""
     teacher, student = rows[0], rows[-1]
-    form = "{:.1%}" if metric == "accuracy" else "{:.3f}"
+    form = "{:.1%}" if metric in metrics.SHARES else "{:.3f}"
     cards = [
         ("warm", form.format(student["metric"]), f"{metric}; the teacher's is {form.format(teacher['metric'])}"),
         (

@@ -217,6 +217,7 @@ def read(
     finish: Finish | None = None,
     predictions: bool = True,
     stop: int | None = None,
+    output: str = "logits",
 ) -> States:
     """One forward of `model` (wrapped by DDP or not: it is called as it is), and what was asked for of it.
 
@@ -224,6 +225,7 @@ def read(
     layers: which layers' queries, keys and values (0-based); `record_attention` must have been called on the model.
     finish: what heads.find said of the model; its head is then not run. predictions=False: nobody reads any.
     stop: the layers above so many do not run, as `stop_after` allows it.
+    output: which output of the model its predictions are; of a model without a head "last_hidden_state".
     """
     inside = extract_model_from_parallel(model, keep_torch_compile=False)
     recorder = _Recorder(layers) if len(layers) else None
@@ -234,7 +236,7 @@ def read(
             stack.enter_context(_shortened(inside, stop))
 
         def pass_out(module, args, outputs) -> dict:
-            made = outputs.get("logits") if taken is None else taken[0]
+            made = outputs.get(output) if taken is None else taken[0]
             return {
                 "predictions": made if predictions else None, "hidden": outputs.hidden_states if hidden else None,
                 "qkv": None if recorder is None else recorder.kept,
@@ -255,6 +257,8 @@ def read(
         raise ValueError(
             f"{_name(model)}: its forward returns no logits, since it is a model without a head; load it with the class of its "
             "task, for example AutoModelForSequenceClassification"
+            if output == "logits"
+            else f"{_name(model)}: its forward returns no {output}, since it is a model with a head; load it with AutoModel"
         )
     if recorder is not None:
         _check_recorded(model, recorder, layers)

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .states import depth, layer_list
 
 # The kind of model that a task is trained with.
 AUTO = {
     "classification": AutoModelForSequenceClassification,
+    "multi_label": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "embedding": AutoModel,
     "masked_lm": AutoModelForMaskedLM,
     "cloze": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from . import packing
 from .data import Corpus
@@ -30,19 +30,24 @@ def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: 
     """Columns input_ids, attention_mask, (token_type_ids,) example_id, and labels where a row has one; and how many tokens
     each text has before it is cut. pack: see packing.pack."""
     labelled = corpus.label in rows.column_names
+    how = {"verbose": False, "is_split_into_words": task == "token_classification"}
 
     def encode(batch, numbers):
         texts = batch[corpus.text]
         if task == "cloze":
             texts = [template.format(text=text, mask=tokenizer.mask_token) for text in texts]
         columns = [texts, batch[corpus.pair]] if corpus.pair else [texts]
-        encoded = dict(tokenizer(*columns, truncation=not pack, max_length=None if pack else length, verbose=False))
+        if task == "embedding":  # each text has an embedding of its own; the texts of a pair follow one another
+            numbers = [len(columns) * i + side for i in numbers for side in range(len(columns))]
+            columns = [[text for row in zip(*columns, strict=True) for text in row]]
+        made = tokenizer(*columns, truncation=not pack, max_length=None if pack else length, **how)
+        encoded = dict(made)
         if pack:
             return {"input_ids": [packing.ended(ids, tokenizer.eos_token_id) for ids in encoded["input_ids"]]}
         encoded["whole"] = [len(ids) for ids in encoded["input_ids"]]
         full = [i for i, tokens in enumerate(encoded["whole"]) if tokens == length]  # perhaps these were cut
         if full:
-            uncut = tokenizer(*([column[i] for i in full] for column in columns), truncation=False, verbose=False)
+            uncut = tokenizer(*([column[i] for i in full] for column in columns), truncation=False, **how)
             for i, ids in zip(full, uncut["input_ids"], strict=True):
                 encoded["whole"][i] = len(ids)
         encoded["example_id"] = numbers
@@ -50,13 +55,27 @@ def tokenise(rows, corpus: Corpus, tokenizer, task: str, length: int, template: 
             encoded["blank"] = [_blank(ids, tokenizer.mask_token_id) for ids in encoded["input_ids"]]
         if labelled:
             labels = batch[corpus.label]
-            encoded["labels"] = [float(x) for x in labels] if task == "regression" else labels
+            if task == "token_classification":
+                labels = [_on_first_pieces(made.word_ids(i), row) for i, row in enumerate(labels)]
+            elif task == "multi_label":
+                labels = [[int(i in row) for i in range(len(corpus.names))] for row in labels]
+            elif task in ("regression", "embedding"):
+                labels = [float(x) for x in labels for _ in range(len(numbers) // len(labels))]
+            encoded["labels"] = labels
         return encoded
 
     rows = rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names)
     if pack:
         return packing.pack(rows, length), [len(ids) for ids in rows["input_ids"]]
     return rows.remove_columns("whole"), rows["whole"][:]
+
+
+def _on_first_pieces(words: list[int | None], labels: list[int]) -> list[int]:
+    """The label of each word on the first of its tokens, -100 on all others. words: which word each token belongs to."""
+    return [
+        -100 if word is None or word == before else labels[word]
+        for before, word in zip([None, *words], words, strict=False)
+    ]
 
 
 def _blank(ids: list[int], mask_id: int) -> int:
@@ -90,10 +109,19 @@ def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = F
         return Masking(tokenizer, mlm_probability, seed)
     if task == "causal_lm":
         return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    if task == "token_classification":
+        return DataCollatorForTokenClassification(tokenizer)
     return DataCollatorWithPadding(tokenizer)
 
 
-def summary(corpus: Corpus, tokens: dict, whole: dict[str, list[int]], length: int) -> list[str]:
+def _counts(labels: list, task: str) -> Counter:
+    """How often each class is a label of the training set."""
+    if task == "multi_label":
+        return Counter(dict(enumerate(np.sum(labels, 0).tolist())))
+    return Counter(np.hstack(labels).tolist())
+
+
+def summary(corpus: Corpus, tokens: dict, whole: dict[str, list[int]], length: int, task: str) -> list[str]:
     """What a run is about to train on, in a few lines. tokens, whole: what `tokenise` returned, by split."""
     sizes = [f"{len(whole[split]):,} {split}" for split in whole]
     held = ", held out of the training set (--eval_strategy no keeps them in it)" if corpus.held_out else ""
@@ -102,7 +130,7 @@ def summary(corpus: Corpus, tokens: dict, whole: dict[str, list[int]], length: i
     if dropped:
         lines.append(f"dropped: {dropped:,} rows without text")
     if corpus.names and "labels" in tokens["train"].column_names:
-        counts = Counter(tokens["train"]["labels"][:])
+        counts = _counts(tokens["train"]["labels"][:], task)
         lines.append("classes: " + ", ".join(f"{name} {counts[i]:,}" for i, name in enumerate(corpus.names)))
     if corpus.label is None and corpus.names is None and "validation" not in tokens:
         lines.append("labels: none, so there is no evaluation")

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fastkd import interruption
+from fastkd import checks, interruption
 
-from . import cache, heads, packing, ranks, states
+from . import cache, embedding, heads, packing, ranks, states
 from .agreement import check_model, check_pair, teacher_labels
-from .batch import UNITS, VOCABULARY_TASKS, WORD_TASKS, Batch, count_units
+from .batch import LABEL_FREE_TASKS, NAMED_TASKS, UNITS, VOCABULARY_TASKS, Batch, count_units
 from .checkpoints import Checkpoints, Continuation, Interruptions, not_finite
 from .finite import Finite
 from .methods import Combined, Setup, Side, build
@@ -36,7 +36,8 @@ class DistillTrainer(Checkpoints, Trainer):
     The loss of a step is the mean over all that its micro-batches hold on all ranks, tokens or whatever a term is a mean
     over, not a mean of their means. Each term is logged as term/<method>/<name> with its weight, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
-    micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
+    micro-batch, as most papers' releases do. answers: in cloze, the token of each class. pooling: in embedding, what of the
+    token states is the embedding: "mean", "cls" (the first token) or "last".
     teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many of them in a row end the run.
     words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
@@ -53,6 +54,7 @@ class DistillTrainer(Checkpoints, Trainer):
         *,
         task: str = "classification",
         answers: Tensor | None = None,
+        pooling: str = "mean",
         advance: str = "step",
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
@@ -67,6 +69,9 @@ class DistillTrainer(Checkpoints, Trainer):
             raise ValueError("args: DistillTrainer needs TrainingArguments, with an output_dir")
         if teacher is None and method is not None:
             raise ValueError(f"teacher: method={method!r} needs one, got None; leave the method out to fine-tune alone")
+        checks.one_of("pooling", pooling, tuple(embedding.POOLINGS))
+        if teacher is None and task == "embedding":
+            raise ValueError("teacher: the task embedding has no labels to fine-tune on, so it needs one, got None")
         kwargs["args"] = copy.copy(kwargs["args"])
         kwargs["args"].logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
         if method is not None:
@@ -77,7 +82,9 @@ class DistillTrainer(Checkpoints, Trainer):
             self.add_callback(callback)
         self.model_accepts_loss_kwargs = False
         ranks.check_sharding(self)
-        self.task, self.advance = task, advance
+        self.task, self.advance, self.pooling = task, advance, pooling
+        if task == "embedding":
+            self.label_names = ["labels"]  # the scores of pairs; the model's own forward takes none
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel, self.taught = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
@@ -111,12 +118,12 @@ class DistillTrainer(Checkpoints, Trainer):
     def _method(self, model, teacher, method: str | None) -> Combined:
         check_model("teacher", teacher, self.task)
         check_pair(model, teacher, self.task, self.words)
-        relabel = teacher_labels(model, teacher) if self.task == "classification" else None
+        relabel = teacher_labels(model, teacher) if self.task in NAMED_TASKS else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
         group = ranks.process_group(self.args)
         built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset, group))
         columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
-        if self.task not in WORD_TASKS and not {"label", "labels"} & set(columns):
+        if self.task not in LABEL_FREE_TASKS and not {"label", "labels"} & set(columns):
             built.check_unlabelled()
         if packing.is_packed(self.task, columns):
             built.check_packed()
@@ -181,9 +188,11 @@ class DistillTrainer(Checkpoints, Trainer):
         teacher = None
         if distils and self.method.teaches(progress):
             teacher = self._taught(inputs, extra["example_id"], progress)
+        elif self.task == "embedding":  # what the evaluation compares with
+            teacher = self._states(self.teacher, inputs, "teacher", progress, False)
         batch = Batch(
             self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
-            progress, self.advance == "micro" or self.accelerator.sync_gradients,
+            progress, self.advance == "micro" or self.accelerator.sync_gradients, pooling=self.pooling,
         )  # fmt: skip
         if num_items_in_batch is not None and training:
             whole, own = num_items_in_batch.clamp_min(1e-9), count_units(self.task, batch.mask, labels)
@@ -194,10 +203,14 @@ class DistillTrainer(Checkpoints, Trainer):
             self.finite.see({"hard": loss}, batch.ids)
         if not return_outputs:
             return loss
-        return loss, {"loss": loss} if self._loss_only else {"loss": loss, "logits": batch.task_logits()}
+        return loss, {"loss": loss} if self._loss_only else {"loss": loss, **batch.outputs()}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
+        if (
+            inputs.get("labels") is None and self.task == "embedding"
+        ):  # Trainer computes a loss only where there are some
+            inputs = {**inputs, "labels": torch.full((len(inputs["input_ids"]),), torch.nan)}
         if inputs.get("labels") is None:  # then Trainer calls the model itself
             inputs = {name: x for name, x in inputs.items() if name in self._accepts["student"]}
         try:
@@ -249,12 +262,13 @@ class DistillTrainer(Checkpoints, Trainer):
         inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, for nobody to read
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         finish = self._finish[side] if reads or model.training or self._loss_only else None
+        output = "last_hidden_state" if self.task == "embedding" else "logits"
         if not reads:
-            return states.read(model, inputs, finish=finish)
+            return states.read(model, inputs, finish=finish, output=output)
         levels, layers = self.method.levels(side, progress), self.method.attention(side, progress)
         predictions = self.method.predicts(side, progress)
         return states.read(
-            model, inputs, hidden=levels, layers=layers, finish=finish, predictions=predictions,
+            model, inputs, hidden=levels, layers=layers, finish=finish, predictions=predictions, output=output,
             stop=self._stop_after if side == "teacher" and not predictions else None,
         )  # fmt: skip
 

@@ -138,7 +138,10 @@ class VocabMap(nn.Module):
         counts = counts.cpu()
         always = torch.zeros(total, dtype=torch.bool).index_fill(0, first, True)  # [V]
         if int(always.sum()) > wanted:
-            raise ValueError(f"always_keep: holds {int(always.sum())} ids, more than the size asked for, {wanted}")
+            raise ValueError(
+                f"size: {wanted} tokens are fewer than the {int(always.sum())} that are always kept (always_keep; in fastkd "
+                "vocab special tokens, single characters and --keep); choose a larger size"
+            )
         order = counts.argsort(descending=True, stable=True)  # [V]
         kept_ids = torch.cat([order[always[order]], order[~always[order]]])[:wanted]
         if max(in_place, default=0) >= wanted:

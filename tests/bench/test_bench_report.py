@@ -3,18 +3,21 @@
 import csv
 
 import pytest
+import torch
 from bench_fakes import CASE, FACTS, absent, outcome_of, provider, rows_of, square, toy_case, written
-from fastkd.bench import machine, plots, report, run
+from fastkd.bench import machine, measure, plots, report, run
 from fastkd.bench.baselines import Absent, Provider
 from fastkd.bench.cases import STEMS, listed
 from fastkd.bench.cases.case import Work
 from fastkd.bench.evidence import performance
 
+import fastkd
+from fastkd import backends
 from fastkd.profile import results
 
 COLD = "cold (flushed)"
 SCHEMA = """
-    stem case kind shape dtype mode launch cache provider served_by by_eager rounds calls_per_sample
+    stem case kind shape dtype mode launch cache provider served_by by_eager gradient_in_forward rounds calls_per_sample
     median_ms minimum_ms p20_ms p80_ms median_low_ms median_high_ms
     times_ours_median times_ours_low times_ours_high times_ours_minimum
     floor_ms floor_bound floor_share gemms_ms flops bytes copy_gb_s gemm_gflop_s launches peak_extra_mib memory_method
@@ -101,6 +104,52 @@ def test_eager_rows_are_marked(fake_measure, capsys):
     assert {row["provider"] for row in outcome.rows if row["by_eager"]} == {"fastkd"}
     run.show(toy_case(), outcome)
     assert "†" in capsys.readouterr().out
+
+
+def test_the_table_fits_100_columns(capsys):
+    long = {"launch": "graph", "median_ms": 12345.0, "loss_error": 1e-10, "served_by": "reference", "by_eager": True}
+    rows = [row for mode in measure.MODES for row in rows_of(eager=123.4, other="torchdistill", mode=mode, **long)]
+    report.print_table(rows, "divergence forward_kl")
+    print(report.footnote(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and sum("fastkd → reference †" in line for line in lines) == len(measure.MODES)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_backward_that_only_rescales_is_compared_with_nothing(early, capsys):
+    """Of which "485× eager" and "1616 % of floor" would say nothing."""
+    fields = {"gradient_in_forward": early, "floor_share": 16.16, "median_ms": 2.0}
+    rows = [row for mode in ("backward", "both") for row in rows_of(eager=485.0, mode=mode, **fields)]
+    report.print_table(rows, "a case")
+    print(report.footnote(rows))
+    backward, both = capsys.readouterr().out.split("both", 1)
+    assert "485" in both and "1616%" in both
+    assert ("485" in backward, "‡" in backward, "‡ fastkd makes its gradient in the forward" in both) == (
+        not early,
+        early,
+        early,
+    )
+    assert "–" in next(line for line in backward.splitlines() if "fastkd" in line) or not early
+
+
+X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+LOSSES = [
+    (lambda x: fastkd.divergence(x, X), True),
+    (lambda x: fastkd.divergence(x, X, backend="reference"), False),
+    (lambda x: fastkd.divergence(x.bfloat16(), X), False),
+    (lambda x: fastkd.FCDLoss()(x, X), True),
+    (lambda x: fastkd.info_nce_loss(x[0], X[1], X[2]), True),
+    (lambda x: fastkd.relation_kl_loss([(x[None], x[None])], [(X[None], X[None])]), True),
+    (lambda x: fastkd.transport(x[0], torch.ones(4) / 4, torch.ones(8) / 8).value, True),
+    (lambda x: fastkd.layer_costs([x], [X]).sum(), False),
+    (lambda x: x.square().sum(), False),
+]
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason=f"C++ kernels: {backends.UNAVAILABLE['cpu']}")
+@pytest.mark.parametrize(("loss", "early"), LOSSES)
+def test_which_losses_make_their_gradient_in_the_forward(loss, early):
+    assert measure.gradient_in_forward(loss(X.clone().requires_grad_()) * 2) == early
 
 
 # When it is published -------------------------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ def teacher(tmp_path):
 
 
 def corpus(folder):
-    (folder / "a.txt").write_text("\n".join(TEXTS[:2]) + "\n\n")
-    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[2:]))
-    return [str(folder / name) for name in ("a.txt", "b.jsonl")]
+    (folder / "a.txt").write_text("\n".join(TEXTS[:1]) + "\n\n")
+    with open(folder / "b.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], [0, TEXTS[1]], [1, ""]])
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[2:]))
+    return [str(folder / name) for name in ("a.txt", "b.csv", "c.jsonl")]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -147,7 +149,7 @@ def test_mistakes(teacher, tmp_path, change, named, capsys):
     arguments = [*corpus(tmp_path), "--tokenizer", str(teacher), "--output", str(tmp_path / "out")]
     assert main(["vocab", *arguments, *change]) == 2
     assert named in capsys.readouterr().err
-    assert main(["vocab", *arguments[1:2], str(tmp_path / "c.csv"), *arguments[2:]]) == 2
+    assert main(["vocab", *arguments[1:2], str(tmp_path / "d.xlsx"), *arguments[2:]]) == 2
 
 
 @pytest.mark.parametrize("source", ["--model", "--tokenizer", "--teacher"])

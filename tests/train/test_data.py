@@ -15,7 +15,7 @@ from test_methods import pair
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.train import agreement, arguments, data, tokenisation
+from fastkd.train import agreement, arguments, data, metrics, tokenisation
 from fastkd.train.trainer import DistillTrainer
 
 
@@ -104,7 +104,7 @@ def test_a_teacher_at_chance_stops_the_run(found, rows, stops):
 def test_balanced_accuracy_does_not_reward_the_most_frequent_class():
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2).numpy()
     wanted = torch.tensor([0] * 9 + [1]).numpy()
-    found = data.metrics("classification")(SimpleNamespace(predictions=logits, label_ids=wanted))
+    found = metrics.of_task("classification")(SimpleNamespace(predictions=logits, label_ids=wanted))
     assert (found["accuracy"], found["balanced_accuracy"]) == (0.9, 0.5)
 
 
@@ -183,7 +183,7 @@ def summary(corpus, tokenizer, length: int, task="classification", **options) ->
         rows = getattr(corpus, split)
         if rows is not None:
             tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, task, length, **options)
-    return tokenisation.summary(corpus, tokens, whole, length)
+    return tokenisation.summary(corpus, tokens, whole, length, task)
 
 
 def test_the_summary_says_what_is_dropped_held_out_and_cut(tokenizer, tmp_path):

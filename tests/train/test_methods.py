@@ -20,7 +20,9 @@ from fastkd.train.student import from_layers
 from fastkd.train.trainer import DistillTrainer
 
 logging.set_verbosity_error()
-SMALL = {"minilmv2": "relation_heads=4", "codir": "nce_k=3,feat_dim=8"}
+SMALL = {
+    "minilmv2": "relation_heads=4", "codir": "nce_k=3,feat_dim=8", "embedding": "mse=0.5,contrast=0.1,temperature=0.5",
+}  # fmt: skip
 FEATURES_ONLY = {"fcd": "share=1", "minilm": "share=1", "minilmv2": "share=1", "tinybert": "share=1"}
 
 
@@ -32,7 +34,11 @@ def spelled(name: str) -> str:
 def task_of(name: str, family: str) -> str:
     tasks = METHODS[name].tasks
     wanted = ("classification", "causal_lm") if family in tiny.DECODERS else ("classification", "masked_lm")
-    return next(task for task in wanted if task in tasks)
+    return next(task for task in (*wanted, "embedding") if task in tasks)
+
+
+def output_of(task: str) -> str:
+    return "last_hidden_state" if task == "embedding" else "logits"
 
 
 def sensible():
@@ -65,9 +71,8 @@ def test_trains_and_exports(name, family, tmp_path):
     loaded, report = tiny.AUTO[task].from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
     student.eval()
-    torch.testing.assert_close(
-        loaded.eval()(**tiny.padded()).logits, student(**tiny.padded()).logits, rtol=1e-5, atol=1e-5
-    )
+    theirs, ours = (model(**tiny.padded())[output_of(task)] for model in (loaded.eval(), student))
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     assert AutoConfig.from_pretrained(tmp_path / "student").num_hidden_layers == 2
     assert sorted(p.suffix for p in (tmp_path / "student").iterdir()) == [".json"] * (1 + (task == "causal_lm")) + [
         ".safetensors"
@@ -83,8 +88,13 @@ def test_senseless_attention_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [("codir", "regression"), ("glmd", "classification"), ("forward_kl", "classification")]
-)
+    ("name", "task"),
+    [
+        ("codir", "regression"), ("glmd", "classification"), ("forward_kl", "classification"), ("kd", "embedding"),
+        ("bert_emd", "embedding"), ("embedding", "classification"), ("pkd", "token_classification"),
+        ("codir", "multi_label"), ("distilbert", "token_classification"),
+    ],
+)  # fmt: skip
 def test_senseless_tasks_are_refused_by_name(name, task):
     side = Side("any", 4, 16, 4, 4, causal=name == "forward_kl")
     with pytest.raises(ValueError, match=f"{name} makes no sense for the task {task}"):
@@ -130,6 +140,9 @@ REACHES = [
     ("glmd", "words", "embeddings.word_embeddings.weight", None),
     ("distilbert", "soft", "embeddings.word_embeddings.weight", None),
     ("distilbert", "cosine", "layer.1.output.dense.weight", "cls.predictions.transform.dense.weight"),
+    ("embedding", "cosine", "layer.1.output.dense.weight", "pooler.dense.weight"),
+    ("embedding", "mse", "layer.1.output.dense.weight", "pooler.dense.weight"),
+    ("embedding", "contrast", "layer.1.output.dense.weight", "pooler.dense.weight"),
     ("forward_kl", "forward_kl", "wte.weight", None),
     ("reverse_kl", "reverse_kl", "wte.weight", None),
     ("jsd", "jsd", "wte.weight", None),
@@ -150,9 +163,10 @@ def test_each_term_has_its_gradient(name, term, reached, untouched):
         record_attention(model)
     inputs = {key: torch.tensor(rows[key][:]) for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        taught = read(teacher, inputs, hidden=True, layers=range(4))
-    states = read(student, inputs, hidden=True, layers=range(2))
-    batch = Batch(task, states, taught, inputs["attention_mask"], torch.tensor(rows["labels"][:]), torch.arange(8))
+        taught = read(teacher, inputs, hidden=True, layers=range(4), output=output_of(task))
+    states = read(student, inputs, hidden=True, layers=range(2), output=output_of(task))
+    labels = torch.tensor(rows["labels"][:]) if "labels" in rows.column_names else None
+    batch = Batch(task, states, taught, inputs["attention_mask"], labels, torch.arange(8))
     method(batch)[f"{name}/{term}"].value.backward()
     gradients = {key: p.grad for key, p in student.named_parameters()}
     (wanted,) = (g for key, g in gradients.items() if key.endswith(reached))

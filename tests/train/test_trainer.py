@@ -19,7 +19,7 @@ logging.set_verbosity_error()
 SEPARABLE = [
     "kd", "bert_emd:theta=0", "codir:crd=0,nce_k=3,feat_dim=8", "fcd:beta=0,share=1", "fcd:alpha=0,beta=0,gamma=0.0001,share=0", "pkd", "tinybert:share=1", "tinybert:share=0",
     "minilm:share=1", "minilmv2:relation_heads=4,share=1", "distilbert", "glmd", "forward_kl", "reverse_kl", "jsd",
-    "skew_kl",
+    "skew_kl", "embedding:mse=0.5",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastkd import checks
-from fastkd.train.batch import SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
+from fastkd.train.batch import PREDICTING_TASKS, SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
 
 from .base import Method, Setup, Side, Term
 
@@ -39,9 +39,9 @@ class Entry(NamedTuple):
 
 _NEXT_TOKEN = "it compares distributions of the next token; for other predictions choose kd or glmd"
 METHODS = {
-    "kd": Entry("kd:KD"),
+    "kd": Entry("kd:KD", None, PREDICTING_TASKS),
     "fcd": Entry("fcd:FCD"),
-    "bert_emd": Entry("bert_emd:BertEMD"),
+    "bert_emd": Entry("bert_emd:BertEMD", None, PREDICTING_TASKS),
     "codir": Entry(
         "codir:CoDIR",
         False,
@@ -54,6 +54,7 @@ METHODS = {
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),
+    "embedding": Entry("embedding:Embedding", None, ("embedding",)),
     "forward_kl": Entry("forward_kl:ForwardKL", True, ("causal_lm",), _NEXT_TOKEN),
     "reverse_kl": Entry("reverse_kl:ReverseKL", True, ("causal_lm",), _NEXT_TOKEN),
     "jsd": Entry("jsd:JSD", True, ("causal_lm",), _NEXT_TOKEN),
@@ -101,17 +102,24 @@ def refusal(name: str, causal: bool, task: str | None = None) -> str | None:
     if entry.causal is not None and entry.causal != causal:
         return f"{name} makes no sense for a model with {ATTENTION[causal]} attention: {entry.otherwise}"
     if task is not None and task not in entry.tasks:
-        return f"{name} makes no sense for the task {task}; it is for {', '.join(entry.tasks)}"
+        return f"{name} makes no sense for the task {task}; it is for {named_tasks(name)}"
     return None
+
+
+def named_tasks(name: str) -> str:
+    """The tasks that a method is for, as one says it."""
+    tasks = METHODS[name].tasks
+    missing = [task for task in TASKS if task not in tasks]
+    return "all" if not missing else f"all but {missing[0]}" if len(missing) == 1 else ", ".join(tasks)
 
 
 def table() -> str:
     """The table of methods and models in docs/trainer.md."""
     head = ("method", *(f"{attention} attention" for attention in ATTENTION.values()), "tasks")
     rows = [head, tuple("---" for _ in head)]
-    for name, entry in METHODS.items():
+    for name in METHODS:
         marks = ("yes" if refusal(name, causal) is None else "–" for causal in ATTENTION)
-        rows.append((f"`{name}`", *marks, "all" if entry.tasks == TASKS else ", ".join(entry.tasks)))
+        rows.append((f"`{name}`", *marks, named_tasks(name)))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -92,6 +92,8 @@ class Method(nn.Module):
         if not isinstance(share, Real) or not 0 <= share <= 1:
             raise ValueError(f"share: the first stage's part of training must lie in [0, 1], got {share!r}")
         self.setup, self.share, self.alone = setup, share, True
+        if setup.task == "embedding":  # which has no labels for a second stage
+            self.stages = self.stages[:1]
         self.seen: list[tuple[Tensor, ...]] = []
 
     @classmethod
