@@ -88,25 +88,28 @@ def prepare(run):
     corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
     if corpus.validation is None:
         args.eval_strategy = "no"
-    tokenizer, teacher, student, words = models.load(run, corpus)
+    kept, cached = models.cache_of(run)
+    tokenizer, teacher, student, words = models.load(run, corpus, cached)
     for model in filter(None, (teacher, student)):
         tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
-    tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
+    tokens, answers, summary = _tokens(corpus, tokenizer, data_args, kept is not None)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
-    distils = {} if teacher is None else {
+    distils = {} if run.method is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
-        "compile_teacher": model_args.compile_teacher, "words": words,
-        "teacher_cache": None if model_args.finetune_teacher else model_args.teacher_cache,
+        "compile_teacher": model_args.compile_teacher, "words": words, "teacher_cache": kept,
     }  # fmt: skip
     trainer = DistillTrainer(
         student, teacher, task=data_args.task, answers=answers, args=args, **distils,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack),
+        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack, kept is not None),
         compute_metrics=data.metrics(data_args.task, corpus.glue),
     )  # fmt: skip
-    lead = _coverage(words, teacher, tokenizer, tokens["train"])
+    lead = "" if words is None else _coverage(words, trainer.teacher_config, tokenizer, tokens["train"])
+    if kept is not None:
+        spared = ", and the teacher was not loaded" if cached else ""
+        lead = f"{lead} The teacher's word came from a cache: {trainer.cache.summary()}{spared}.".strip()
     return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
 
 
@@ -124,7 +127,7 @@ def train(run) -> list[dict]:
         trainer.add_callback(EarlyStoppingCallback(run.args.early_stopping_patience))
     watch = Watch(trainer)
     trainer.add_callback(watch)
-    show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
+    show_progress(trainer, "distilling" if run.method else "fine-tuning")
     if teacher is not None and not (checkpoint or run.model.allow_weak_teacher):
         agreement.check_teacher(trainer)
     if checkpoint:
@@ -135,7 +138,7 @@ def train(run) -> list[dict]:
     except KeyboardInterrupt:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar among others
         raise KeyboardInterrupt(arguments.how_to_go_on(run.args)) from None
-    name = "model" if teacher is None else "student"
+    name = "student" if run.method else "model"
     exported = Path(run.args.output_dir) / name
     trainer.save_model(str(exported))
     models = {name: student} if teacher is None else {"teacher": teacher, "student": student}
@@ -152,14 +155,12 @@ def train(run) -> list[dict]:
     return rows
 
 
-def _coverage(words, teacher, tokenizer, tokens) -> str:
-    """What a student with fewer words can say of its text; "" where it has all of the teacher's."""
+def _coverage(words, config, tokenizer, tokens) -> str:
+    """What a student with fewer words than the teacher of this configuration can say of its text."""
     from fastkd.train.agreement import unknown_share
 
-    if words is None:
-        return ""
     known = 1 - unknown_share(tokens, tokenizer.unk_token_id)
-    every = teacher.config.get_text_config().vocab_size
+    every = config.get_text_config().vocab_size
     return (
         f"The student has {len(words):,} of the teacher's {every:,} words; they cover {known:.1%} of the training text."
     )
@@ -180,6 +181,8 @@ def _check_options(run) -> None:
         )
     if data_args.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {data_args.task!r}")
+    if model_args.teacher_cache is None and (model_args.top_k or model_args.samples or model_args.from_logprobs):
+        raise ValueError("teacher_cache: top_k, samples and from_logprobs say what it holds; name its folder")
     if data_args.pack and data_args.task != "causal_lm":
         raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
@@ -220,7 +223,8 @@ def _existing(path: str) -> Path:
     return folder
 
 
-def _tokens(corpus, tokenizer, data_args):
+def _tokens(corpus, tokenizer, data_args, once: bool = False):
+    """once: masked_lm hides the same tokens in each epoch."""
     import torch
 
     from fastkd.train import data, tokenisation
@@ -241,4 +245,6 @@ def _tokens(corpus, tokenizer, data_args):
         if rows is not None:
             options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
             tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
+            if once and data_args.task == "masked_lm":
+                tokens[split] = tokenisation.hide_tokens(tokens[split], tokenizer, data_args.mlm_probability)
     return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length)

@@ -64,11 +64,31 @@ def _blank(ids: list[int], mask_id: int) -> int:
     return ids.index(mask_id)
 
 
-def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False):
-    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+def hide_tokens(rows, tokenizer, mlm_probability: float = 0.15):
+    """The tokens that masked_lm hides, chosen once: input_ids with them hidden, and labels."""
+    from transformers import DataCollatorForLanguageModeling
+
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=42)
+
+    def hide(ids):
+        batch = collate([{"input_ids": ids}])
+        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+
+    return rows.map(hide, input_columns="input_ids", load_from_cache_file=False)
+
+
+def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False, once: bool = False):
+    """once: the tokens that masked_lm hides are hidden in the data (hide_tokens)."""
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        DataCollatorForTokenClassification,
+        DataCollatorWithPadding,
+    )
 
     if pack:
         return packing.Collator(tokenizer.pad_token_id)
+    if task == "masked_lm" and once:
+        return DataCollatorForTokenClassification(tokenizer)
     if task == "masked_lm":
         return DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
     if task == "causal_lm":

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ class DistillTrainer(Trainer):
     over, not a mean of their means. Each term is logged as term/<method>/<name> with its weight, without a look at it before
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class.
-    teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
+    teacher_cache: a folder, or cache.Options, for what the teacher says of each example: computed once, or found there, and
+    then teacher may be None.
     words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
     data bear the student's ids.
     """
@@ -49,7 +51,7 @@ class DistillTrainer(Trainer):
         advance: str = "step",
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
-        teacher_cache: str | None = None,
+        teacher_cache: "str | Path | cache.Options | None" = None,
         words: Tensor | None = None,
         **kwargs,
     ):
@@ -57,7 +59,7 @@ class DistillTrainer(Trainer):
             raise ValueError(f"advance: expected 'step' or 'micro', got {advance!r}")
         if kwargs.get("args") is None:
             raise ValueError("args: DistillTrainer needs TrainingArguments, with an output_dir")
-        if teacher is None and method is not None:
+        if teacher is None and method is not None and not teacher_cache:
             raise ValueError(f"teacher: method={method!r} needs one, got None; leave the method out to fine-tune alone")
         kwargs["args"] = copy.copy(kwargs["args"])
         kwargs["args"].logging_nan_inf_filter = False  # it looks at every loss on the host, and hides NaN
@@ -65,52 +67,53 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.task, self.advance = task, advance
         self.answers = None if answers is None else answers.to(self.args.device)
-        self.teacher, self.method, self.relabel, self.taught = None, None, None, None
+        self.teacher, self.method, self.relabel, self.cache = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
         self._loss_only, self._stop_after = False, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         check_model("student", model, task)
+        asked = cache.Options.of(teacher_cache) if teacher_cache and (teacher is not None or method) else None
+        known = cache.Absent.of(asked) if asked and teacher is None else teacher
+        if known is not None:
+            self.method = self._method(model, known, method)
         if teacher is not None:
-            self.method = self._method(model, teacher, method)
-            if teacher_cache:
-                cache.check_method(self.method, task, self.train_dataset)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
             if not compile_teacher:
                 read = self.method.attention("teacher"), self.method.levels("teacher")
                 self._stop_after = states.stop_after(self.teacher, *read)
-            if teacher_cache:
-                size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
-                with self.args.main_process_first(desc="teacher_cache"):  # the others then find it done
-                    self.taught = cache.logits(
-                        teacher_cache, self.teacher, self.train_dataset,
-                        self._get_collator_with_removed_columns(self.data_collator), accepts, task, size,
-                        self.args.device, self.words,
-                    )  # fmt: skip
         self._take_heads_off(compile_teacher)
+        self.teacher_config = None if known is None else known.config
+        if asked:
+            self.cache = self._opened(asked, compile_teacher)
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
-        check_model("teacher", teacher, self.task)
+        loaded = not isinstance(teacher, cache.Absent)
+        if loaded:
+            check_model("teacher", teacher, self.task)
+        networks = {"student": model, **({"teacher": teacher} if loaded else {})}
         check_pair(model, teacher, self.task, self.words)
         relabel = teacher_labels(model, teacher) if self.task == "classification" else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
-        built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset))
+        built = build(
+            method, Setup(Side.of(model), Side.of(teacher) if loaded else teacher.side, self.task, self.train_dataset)
+        )
         columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
         if self.task not in WORD_TASKS and not {"label", "labels"} & set(columns):
             built.check_unlabelled()
         if packing.is_packed(self.task, columns):
             built.check_packed()
-            for side, network in (("student", model), ("teacher", teacher)):
+            for side, network in networks.items():
                 packing.check_model(network, self._accepts[side])
         if list(built.parameters()) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"method: {method} learns pieces of its own, which FSDP and DeepSpeed do not shard yet; use DDP"
             )
-        for side, network in (("student", model), ("teacher", teacher)):
+        for side, network in networks.items():
             if built.attention(side):
                 states.record_attention(network)
         return built.to(self.args.device)
@@ -143,6 +146,30 @@ class DistillTrainer(Trainer):
         if None not in found.values():
             self._finish |= found
 
+    def _opened(self, asked: cache.Options, compiled: bool) -> cache.Reader:
+        teacher, args = None, self.args
+        if self.teacher is not None:
+            if self._finish["teacher"] is None and self.task in VOCABULARY_TASKS and not compiled:
+                self._finish["teacher"] = heads.find(self.teacher)
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            how = args.per_device_eval_batch_size, self._finish["teacher"], self.words
+            teacher = cache.Teacher(self.teacher, self._ask_teacher, collate, *how)
+        first = partial(args.main_process_first, local=False, desc="teacher_cache")
+        processes = cache.Processes(args.process_index, args.world_size, self.accelerator.wait_for_everyone, first)
+        return cache.opened(
+            asked, self.method, self.task, self.train_dataset, self.teacher_config, tokenizer=self.processing_class,
+            words=self.words, teacher=teacher, processes=processes,
+        )  # fmt: skip
+
+    def get_train_dataloader(self):
+        if self.cache is None:
+            return super().get_train_dataloader()
+        plain, self.data_collator = self.data_collator, cache.Collator(self.data_collator, self.cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
     def _set_signature_columns_if_needed(self):
         """The columns that are kept of the data; Trainer drops those that its own model does not take."""
         if self._signature_columns is None:
@@ -155,6 +182,7 @@ class DistillTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         extra = {name: inputs.pop(name, None) for name in EXTRA}
+        kept = inputs.pop(cache.BATCH_KEY, None)
         training = model.training
         distils = training and self.method is not None
         progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
@@ -165,7 +193,7 @@ class DistillTrainer(Trainer):
             student = student.over(slice(len(self.words)))
         teacher = None
         if distils and self.method.teaches(progress):
-            teacher = self._taught(inputs, extra["example_id"], progress)
+            teacher = self._taught(inputs, kept, progress)
         batch = Batch(
             self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
             progress, self.advance == "micro" or self.accelerator.sync_gradients,
@@ -200,17 +228,27 @@ class DistillTrainer(Trainer):
         return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
-    def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
-        if self.taught is not None:
-            return self._in_students_terms(states.States(self.taught[example_id]))
+    def _taught(self, inputs, kept: dict[str, Tensor] | None, progress: float) -> states.States:
+        if self.cache is not None:
+            return self._in_students_terms(self.cache.states(kept))
         return self._in_students_terms(self._states(self.teacher, inputs, "teacher", progress, True))
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch) -> states.States:
+        """What the method ever reads of it."""
+        inputs = {
+            name: x.to(self.args.device) for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"
+        }
+        return self._states(self.teacher, inputs, "teacher", None, True)
 
     def _in_students_terms(self, teacher: states.States) -> states.States:
         """Its labels, or tokens, in the student's order."""
         order = self.words if self.task in VOCABULARY_TASKS else self.relabel
-        return teacher if order is None or teacher.predictions is None else teacher.over(order)
+        if order is None or teacher.predictions is None or isinstance(teacher.predictions, heads.Sparse):
+            return teacher  # the few tokens of a Sparse are the student's already
+        return teacher.over(order)
 
-    def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
+    def _states(self, model, inputs, side: str, progress: float | None, reads: bool) -> states.States:
         if self.words is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
         if packing.is_packed(self.task, inputs):

@@ -7,7 +7,7 @@ from .base import Method, Setup, Term
 
 
 class GLMD(Method):
-    stages, token_wise = ("words", "soft"), True
+    stages, token_wise, every_position = ("words", "soft"), True, True
 
     def __init__(
         self,
