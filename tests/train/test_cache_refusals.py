@@ -129,6 +129,7 @@ REFUSED = [
     ({"top_k": 5}, {"method": "glmd:top_n=3"}, "top_k: glmd with top_n or mse reads all logits"),
     ({"top_k": 5}, {"method": "fcd:share=1"}, "this method reads no predictions of the teacher"),
     ({"top_k": 5}, {"method": "kd", "task": "classification"}, "are for a vocabulary, and classification keeps all"),
+    ({}, {"method": "tinybert"}, "tinybert compares attention at padding, too, which is not kept"),
     ({}, {"without": "example_id"}, "train_dataset has no column 'example_id'; add one"),
     ({}, {"twice": True}, "two examples of train_dataset have one example_id"),
     ({}, {"teacher": None}, "there is no cache in .*; name its folder, or give the teacher"),
@@ -149,12 +150,13 @@ def test_what_cannot_be_kept_is_refused(options, changes, message, tmp_path):
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
-    (tmp_path / "letter.txt").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"teacher_cache: .* holds letter\.txt, and nothing is written over"):
-        build(tmp_path, tmp_path)
-    (tmp_path / INDEX).write_text("{}")
+        build(tmp_path, tmp_path / "mine")
+    (tmp_path / "mine" / INDEX).write_text("{}")
     with pytest.raises(ValueError, match="is not the index of a cache"):
-        build(tmp_path, tmp_path)
+        build(tmp_path, tmp_path / "mine")
 
 
 def test_tokens_that_are_hidden_anew_each_time_are_refused(tmp_path):
@@ -183,5 +185,5 @@ def test_a_teacher_that_says_nan_is_refused(tmp_path):
     teacher, _ = pair("gpt2", "causal_lm")
     with torch.no_grad():
         teacher.transformer.ln_f.bias[3] = torch.nan
-    with pytest.raises(ValueError, match=r"teacher: what it says of one of the examples 0 is not finite \(last\)"):
-        build(tmp_path, tmp_path / "cache", teacher=teacher)
+    with pytest.raises(ValueError, match=r"teacher: what it says of one of the examples 0 is not finite \(hidden.4\)"):
+        build(tmp_path, tmp_path / "cache", "fcd:share=1", teacher=teacher)

@@ -6,6 +6,7 @@ import torch
 import tiny
 
 pytest.importorskip("transformers")
+from safetensors.torch import load_file
 from test_methods import pair
 
 import fastkd
@@ -23,7 +24,7 @@ def trainer(folder, method, task, kept=None, *, family=None, teacher=LIVE, stude
     """kept: cache.Options or a folder. teacher: None for a cache alone."""
     family = family or ("gpt2" if task == "causal_lm" else "bert")
     live, ours = pair(family, task)
-    options = {"max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     args = tiny.arguments(folder / "run", **{**options, "train_sampling_strategy": "sequential", **changes})
     answers = torch.tensor([7, 9]) if task == "cloze" else None
     torch.manual_seed(0)
@@ -65,10 +66,12 @@ EXACT = [
 
 @pytest.mark.parametrize(("method", "task", "family"), EXACT)
 def test_states_that_were_kept_train_bit_for_bit_as_the_live_teacher(method, task, family, tmp_path):
-    live = trained(tmp_path, method, task, family=family)
+    even = method.startswith(("bert_emd", "tinybert"))  # they read padding
+    options = {"family": family, "data": tiny.dataset(task, rows=12, even=even)}
+    live = trained(tmp_path, method, task, **options)
     kept = cache.Options(tmp_path / "cache", examples_per_shard=8)
-    first = trained(tmp_path, method, task, kept, family=family)
-    alone = trained(tmp_path, method, task, tmp_path / "cache", family=family, teacher=None)
+    first = trained(tmp_path, method, task, kept, **options)
+    alone = trained(tmp_path, method, task, tmp_path / "cache", teacher=None, **options)
     assert losses(alone) == losses(first) == losses(live)
     assert torch.equal(parameters(first), parameters(live)) and torch.equal(parameters(alone), parameters(live))
 
@@ -103,14 +106,15 @@ def test_shuffled_examples_with_numbers_of_their_own_get_their_own_rows(tmp_path
     )
 
 
+SGD = {"optim": "sgd", "learning_rate": 0.1}
 KINDS = ["forward_kl:temperature=2", "reverse_kl", "jsd:beta=0.3", "skew_kl", "kd:alpha=0.3", "glmd:temperature=3"]
 
 
 @pytest.mark.parametrize("method", KINDS)
 def test_all_tokens_as_the_most_likely_ones_are_the_whole_distribution(method, tmp_path):
-    live = trained(tmp_path, method, "causal_lm")
-    kept = trained(tmp_path, method, "causal_lm", cache.Options(tmp_path / "cache", top_k=tiny.VOCAB))
-    torch.testing.assert_close(parameters(kept), parameters(live), rtol=2e-4, atol=2e-6)
+    live = trained(tmp_path, method, "causal_lm", **SGD)
+    kept = trained(tmp_path, method, "causal_lm", cache.Options(tmp_path / "cache", top_k=tiny.VOCAB), **SGD)
+    torch.testing.assert_close(parameters(kept), parameters(live), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", KINDS[:-1])
@@ -155,12 +159,15 @@ def test_samples_are_unbiased_and_come_again_for_the_same_seed():
     assert error.abs().max() < 4.5
 
 
-def test_samples_train_towards_the_teacher(tmp_path):
-    data, options = tiny.dataset("causal_lm", rows=12), {"max_steps": 30, "learning_rate": 3e-3}
-    kept = trained(tmp_path, "forward_kl", "causal_lm", cache.Options(tmp_path / "cache", samples=12), **options)
-    before, after = (float(trained(tmp_path, "forward_kl", "causal_lm", student=student, data=data, max_steps=1).state.log_history[0]["loss"])
-                     for student in (pair("gpt2", "causal_lm")[1], kept.model))  # fmt: skip
-    assert after < 0.5 * before
+def test_a_step_on_samples_is_the_live_step_but_for_noise(tmp_path):
+    before = parameters(trainer(tmp_path, "forward_kl", "causal_lm"))
+    live = parameters(trained(tmp_path, "forward_kl", "causal_lm", max_steps=1, **SGD)) - before
+    noise = {}
+    for count in (12, 192):
+        kept = cache.Options(tmp_path / str(count), samples=count)
+        step = parameters(trained(tmp_path, "forward_kl", "causal_lm", kept, max_steps=1, **SGD)) - before
+        noise[count] = float((step - live).norm() / live.norm())
+    assert noise[192] < noise[12] / 2.5  # 1 / 4 but for chance
 
 
 def test_bfloat16_takes_half_and_stays_near(tmp_path):
@@ -172,6 +179,11 @@ def test_bfloat16_takes_half_and_stays_near(tmp_path):
 
 class Stopped(Exception):
     """Takes the place of a signal."""
+
+
+def same_tensors(*paths):
+    ours, theirs = map(load_file, paths)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -197,8 +209,9 @@ def test_an_interrupted_cache_is_gone_on_with(after, tmp_path, monkeypatch):
     names = ["head.safetensors", *map(shard_name, range(3))]
     assert written == names  # each once
     assert sorted(x.name for x in kept.folder.iterdir()) == sorted([*names, INDEX])
-    for name in [*names, INDEX]:
-        assert (kept.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    assert (kept.folder / INDEX).read_bytes() == (whole.folder / INDEX).read_bytes()
+    for name in names:
+        assert same_tensors(kept.folder / name, whole.folder / name)
 
 
 def build(folder, kept, method="forward_kl", *, task="causal_lm", teacher=LIVE, data=None, **more):
@@ -210,10 +223,10 @@ def build(folder, kept, method="forward_kl", *, task="causal_lm", teacher=LIVE, 
 
 
 def test_a_part_of_the_vocabulary(tmp_path):
-    """The student's tokens are every second one of the teacher's; teacher and student agree on them exactly."""
+    """The student's tokens are half of the teacher's; teacher and student agree on them exactly."""
     from fastkd.vocab import VocabMap
 
-    words = torch.arange(0, tiny.VOCAB, 2)
+    words = torch.tensor([0, 1, 2, *range(4, 58, 2)])
     teacher = tiny.model("gpt2", "causal_lm", seed=3)
     student = VocabMap(words, tiny.VOCAB).shrink(teacher)
     data = tiny.dataset("causal_lm", rows=12).map(
@@ -227,6 +240,6 @@ def test_a_part_of_the_vocabulary(tmp_path):
         )  # fmt: skip
         made.train()
         assert losses(made)[0] < 1e-9
-        other = torch.arange(1, tiny.VOCAB, 2)
+        other = torch.tensor([0, 1, 2, *range(5, 59, 2)])
         with pytest.raises(ValueError, match="made with another vocabulary"):
             build(tmp_path, kept.folder, data=data, words=other, teacher=None)

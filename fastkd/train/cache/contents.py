@@ -189,7 +189,7 @@ def needed(method, task: str, options: Options, size: int) -> Contents:
                     "the states before the head are kept"
                 )
             temperature = _temperature(method, form)
-            count = count if count is None else min(count, size)
+            count = min(count, size) if count and form == "top_k" else count
     elif options.top_k or options.samples:
         raise ValueError("top_k, samples: this method reads no predictions of the teacher; leave them out")
     levels, layers = method.levels("teacher"), method.attention("teacher")
@@ -217,7 +217,8 @@ def check_asked(found: Contents, options: Options, computed: str) -> list[str]:
     wrong = []
     for name in SPARSE:
         asked, has = getattr(options, name), found.count if found.predictions == name else None
-        if asked is not None and (has is None or min(asked, found.size) != has):
+        asked = min(asked, found.size) if asked is not None and name == "top_k" else asked
+        if asked is not None and asked != has:
             wrong.append(f"its {name} is {has}, this run's {asked} (it keeps {found.described()})")
     if options.dtype is not None and options.dtype != (found.dtype or computed):
         wrong.append(f"its cache_dtype is {found.dtype or computed}, this run's {options.dtype}")

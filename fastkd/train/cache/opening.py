@@ -141,6 +141,7 @@ def opened(
     side = next(iter(method.methods.values())).setup.teacher
     described = {"side": asdict(side), "vocab_size": tokens, "id2label": config.id2label}
     rows = _rows(data)
+    _check_padding(method, data)
     source = Records(options.from_logprobs, data, size, options.top_k) if options.from_logprobs else teacher
     made_from = {
         "teacher": None if teacher is None else identity.hash_of_model(teacher.model), "files": options.files,
@@ -195,6 +196,17 @@ def _rows(data) -> dict[int, int] | None:
     if len(rows) != len(numbers):
         raise ValueError("teacher_cache: two examples of train_dataset have one example_id; number them 0, 1, 2, …")
     return None if numbers == list(range(len(numbers))) else rows
+
+
+def _check_padding(method, data) -> None:
+    """Raise where a method compares what a model makes of padding, which is not kept, and there is some."""
+    names = [name for name, part in method.methods.items() if part.reads_padding]
+    masks = data["attention_mask"] if "attention_mask" in data.column_names else []
+    if names and (len(set(map(len, data["input_ids"]))) > 1 or any(0 in mask for mask in masks)):
+        raise ValueError(
+            f"teacher_cache: {', '.join(names)} compares attention at padding, too, which is not kept; make the rows of "
+            "train_dataset equally long, without padding, or choose minilm or minilmv2, which leave padding out"
+        )
 
 
 def _contents(index: dict) -> Contents:

@@ -85,6 +85,7 @@ class Method(nn.Module):
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
     every_position = False  # reads predictions wherever a token is real, label or not
+    reads_padding = False  # compares attention scores, whose queries at padding count, too
     token_wise = False  # compares no token with another one, so that a row may hold several documents
     soft_only = "alpha=1"  # the option with which the prediction's loss reads no labels
     stages: tuple[str, ...] = ("all",)

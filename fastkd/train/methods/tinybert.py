@@ -14,6 +14,7 @@ from .base import Method, Setup, Term, same_heads, uniform_map
 
 
 class TinyBERT(Method):
+    reads_padding = True
     hidden, every_layer, features_only, stages = True, True, True, ("intermediate", "prediction")
 
     def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
