@@ -67,7 +67,11 @@ def cache_of(run) -> tuple[cache.Options | None, bool]:
         options.teacher_cache, **asked, examples_per_shard=options.cache_shard, from_logprobs=options.from_logprobs,
         config=config, files=files,
     )  # fmt: skip
-    return kept, bool(options.from_logprobs) or (told is not None and None not in (files, told["made_from"]["files"]))
+    served = told is not None and told["source"] == "log_probs"
+    comparable = told is not None and (
+        files is None or told["made_from"]["files"] is not None
+    )  # else the weights are hashed
+    return kept, bool(options.from_logprobs) or served or comparable
 
 
 def _head(task: str, names: list[str] | None) -> dict:
