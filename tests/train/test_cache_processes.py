@@ -78,7 +78,7 @@ def test_killed_at_random_moments_it_is_finished_by_the_same_command(tmp_path):
 
     whole, chance, seen = tmp_path / "whole", random.Random(0), {}
     begun = time.perf_counter()
-    assert started(whole).communicate(timeout=100)[0] == "done\n"
+    assert started(whole).communicate(timeout=300)[0].endswith("done\n")
     lasts = time.perf_counter() - begun
     for _ in range(KILLS):
         process = started(tmp_path)
@@ -88,7 +88,7 @@ def test_killed_at_random_moments_it_is_finished_by_the_same_command(tmp_path):
         now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
         assert now.items() >= seen.items()  # no finished shard was written again
         seen = now
-    assert started(tmp_path).communicate(timeout=100)[0] == "done\n"
+    assert started(tmp_path).communicate(timeout=300)[0].endswith("done\n")
     names = sorted(path.name for path in (whole / "cache").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "cache").iterdir()) and len(names) == 61 and INDEX in names
     names.remove(INDEX)
