@@ -137,7 +137,7 @@ MISTAKES = [
     (lambda lines: [*lines, lines[0]], "line 25: train_dataset has no example 24"),
     (first_changed("input_ids", lambda x: x[:-1]), "line 1: the tokens are not those of example 0"),
     (lambda lines: [lines[0] | {"logprobs": lines[0]["logprobs"][1:], "logprob_token_ids": lines[0]["logprob_token_ids"][1:]}, *lines[1:]], "ask with a prompt length of 1"),
-    (first_changed("logprobs", lambda x: [[0.5] * 7] * len(x)), "the probabilities sum to 11.5405, more than 1; are they logits?"),
+    (first_changed("logprobs", lambda x: [[0.5] * 7] * len(x)), "the probabilities sum to 11.541, more than 1; are they logits?"),
     (first_changed("logprob_token_ids", lambda x: [[3] * 7] * len(x)), "line 1, token 1: needs different ids from 0 to 20"),
     (first_changed("logprob_token_ids", lambda x: [[99, *row[1:]] for row in x]), "line 1, token 1: needs different ids from 0 to 20"),
 ]  # fmt: skip
