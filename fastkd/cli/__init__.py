@@ -15,6 +15,7 @@ OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 COMMANDS = {
     "distill": "distil a teacher into a student: --method, data, a report at the end",
     "finetune": "train a model on labelled data, such as the teacher before it is distilled",
+    "cache": "keep what a teacher says of the training data, so that it runs once, or elsewhere",
     "methods": "the distillation methods, or the options of one of them",
     "demo": "a complete distillation on real text, with a real teacher, in under ten minutes",
     "bench": "every hot path beside its baselines and peers, on this machine",

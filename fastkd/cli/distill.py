@@ -117,28 +117,33 @@ def prepare(run):
         corpus = data.load(data_args, data_args.task, seed=args.seed, evaluates=args.eval_strategy != "no")
     if corpus.validation is None:
         args.eval_strategy = "no"
-    tokenizer, teacher, student, words = models.load(run, corpus)
+    kept, cached = models.cache_of(run)
+    tokenizer, teacher, student, words = models.load(run, corpus, cached)
     for model in filter(None, (teacher, student)):
         tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
     with args.main_process_first(desc="tokens"):
-        tokens, answers, summary = _tokens(corpus, tokenizer, data_args)
+        tokens, answers, summary = _tokens(corpus, tokenizer, data_args, kept is not None)
     args.label_names = ["labels"]
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
-    distils = {} if teacher is None else {
+    distils = {} if run.method is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
-        "compile_teacher": model_args.compile_teacher, "words": words,
+        "compile_teacher": model_args.compile_teacher, "words": words, "teacher_cache": kept,
         **({"pooling": models.pooling(run)[0]} if data_args.task == "embedding" else {}),
-        "teacher_cache": None if model_args.finetune_teacher else model_args.teacher_cache,
     }  # fmt: skip
     trainer = DistillTrainer(
         student, teacher, task=data_args.task, answers=answers, args=args, **distils,
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=tokens["train"], eval_dataset=tokens.get("validation"), processing_class=tokenizer,
-        data_collator=tokenisation.collator(tokenizer, data_args.task, data_args.mlm_probability, data_args.pack, args.seed),
+        data_collator=tokenisation.collator(
+            tokenizer, data_args.task, data_args.mlm_probability, data_args.pack, args.seed, kept is not None
+        ),
         compute_metrics=metrics.of_task(data_args.task, corpus.glue, corpus.names),
     )  # fmt: skip
-    lead = _coverage(words, teacher, tokenizer, tokens["train"])
+    lead = "" if words is None else _coverage(words, trainer.teacher_config, tokenizer, tokens["train"])
+    if kept is not None:
+        spared = ", and the teacher was not loaded" if cached else ""
+        lead = f"{lead} The teacher's word came from a cache: {trainer.cache.summary()}{spared}.".strip()
     return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
 
 
@@ -172,7 +177,7 @@ def _trained(run, checkpoint):
     watch, resolved = Watch(trainer), Path(run.args.output_dir) / arguments.RESOLVED
     trainer.add_callback(watch)
     trainer.add_callback(AtEachCheckpoint(lambda: resolved.exists() or arguments.save(run)))
-    bar = show_progress(trainer, "fine-tuning" if teacher is None else "distilling")
+    bar = show_progress(trainer, "distilling" if run.method else "fine-tuning")
     if teacher is not None and not (checkpoint or run.model.allow_weak_teacher):
         agreement.check_teacher(trainer)
     if checkpoint:
@@ -187,7 +192,8 @@ def _trained(run, checkpoint):
             f"training was stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, so nothing is "
             f"exported; {arguments.how_to_go_on(run.args)}"
         )
-    models = {"model": student} if teacher is None else {"teacher": teacher, "student": student}
+    name = "student" if run.method else "model"
+    models = {name: student} if teacher is None else {"teacher": teacher, name: student}
     return trainer, models, test, lead, watch.maps
 
 
@@ -229,14 +235,12 @@ def _replacing_folder(run, folder: Path):
     return atomic_write.replacing_folder(folder) if not run.args.process_index else contextlib.nullcontext(folder)
 
 
-def _coverage(words, teacher, tokenizer, tokens) -> str:
-    """What a student with fewer words can say of its text; "" where it has all of the teacher's."""
+def _coverage(words, config, tokenizer, tokens) -> str:
+    """What a student with fewer words than the teacher of this configuration can say of its text."""
     from fastkd.train.agreement import unknown_share
 
-    if words is None:
-        return ""
     known = 1 - unknown_share(tokens, tokenizer.unk_token_id)
-    every = teacher.config.get_text_config().vocab_size
+    every = config.get_text_config().vocab_size
     return (
         f"The student has {len(words):,} of the teacher's {every:,} words; they cover {known:.1%} of the training text."
     )
@@ -265,6 +269,8 @@ def _check_options(run) -> None:
         )
     if data_args.pooling is not None:
         checks.one_of("pooling", data_args.pooling, tuple(embedding.POOLINGS))
+    if model_args.teacher_cache is None and (model_args.top_k or model_args.samples or model_args.from_logprobs):
+        raise ValueError("teacher_cache: top_k, samples and from_logprobs say what it holds; name its folder")
     if data_args.pack and data_args.task != "causal_lm":
         raise ValueError(f"pack: is for the task causal_lm, got {data_args.task!r}; leave it out")
     if data_args.task == "cloze":
@@ -305,7 +311,8 @@ def _existing(path: str) -> Path:
     return folder
 
 
-def _tokens(corpus, tokenizer, data_args):
+def _tokens(corpus, tokenizer, data_args, once: bool = False):
+    """once: masked_lm hides the same tokens in each epoch."""
     import torch
 
     from fastkd.train import data, tokenisation
@@ -326,4 +333,6 @@ def _tokens(corpus, tokenizer, data_args):
         if rows is not None:
             options = (data_args.task, data_args.max_length, data_args.template, data_args.pack)
             tokens[split], whole[split] = tokenisation.tokenise(rows, corpus, tokenizer, *options)
+            if once and data_args.task == "masked_lm":
+                tokens[split] = tokenisation.hide_tokens(tokens[split], tokenizer, data_args.mlm_probability)
     return tokens, answers, tokenisation.summary(corpus, tokens, whole, data_args.max_length, data_args.task)

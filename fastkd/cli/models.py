@@ -1,13 +1,15 @@
 """The models that a run names: found, loaded, and refused in one sentence where they cannot serve."""
 
-from fastkd.train import agreement, data, embedding, student
+from fastkd.train import agreement, cache, data, embedding, student
 from fastkd.train.batch import NAMED_TASKS
+from fastkd.train.cache import identity
 from fastkd.train.methods import Side
 
 
-def load(run, corpus):
-    """tokenizer, teacher (None in fine-tuning), student, and words (see agreement.teacher_words)."""
-    from transformers import AutoTokenizer
+def load(run, corpus, cached: bool = False):
+    """tokenizer, teacher (None in fine-tuning), student, and words (see agreement.teacher_words). cached: a cache speaks for
+    the teacher, which is then None."""
+    from transformers import AutoConfig, AutoTokenizer
 
     options, task = run.model, run.data.task
     remote = {"trust_remote_code": options.trust_remote_code}
@@ -18,33 +20,61 @@ def load(run, corpus):
     if fresh:  # its outputs are the data's classes
         data.number_classes(corpus)
     head = _head(task, corpus.names) if fresh else {}
-    model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
+    model = None
+    if not (cached and options.student):  # else a student would be made of it
+        model = _model("teacher" if run.method else "model", name, revision, task, remote, new_head=fresh, **head)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **remote)
     if task == "token_classification":
         tokenizer = _for_words(tokenizer, name, revision, remote)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    config = AutoConfig.from_pretrained(name, revision=revision, **remote) if model is None else model.config
+    config.pad_token_id = tokenizer.pad_token_id
     if not run.method:
         return tokenizer, None, model, None
-    teacher, words = model, None
+    words = None
     if options.student_layers:
-        made = student.from_layers(teacher, options.student_layers)
+        made = student.from_layers(model, options.student_layers)
     elif options.student_config:
-        made = student.from_config(teacher, options.student_config)
+        made = student.from_config(model, options.student_config)
     else:
         own = AutoTokenizer.from_pretrained(options.student, revision=options.student_revision, **remote)
         words = agreement.teacher_words(own, tokenizer)
         tokenizer = tokenizer if words is None else own  # the data bear the student's ids
-        labels = {"num_labels": teacher.config.num_labels} if task in (*NAMED_TASKS, "regression") else {}
+        labels = {"num_labels": config.num_labels} if task in (*NAMED_TASKS, "regression") else {}
         made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
         if labels and agreement.label_names(made.config.id2label) is None:
-            made.config.id2label = teacher.config.id2label
-            made.config.label2id = {name: i for i, name in teacher.config.id2label.items()}
+            made.config.id2label = config.id2label
+            made.config.label2id = {name: i for i, name in config.id2label.items()}
     if task in (*NAMED_TASKS, "cloze") and not fresh:
         data.number_classes(corpus, None if task == "cloze" else made.config.id2label)
-    return tokenizer, teacher, made, words
+    return tokenizer, None if cached else model, made, words
+
+
+def cache_of(run) -> tuple[cache.Options | None, bool]:
+    """The options of the run's cache, and whether it speaks for the teacher, whose weights are then not loaded."""
+    from transformers import AutoConfig
+
+    options = run.model
+    if not run.method or options.finetune_teacher or options.teacher_cache is None:
+        return None, False
+    config = None
+    if options.from_logprobs:
+        remote = {"trust_remote_code": options.trust_remote_code}
+        config = AutoConfig.from_pretrained(options.teacher, revision=options.teacher_revision, **remote)
+    files = identity.hash_of_files(options.teacher, options.teacher_revision)
+    told = cache.complete(options.teacher_cache)
+    asked = {"top_k": options.top_k, "samples": options.samples, "dtype": options.cache_dtype}
+    kept = cache.Options(
+        options.teacher_cache, **asked, examples_per_shard=options.cache_shard, from_logprobs=options.from_logprobs,
+        config=config, files=files,
+    )  # fmt: skip
+    served = told is not None and told["source"] == "log_probs"
+    comparable = told is not None and (
+        files is None or told["made_from"]["files"] is not None
+    )  # else the weights are hashed
+    return kept, bool(options.from_logprobs) or served or comparable
 
 
 def _head(task: str, names: list[str] | None) -> dict:

@@ -49,9 +49,13 @@ class ModelArguments:
     teacher_dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on a GPU that has it, else float32"})
     compile_teacher: bool = field(default=False, metadata={"help": "torch.compile the teacher's forward"})
     teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "keep the teacher's logits in this folder, computed once (methods of logits only)"},
+        default=None, metadata={"help": "keep the teacher's word in this folder, or use it"}
     )
+    top_k: int | None = field(default=None, metadata={"help": "cache the k most likely tokens and the others' mass"})
+    samples: int | None = field(default=None, metadata={"help": "cache so many tokens drawn from its distribution"})
+    cache_dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16; otherwise the teacher's"})
+    cache_shard: int | None = field(default=None, metadata={"help": "examples per file; otherwise for about 128 MB"})
+    from_logprobs: str | None = field(default=None, metadata={"help": "make the cache of a server's log-probabilities"})
     allow_weak_teacher: bool = field(
         default=False, metadata={"help": "go on with a teacher that is no better than chance on the validation set"}
     )
@@ -190,6 +194,7 @@ def _several_on_cpus() -> None:
 
 KINDS = {
     "distill": (ModelArguments, DataArguments, MethodArguments, RunArguments),
+    "cache": (ModelArguments, DataArguments, MethodArguments, RunArguments),
     "finetune": (FinetuneArguments, DataArguments, RunArguments),
 }
 # Trainer's options that --help shows, and what it says of them.
@@ -212,6 +217,7 @@ RARE = (
     "advance",
     "dataset_config",
     "max_skipped_steps",
+    "cache_shard",
 )
 
 
@@ -260,6 +266,7 @@ class _Parser(HfArgumentParser):
     def __init__(self, command: str, whole: bool = False):
         usage = {
             "distill": "fastkd distill --teacher MODEL --student_layers every:2 --train_file train.csv --output_dir runs/first",
+            "cache": "fastkd cache --teacher MODEL --student MODEL --train_file train.csv --teacher_cache cache",
             "finetune": "fastkd finetune --model MODEL --train_file train.csv --output_dir runs/teacher",
         }[command]
         super().__init__(
@@ -311,10 +318,14 @@ def read(options: dict, flags: list[str] = (), command: str = "distill") -> Run:
         )
     *parsed, _ = parsed  # --config
     *usual, _ = usual
-    if parsed[-1].output_dir in (None, usual[-1].output_dir):
+    if command == "cache":
+        if parsed[0].teacher_cache is None:
+            raise ValueError("teacher_cache: say in which folder the cache shall be kept")
+        parsed[-1].output_dir, parsed[-1].save_strategy = parsed[0].teacher_cache, "no"
+    elif parsed[-1].output_dir in (None, usual[-1].output_dir):
         raise ValueError("output_dir: say where the run shall be kept")
     options = _differing(parsed, usual)
-    if command == "distill":
+    if command != "finetune":
         return Run(*parsed, options)
     model, data, args = parsed
     as_student = {"student": model.model, "student_revision": model.model_revision}

@@ -11,7 +11,7 @@ from fastkd import checks, functional
 from fastkd.losses.kd import PredictionLoss, hard_cross_entropy, hard_cross_entropy_from_hidden
 
 from . import embedding, heads
-from .heads import Headless
+from .heads import Headless, Sparse, whole
 from .states import States
 
 WORD_TASKS = ("masked_lm", "causal_lm")
@@ -63,7 +63,7 @@ class Predictions(NamedTuple):
     """What the task asks both models: student and teacher [..., C], labels [...], and which rows count (None: all)."""
 
     student: Tensor | Headless
-    teacher: Tensor | Headless | None
+    teacher: Tensor | Headless | Sparse | None
     labels: Tensor | None
     mask: Tensor | None
 
@@ -123,7 +123,7 @@ class Batch:
             wrong = self.labels[outside()][0].item()
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, or be -100, got {wrong}; {hint}") from None
 
-    def _asked(self, states: States) -> Tensor | Headless | None:
+    def _asked(self, states: States) -> Tensor | Headless | Sparse | None:
         x = states.predictions
         if x is None:
             return None
@@ -140,8 +140,7 @@ class Batch:
 
     def task_logits(self) -> Tensor:
         """The student's logits for what the task asks, whole; in embedding, its embeddings."""
-        x = self._asked(self.student)
-        return x.logits() if isinstance(x, Headless) else x
+        return whole(self._asked(self.student))
 
     def outputs(self) -> dict[str, Tensor]:
         """What an evaluation has of the batch; in embedding also the teacher's embeddings and the examples' numbers, since rows
@@ -183,7 +182,7 @@ class Batch:
         if self.task == "regression":
             value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
         else:
-            value = loss.soft_term(asked.student, asked.teacher, asked.labels if of_tokens else None, asked.mask)
+            value = loss.soft_term(asked.student, whole(asked.teacher), asked.labels if of_tokens else None, asked.mask)
         over = "examples" if not of_tokens else "tokens" if asked.labels is None else "labels"
         terms = {name: Term(value, scale * loss.soft, over)}
         return terms | (self.fine_tune(scale * loss.hard) if loss.hard else {})
@@ -198,8 +197,7 @@ class Batch:
         if headless and isinstance(student, Headless):
             sides, options = heads.arguments(student, teacher)
             return loss.from_hidden(*sides, mask=mask, **options, **labels)
-        sides = (x.logits() if isinstance(x, Headless) else x for x in (student, teacher))
-        return loss(*sides, mask=mask, **labels)
+        return loss(whole(student), whole(teacher), mask=mask, **labels)
 
     def fine_tune(self, weight: float = 1.0) -> dict[str, Term]:
         """The task's own loss as the one term."""

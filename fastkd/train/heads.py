@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import functional
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,8 +54,35 @@ class Headless:
         return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def arguments(student: Headless, teacher: Headless) -> tuple[tuple[Tensor, ...], dict]:
+@dataclass(frozen=True)
+class Sparse:
+    """Of logits [..., V] that nobody has, the log-probabilities of a few tokens."""
+
+    topk: functional.TopK
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.topk.indices.shape[:-1], self.size)
+
+    def __getitem__(self, rows) -> "Sparse":
+        return replace(self, topk=functional.TopK(*(x[rows] if isinstance(x, Tensor) else x for x in self.topk)))
+
+
+def whole(x: "Tensor | Headless | Sparse | None"):
+    """As `fastkd.divergence` takes it: logits, or a TopK."""
+    return x.logits() if isinstance(x, Headless) else x.topk if isinstance(x, Sparse) else x
+
+
+def arguments(student: Headless, teacher: "Headless | Sparse") -> tuple[tuple, dict]:
     """What `from_hidden` of a loss takes of both sides."""
+    if isinstance(teacher, Sparse):
+        options = {
+            "student_bias": student.bias,
+            "logit_scale": student.finish.scale,
+            "logit_softcap": student.finish.softcap,
+        }
+        return (student.hidden, student.weight, teacher.topk, None), options
     options = {"student_bias": student.bias, "teacher_bias": teacher.bias}
     scales, caps = zip(student.finish, teacher.finish, strict=True)
     if scales != (1.0, 1.0):

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .heads import Finish, Headless, in_eval_mode, taken_off
+from .heads import Finish, Headless, Sparse, in_eval_mode, taken_off, whole
 
 ATTENTION = "fastkd"
 # What a call may be given that makes the scores something else than scale·q·kᵀ under a mask.
@@ -53,14 +53,19 @@ class States:
     """predictions: logits, or what they are made of. hidden: N + 1 levels [B, S, D], embeddings first. qkv: every layer
     asked for (0-based); keys and values may have fewer, grouped heads. None where it was not asked for."""
 
-    predictions: Tensor | Headless | None
+    predictions: Tensor | Headless | Sparse | None
     hidden: tuple[Tensor | None, ...] | None = None
     qkv: dict[int, QKV] | None = None
 
     @property
     def logits(self) -> Tensor:
         """All of them, made now where the model ran without its head."""
-        return self.predictions.logits() if isinstance(self.predictions, Headless) else self.predictions
+        if isinstance(self.predictions, Sparse):
+            raise ValueError(
+                "teacher_cache: this method reads all logits of the teacher, and the cache has those of a few tokens; make "
+                "another without top_k and samples, which keeps the states before the teacher's head"
+            )
+        return whole(self.predictions)
 
     def over(self, tokens) -> "States":
         """Predictions over these tokens of the vocabulary, or these labels."""

@@ -86,6 +86,17 @@ def _blank(ids: list[int], mask_id: int) -> int:
     return ids.index(mask_id)
 
 
+def hide_tokens(rows, tokenizer, mlm_probability: float = 0.15):
+    """The tokens that masked_lm hides, chosen once: input_ids with them hidden, and labels."""
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=42)
+
+    def hide(ids):
+        batch = collate([{"input_ids": ids}])
+        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+
+    return rows.map(hide, input_columns="input_ids", load_from_cache_file=False)
+
+
 class Masking(DataCollatorForLanguageModeling):
     """transformers' own, whose masks depend on the seed and the batch's tokens alone: a resumed run masks as the undisturbed
     one, and teacher and student are evaluated on the same masks."""
@@ -101,10 +112,14 @@ class Masking(DataCollatorForLanguageModeling):
         return super().torch_call(examples)
 
 
-def collator(tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False, seed: int = 0):
-    """seed: of the masks of masked_lm."""
+def collator(
+    tokenizer, task: str, mlm_probability: float = 0.15, pack: bool = False, seed: int = 0, once: bool = False
+):
+    """seed: of the masks of masked_lm. once: the tokens that it hides are hidden in the data (hide_tokens)."""
     if pack:
         return packing.Collator(tokenizer.pad_token_id)
+    if task == "masked_lm" and once:
+        return DataCollatorForTokenClassification(tokenizer)
     if task == "masked_lm":
         return Masking(tokenizer, mlm_probability, seed)
     if task == "causal_lm":

@@ -2,33 +2,30 @@
 
 import copy
 import inspect
-import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import is_compiled_module
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fastkd import checks, interruption
+from fastkd import checks
 
 from . import cache, embedding, heads, packing, ranks, states
 from .agreement import check_model, check_pair, teacher_labels
 from .batch import LABEL_FREE_TASKS, NAMED_TASKS, UNITS, VOCABULARY_TASKS, Batch, count_units
 from .checkpoints import Checkpoints, Continuation, Interruptions, not_finite
 from .finite import Finite
+from .learned import Learned
 from .methods import Combined, Setup, Side, build
 
-STATE = "fastkd_method"
 EXTRA = ("example_id", "blank")
 COUNTS = "units"  # of a micro-batch, a rank's average
 
 
-class DistillTrainer(Checkpoints, Trainer):
+class DistillTrainer(Checkpoints, Learned, Trainer):
     """Trainer(model=student, …) with `teacher` and `method` ("bert_emd", "fcd + kd:weight=0.5"; see fastkd.train.methods).
 
     The teacher is frozen and in eval mode, never wrapped, never saved. The method's learned pieces (projections, layer
@@ -38,7 +35,8 @@ class DistillTrainer(Checkpoints, Trainer):
     Trainer itself logs. advance="step" moves the method's learned state once per optimizer step, "micro" once per
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class. pooling: in embedding, what of the
     token states is the embedding: "mean", "cls" (the first token) or "last".
-    teacher_cache: a folder for the teacher's logits, computed once instead of in every step.
+    teacher_cache: a folder, or cache.Options, for what the teacher says of each example: computed once, or found there, and
+    then teacher may be None.
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many of them in a row end the run.
     words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
     data bear the student's ids.
@@ -58,7 +56,7 @@ class DistillTrainer(Checkpoints, Trainer):
         advance: str = "step",
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
-        teacher_cache: str | None = None,
+        teacher_cache: "str | Path | cache.Options | None" = None,
         words: Tensor | None = None,
         max_skipped_steps: int = 10,
         **kwargs,
@@ -67,7 +65,7 @@ class DistillTrainer(Checkpoints, Trainer):
             raise ValueError(f"advance: expected 'step' or 'micro', got {advance!r}")
         if kwargs.get("args") is None:
             raise ValueError("args: DistillTrainer needs TrainingArguments, with an output_dir")
-        if teacher is None and method is not None:
+        if teacher is None and method is not None and not teacher_cache:
             raise ValueError(f"teacher: method={method!r} needs one, got None; leave the method out to fine-tune alone")
         checks.one_of("pooling", pooling, tuple(embedding.POOLINGS))
         if teacher is None and task == "embedding":
@@ -86,51 +84,50 @@ class DistillTrainer(Checkpoints, Trainer):
         if task == "embedding":
             self.label_names = ["labels"]  # the scores of pairs; the model's own forward takes none
         self.answers = None if answers is None else answers.to(self.args.device)
-        self.teacher, self.method, self.relabel, self.taught = None, None, None, None
+        self.teacher, self.method, self.relabel, self.cache = None, None, None, None
         self.words = None if words is None else words.to(self.args.device)
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
         self._loss_only, self._stop_after, self._replicated = False, None, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
         check_model("student", model, task)
+        asked = cache.Options.of(teacher_cache) if teacher_cache and (teacher is not None or method) else None
+        known = cache.Absent.of(asked) if asked and teacher is None else teacher
+        if known is not None:
+            self.method = self._method(model, known, method)
         if teacher is not None:
-            self.method = self._method(model, teacher, method)
-            if teacher_cache:
-                cache.check_method(self.method, task, self.train_dataset)
             self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
             if not compile_teacher:
                 read = self.method.attention("teacher"), self.method.levels("teacher")
                 self._stop_after = states.stop_after(self.teacher, *read)
-            if teacher_cache:
-                size, accepts = self.args.per_device_eval_batch_size, self._accepts["teacher"]
-                first = self.args.main_process_first(desc="teacher_cache")
-                with interruption.deferred(), first:  # the others then find it done
-                    self.taught = cache.logits(
-                        teacher_cache, self.teacher, self.train_dataset,
-                        self._get_collator_with_removed_columns(self.data_collator), accepts, task, size,
-                        self.args.device, self.words,
-                    )  # fmt: skip
         self._take_heads_off(compile_teacher)
+        self.teacher_config = None if known is None else known.config
+        if asked:
+            self.cache = self._opened(asked, compile_teacher)
         self._step_begins = True
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
         self._weights: dict[str, float] = {}
 
     def _method(self, model, teacher, method: str | None) -> Combined:
-        check_model("teacher", teacher, self.task)
+        loaded = not isinstance(teacher, cache.Absent)
+        if loaded:
+            check_model("teacher", teacher, self.task)
+        networks = {"student": model, **({"teacher": teacher} if loaded else {})}
         check_pair(model, teacher, self.task, self.words)
         relabel = teacher_labels(model, teacher) if self.task in NAMED_TASKS else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
+        of_teacher = Side.of(teacher) if loaded else teacher.side
         group = ranks.process_group(self.args)
-        built = build(method, Setup(Side.of(model), Side.of(teacher), self.task, self.train_dataset, group))
+        built = build(method, Setup(Side.of(model), of_teacher, self.task, self.train_dataset, group))
         columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
         if self.task not in LABEL_FREE_TASKS and not {"label", "labels"} & set(columns):
             built.check_unlabelled()
         if packing.is_packed(self.task, columns):
             built.check_packed()
-            for side, network in (("student", model), ("teacher", teacher)):
+            for side, network in networks.items():
                 packing.check_model(network, self._accepts[side])
         ranks.check_replicas(self, built, model)
-        for side, network in (("student", model), ("teacher", teacher)):
+        for side, network in networks.items():
             if built.attention(side):
                 states.record_attention(network)
         built = built.to(self.args.device)
@@ -165,6 +162,30 @@ class DistillTrainer(Checkpoints, Trainer):
         if None not in found.values():
             self._finish |= found
 
+    def _opened(self, asked: cache.Options, compiled: bool) -> cache.Reader:
+        teacher, args = None, self.args
+        if self.teacher is not None:
+            if self._finish["teacher"] is None and self.task in VOCABULARY_TASKS and not compiled:
+                self._finish["teacher"] = heads.find(self.teacher)
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            how = args.per_device_eval_batch_size, self._finish["teacher"], self.words
+            teacher = cache.Teacher(self.teacher, self._ask_teacher, collate, *how)
+        first = partial(args.main_process_first, local=False, desc="teacher_cache")
+        processes = cache.Processes(args.process_index, args.world_size, self.accelerator.wait_for_everyone, first)
+        return cache.opened(
+            asked, self.method, self.task, self.train_dataset, self.teacher_config, tokenizer=self.processing_class,
+            words=self.words, teacher=teacher, processes=processes,
+        )  # fmt: skip
+
+    def get_train_dataloader(self):
+        if self.cache is None:
+            return super().get_train_dataloader()
+        plain, self.data_collator = self.data_collator, cache.Collator(self.data_collator, self.cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
     def _set_signature_columns_if_needed(self):
         """The columns that are kept of the data; Trainer drops those that its own model does not take."""
         if self._signature_columns is None:
@@ -177,6 +198,7 @@ class DistillTrainer(Checkpoints, Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         extra = {name: inputs.pop(name, None) for name in (*EXTRA, COUNTS)}
+        kept = inputs.pop(cache.BATCH_KEY, None)
         training = model.training
         distils = training and self.method is not None
         progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
@@ -187,7 +209,7 @@ class DistillTrainer(Checkpoints, Trainer):
             student = student.over(slice(len(self.words)))
         teacher = None
         if distils and self.method.teaches(progress):
-            teacher = self._taught(inputs, extra["example_id"], progress)
+            teacher = self._taught(inputs, kept, progress)
         elif self.task == "embedding":  # what the evaluation compares with
             teacher = self._states(self.teacher, inputs, "teacher", progress, False)
         batch = Batch(
@@ -244,17 +266,27 @@ class DistillTrainer(Checkpoints, Trainer):
         return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
-    def _taught(self, inputs, example_id: Tensor, progress: float) -> states.States:
-        if self.taught is not None:
-            return self._in_students_terms(states.States(self.taught[example_id]))
+    def _taught(self, inputs, kept: dict[str, Tensor] | None, progress: float) -> states.States:
+        if self.cache is not None:
+            return self._in_students_terms(self.cache.states(kept))
         return self._in_students_terms(self._states(self.teacher, inputs, "teacher", progress, True))
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch) -> states.States:
+        """What the method ever reads of it."""
+        inputs = {
+            name: x.to(self.args.device) for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"
+        }
+        return self._states(self.teacher, inputs, "teacher", None, True)
 
     def _in_students_terms(self, teacher: states.States) -> states.States:
         """Its labels, or tokens, in the student's order."""
         order = self.words if self.task in VOCABULARY_TASKS else self.relabel
-        return teacher if order is None or teacher.predictions is None else teacher.over(order)
+        if order is None or teacher.predictions is None or isinstance(teacher.predictions, heads.Sparse):
+            return teacher  # the few tokens of a Sparse are the student's already
+        return teacher.over(order)
 
-    def _states(self, model, inputs, side: str, progress: float, reads: bool) -> states.States:
+    def _states(self, model, inputs, side: str, progress: float | None, reads: bool) -> states.States:
         if self.words is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
         if packing.is_packed(self.task, inputs):
@@ -311,61 +343,9 @@ class DistillTrainer(Checkpoints, Trainer):
             self._sums, self._steps = {}, {}
         super().log(logs, start_time)
 
-    # -- the method's learned pieces -----------------------------------------------------------------------------------
-
-    def create_optimizer(self, model=None):
-        fresh = self.optimizer is None
-        super().create_optimizer(model)
-        learned = [] if self.method is None else list(self.method.parameters())
-        if fresh and learned:
-            shared = {k: v for k, v in self.optimizer.defaults.items() if k not in ("params", "weight_decay")}
-            decayed = [p for p in learned if p.dim() > 1]
-            biases = [p for p in learned if p.dim() <= 1]
-            groups = [
-                {"params": group, "weight_decay": decay, **shared}
-                for group, decay in ((decayed, self.args.weight_decay), (biases, 0.0))
-                if group
-            ]
-            if self.is_fsdp_enabled:  # accelerate's optimizer takes the parameters of the sharded model only
-                self._replicated = ranks.optimizer_beside(self.optimizer, groups)
-            else:
-                for group in groups:
-                    self.optimizer.add_param_group(group)
-        return self.optimizer
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._step_begins and self.method is not None:
-            self.method.zero_grad()  # Trainer zeroes the gradients of its model, not those of its optimizer
-        loss = super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)  # a skipped step's
-        self._step_begins = self.accelerator.sync_gradients
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1 and self.method is not None:
-            for parameter in self.method.parameters():  # DDP averages the student's gradients; these are not in it
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self.accelerator.num_processes
-        return loss
-
     def _get_grad_norm(self, model, grad_norm=None):
         self.finite.norm = super()._get_grad_norm(model, grad_norm)
         return self.finite.norm
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        if self.args.should_save and self.method is not None:
-            save_method(self.method, output_dir)
-            if self._replicated is not None:
-                torch.save(self._replicated.state_dict(), Path(output_dir) / f"{STATE}_optimizer.pt")
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._replicated is not None:
-            saved = torch.load(Path(checkpoint) / f"{STATE}_optimizer.pt", map_location="cpu", weights_only=True)
-            self._replicated.load_state_dict(saved)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.method is not None:
-            load_method(self.method, resume_from_checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         """The student alone, loadable with AutoModel….from_pretrained: nothing of the teacher or the method, no pickle."""
@@ -406,27 +386,3 @@ def real_tokens(inputs) -> Tensor:
 def arguments_of(model) -> set[str]:
     """What a model's forward takes by name: DistilBERT and decoders, for example, know no token types."""
     return set() if model is None else set(inspect.signature(model.forward).parameters)
-
-
-def save_method(method: Combined, folder) -> None:
-    """fastkd_method.safetensors: parameters and buffers; fastkd_method.json: which methods they belong to."""
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in method.state_dict().items()}
-    save_file(tensors, Path(folder) / f"{STATE}.safetensors")
-    (Path(folder) / f"{STATE}.json").write_text(
-        json.dumps({"methods": list(method.methods), "weights": method.weights})
-    )
-
-
-def load_method(method: Combined, folder) -> None:
-    path = Path(folder) / f"{STATE}.json"
-    if not path.exists():
-        raise ValueError(
-            f"resume: {folder} has no {path.name}, so what the method had learned is lost; resume elsewhere"
-        )
-    saved = json.loads(path.read_text())
-    if saved["methods"] != list(method.methods):
-        raise ValueError(
-            f"resume: {folder} was written by method {' + '.join(saved['methods'])}, and this run is "
-            f"{' + '.join(method.methods)}; resume with the same, or choose another output folder"
-        )
-    method.load_state_dict(load_file(path.with_suffix(".safetensors")))

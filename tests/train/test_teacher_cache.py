@@ -1,4 +1,4 @@
-"""The teacher's logits, computed once: the same training without its forward, and never somebody else's logits."""
+"""What a teacher said, kept: the same training without its forward, never somebody else's words, and no shard made twice."""
 
 import pytest
 import torch
@@ -6,70 +6,240 @@ import torch
 import tiny
 
 pytest.importorskip("transformers")
+from safetensors.torch import load_file
 from test_methods import pair
 
+import fastkd
 from fastkd.train import cache
+from fastkd.train.cache import shards
+from fastkd.train.cache.contents import drawn, likeliest
+from fastkd.train.cache.shards import INDEX, shard_name
+from fastkd.train.states import read
 from fastkd.train.trainer import DistillTrainer
 
+LIVE = "live"
 
-def trained(folder, cached=None, method="kd", task="classification", rows=12, teacher=None, epochs=2):
-    default, student = pair("bert", task)
-    teacher = teacher or default
-    args = tiny.arguments(folder, per_device_train_batch_size=4, per_device_eval_batch_size=5)
-    args.num_train_epochs, args.max_steps = epochs, -1
+
+def trainer(folder, method, task, kept=None, *, family=None, teacher=LIVE, student=None, data=None, **changes):
+    """kept: cache.Options or a folder. teacher: None for a cache alone."""
+    family = family or ("gpt2" if task == "causal_lm" else "bert")
+    live, ours = pair(family, task)
+    options = {"max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    args = tiny.arguments(folder / "run", **{**options, "train_sampling_strategy": "sequential", **changes})
+    answers = torch.tensor([7, 9]) if task == "cloze" else None
     torch.manual_seed(0)
-    trainer = DistillTrainer(
-        student,
-        teacher,
-        method,
-        task=task,
-        args=args,
-        train_dataset=tiny.dataset(task, rows=rows),
-        teacher_cache=cached,
-    )
-    trainer.train()
-    return trainer
+    return DistillTrainer(
+        student or ours, live if teacher is LIVE else teacher, method, task=task, args=args, answers=answers,
+        train_dataset=tiny.dataset(task, rows=12) if data is None else data, teacher_cache=kept,
+    )  # fmt: skip
+
+
+def trained(*args, **options):
+    made = trainer(*args, **options)
+    made.train()
+    return made
 
 
 def parameters(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("task", cache.TASKS)
-def test_trains_as_without_it_and_asks_the_teacher_once(task, tmp_path):
-    plain = trained(tmp_path / "plain", task=task)
-    teacher, _ = pair("bert", task)
-    calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
-    first = trained(tmp_path / "first", tmp_path / "cache", task=task, teacher=teacher)
-    assert len(calls) == 3  # 12 rows in batches of 5, whatever the epochs
-    second = trained(tmp_path / "second", tmp_path / "cache", task=task, teacher=teacher)
-    assert len(calls) == 3
-    torch.testing.assert_close(parameters(first), parameters(plain), rtol=1e-4, atol=1e-6)
-    assert torch.equal(parameters(first), parameters(second))
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [cache.FILE]
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_refuses_what_was_made_from_something_else(tmp_path):
-    trained(tmp_path / "1", tmp_path / "cache")
-    before = (tmp_path / "cache" / cache.FILE).read_bytes()
-    other, _ = pair("bert", "classification")
+EXACT = [
+    ("kd", "classification", "bert"),
+    ("kd", "regression", "bert"),
+    ("pkd + kd", "classification", "bert"),
+    ("bert_emd:beta=1", "classification", "bert"),
+    ("fcd:share=1", "classification", "gpt2"),
+    ("codir:nce_k=3,feat_dim=8", "masked_lm", "bert"),
+    ("tinybert", "masked_lm", "distilbert"),
+    ("glmd:temperature=2", "cloze", "bert"),
+    ("distilbert", "masked_lm", "roberta"),
+    ("forward_kl:hard=1", "causal_lm", "gpt2"),
+    ("jsd + minilm:share=1", "causal_lm", "llama"),
+    ("minilmv2:relation_heads=4,teacher_layer=3", "causal_lm", "qwen2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "task", "family"), EXACT)
+def test_states_that_were_kept_train_bit_for_bit_as_the_live_teacher(method, task, family, tmp_path):
+    even = method.startswith(("bert_emd", "tinybert"))  # they read padding
+    options = {"family": family, "data": tiny.dataset(task, rows=12, even=even)}
+    live = trained(tmp_path, method, task, **options)
+    kept = cache.Options(tmp_path / "cache", examples_per_shard=8)
+    first = trained(tmp_path, method, task, kept, **options)
+    alone = trained(tmp_path, method, task, tmp_path / "cache", teacher=None, **options)
+    assert losses(alone) == losses(first) == losses(live)
+    assert torch.equal(parameters(first), parameters(live)) and torch.equal(parameters(alone), parameters(live))
+
+
+def test_only_what_the_method_reads_is_kept(tmp_path):
+    names = {
+        "kd": {"logits"}, "fcd:share=1": {"hidden.4"}, "minilm:share=1": {"q.3", "k.3", "v.3"},
+        "codir:nce_k=3,feat_dim=8": {"logits", "hidden.1", "hidden.3"},
+    }  # fmt: skip
+    for method, kept in names.items():
+        made = trainer(tmp_path, method, "classification", tmp_path / method.partition(":")[0])
+        assert set(made.cache.index["tensors"]) == kept, method
+
+
+def test_one_cache_serves_another_method_that_needs_less(tmp_path):
+    trainer(tmp_path, "forward_kl + fcd:share=1", "causal_lm", tmp_path / "cache")
+    alone = trained(tmp_path, "jsd", "causal_lm", tmp_path / "cache", teacher=None)
+    assert losses(alone) == losses(trained(tmp_path, "jsd", "causal_lm"))
+
+
+def test_shuffled_examples_with_numbers_of_their_own_get_their_own_rows(tmp_path):
+    data = tiny.dataset("causal_lm", rows=12)
+    data = data.remove_columns("example_id").add_column("example_id", [100 - 3 * i for i in range(12)])
+    options = {"data": data, "train_sampling_strategy": "random", "dataloader_num_workers": 1}
+    live = trained(tmp_path, "forward_kl", "causal_lm", **options)
+    kept = cache.Options(tmp_path / "cache", examples_per_shard=5)
+    torch.testing.assert_close(
+        parameters(trained(tmp_path, "forward_kl", "causal_lm", kept, **options)),
+        parameters(live),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+KINDS = ["forward_kl:temperature=2", "reverse_kl", "jsd:beta=0.3", "skew_kl", "kd:alpha=0.3", "glmd:temperature=3"]
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_all_tokens_as_the_most_likely_ones_are_the_whole_distribution(method, tmp_path):
+    live = trained(tmp_path, method, "causal_lm", **SGD)
+    kept = trained(tmp_path, method, "causal_lm", cache.Options(tmp_path / "cache", top_k=tiny.VOCAB), **SGD)
+    torch.testing.assert_close(parameters(kept), parameters(live), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", KINDS[:-1])
+def test_most_likely_tokens_are_a_topk_of_the_live_logits(method, tmp_path):
+    kept = trained(
+        tmp_path, method, "causal_lm", cache.Options(tmp_path / "cache", top_k=7), max_steps=1, learning_rate=0.0
+    )
+    data, (teacher, student) = tiny.dataset("causal_lm", rows=12), pair("gpt2", "causal_lm")
+    inputs = {name: torch.tensor(data[name][:4]) for name in ("input_ids", "attention_mask", "labels")}
+    labels = inputs.pop("labels")[:, 1:]
+    loss = next(iter(kept.method.methods.values())).loss
     with torch.no_grad():
-        next(other.parameters()).add_(1e-3)
-    with pytest.raises(ValueError, match=r"teacher_cache: .* made with another teacher than this run has"):
-        trained(tmp_path / "2", tmp_path / "cache", teacher=other)
-    with pytest.raises(ValueError, match="another data than"):
-        trained(tmp_path / "3", tmp_path / "cache", rows=13)
-    assert (tmp_path / "cache" / cache.FILE).read_bytes() == before
-    (tmp_path / "cache" / cache.FILE).write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a cache of fastkd"):
-        trained(tmp_path / "4", tmp_path / "cache")
+        ours, theirs = (read(model.eval(), inputs).logits[:, :-1] for model in (student, teacher))
+        temperature = loss.divergence["temperature"]
+        log_probs, indices = (theirs.double() / temperature).log_softmax(-1).topk(7)
+        rest = torch.log1p(-log_probs.exp().sum(-1))
+        sparse = fastkd.TopK(indices, log_probs.float(), rest.float())
+        soft = fastkd.divergence(ours, sparse, mask=inputs["attention_mask"][:, 1:], labels=labels, **loss.divergence)
+        hard = torch.nn.functional.cross_entropy(ours.flatten(0, 1), labels.flatten())
+    assert losses(kept)[0] == pytest.approx(float(loss.soft * soft + loss.hard * hard), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "task"), [("fcd", "classification"), ("bert_emd", "classification"), ("kd", "masked_lm")]
-)
-def test_refuses_methods_and_tasks_that_need_more(method, task, tmp_path):
-    with pytest.raises(ValueError, match=r"teacher_cache: .*(hidden states|predicts words)"):
-        trained(tmp_path, tmp_path / "cache", method, task)
-    assert not (tmp_path / "cache").exists()
+def test_likeliest_tokens_and_their_tail_are_the_whole_mass():
+    logits = 40 * torch.randn(50, 30, generator=torch.Generator().manual_seed(0))  # tails down to e^-80
+    found = likeliest(logits, 5)
+    every = logits.double().log_softmax(-1)
+    want, indices = every.topk(5)
+    assert torch.equal(found["indices"], indices)
+    torch.testing.assert_close(found["log_probs"].double(), want, rtol=1e-5, atol=1e-5)
+    tail = every.scatter(-1, indices, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(found["tail"].double(), tail, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_are_unbiased_and_come_again_for_the_same_seed():
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)).mul(2).expand(20_000, 9)
+    taken = [drawn(logits, 12, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert all(torch.equal(taken[0][name], taken[1][name]) for name in taken[0])
+    counts = torch.zeros(20_000, 9).scatter_(1, taken[0]["indices"], taken[0]["counts"].float())
+    assert (counts.sum(-1) == 12).all() and taken[0]["indices"].sort(-1).values.diff().all()
+    p = logits[0].softmax(-1)
+    error = (counts.mean(0) / 12 - p) / (p * (1 - p) / (12 * 20_000)).sqrt()
+    assert error.abs().max() < 4.5
+
+
+def test_a_step_on_samples_is_the_live_step_but_for_noise(tmp_path):
+    before = parameters(trainer(tmp_path, "forward_kl", "causal_lm"))
+    live = parameters(trained(tmp_path, "forward_kl", "causal_lm", max_steps=1, **SGD)) - before
+    noise = {}
+    for count in (12, 192):
+        kept = cache.Options(tmp_path / str(count), samples=count)
+        step = parameters(trained(tmp_path, "forward_kl", "causal_lm", kept, max_steps=1, **SGD)) - before
+        noise[count] = float((step - live).norm() / live.norm())
+    assert noise[192] < noise[12] / 2.5  # 1 / 4 but for chance
+
+
+def test_bfloat16_takes_half_and_stays_near(tmp_path):
+    live = losses(trained(tmp_path, "forward_kl", "causal_lm"))
+    made = trained(tmp_path, "forward_kl", "causal_lm", cache.Options(tmp_path / "half", dtype="bfloat16"))
+    assert losses(made) == pytest.approx(live, rel=2e-2) and losses(made) != live
+    assert made.cache.index["tensors"] == {"last": ["torch.bfloat16", [16]]}
+
+
+class Stopped(Exception):
+    """Takes the place of a signal."""
+
+
+def same_tensors(*paths):
+    ours, theirs = map(load_file, paths)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_interrupted_cache_is_gone_on_with(after, tmp_path, monkeypatch):
+    kept, whole = (cache.Options(tmp_path / name, examples_per_shard=4) for name in ("cache", "whole"))
+    trainer(tmp_path, "forward_kl", "causal_lm", whole)
+    written, write = [], shards.write
+
+    def stopping(path, *args):
+        if len(written) == after:
+            raise Stopped
+        written.append(path.name)
+        write(path, *args)
+
+    monkeypatch.setattr(shards, "write", stopping)
+    with pytest.raises(Stopped):
+        trainer(tmp_path, "forward_kl", "causal_lm", kept)
+    with pytest.raises(ValueError, match=r"teacher_cache: .* is missing in .*cache, as are \d other files"):
+        trainer(tmp_path, "forward_kl", "causal_lm", kept, teacher=None)
+    (tmp_path / "cache" / ".999999999-shard-00001.safetensors").touch()  # of a process that is no more
+    after = -1
+    trainer(tmp_path, "forward_kl", "causal_lm", kept)
+    names = ["head.safetensors", *map(shard_name, range(3))]
+    assert written == names  # each once
+    assert sorted(x.name for x in kept.folder.iterdir()) == sorted([*names, INDEX])
+    assert (kept.folder / INDEX).read_bytes() == (whole.folder / INDEX).read_bytes()
+    for name in names:
+        assert same_tensors(kept.folder / name, whole.folder / name)
+
+
+def build(folder, kept, method="forward_kl", *, task="causal_lm", teacher=LIVE, data=None, **more):
+    live, student = pair("gpt2", task)
+    return DistillTrainer(
+        student, live if teacher is LIVE else teacher, method, task=task, args=tiny.arguments(folder / "run"),
+        train_dataset=tiny.dataset(task, rows=12) if data is None else data, teacher_cache=kept, **more,
+    )  # fmt: skip
+
+
+def test_a_part_of_the_vocabulary(tmp_path):
+    """The student's tokens are half of the teacher's; teacher and student agree on them exactly."""
+    from fastkd.vocab import VocabMap
+
+    words = torch.tensor([0, 1, 2, *range(4, 58, 2)])
+    teacher = tiny.model("gpt2", "causal_lm", seed=3)
+    student = VocabMap(words, tiny.VOCAB).shrink(teacher)
+    data = tiny.dataset("causal_lm", rows=12).map(
+        lambda x: {name: [i % 30 if i >= 0 else i for i in x[name]] for name in ("input_ids", "labels")}
+    )
+    for form in ({}, {"top_k": 30}, {"top_k": 6}):
+        kept = cache.Options(tmp_path / f"cache{form.get('top_k')}", **form)
+        made = DistillTrainer(
+            student, teacher, "forward_kl", task="causal_lm", args=tiny.arguments(tmp_path / "run", learning_rate=0.0),
+            train_dataset=data, teacher_cache=kept, words=words,
+        )  # fmt: skip
+        made.train()
+        assert losses(made)[0] < 1e-9
+        other = torch.tensor([0, 1, 2, *range(5, 59, 2)])
+        with pytest.raises(ValueError, match="made with another vocabulary"):
+            build(tmp_path, kept.folder, data=data, words=other, teacher=None)

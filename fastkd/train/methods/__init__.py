@@ -178,8 +178,13 @@ class Combined(nn.Module):
         now = [m for m in self.methods.values() if progress is None or m.features(progress)]
         return sorted({level for method in now for level in method.levels(side)})
 
-    def predicts(self, side: str, progress: float) -> bool:
-        return any(method.predicts(side, progress) for method in self.methods.values())
+    def predicts(self, side: str, progress: float | None = None) -> bool:
+        """Whether predictions are read: now, or (None) ever. Stages change once, so that the ends of training tell."""
+        return any(
+            method.predicts(side, now) and (progress is not None or side == "student" or method.teaches(now))
+            for method in self.methods.values()
+            for now in ((0.0, 1.0) if progress is None else (progress,))
+        )
 
     def teaches(self, progress: float) -> bool:
         return any(method.teaches(progress) for method in self.methods.values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd.losses.kd import PredictionLoss
 from fastkd.train.batch import Batch, Term
-from fastkd.train.states import QKV, depth, is_causal
+from fastkd.train.states import QKV, is_causal
 
 _OURS = ("setup", "causal", "process_group", "backend")  # arguments that are no options of a method
 
@@ -30,11 +30,15 @@ class Side:
 
     @classmethod
     def of(cls, model) -> "Side":
-        config = model.config.get_text_config()
+        return cls.of_config(model.config, is_causal(model))
+
+    @classmethod
+    def of_config(cls, config, causal: bool) -> "Side":
+        config = config.get_text_config()
         heads = getattr(config, "num_attention_heads", 0)  # 0: it has no attention
         groups = getattr(config, "num_key_value_heads", None) or heads
-        sizes = depth(model), config.hidden_size, heads, groups
-        return cls(config.model_type, *sizes, is_causal(model), getattr(config, "head_dim", None))
+        sizes = config.num_hidden_layers, config.hidden_size, heads, groups
+        return cls(config.model_type, *sizes, causal, getattr(config, "head_dim", None))
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Method(nn.Module):
     features_only = False  # its first stage reads no predictions
     every_layer = False  # reads the queries, keys and values of all layers
     one_shape = False  # needs batches of one shape on all ranks: it couples their examples, or counts padding
+    every_position = False  # reads predictions wherever a token is real, label or not
+    reads_padding = False  # compares attention scores, whose queries at padding count, too
     token_wise = False  # compares no token with another one, so that a row may hold several documents
     soft_only = "alpha=1"  # the option with which the prediction's loss reads no labels
     stages: tuple[str, ...] = ("all",)

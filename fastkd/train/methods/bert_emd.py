@@ -17,7 +17,7 @@ from .base import Method, Term, same_heads
 
 
 class BertEMD(Method):
-    Loss, hidden, every_layer, one_shape = BertEMDLoss, True, True, True
+    Loss, hidden, every_layer, one_shape, reads_padding = BertEMDLoss, True, True, True, True
 
     def __init__(self, setup, beta=0.01, theta=1.0, temperature=1.0, emd_temperature=1.0, projection="random", **more):
         super().__init__(setup)

@@ -15,11 +15,12 @@ from .base import Method, Setup, Term, has_labels, has_numbers
 
 
 class CoDIR(Method):
-    Loss, hidden, one_shape, soft_only = CoDIRLoss, True, True, "beta=1"
+    Loss, one_shape, soft_only = CoDIRLoss, True, "beta=1"
 
     def __init__(self, setup: Setup, beta: float = 0.5, temperature: float = 2.0, crd: float = 0.1, **options):
         super().__init__(setup)
         has_numbers(setup, "codir")
+        self.read = {"student": range(1, setup.student.layers + 1), "teacher": range(1, setup.teacher.layers + 1, 2)}
         if setup.task == "masked_lm":
             options.setdefault("negatives", "window" if options.get("window") else "in_batch")
         self.crd, self.prediction = crd, HintonKDLoss(beta, temperature)

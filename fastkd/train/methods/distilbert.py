@@ -16,11 +16,12 @@ from .base import Method, Term, same_width
 
 
 class DistilBERT(Method):
-    hidden, token_wise = True, True
+    token_wise, every_position = True, True
 
     def __init__(self, setup, alpha_kl=5.0, alpha_mlm=2.0, alpha_cosine=1.0, temperature=2.0):
         super().__init__(setup)
         same_width(setup, "distilbert")
+        self.read = {"student": [setup.student.layers], "teacher": [setup.teacher.layers]}
         self.alpha_kl, self.alpha_mlm, self.alpha_cosine = alpha_kl, alpha_mlm, alpha_cosine
         self.loss = PredictionLoss(temperature=temperature)
 

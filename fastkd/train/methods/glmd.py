@@ -7,7 +7,7 @@ from .base import Method, Setup, Term
 
 
 class GLMD(Method):
-    stages, token_wise, one_shape = ("words", "soft"), True, True
+    stages, token_wise, one_shape, every_position = ("words", "soft"), True, True, True
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from .base import Method, Setup, Term, same_heads, uniform_map
 
 class TinyBERT(Method):
     hidden, every_layer, features_only, one_shape = True, True, True, True
-    stages = ("intermediate", "prediction")
+    reads_padding, stages = True, ("intermediate", "prediction")
 
     def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
         super().__init__(setup, share)
