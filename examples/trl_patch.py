@@ -9,6 +9,7 @@ block. What fastkd's kernels do not cover is computed by TRL.
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +37,7 @@ arguments = DistillationConfig(
     max_steps=options.steps,
     max_completion_length=options.max_completion_length,
     per_device_train_batch_size=4,
+    bf16=torch.cuda.is_available(),  # TRL's default, which a CPU refuses
     report_to="none",
 )
 with fastkd.patch("trl") as patched:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import backends
+from fastkd import backends, emd_numpy
 from fastkd.emd_numpy import emd, emd_with_flow
 from fastkd.functional import transport
 from fastkd.ops.transport import LARGEST
@@ -335,6 +335,17 @@ def test_numpy_entry():
         emd(None, None, np.ones((1, 32769)))
     with pytest.raises(ValueError, match="one row per mass"):
         emd(a[:3], b, cost)
+
+
+def test_numpy_entry_without_the_module(monkeypatch):
+    """In a Python that the wheel's module was not built for, torch's operation gives the same."""
+    cost, a, b = (x[0].numpy() for x in problems_of("random", 1, 6, 12))
+    wanted, log = emd(a, b, cost, log=True)
+    monkeypatch.setattr(emd_numpy, "_C", None)
+    flow, found = emd(a, b, cost, log=True)
+    assert abs(flow - wanted).max() < 1e-12 and found["cost"] == pytest.approx(log["cost"], rel=1e-12)
+    with pytest.raises(ValueError, match="same total"):
+        emd(a, b * 2, cost)
 
 
 @pytest.mark.gpu
