@@ -151,7 +151,7 @@ def train(run) -> list[dict]:
     """From the options to a folder with a model and a report, whose rows it returns. A run that was stopped goes on from its
     last checkpoint, also where only the export or the report is left."""
     from fastkd import interruption
-    from fastkd.train import arguments, checkpoints
+    from fastkd.train import checkpoints
 
     try:
         checkpoint, skipped = on_first_rank(checkpoints.newest, run.args.output_dir)
@@ -160,7 +160,7 @@ def train(run) -> list[dict]:
         trainer, models, test, lead, maps = _trained(run, checkpoint)
         return _export(run, trainer, models, test, lead, maps)
     except (KeyboardInterrupt, interruption.Terminated) as stopped:
-        raise type(stopped)(arguments.how_to_go_on(run.args)) from None
+        raise type(stopped)(checkpoints.how_to_go_on(run.args.output_dir)) from None
 
 
 def _trained(run, checkpoint):
@@ -190,7 +190,7 @@ def _trained(run, checkpoint):
     if not checkpoints.is_finished(trainer):
         raise RuntimeError(
             f"training was stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, so nothing is "
-            f"exported; {arguments.how_to_go_on(run.args)}"
+            f"exported; {checkpoints.how_to_go_on(run.args.output_dir)}"
         )
     name = "student" if run.method else "model"
     models = {name: student} if teacher is None else {"teacher": teacher, name: student}

@@ -16,7 +16,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastkd import atomic_write
 
-from . import checkpoints
 from .batch import TASKS
 from .data import SHIPPED
 
@@ -420,11 +419,3 @@ def save(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write.replacing(folder / RESOLVED) as scratch:
         scratch.write_text(yaml.safe_dump(run.options, sort_keys=True))
-
-
-def how_to_go_on(args: RunArguments) -> str:
-    """What a person who stopped a run can do."""
-    checkpoint = checkpoints.last(args.output_dir)
-    if checkpoint:
-        return f"the same command goes on from {checkpoint}"
-    return f"{args.output_dir} has no checkpoint yet, so the same command starts anew"

@@ -98,6 +98,14 @@ def last(output_dir) -> Path | None:
     return next((folder for folder in found(output_dir) if (folder / MANIFEST).is_file()), None)
 
 
+def how_to_go_on(output_dir) -> str:
+    """What a person who stopped a run can do."""
+    checkpoint = last(output_dir)
+    if checkpoint:
+        return f"the same command goes on from {checkpoint}"
+    return f"{output_dir} has no checkpoint yet, so the same command starts anew"
+
+
 def newest(output_dir) -> tuple[Complete | None, list[str]]:
     """The newest checkpoint that can be resumed from, None where there is no checkpoint, and why newer ones were skipped;
     ValueError where all of them are damaged, rather than to start anew without a word."""

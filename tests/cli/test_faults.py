@@ -136,6 +136,7 @@ def test_a_run_that_something_stops_is_not_exported(argv, tmp_path, capsys, monk
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_stepped_over(source, tmp_path, capsys):
     shutil.copytree(source, tmp_path / "source")
     run = tmp_path / "source" / "undisturbed"
@@ -257,6 +258,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_was_asked_for(files, ca
     assert (files / "ran").exists()
 
 
+@pytest.mark.long
 def test_empty_texts_and_a_class_never_seen_are_survived(files, capsys):  # noqa: F811
     names = {0: "neg", 1: "pos", 2: "mixed"}  # nothing is labelled mixed
     save_pair(files / "teacher", "bert", "classification", id2label=names)

@@ -157,7 +157,7 @@ def test_fine_tuning_with_one_infinite_label(tmp_path, said):
     assert all(x.isfinite().all() for x in student.parameters())
 
 
-@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("looks", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_limit_ends_the_run_with_the_last_good_checkpoint(looks, tmp_path, monkeypatch):
     if not looks:
         monkeypatch.setattr(checks, "looks_are_free", lambda x: False)

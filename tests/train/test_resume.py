@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over(case, name, damage, sent
         made(folder, "bert_emd").train(resume_from_checkpoint=str(folder / "checkpoint-7"))
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=["empty", "flipped"])
+@pytest.mark.parametrize("damage", [flip, pytest.param(empty, marks=pytest.mark.long)])
 def test_a_run_with_a_damaged_checkpoint_ends_as_the_undisturbed_one(damage, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     damage(tmp_path / "run" / "checkpoint-7" / "optimizer.pt")
