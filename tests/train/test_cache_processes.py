@@ -28,7 +28,7 @@ from fastkd.train.cache import shards
 made, write = [], shards.write
 shards.write = lambda path, *args: made.append(path.name) or write(path, *args)
 kept = cache.Options({folder!r} + "/cache", examples_per_shard=4)
-run = trained(Path({folder!r}), {method!r}, "causal_lm", kept, per_device_train_batch_size=4)
+run = trained(Path({folder!r}), {method!r}, "causal_lm", kept, per_device_train_batch_size=4, max_steps=1)
 result = made, losses(run), parameters(run)
 """
 
@@ -39,7 +39,7 @@ def test_two_processes_build_and_read_it_together(method, tmp_path):
     (first, ours, weights), (second, _, others) = on_two_ranks(RANKS.format(folder=str(tmp_path), method=method))
     assert first == ["head.safetensors", shard_name(0), shard_name(2)] and second == [shard_name(1)]
     assert torch.equal(weights, others)
-    options = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4}
+    options = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "max_steps": 1}
     alone = trained(tmp_path, method, "causal_lm", cache.Options(tmp_path / "alone", examples_per_shard=4), **options)
     for name in map(shard_name, range(3)):
         assert same_tensors(tmp_path / "cache" / name, tmp_path / "alone" / name)
