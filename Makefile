@@ -4,7 +4,7 @@
 # make profile whole training steps beside a careful loop and TRL; make profile STEPS='"gpt2 --method jsd"' some of them
 # make performance  docs/performance.md and its pictures from the CSV under bench/results, and the table of docs/numerics.md
 # make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
-# make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (part of make ci)
+# make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (a build each, so not in make ci)
 # make fuzz    20,000 random cases of the ops against the oracles; about ten minutes, not yet silent (docs/numerics.md)
 # make ci      make test, then whatever is marked long
 # make latest  make test's tests with the newest of everything but torch, in an environment of its own (.venv-latest)
@@ -43,7 +43,7 @@ fuzz: build
 	$(BIN)/python -m pytest $(WORKERS) -m fuzz
 
 mutants: build
-	$(BIN)/python -m pytest $(WORKERS) -m long tests/ops/test_mutants.py
+	$(BIN)/python -m pytest $(WORKERS) -m mutants tests/ops/test_mutants.py
 
 demo: build
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 import fastkd
-from fastkd.train.data import metrics
+from fastkd.train import metrics
 from fastkd.train.student import from_layers
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +48,7 @@ arguments = TrainingArguments(
 )
 trainer = fastkd.DistillTrainer(
     student, teacher, options.method, args=arguments, processing_class=tokenizer,
-    train_dataset=data["train"], eval_dataset=data["validation"], compute_metrics=metrics("classification"),
+    train_dataset=data["train"], eval_dataset=data["validation"], compute_metrics=metrics.of_task("classification"),
 )  # fmt: skip
 trainer.train()
 trainer.save_model(f"{options.output}/student")

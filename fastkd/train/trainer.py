@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fastkd import checks
+from fastkd import checks, interruption
 
 from . import cache, embedding, heads, packing, ranks, states
 from .agreement import check_model, check_pair, teacher_labels
@@ -172,10 +172,11 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             teacher = cache.Teacher(self.teacher, self._ask_teacher, collate, *how)
         first = partial(args.main_process_first, local=False, desc="teacher_cache")
         processes = cache.Processes(args.process_index, args.world_size, self.accelerator.wait_for_everyone, first)
-        return cache.opened(
-            asked, self.method, self.task, self.train_dataset, self.teacher_config, tokenizer=self.processing_class,
-            words=self.words, teacher=teacher, processes=processes,
-        )  # fmt: skip
+        with interruption.deferred():
+            return cache.opened(
+                asked, self.method, self.task, self.train_dataset, self.teacher_config, tokenizer=self.processing_class,
+                words=self.words, teacher=teacher, processes=processes,
+            )  # fmt: skip
 
     def get_train_dataloader(self):
         if self.cache is None:

@@ -23,9 +23,9 @@ WRONG = {
     "teacher with a graph": (lambda: F.divergence(L, L.clone().requires_grad_()), "teacher_logits requires grad"),
     "mask of another shape": (lambda: F.divergence(L, L, mask=torch.ones(3)), "mask: expected shape [...] = [4]"),
     "unknown kind": (lambda: F.divergence(L, L, kind="kl"), "kind: expected one of 'forward_kl'"),
-    "unknown reduction": (lambda: F.divergence(L, L, reduction="avg"), "reduction: expected one of 'mean', 'sum', 'none'"),
+    "unknown reduction": (lambda: F.divergence(L, L, reduction="avg"), "expected one of 'mean', 'batchmean', 'sum', 'none'"),
     "temperature 0": (lambda: F.divergence(L, L, temperature=0), "temperature: must be a finite number > 0, got 0"),
-    "beta at its end": (lambda: F.divergence(L, L, kind="jsd", beta=1.0), "kind='reverse_kl'"),
+    "beta beyond its end": (lambda: F.divergence(L, L, kind="jsd", beta=1.1), "beta: must lie in [0, 1]"),
     "sparse teacher out of range": (
         lambda: F.divergence(L, fastkd.TopK(torch.full((4, 2), 7), torch.zeros(4, 2))),
         "teacher_logits.indices: indices must lie in [0, 7)",

@@ -79,7 +79,7 @@ def test_ranking_by_default(monkeypatch):
         {"hardness_mode": "all_negatives", "hardness_strength": 0.0},
         {"similarity_fct": euclidean_sim},
     ],
-    ids=str,
+    ids=lambda options: "+".join(options) or "default",
 )
 def test_ranking_by_the_original(options):
     assert_same(*calls("MultipleNegativesRankingLoss", **options), *embeddings(3, 6, 0))
@@ -93,7 +93,7 @@ def test_ranking_by_the_original(options):
         {"temperature": 2.0, "teacher_temperature": 0.5},
         {"similarity_fct": pairwise_cos_sim, "student_temperature": 0.05},
     ],
-    ids=str,
+    ids=lambda options: "+".join(options) or "default",
 )
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_kl_of_scores(options, dtype):

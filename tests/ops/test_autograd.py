@@ -174,7 +174,7 @@ CASES = [
         lambda s, others, backend: functional.unit_linear(s, *others, backend=backend), only=("cpu",),
     ),
 ]  # fmt: skip
-WITHOUT_GRADIENT = {"nce_partition", "sample_negatives", "update_bank"}
+WITHOUT_GRADIENT = {"linear_entropy", "nce_partition", "sample_negatives", "update_bank"}
 
 
 def _parameters(names):

@@ -50,7 +50,7 @@ def test_the_text_to_replace_exists(mutant):
     assert text_of(mutant) != (ROOT / mutant["file"]).read_text()
 
 
-@pytest.mark.long
+@pytest.mark.mutants
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
 @by_name
 def test_the_tests_kill_the_mutant(mutant, tmp_path):

@@ -328,10 +328,9 @@ def _make_missing(reader: Reader, source, data, processes: Processes) -> None:
     mine = [
         i for i in range(reader.shards) if shards.shard_name(i) in missing and i % processes.count == processes.rank
     ]
-    with interruption.deferred(), Progress(disable=processes.rank > 0) as bar:
+    with Progress(disable=processes.rank > 0) as bar:
         job = bar.add_task("asking the teacher", total=len(mine))
         for number in mine:
-            interruption.check()
             start = number * reader.size_of_shard
             rows = list(range(start, min(start + reader.size_of_shard, reader.index["examples"])))
             examples = source.examples(data, rows, reader.contents)
