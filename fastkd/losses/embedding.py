@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastkd import checks, functional
+from fastkd import checks, distributed, functional
 from fastkd.checks import Backend
 from fastkd.functional.inference_mode import takes_inference_tensors
 
@@ -23,6 +23,7 @@ class EmbeddingLoss(nn.Module):
         mse: Weight of the mean squared difference.
         contrast: Weight of InfoNCE, in which the student's vector must pick the teacher's of its text among the batch.
         temperature: T > 0, of InfoNCE.
+        process_group: InfoNCE is then over the texts of all its ranks, which must hold equally many.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 
     Example:
@@ -38,6 +39,7 @@ class EmbeddingLoss(nn.Module):
         contrast: float = 0.0,
         *,
         temperature: float = 0.05,
+        process_group=None,
         backend: Backend = "auto",
     ):
         super().__init__()
@@ -49,7 +51,7 @@ class EmbeddingLoss(nn.Module):
                 "cosine, mse, contrast: all have the weight 0, so there is no loss; give one of them another"
             )
         checks.positive("temperature", temperature)
-        self.temperature, self.backend = temperature, backend
+        self.temperature, self.process_group, self.backend = temperature, process_group, backend
 
     @takes_inference_tensors
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ class EmbeddingLoss(nn.Module):
         return functional.layer_costs([student[:, None]], [teacher[:, None]], backend=self.backend).squeeze()
 
     def _contrast(self, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = (normalize(x, dim=-1) for x in (student, teacher))
+        sides = (distributed.gather_rows(x, self.process_group) for x in (student, teacher))
+        student, teacher = (normalize(x, dim=-1) for x in sides)
         return functional.info_nce_loss(student, teacher, None, temperature=self.temperature, backend=self.backend)
 
     def extra_repr(self) -> str:

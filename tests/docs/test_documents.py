@@ -117,7 +117,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     reference = (tmp_path / "site/reference/index.html").read_text()
     assert not [name for name in fastkd.__all__ if not re.search(rf'id="fastkd\.[\w.]*\b{name}"', reference)]
     assert ">>> loss = fastkd.FCDLoss()" in html.unescape(re.sub("<.*?>", "", reference))
-    assert (tmp_path / "site/index.html").read_text().count("overview.png") == 1
+    assert (tmp_path / "site/index.html").read_text().count("profile.png") == 1
 
 
 def test_the_table_of_numerics_has_every_way_and_noise():

@@ -202,7 +202,8 @@ def test_padding_alone_and_a_spike_are_survived(method, tmp_path, said):
     task = task_of(name, family)
     data = tiny.dataset(task, even=True).to_dict()
     data["attention_mask"][2] = [0] * tiny.LENGTH
-    data["labels"][2] = -100 if task == "classification" else [-100] * tiny.LENGTH
+    if "labels" in data:
+        data["labels"][2] = -100 if task == "classification" else [-100] * tiny.LENGTH
 
     class Spiky(DistillTrainer):
         def compute_loss(self, *args, **kwargs):

@@ -277,7 +277,7 @@ def torchs_own(*args, **kwargs):
 
 FAULTS = [
     ("torch.save", torchs_own, "unexpected pos 64 vs 0", ()),
-    ("fastkd.train.trainer.save_file", refused(errno.EROFS), "Read-only file system", pytest.mark.long),
+    ("fastkd.train.learned.save_file", refused(errno.EROFS), "Read-only file system", pytest.mark.long),
     ("torch.save", refused(errno.ENOSPC), "No space left on device", pytest.mark.long),
     ("fastkd.train.checkpoints.write_manifest", refused(errno.EIO), "Input/output error", pytest.mark.long),
     ("fastkd.atomic_write.rename", refused(errno.EACCES), "Permission denied", pytest.mark.long),

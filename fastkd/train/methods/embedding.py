@@ -8,12 +8,15 @@ from .base import Method, Setup, Term
 
 
 class Embedding(Method):
+    one_shape = True  # the contrast couples the batch
+
     def __init__(self, setup: Setup, cosine=1.0, mse=0.0, contrast=0.0, temperature=0.05):
         super().__init__(setup)
         self.loss = EmbeddingLoss(cosine, mse, contrast, temperature=temperature)
         self.weights = {name: weight for name, weight in self.loss.weights.items() if weight}
+        options = {"temperature": temperature, "process_group": setup.process_group}
         self.losses = {
-            name: EmbeddingLoss(*(float(name == other) for other in self.loss.weights), temperature=temperature)
+            name: EmbeddingLoss(*(float(name == other) for other in self.loss.weights), **options)
             for name in self.weights
         }
         widths = setup.student.width, setup.teacher.width
@@ -22,7 +25,7 @@ class Embedding(Method):
     def forward(self, batch):
         student, teacher, *_ = batch.predictions()  # [B, D]
         student = student if self.projection is None else self.projection(student)
-        over = {"cosine": "examples", "mse": "examples", "contrast": "batches"}  # the last couples the batch
+        over = {"cosine": ("examples", False), "mse": ("examples", False), "contrast": ("batches", True)}
         return {
-            name: Term(loss(student, teacher), self.weights[name], over[name]) for name, loss in self.losses.items()
+            name: Term(loss(student, teacher), self.weights[name], *over[name]) for name, loss in self.losses.items()
         }
