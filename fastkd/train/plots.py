@@ -110,12 +110,12 @@ def progress(histories: dict[str, list[dict]], metric: str, teacher: float | Non
         for i, (name, history) in enumerate(histories.items(), start=0 if "teacher" in histories else 1):
             points = [(e["step"], e[f"eval_{metric}"]) for e in history if f"eval_{metric}" in e]
             if points:
-                drawn += 1
+                drawn = max(drawn, len(points))
                 colour = COLOURS[i % len(COLOURS)]
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker="o", markersize=5, label=name)
         if teacher is not None:
             axis.axhline(teacher, color=COLOURS[0], linewidth=1.5, linestyle=(0, (4, 3)), label="teacher")
-        if not drawn:
+        if drawn < 2:  # one evaluation is no curve
             plt.close(figure)
             return None
         axis.set(title=f"{metric} on the validation set while training", xlabel="step")
