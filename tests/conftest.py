@@ -1,6 +1,7 @@
 """Every test runs with uninitialised memory filled with NaN, and the markers say why a test is skipped."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -58,3 +59,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):  # the keywords would include the names of folders
             item.add_marker(skip)
+
+
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

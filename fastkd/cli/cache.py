@@ -10,7 +10,7 @@ def main(argv: list[str]) -> int:
     import datasets
     from transformers.utils import logging
 
-    from fastkd.train import arguments
+    from fastkd.cli import arguments
 
     run = arguments.parse(argv, "cache")
     datasets.disable_progress_bars()

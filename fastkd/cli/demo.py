@@ -159,7 +159,6 @@ def _train(options, work: Path, texts: Texts):
     """The teacher, then both students from one start; everything that the report asks for."""
     import copy
 
-    import torch
     from transformers import AutoModelForSequenceClassification, set_seed
 
     from fastkd.train import report
@@ -192,12 +191,22 @@ def _train(options, work: Path, texts: Texts):
         trainer.add_callback(watch)
         trainer.train()
         models[name], histories[name], maps = student, trainer.state.log_history, watch.maps
+        trainer.compute_metrics = _recording(trainer.compute_metrics, correct)
         rows += report.measure({name: student}, trainer, sets["test"])
-        outcome = trainer.predict(sets["test"])
-        correct.append(torch.from_numpy(outcome.predictions.argmax(-1) == outcome.label_ids))
     rows[-1]["latency"] = rows[-2]["latency"]  # one architecture: they differ by noise only
     rows[-1]["gain"] = report.paired_gain(*correct)
     return models, histories, maps, rows
+
+
+def _recording(metrics, correct: list):
+    """`metrics`, which also notes which rows are classified correctly, [N]."""
+    import torch
+
+    def record(outcome):
+        correct.append(torch.from_numpy(outcome.predictions.argmax(-1) == outcome.label_ids))
+        return metrics(outcome)
+
+    return record
 
 
 def _trainer(work, tokenizer, sets, model, teacher=None, *, steps: int, title: str, **how):

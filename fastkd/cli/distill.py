@@ -17,7 +17,7 @@ def main(argv: list[str], command: str = "distill") -> int:
     from torch import distributed as dist
     from transformers.utils.logging import disable_progress_bar
 
-    from fastkd.train import arguments
+    from fastkd.cli import arguments
 
     joined = dist.is_initialized()
     run = arguments.parse(argv, command)
@@ -42,7 +42,7 @@ def main(argv: list[str], command: str = "distill") -> int:
 
 def finished(run) -> bool:
     """What the first rank finds in the output folder, before any rank writes there."""
-    from fastkd.train import arguments
+    from fastkd.cli import arguments
 
     return on_first_rank(arguments.is_finished, run)
 
@@ -80,7 +80,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def once(run) -> list[dict]:
     """The rows of the run's report; a finished run is not done again."""
-    from fastkd.train import arguments
+    from fastkd.cli import arguments
 
     if not finished(run):
         return train(run)
@@ -90,7 +90,7 @@ def once(run) -> list[dict]:
 
 def begun(run):
     """The run, checked and saved, and its teacher fine-tuned where it asks for that."""
-    from fastkd.train import arguments
+    from fastkd.cli import arguments
 
     if not on_first_rank((Path(run.args.output_dir) / arguments.RESOLVED).exists):
         prepare(run)
@@ -167,7 +167,8 @@ def _trained(run, checkpoint):
     """The trainer after training, the models by name, the test set, a sentence for the report and the maps of transport."""
     from transformers import EarlyStoppingCallback
 
-    from fastkd.train import agreement, arguments, checkpoints
+    from fastkd.cli import arguments
+    from fastkd.train import agreement, checkpoints
     from fastkd.train.callbacks import AtEachCheckpoint, Watch, show_progress
 
     trainer, teacher, student, test, lead, summary = prepare(run)
@@ -201,8 +202,9 @@ def _export(run, trainer, models, test, lead, maps) -> list[dict]:
     """The trained model, and last of all the report, whose folder says that the run is finished."""
     from safetensors import SafetensorError
 
+    from fastkd.cli import arguments
     from fastkd.cli.models import save_pooling
-    from fastkd.train import arguments, card, report
+    from fastkd.train import card, report
 
     folder, name = Path(run.args.output_dir), list(models)[-1]
     with _replacing_folder(run, folder / name) as scratch:

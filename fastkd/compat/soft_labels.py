@@ -6,11 +6,11 @@ from torch import Tensor
 from fastkd import functional
 
 REDUCTIONS = ("batchmean", "mean", "sum")
-WORTH = 2**16  # elements from which on a kernel is faster than two softmaxes; below, the checks of a call take longer
+WORTH = 2**16  # elements; with fewer, the checks of a call may take longer than two softmaxes
 
 
 def takes(student_logits: Tensor, teacher_logits: Tensor) -> bool:
-    """Whether kernels give what two softmaxes over these give, and faster: one shape, no gradient for the teacher."""
+    """Whether kernels give what two softmaxes over these give: one shape, no gradient for the teacher; and enough elements."""
     teacher_learns = teacher_logits.requires_grad and torch.is_grad_enabled()
     floating = student_logits.is_floating_point() and teacher_logits.is_floating_point()
     large = student_logits.numel() >= max(WORTH, 1)

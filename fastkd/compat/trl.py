@@ -62,9 +62,8 @@ def chunked_divergence_loss(
         teacher = _side(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, valid)
     teacher = [None if x is None else x.detach() for x in teacher]
     scale, softcap = student_logit_scale, student_final_logit_softcapping
-    with torch.autocast(
-        hidden.device.type, enabled=False
-    ):  # _side has cast what autocast would, and biases stay float32
+    # _side has cast what autocast would, and biases stay float32.
+    with torch.autocast(hidden.device.type, enabled=False):
         loss = functional.linear_divergence(
             hidden, head, *teacher[:2], student_bias=bias, teacher_bias=teacher[2], kind="jsd", beta=beta,
             temperature=temperature, t_squared=False, logit_scale=(scale, teacher_logit_scale),
@@ -97,7 +96,7 @@ def generalized_jsd_loss(
             "none", the elements that count.
         num_items_in_batch: Where given, the sum is divided by it whatever `reduction` is.
     """
-    if num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean"):
+    if _keeps_elements(reduction, num_items_in_batch):
         return compat.original(*_GKD)(student_logits, teacher_logits, labels, beta, temperature, reduction)
     return _jsd_loss(student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch)
 
@@ -119,7 +118,7 @@ def gold_jsd_loss(
             `generalized_jsd_loss`.
         logits_are_probs: The arguments are probabilities, not logits.
     """
-    if logits_are_probs or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean")):
+    if logits_are_probs or _keeps_elements(reduction, num_items_in_batch):
         return compat.original(*_GOLD)(
             student_logits, teacher_logits, labels, beta, temperature, reduction, logits_are_probs, num_items_in_batch
         )
@@ -146,11 +145,16 @@ def iw_opd_jsd_loss(
         add_tail: With top_k, all other tokens are one more.
     """
     some_tokens = 0 < top_k < student_logits.shape[-1]
-    if some_tokens or (num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean")):
+    if some_tokens or _keeps_elements(reduction, num_items_in_batch):
         return compat.original(*_IW_OPD)(
             student_logits, teacher_logits, labels, beta, temperature, reduction, top_k, add_tail, num_items_in_batch
         )
     return _jsd_loss(student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch)
+
+
+def _keeps_elements(reduction: str, num_items_in_batch: Tensor | int | None) -> bool:
+    """Whether single elements are asked for, which no kernel gives."""
+    return num_items_in_batch is None and reduction not in ("batchmean", "sum", "mean")
 
 
 def _jsd_loss(student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch) -> Tensor:

@@ -19,9 +19,8 @@ from fastkd import checks
 
 from . import checkpoints
 
-SMALL = (
-    1 << 16
-)  # learned state up to so many numbers is put back after a skipped step; banks take no row that is not finite
+# Learned state up to so many numbers is put back after a skipped step; banks take no row that is not finite.
+SMALL = 1 << 16
 logger = logging.get_logger(__name__)
 
 

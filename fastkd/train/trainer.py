@@ -230,9 +230,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
-        if (
-            inputs.get("labels") is None and self.task == "embedding"
-        ):  # Trainer computes a loss only where there are some
+        if inputs.get("labels") is None and self.task == "embedding":  # else Trainer computes no loss
             inputs = {**inputs, "labels": torch.full((len(inputs["input_ids"]),), torch.nan)}
         if inputs.get("labels") is None:  # then Trainer calls the model itself
             inputs = {name: x for name, x in inputs.items() if name in self._accepts["student"]}

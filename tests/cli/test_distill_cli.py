@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastkd
-from fastkd.cli import distill, main
+from fastkd.cli import arguments, distill, main
 from fastkd.cli import models as loading
-from fastkd.train import arguments, data, student
+from fastkd.train import data, student
 
 WORDS = [  # moods first: three good, three bad
     "good", "fine", "great", "bad", "poor", "awful", "film", "plot", "actor", "was", "is", "the", "a", "it", "very",

@@ -21,17 +21,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
-from fastkd.cli import main
-from fastkd.train import arguments, report, tokenisation
+from fastkd.cli import arguments, main
+from fastkd.train import report, tokenisation
 from fastkd.train.trainer import DistillTrainer
 
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """A process that was started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 def contents(folder):

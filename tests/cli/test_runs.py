@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
-from fastkd.cli import main, methods
-from fastkd.train import arguments, tokenisation
+from fastkd.cli import arguments, main, methods
+from fastkd.train import tokenisation
 from fastkd.train.methods import METHODS, find
 
 

@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from fastkd.cli import distill, main
-from fastkd.train import arguments
 
 
 def torchrun(*argv: str) -> subprocess.CompletedProcess:
@@ -49,5 +48,5 @@ def test_processes_without_gpus_are_told_of_each_other(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for world, told in (("1", None), ("2", "true")):
         monkeypatch.setenv("WORLD_SIZE", world)
-        arguments._several_on_cpus()
+        options._several_on_cpus()
         assert os.environ.pop("ACCELERATE_USE_CPU", None) == told

@@ -14,8 +14,7 @@ import pytest
 import fastkd
 from cases import ROOT
 from fastkd import backends, functional
-from fastkd.cli import COMMANDS
-from fastkd.train import arguments
+from fastkd.cli import COMMANDS, arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

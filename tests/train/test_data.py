@@ -15,7 +15,8 @@ from test_methods import pair
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.train import agreement, arguments, data, metrics, tokenisation
+from fastkd.cli import arguments
+from fastkd.train import agreement, data, metrics, tokenisation
 from fastkd.train.trainer import DistillTrainer
 
 

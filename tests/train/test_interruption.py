@@ -16,13 +16,7 @@ pytest.importorskip("transformers")
 from test_methods import pair
 from transformers import TrainerCallback
 
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """A process that was started in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 def kill(number):
