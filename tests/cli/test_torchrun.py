@@ -11,7 +11,7 @@ from test_distill_cli import files, flags, save_pair  # noqa: F401
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
-from fastkd.cli import distill, main
+from fastkd.cli import distill, main, options
 
 
 def torchrun(*argv: str) -> subprocess.CompletedProcess:
