@@ -35,14 +35,22 @@ if backends.INTERPRETED:
     InterpreterBuilder.create_dot = summed_in_one_order
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN (the C++ ops' allocations too), so that reading what was never written shows."""
-    torch.set_num_threads(THREADS)  # whatever the test before left
+def defaults():
+    torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+defaults()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN (the C++ ops' allocations too), so that reading what was never written shows. Restored after
+    the test as well: a module's fixtures are set up before this one."""
+    defaults()
     yield
-    torch.use_deterministic_algorithms(False)
+    defaults()
 
 
 @pytest.fixture
