@@ -110,8 +110,10 @@ def section(folder: pathlib.Path, where: str) -> Iterator[str]:
     """One device; `where` is its folder, as seen from the page."""
     everything = report.rows_of(folder)
     rows = report.measured(everything)
-    newest = max(rows, key=lambda row: row["date"])
     yield from (f"## {folder.name}", "")
+    if not rows:
+        return (yield from training_steps(folder, where))
+    newest = max(rows, key=lambda row: row["date"])
     versions = [f"torch {newest['torch']}", f"Python {newest['python']}", f"{newest['threads']} threads"]
     versions += [f"CUDA {newest['cuda']}", f"driver and clocks {newest['driver']}"] if newest["cuda"] else []
     commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in rows})
@@ -134,7 +136,8 @@ def training_steps(folder: pathlib.Path, where: str) -> Iterator[str]:
     ways, setups = list(dict.fromkeys(row["way"] for row in steps)), {}
     for row in steps:
         setups.setdefault(tuple(row[name] for name in KEY), {})[row["way"]] = row
-    yield from ("### A whole training step", "", PROFILED)
+    first = steps[0]
+    yield from ("### A whole training step", "", f"{PROFILED} torch {first['torch']}, {first['threads']} threads.")
     lines = []
     for there in setups.values():
         first = next(iter(there.values()))
@@ -159,11 +162,13 @@ def main(root: pathlib.Path = machine.ROOT) -> int:
         return 2
     lines = [HEAD, ""]
     for folder in sorted((root / "bench/results").glob("*")):
-        if report.rows_of(folder):
+        cases, steps = report.rows_of(folder), (folder / f"{report.PROFILE}.csv").exists()
+        if cases:
             print(plots.draw(folder))
-            if (folder / f"{report.PROFILE}.csv").exists():
-                profile_plots.draw(folder)
-            lines += section(folder, f"../bench/results/{folder.name}")
+        if steps:
+            profile_plots.draw(folder)
+        if cases or steps:
+            lines += [*section(folder, f"../bench/results/{folder.name}"), ""]
     (root / "docs/performance.md").write_text("\n".join(lines).rstrip() + "\n")
     return 0
 
