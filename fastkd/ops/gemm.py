@@ -10,7 +10,6 @@ DIRECT = 1  # read `a` in place instead of packing it
 FLOAT32_ONLY = 2  # widen bfloat16 even if the machine multiplies it
 ROUND = 4  # round float32 to bfloat16 if the machine multiplies that
 SPLIT = 8  # with ROUND: `a` as a high and a low bfloat16 part
-EMULATE_AMX = 16  # bfloat16 with the packing and tiling of AMX, its tile registers emulated
 
 if backends.UNAVAILABLE["cpu"] is None:
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from cases import AWKWARD_SIZES, ROOT, randn, relative_error
 from fastkd import backends
-from fastkd.ops.gemm import DIRECT, EMULATE_AMX, FLOAT32_ONLY, ROUND, SPLIT, gemm_nt
+from fastkd.ops.gemm import DIRECT, FLOAT32_ONLY, ROUND, SPLIT, gemm_nt
 
 pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason=str(backends.UNAVAILABLE["cpu"]))
 
@@ -164,21 +164,6 @@ def test_bfloat16_widened_to_float32():
     a, b = randn(67, 515, seed=1, dtype=torch.bfloat16), randn(130, 515, seed=2, dtype=torch.bfloat16)
     widened = gemm_nt(a, b, how=FLOAT32_ONLY)
     assert torch.equal(widened, gemm_nt(a.float(), b.float()))
-
-
-def test_amx_packing_and_tiling_with_emulated_tile_registers():
-    """The intrinsics themselves have never run: this covers all the rest of csrc/cpu/gemm/amx.h."""
-    sizes = [(m, n, k) for m in (1, 7, 33) for n in (1, 31, 65) for k in (0, 1, 31, 32, 33, 129)]
-    for m, n, k in (*sizes, (131, 530, 300), (40, 70, 2050)):
-        a, b = whole_numbers(m, k, 1, torch.bfloat16), whole_numbers(n, k, 2, torch.bfloat16)
-        start = whole_numbers(m, n, 3, torch.float32)
-        for layout in ("rows", "columns", "inside"):
-            got = gemm_nt(laid_out(a, layout), laid_out(b, layout), start, 0.5, EMULATE_AMX)
-            assert torch.equal(got, exact(a, b) * 0.5 + start), (m, n, k, layout)
-        assert torch.equal(gemm_nt(laid_out(a, "inside"), b, how=EMULATE_AMX | DIRECT), exact(a, b)), (m, n, k)
-        assert torch.equal(gemm_nt(a.float(), b.float(), how=EMULATE_AMX), exact(a, b)), (m, n, k)
-    a, b = randn(40, 2050, seed=1, dtype=torch.float32), randn(70, 2050, seed=2, dtype=torch.float32).bfloat16().float()
-    assert relative_error(gemm_nt(a, b, how=EMULATE_AMX | SPLIT), a.double() @ b.double().t()) < 5e-6
 
 
 GUARDED = """

@@ -12,9 +12,7 @@
 //
 // Panels: rows are packed `rows_a` (`rows_b`) at a time, each panel over the whole of k. So the rows from r on, where r
 // is a multiple of that height, begin at bytes_a(r, k): pack a range of rows per thread, or run a tile on some panels
-// of a packed operand, by moving the pointer so far. What a panel looks like inside is the implementation's own
-// business (AMX wants another order than the vector units). Rows that are missing from the last panel are packed as
-// zeros.
+// of a packed operand, by moving the pointer so far. Rows that are missing from the last panel are packed as zeros.
 //
 // C[i, j] depends on row i of A, row j of B, alpha and k only, bit for bit: not on m, n, where the tile begins, which
 // thread runs it, or whether A was packed. With alpha = 1, A = B gives a symmetric C.
@@ -69,9 +67,7 @@ struct Gemm {
 
 struct GemmTable {
   Gemm float32;
-  Gemm bfloat16;      // all null where this instruction set has no bfloat16 arithmetic, likewise amx
-  Gemm amx;           // off by default: never run on hardware (gemm/amx.h)
-  Gemm emulated_amx;  // the same packing and tiling with the tile registers emulated, for tests
+  Gemm bfloat16;  // all null where this instruction set has no bfloat16 arithmetic
 };
 
 FASTKD_DECLARE_TABLE(GemmTable, gemm_table);

@@ -4,7 +4,6 @@
 // Blocking: KC units of k at a time, so that a panel of A stays in L1 while the panels of B stream from L2; NC rows of
 // B at a time, so that they stay in L2. Sums over k run in the same order whatever the tile, hence the bitwise promise
 // of gemm/gemm.h.
-#include "cpu/gemm/amx.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/gemm/pack.h"
 #include "cpu/gemm/write.h"
@@ -202,15 +201,9 @@ constexpr Gemm bfloat16 = implementation<MultiplyBFloat16>();
 #else
 constexpr Gemm bfloat16 = {};
 #endif
-#if defined(FASTKD_AMX_COMPILED)
-constexpr Gemm amx = amx_implementation<hardware_tiles, TileConfiguration>();
-#else
-constexpr Gemm amx = {};
-#endif
 
 }  // namespace
 
-const GemmTable FASTKD_TABLE(gemm_table) = {implementation<MultiplyFloat32>(), bfloat16, amx,
-                                            amx_implementation<emulated_tiles, NoConfiguration>()};
+const GemmTable FASTKD_TABLE(gemm_table) = {implementation<MultiplyFloat32>(), bfloat16};
 
 }  // namespace fastkd

@@ -1,24 +1,14 @@
 // Which GEMM runs, and the tile as an op of its own (gemm_nt), so that it can be tested and measured from Python.
 #include "cpu/gemm/gemm.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "cpu/runtime/scratch.h"
 #include "cpu/simd/isa.h"
 
 namespace fastkd {
 
-static bool use_amx() {
-  static const char* wish = std::getenv("FASTKD_AMX");
-  static const bool on = wish && !std::strcmp(wish, "1") && chosen_gemm_table().amx.tile && has_amx_bf16();
-  return on;
-}
-
 const Gemm& gemm(int element, bool float32_only) {
   const GemmTable& table = chosen_gemm_table();
-  if (element != kBFloat16 || float32_only) return table.float32;
-  return use_amx() ? table.amx : has_avx512_bf16() ? table.bfloat16 : table.float32;
+  return element == kBFloat16 && !float32_only && has_avx512_bf16() ? table.bfloat16 : table.float32;
 }
 
 namespace {
@@ -28,7 +18,6 @@ constexpr int64_t kDirect = 1;         // read `a` where it lies
 constexpr int64_t kFloat32Only = 2;    // widen bfloat16 even where it need not be
 constexpr int64_t kRound = 4;          // round float32 to bfloat16 where the machine multiplies that
 constexpr int64_t kSplit = 8;          // ... `a` in two parts
-constexpr int64_t kEmulateAmx = 16;    // as on a machine with AMX, slowly
 constexpr int64_t kRowBlock = 128;     // rows of A packed at once: they stay in L2
 constexpr int64_t kColumnBlock = 512;  // rows of B that a tile sees at once
 constexpr int64_t kAtLeast = 1 << 20;  // multiplications that are worth waking a thread for
@@ -102,8 +91,7 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   if (start) torch::stable::copy_(out, *start);
   if (m == 0 || n == 0) return out;
   const int element = element_of(a);
-  const Gemm& chosen = how & kEmulateAmx ? chosen_gemm_table().emulated_amx
-                                         : gemm(how & kRound ? (int)kBFloat16 : element, how & kFloat32Only);
+  const Gemm& chosen = gemm(how & kRound ? (int)kBFloat16 : element, how & kFloat32Only);
   const bool direct = how & kDirect, split = (how & kSplit) && chosen.operand == kBFloat16 && element == kFloat32;
   STD_TORCH_CHECK(
       !direct || (chosen.operand == element && (k <= 1 || a.stride(1) == 1)),

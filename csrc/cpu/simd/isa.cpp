@@ -3,11 +3,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__linux__) && defined(FASTKD_X86)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace fastkd {
 namespace {
 
@@ -38,17 +33,6 @@ int instruction_set() {
 bool has_avx512_bf16() {
 #if defined(FASTKD_X86)
   static const bool has = instruction_set() == 2 && __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
-}
-
-bool has_amx_bf16() {
-#if defined(__linux__) && defined(FASTKD_X86)
-  // The kernel hands out the tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-  static const bool has = instruction_set() == 2 && __builtin_cpu_supports("amx-tile") &&
-                          __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   return has;
 #else
   return false;

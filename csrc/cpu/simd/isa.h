@@ -38,8 +38,7 @@ namespace fastkd {
 // FASTKD_MAX_ISA=plain|avx2 in the environment lowers it, so that every path can be tested on one machine.
 int instruction_set();
 
-// Finer features that some kernels use within the AVX-512 path.
+// Used by some kernels within the AVX-512 path.
 bool has_avx512_bf16();
-bool has_amx_bf16();
 
 }  // namespace fastkd
