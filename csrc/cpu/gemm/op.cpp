@@ -8,7 +8,7 @@ namespace fastkd {
 
 const Gemm& gemm(int element, bool float32_only) {
   const GemmTable& table = chosen_gemm_table();
-  return element == kBFloat16 && !float32_only && has_avx512_bf16() ? table.bfloat16 : table.float32;
+  return element == kBFloat16 && !float32_only && has_fast_avx512_bf16() ? table.bfloat16 : table.float32;
 }
 
 namespace {

@@ -43,12 +43,14 @@ struct HiddenRows {
 // Logits of all tokens for a few rows.
 struct SideLogits {
   const HiddenAndHead& side;
+  const Table& linear;
   HiddenRows rows;
   Scratch packed;
   bool direct;  // the head as it lies is an operand
 
   SideLogits(const Args& args, const HiddenAndHead& side, int64_t most)
       : side(side),
+        linear(args.linear),
         rows(args, side, most),
         packed(side.hidden, side.gemm->bytes_b(most + side.gemm->rows_b, side.width)),
         direct(element_of(side.head) == side.gemm->operand) {}
@@ -59,18 +61,16 @@ struct SideLogits {
     const int64_t width = side.width, across = (count + 15) / 16 * 16;
     gemm.pack_b({rows.load_rows(valid_rows, count), element_of(side.hidden), width, 1, count, width}, packed.get());
     const int64_t tile_bytes = kTokens * across * 4;
-    parallel_steps(side.vocabulary, kTokens, tile_bytes + (direct ? 0 : gemm.bytes_a(kTokens + gemm.rows_a, width)),
+    parallel_steps(side.vocabulary, kTokens, tile_bytes + (direct ? 0 : kTokens * width * 4),
                    [&](int64_t begin, int64_t end, char* local) {
                      float* tile = reinterpret_cast<float*>(local);
-                     if (direct) {
-                       gemm.tile_direct(side.head_row(begin), width, packed.get(), {end - begin, count, width},
-                                        {tile, across, 1, false});
-                     } else {
-                       gemm.pack_a({side.head_row(begin), element_of(side.head), width, 1, end - begin, width},
-                                   local + tile_bytes);
-                       gemm.tile(local + tile_bytes, packed.get(), {end - begin, count, width},
-                                 {tile, across, 1, false});
+                     const void* head = side.head_row(begin);
+                     if (!direct) {  // widened in the cache, which is cheaper than packing it for so few rows
+                       linear.scale_row(head, element_of(side.head), 1, local + tile_bytes, kFloat32,
+                                        (end - begin) * width);
+                       head = local + tile_bytes;
                      }
+                     gemm.tile_direct(head, width, packed.get(), {end - begin, count, width}, {tile, across, 1, false});
                      table.transpose(tile, across, end - begin, count, out + begin, stride);
                    });
   }

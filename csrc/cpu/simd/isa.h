@@ -39,6 +39,6 @@ namespace fastkd {
 int instruction_set();
 
 // Used by some kernels within the AVX-512 path.
-bool has_avx512_bf16();
+bool has_fast_avx512_bf16();
 
 }  // namespace fastkd
