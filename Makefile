@@ -57,7 +57,7 @@ STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "smollm2-135m:num_hidden_layers=12 -
     "bert-base --method kd,fcd,bert_emd"
 profile: build
 	for step in $(STEPS); do $(BIN)/python -m fastkd profile --from-config $$step --batch 4 --length 128 \
-	    --ways fastkd,logits,loop,authors,trl,gkd --no-trace --out bench/results || exit; done
+	    --ways fastkd,logits,loop,authors,trl,gkd,torchdistill,textbrewer --no-trace --out bench/results || exit; done
 
 performance:
 	$(BIN)/python -m fastkd.bench.evidence.performance

@@ -4,7 +4,7 @@ authors' way; the ways take turns in one training run.
 fastkd         DistillTrainer, without the logits where it can   loop    plain PyTorch, logits of the rows that count only
 logits         the same with the logits of all tokens            trl     what trl's DistillationTrainer computes
 authors        its losses as released with the papers            gkd     what trl's GKDTrainer computes
-reference      its losses in plain PyTorch
+reference      its losses in plain PyTorch                       torchdistill, textbrewer   the loop with their kd loss
 
 fastkd profile --from-config bert-base --method bert_emd          a model without weights: shapes are what takes time
 fastkd profile --from-config gpt2 --method all --length 256       every method that makes sense for it

@@ -18,7 +18,7 @@ from fastkd.train.batch import Batch
 from .timeline import Timeline
 
 DEFAULT = ("fastkd", "logits", "loop", "authors")
-WAYS = (*DEFAULT, "reference", "trl", "gkd")
+WAYS = (*DEFAULT, "reference", "trl", "gkd", "torchdistill", "textbrewer")
 HOT = (*RELEASED, "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 POT = importlib.util.find_spec("ot") is not None
 

@@ -1,5 +1,5 @@
-"""Steps that others write, within the same training run: the loop of a careful engineer who has PyTorch and transformers, and
-what TRL's two trainers compute.
+"""Steps that others write, within the same training run: the loop of a careful engineer who has PyTorch and transformers, what
+TRL's two trainers compute, and the same loop with torchdistill's or TextBrewer's loss.
 
 They take the place of DistillTrainer.compute_loss. Data, backward, clipping and AdamW are Trainer's in every way, and so is
 the one student with the one optimizer: its state has the same size whoever steps. Losses and gradients are ours (a test
@@ -39,9 +39,14 @@ def refusal(way: str, trainer) -> str | None:
             last = {side: (getattr(method.setup, side).layers,) for side in method.read}
             plain = method.read == last and "random" not in method.weights
         return None if known and plain else f"nobody has written a loop for {' + '.join(trainer.method.methods)} here"
+    package = {"gkd": "trl"}.get(way, way)
+    if way in LOOPS and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if way in ("torchdistill", "textbrewer"):
+        both = one and isinstance(method, KD) and method.loss.soft and method.loss.hard
+        known = both and trainer.task == "classification"
+        return None if known else f"{way} is compared in kd for classification, with hard labels"
     if way in LOOPS:
-        if importlib.util.find_spec("trl") is None:
-            return "trl is not installed"
         if not one or getattr(method, "kind", "") not in ("forward_kl", "reverse_kl", "jsd") or method.loss.hard:
             return f"TRL has no {name} with these options; it has forward_kl, reverse_kl and jsd without hard labels"
         if way == "gkd" and method.loss.divergence["temperature"] != 1:
@@ -179,7 +184,29 @@ def gkd(models: Models, method, task: str) -> Tensor:
         return loss
 
 
-LOOPS = {"loop": loop, "trl": trl, "gkd": gkd}
+def torchdistill(models: Models, method, task: str) -> Tensor:
+    """The logits reach its loss as the outputs of a module."""
+    from torchdistill.losses.mid_level import KDLoss
+
+    where, loss = ("classifier", "output"), method.loss
+    peer = KDLoss(*where, *where, loss.divergence["temperature"], alpha=loss.hard, beta=loss.soft)
+    (s, _), (t, _) = models.heads()
+    with models.timeline.phase("loss: torchdistill"):
+        return peer({"classifier": {"output": s}}, {"classifier": {"output": t}}, models.labels)
+
+
+def textbrewer(models: Models, method, task: str) -> Tensor:
+    """Its soft loss is the cross-entropy with the teacher: the KL and the teacher's entropy, which has no gradient."""
+    from textbrewer.losses import kd_ce_loss
+
+    (s, _), (t, _) = models.heads()
+    with models.timeline.phase("loss: textbrewer"):
+        temperature = method.loss.divergence["temperature"]
+        soft = method.loss.soft * temperature**2 * kd_ce_loss(s, t, temperature)
+        return soft + method.loss.hard * F.cross_entropy(s, models.labels)
+
+
+LOOPS = {"loop": loop, "trl": trl, "gkd": gkd, "torchdistill": torchdistill, "textbrewer": textbrewer}
 
 
 def step(way: str, trainer, model, inputs: dict) -> Tensor:

@@ -130,7 +130,7 @@ def test_every_method_is_profiled(name, family):
     *((name, "bert", "classification") for name in ("kd", "fcd")),
 ])  # fmt: skip
 def test_every_way_computes_the_same(name, family, task, monkeypatch):
-    """Loss and gradient, of the same batch with the same dropout; TRL's too, where it is installed."""
+    """Loss and gradient, of the same batch with the same dropout; other packages' too, where they are installed."""
     compute, refused, compared = session.ProfiledTrainer.compute_loss, set(), {}
 
     def in_all_ways(self, model, inputs, *more, **options):
@@ -165,7 +165,10 @@ def test_every_way_computes_the_same(name, family, task, monkeypatch):
     assert "loop" in compared and ("logits" in refused) == (task == "classification")
     loss, gradient = compared.pop("fastkd")
     for way, (value, found) in compared.items():
-        assert value.item() == pytest.approx(loss.item(), rel=1e-4), way
+        if way == "textbrewer":  # has the teacher's entropy in it
+            assert value > loss
+        else:
+            assert value.item() == pytest.approx(loss.item(), rel=1e-4), way
         assert (found - gradient).norm() <= 1e-4 * gradient.norm(), way
 
 
