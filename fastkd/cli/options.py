@@ -39,7 +39,9 @@ class ModelArguments:
     )
     top_k: int | None = field(default=None, metadata={"help": "cache the k most likely tokens and the others' mass"})
     samples: int | None = field(default=None, metadata={"help": "cache so many tokens drawn from its distribution"})
-    cache_dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16; otherwise the teacher's"})
+    cache_dtype: str | None = field(
+        default=None, metadata={"help": "float32, bfloat16 or int8; otherwise the teacher's"}
+    )
     cache_shard: int | None = field(default=None, metadata={"help": "examples per file; otherwise for about 128 MB"})
     from_logprobs: str | None = field(default=None, metadata={"help": "make the cache of a server's log-probabilities"})
     allow_weak_teacher: bool = field(

@@ -64,15 +64,13 @@ def chunked_divergence_loss(
     scale, softcap = student_logit_scale, student_final_logit_softcapping
     # _side has cast what autocast would, and biases stay float32.
     with torch.autocast(hidden.device.type, enabled=False):
-        loss = functional.linear_divergence(
+        loss, stats = functional.linear_divergence(
             hidden, head, *teacher[:2], student_bias=bias, teacher_bias=teacher[2], kind="jsd", beta=beta,
             temperature=temperature, t_squared=False, logit_scale=(scale, teacher_logit_scale),
             logit_softcap=(softcap, teacher_final_logit_softcapping), num_items_in_batch=num_items_in_batch,
+            return_stats=True,
         )  # fmt: skip
-        entropy = functional.linear_entropy(
-            hidden, head, bias=bias, temperature=temperature, logit_scale=scale, logit_softcap=softcap, reduction="sum"
-        )
-    return loss, entropy, valid.sum()
+    return loss, stats.student_entropy.sum(), valid.sum()
 
 
 def generalized_jsd_loss(

@@ -26,11 +26,12 @@ from fastkd.functional.layer_cost import attention_costs, layer_costs
 from fastkd.functional.linear_divergence import linear_divergence
 from fastkd.functional.relation import relation_kl_loss
 from fastkd.functional.transport import transport, transport_with_cost_attention
-from fastkd.ops.divergence import TopK
+from fastkd.ops.divergence import DivergenceStats, TopK
 from fastkd.ops.transport import CostAttention, TransportPlan
 
 __all__ = [
     "CostAttention",
+    "DivergenceStats",
     "TopK",
     "TransportPlan",
     "attention_costs",

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from fastkd import checks, reductions
@@ -10,7 +11,9 @@ from fastkd.deprecation import renamed
 from fastkd.functional import temperature as temperatures
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import divergence as divergence_op
-from fastkd.ops.divergence import TopK
+from fastkd.ops.divergence import DivergenceStats, TopK
+
+_ROWS = 256  # of which the entropy is computed at a time
 
 
 @renamed(teacher="teacher_logits")
@@ -30,8 +33,9 @@ def divergence(
     ignore_index: int = -100,
     reduction: DivergenceReduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
+    return_stats: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, DivergenceStats]:
     """Divergence of each row's student distribution from the teacher's.
 
     With q = softmax(student_logits / T) and p = softmax(teacher_logits / T), a row's divergence is, by `kind`:
@@ -62,10 +66,13 @@ def divergence(
             `torch.nn.functional.kl_div`), "sum", or "none".
         num_items_in_batch: What "mean" divides by, in place of the number of rows that count; `Trainer` passes the number
             of tokens of all accumulated batches on all ranks.
+        return_stats: Also return `DivergenceStats(value, student_entropy, kept_mass)`, each [...], for logs and for choosing
+            tokens: the row's divergence, the entropy of its student in nats, and what a `TopK` has of the teacher's mass.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 
     Returns:
-        A scalar, or [...] for reduction="none"; float32, or float64 for float64 inputs.
+        A scalar, or [...] for reduction="none"; float32, or float64 for float64 inputs. With return_stats a pair of it and the
+        `DivergenceStats`.
 
     Example:
         >>> student_logits = torch.randn(8, 1000, requires_grad=True)
@@ -89,18 +96,21 @@ def divergence(
         more = {
             "temperature": temperature, "teacher_temperature": teacher_temperature, "t_squared": t_squared, "mask": mask,
             "labels": labels, "ignore_index": ignore_index, "reduction": reduction,
-            "num_items_in_batch": num_items_in_batch, "backend": backend,
+            "num_items_in_batch": num_items_in_batch, "return_stats": return_stats, "backend": backend,
         }  # fmt: skip
         jsd = divergence(student_logits, teacher_logits, kind="jsd", beta=1 - alpha, **more)
-        return (
-            jsd - (1 - alpha) * divergence(student_logits, teacher_logits, kind="skew_kl", alpha=1 - alpha, **more)
-        ) / alpha
+        skew = divergence(student_logits, teacher_logits, kind="skew_kl", alpha=1 - alpha, **more)
+        combined = lambda jsd, skew: (jsd - (1 - alpha) * skew) / alpha  # noqa: E731
+        if not return_stats:
+            return combined(jsd, skew)
+        return combined(jsd[0], skew[0]), jsd[1]._replace(value=combined(jsd[1].value, skew[1].value))
     kind = without_mixture(kind, beta)
     temperature = temperatures.as_number("temperature", temperature)
     if teacher_temperature is not None:
         teacher_temperature = temperatures.as_number("teacher_temperature", teacher_temperature)
     checks.one_of("reduction", reduction, get_args(DivergenceReduction))
     checks.flag("t_squared", t_squared)
+    checks.flag("return_stats", return_stats)
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
     if isinstance(teacher_logits, TopK):
         checks.topk("teacher_logits", teacher_logits, "student_logits", student_logits, kind, vocab)
@@ -117,8 +127,8 @@ def divergence(
     checks.same_device(student_logits=student_logits, mask=mask, labels=labels)
     counted = reductions.counted_rows(mask, labels, ignore_index, shape)
     flat = None if counted is None else counted.reshape(-1)
-    factor = temperature**2 if t_squared and kind != "mse" else 1.0
-    student = student_logits.reshape(-1, vocab)
+    factor = of_rows = temperature**2 if t_squared and kind != "mse" else 1.0
+    student, own_temperature = student_logits.reshape(-1, vocab), temperature
     if kind != "mse":
         student, teacher, temperature = temperatures.scaled(student, teacher, temperature, teacher_temperature)
     elif isinstance(temperature, Tensor):
@@ -128,9 +138,27 @@ def divergence(
     expected = (reduction == "mean", factor if isinstance(factor, float) else 1.0)
     args = (kind, temperature, float(beta), float(alpha), backend, expected)
     rows = divergence_op.divergence(student, teacher, flat, *args)  # [N]
+    stats = None
+    if return_stats:
+        entropy = torch.cat(
+            [_entropy(part / own_temperature) for part in student_logits.detach().reshape(-1, vocab).split(_ROWS)]
+        )
+        stats = stats_of((rows * of_rows).reshape(shape), entropy.reshape(shape), teacher_logits, counted)
     if isinstance(factor, Tensor) or factor != 1.0:
         rows = rows * factor
-    return reductions.reduce(rows.reshape(shape), counted, reduction)
+    loss = reductions.reduce(rows.reshape(shape), counted, reduction)
+    return loss if stats is None else (loss, stats)
+
+
+def stats_of(value: Tensor, entropy: Tensor, teacher, counted: Tensor | None) -> DivergenceStats:
+    kept = teacher.log_probs.to(value.dtype).exp().sum(-1) if isinstance(teacher, TopK) else None
+    rows = (x if x is None or counted is None else torch.where(counted, x, 0.0) for x in (value, entropy, kept))
+    return DivergenceStats(*(x if x is None else x.detach() for x in rows))
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Of softmax(logits), by row."""
+    return torch.special.entr(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)).sum(-1)
 
 
 def without_mixture(kind: str, beta: float) -> str:

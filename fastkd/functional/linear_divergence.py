@@ -9,11 +9,11 @@ from fastkd import checks, deprecation, reductions
 from fastkd.checks import Backend, DivergenceReduction, Kind
 from fastkd.deprecation import renamed
 from fastkd.functional import temperature as temperatures
-from fastkd.functional.divergence import without_mixture
+from fastkd.functional.divergence import stats_of, without_mixture
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops import subset_mass, vocab_parallel
-from fastkd.ops.divergence import TopK
+from fastkd.ops.divergence import DivergenceStats, TopK
 from fastkd.vocab import alignment
 
 
@@ -47,8 +47,9 @@ def linear_divergence(
     process_group=None,
     reduction: DivergenceReduction = "mean",
     num_items_in_batch: float | Tensor | None = None,
+    return_stats: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, DivergenceStats]:
     """`divergence` of two language models from their hidden states and heads; the logits are never all in memory.
 
     The logits of either side are hidden headᵀ + bias; the divergences are those of `divergence`, but "skew_reverse_kl". Under
@@ -80,6 +81,8 @@ def linear_divergence(
             on both sides; hidden states are whole, and so is a `TopK`. Each rank returns the whole loss and the whole gradient of
             `student_hidden`. recompute_logits and num_valid then have no effect.
         reduction, num_items_in_batch: As for `divergence`; with `weights`, too, the mean is then their sum by that number.
+        return_stats: Also return `DivergenceStats`, as `divergence` does. The student's entropy takes one more product of
+            `student_hidden` and `student_head`, beside the four of a dense teacher or the three of a `TopK`.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 
     Returns:
@@ -143,6 +146,11 @@ def linear_divergence(
     )  # fmt: skip
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
     student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
+    checks.flag("return_stats", return_stats)
+    if return_stats and (process_group is not None or separate_labels):
+        raise ValueError(
+            "return_stats: cannot be combined with process_group, nor with hard_weight where teacher_tokens='all'; leave it out"
+        )
     if process_group is not None:
         rows = vocab_parallel.rows(student, teacher, *flat, of_ranks, options, process_group).reshape(shape)
         return reductions.reduce(rows, counted, reduction, weights) / divisor
@@ -155,15 +163,23 @@ def linear_divergence(
         )  # [N]
         dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
         scale, shift = alignment.weighting(kind, mass, options.factor, dtype)
-    loss = linear_divergence_op.linear_divergence(
+    loss, rows = linear_divergence_op.linear_divergence(
         student, teacher, *flat, options, "low" if recompute_logits else "speed",
         row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
-    )  # [N], or their weighted sum []  # fmt: skip
+    )  # [N], or their weighted sum [], and [N]  # fmt: skip
+    rows = rows if scale is None else rows * scale + shift
     if row_weights is None:
-        rows = loss if scale is None else loss * scale + shift
         loss = reductions.reduce(rows.reshape(shape), counted, reduction, weights)
     elif shift is not None:
         loss = loss + (row_weights * shift).sum()
+    if return_stats:
+        from fastkd.functional.entropy import linear_entropy  # which calls this function
+
+        entropy = linear_entropy(
+            student_hidden, student_head, bias=student_bias, temperature=temperature, mask=counted, logit_scale=scales[0],
+            logit_softcap=caps[0] or None, reduction="none", backend=backend,
+        )  # fmt: skip
+        return loss, stats_of(rows.reshape(shape), entropy, teacher_hidden, counted)
     if not separate_labels:
         return loss
     return loss + hard_weight / divisor * linear_divergence(

@@ -29,6 +29,14 @@ class TopK(NamedTuple):
         return TopK(self.indices.reshape(-1, k), self.log_probs.reshape(-1, k), tail)  # [N, k], [N, k], [N]
 
 
+class DivergenceStats(NamedTuple):
+    """What a divergence says of each row; 0 for rows that do not count. None of it has a gradient."""
+
+    value: Tensor  # [...], the row as reduction="none" has it
+    student_entropy: Tensor  # [...], in nats, of the student's distribution at the temperature
+    kept_mass: Tensor | None  # [...], what the k tokens of a TopK teacher have of its mass; None of another teacher
+
+
 # Kernels: fwd(s, *teacher, mask, kind, temperature, mix) -> (rows [N], stats [N, …]), and
 # bwd(grad, s, *teacher, mask, stats, kind, temperature, mix) -> gradient of s. `teacher` is the logits t, or indices,
 # log_probs and the tail's log-mass; `kind` its position in KINDS; `mix` the student's weight in skew_kl's or jsd's mixture.

@@ -71,7 +71,7 @@ backends.fake("linear_divergence_rescale_grad", lambda *_: None)
 
 
 class LinearDivergenceGradientInForward(backends.Function):
-    """sum weights * rows; its gradients are made while the logits are in memory."""
+    """sum weights * rows, whose gradients are made while the logits are in memory, and rows, which have none."""
 
     function = "linear_divergence"
     gradient_in_forward = True
@@ -83,10 +83,12 @@ class LinearDivergenceGradientInForward(backends.Function):
         ctx.save_for_backward(rows, *((weights, *inputs) if hand_over else gradients))
         ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
         ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, torch.float32)
-        return (rows[:, 0] * weights).sum()
+        rows = rows[:, 0]
+        ctx.mark_non_differentiable(rows)
+        return (rows * weights).sum(), rows
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         rows, *saved = ctx.saved_tensors
         made, fwd = ctx.made, GRADIENT_IN_FORWARD[ctx.backend].fwd
         gradients = saved if made is None else made.take(lambda: fwd(*saved, *ctx.numbers, *ctx.wanted)[1:])
@@ -139,9 +141,9 @@ def linear_divergence(
     row_weights,
     num_valid,
     backend: str,
-) -> Tensor:
-    """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0; with row_weights [N], what
-    memory="speed" can do better: sum row_weights * rows."""
+) -> tuple[Tensor, Tensor]:
+    """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0, twice; with row_weights [N],
+    what memory="speed" can do better: sum row_weights * rows, and rows whose gradient may be missing."""
     options = options._replace(kind=without_mixture(options.kind, options.alpha))
     backend = backends.choose("linear_divergence", backend, student[0])
     labels = None if labels is None else labels.long()
@@ -153,11 +155,12 @@ def linear_divergence(
                 topk=teacher if isinstance(teacher, TopK) else None, labels=labels,
                 **{name: getattr(options, name) for name in ("factor", "hard", "scales", "caps")},
             )  # fmt: skip
-            return rows if row_weights is None else (rows * row_weights).sum()
+            return rows if row_weights is None else (rows * row_weights).sum(), rows
     if backend == "triton" and num_valid is not None and mask is not None:
         packed, where = _packed(student, teacher, mask, labels, row_weights, num_valid)
-        rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
-        return rows if row_weights is not None else rows.new_zeros(len(mask)).index_add(0, where, rows)
+        loss, rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
+        rows = rows.new_zeros(len(mask)).index_add(0, where, rows)
+        return rows if row_weights is None else loss, rows
     hidden, head, bias = student
     if isinstance(teacher, TopK):
         teacher_inputs = (None, None, None, *kernel_form(teacher))
@@ -173,7 +176,7 @@ def linear_divergence(
             backend, options.as_numbers(), wanted, hand_over, row_weights.float(), *inputs
         )
     rows = LinearDivergence.apply(backend, options.as_numbers(), wanted, *inputs)
-    return rows if row_weights is None else (rows * row_weights).sum()
+    return rows if row_weights is None else (rows * row_weights).sum(), rows
 
 
 def _packed(student, teacher, mask, labels, row_weights, num_valid):

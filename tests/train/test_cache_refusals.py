@@ -123,7 +123,12 @@ def test_a_damaged_cache_is_refused_before_training(damage, tmp_path):
 REFUSED = [
     ({"top_k": 5, "samples": 3}, {}, "top_k, samples: are two ways"),
     ({"top_k": 0}, {}, "top_k: expected a number of at least 1, got 0"),
-    ({"dtype": "float64"}, {}, "cache_dtype: expected one of float32, bfloat16, got 'float64'"),
+    ({"dtype": "float64"}, {}, "cache_dtype: expected one of float32, bfloat16, int8, got 'float64'"),
+    (
+        {"dtype": "int8", "top_k": 5},
+        {},
+        "cache_dtype: int8 is for states and logits, got int8 for the predictions of few",
+    ),
     ({"samples": 12}, {"method": "reverse_kl"}, "samples: are an unbiased estimate for forward_kl and soft_ce alone"),
     ({"top_k": 5}, {"method": "forward_kl + kd"}, "top_k: is kept at one temperature, and the method has 1, 2"),
     ({"top_k": 5}, {"method": "glmd:top_n=3"}, "top_k: glmd with top_n or mse reads all logits"),

@@ -12,7 +12,7 @@ from test_methods import pair
 import fastkd
 from fastkd.train import cache
 from fastkd.train.cache import shards
-from fastkd.train.cache.contents import drawn, likeliest
+from fastkd.train.cache.contents import drawn, from_8_bits, in_8_bits, likeliest
 from fastkd.train.cache.shards import INDEX, shard_name
 from fastkd.train.states import read
 from fastkd.train.trainer import DistillTrainer
@@ -175,6 +175,37 @@ def test_bfloat16_takes_half_and_stays_near(tmp_path):
     made = trained(tmp_path, "forward_kl", "causal_lm", cache.Options(tmp_path / "half", dtype="bfloat16"))
     assert losses(made) == pytest.approx(live, rel=2e-2) and losses(made) != live
     assert made.cache.index["tensors"] == {"last": ["torch.bfloat16", [16]]}
+
+
+IN_8_BITS = {
+    "forward_kl": ("causal_lm", {"last": ["torch.int8", [16]], "last.scale": ["torch.float32", [1]]}),
+    "kd": ("classification", {"logits": ["torch.int8", [2]], "logits.scale": ["torch.float32", [1]]}),
+    "fcd:share=1": ("causal_lm", {"hidden.4": ["torch.int8", [16]], "hidden.4.scale": ["torch.float32", [1]]}),
+    "minilm:share=1": (
+        "causal_lm",
+        {f"{x}.3{end}": layout for x in "qkv" for end, layout in (("", ["torch.int8", [4, 4]]), (".scale", ["torch.float32", [4, 1]]))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", IN_8_BITS)
+def test_8_bits_with_a_scale_stay_near(method, tmp_path):
+    task, layout = IN_8_BITS[method]
+    live = losses(trained(tmp_path, method, task))
+    kept = cache.Options(tmp_path / "8 bits", dtype="int8", examples_per_shard=5)
+    made = trained(tmp_path, method, task, kept)
+    again = trained(tmp_path, method, task, kept.folder, teacher=None)
+    assert made.cache.index["tensors"] == layout
+    assert losses(again) == losses(made) == pytest.approx(live, rel=2e-2) and losses(made) != live
+
+
+def test_8_bits_are_half_a_step_off_at_most():
+    x = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 50)[:, None]
+    x[7] = 0
+    kept = dict(in_8_bits("x", x))
+    assert kept["x"].dtype == torch.int8 and torch.equal(kept["x.scale"], x.abs().amax(1, keepdim=True) / 127)
+    error = (from_8_bits("x", kept) - x).abs()
+    assert (error <= 0.501 * kept["x.scale"]).all() and (error[7] == 0).all() and error.max() > 0
 
 
 class Stopped(Exception):

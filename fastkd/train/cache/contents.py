@@ -14,10 +14,11 @@ from fastkd.train.states import QKV, States
 
 FEW_CLASSES = ("classification", "regression")
 SPARSE = ("top_k", "samples")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 LINEAR = ("forward_kl", "soft_ce")  # kinds whose gradient is linear in the teacher's probabilities
 _ROWS_AT_ONCE = 256  # rows of logits over the vocabulary that are made at a time
 _SEED = 20250316
+_SCALE = ".scale"  # of int8: a row of states is this times its numbers, one float32 per row
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Options:
         top_k: Keep the k most likely tokens of each position and the mass of all others.
         samples: Keep so many tokens drawn from the teacher's distribution at each position (an unbiased estimate of it).
             With neither, the hidden states before the teacher's head are kept, and of few classes the logits.
-        dtype: "float32" or "bfloat16", of states and log-probabilities. None: the teacher's.
+        dtype: "float32" or "bfloat16", of states and log-probabilities; or "int8", of states and logits, with a scale for
+            each row. None: the teacher's.
         examples_per_shard: How many examples a file holds. None: as many as take about 128 MB.
         from_logprobs: A file of log-probabilities that a server gave (JSON lines), in place of a teacher.
         config: With from_logprobs, the teacher's configuration.
@@ -57,6 +59,10 @@ class Options:
             raise ValueError(f"samples: at most 255 of a position are kept, got {self.samples}; choose top_k for more")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"cache_dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype == "int8" and (self.top_k or self.samples or self.from_logprobs):
+            raise ValueError(
+                "cache_dtype: int8 is for states and logits, got int8 for the predictions of few tokens; choose bfloat16"
+            )
 
     @classmethod
     def of(cls, given) -> "Options":
@@ -90,11 +96,13 @@ class Contents:
             kept |= {f"{name}.{layer}": x.transpose(1, 2)[real] for name, x in zip("qkv", found[:3], strict=True)}
         if self.predictions == "hidden":
             kept["last"] = states.predictions.hidden[real]
-        if self.dtype is not None:
+        if self.dtype not in (None, "int8"):
             kept = {name: x.to(getattr(torch, self.dtype)) for name, x in kept.items()}
         if self.predictions == "logits":
             kept["logits"] = states.logits.float()
-        elif self.predictions in SPARSE:
+        if self.dtype == "int8":
+            kept = dict(pair for name, x in kept.items() for pair in in_8_bits(name, x))
+        if self.predictions in SPARSE:
             states = states if words is None else states.over(words)
             kept |= self._sparse(states.predictions, real, numbers)
         return {name: x.cpu().contiguous() for name, x in kept.items()}
@@ -123,6 +131,7 @@ class Contents:
     ) -> States:
         """The teacher's states of a batch, of padded tensors [B, S, …]. head: without its hidden states; depth: the teacher's
         number of layers; dtype: the one that it computes in."""
+        kept = {name: from_8_bits(name, kept) for name in kept if not name.endswith(_SCALE)}
         levels = [kept[f"hidden.{i}"].to(dtype) if i in self.levels else None for i in range(depth + 1)]
         qkv = {
             layer: QKV(*(kept[f"{name}.{layer}"].to(dtype).transpose(1, 2) for name in "qkv"), scales[layer])
@@ -150,6 +159,24 @@ class Contents:
         levels = [f"hidden states of levels {', '.join(map(str, self.levels))}"] if self.levels else []
         layers = [f"q, k, v of layers {', '.join(map(str, self.layers))}"] if self.layers else []
         return "; ".join([*predictions, *levels, *layers])
+
+
+def of_examples(name: str) -> bool:
+    """Whether a tensor has a row for each example; the others have one for each token."""
+    return name.startswith("logits")
+
+
+def in_8_bits(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
+    """x [..., D] as whole numbers from -127 to 127 and, for each row, what they are multiplied by, [..., 1]."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return [
+        (name, (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)),
+        (name + _SCALE, scale),
+    ]
+
+
+def from_8_bits(name: str, kept: dict[str, Tensor]) -> Tensor:
+    return kept[name] * kept[name + _SCALE] if name + _SCALE in kept else kept[name]
 
 
 def likeliest(logits: Tensor, k: int) -> dict[str, Tensor]:

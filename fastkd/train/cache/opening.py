@@ -19,7 +19,7 @@ from fastkd.train.methods.base import Side
 from fastkd.train.states import States
 
 from . import identity, shards
-from .contents import FEW_CLASSES, SPARSE, Contents, Options, check_asked, check_serves, needed
+from .contents import FEW_CLASSES, SPARSE, Contents, Options, check_asked, check_serves, needed, of_examples
 from .logprobs import Records
 from .shards import HEAD, INDEX, Reader
 
@@ -91,7 +91,7 @@ class Teacher:
             _check_said(kept, contents, [examples[i]["example_id"] for i in chosen])
             lengths = real.sum(1).tolist()
             for name, x in kept.items():
-                for i, part in zip(chosen, x.split([1] * len(chosen) if name == "logits" else lengths), strict=True):
+                for i, part in zip(chosen, x.split([1] * len(chosen) if of_examples(name) else lengths), strict=True):
                     found[i] = (found[i] or {}) | {name: part}
             for i, length in zip(chosen, lengths, strict=True):
                 found[i] = (found[i] or {}) | {"lengths": torch.tensor([length], dtype=torch.int32)}
@@ -293,7 +293,7 @@ def _checked_size(folder: Path, source, index: dict, data) -> int:
     if wanted > free:
         raise ValueError(
             f"teacher_cache: it would take about {wanted / 1e9:,.1f} GB, {per_token:,.0f} bytes per token, and {folder} has "
-            f"{free / 1e9:,.1f} GB free; choose another folder, top_k, samples, or cache_dtype bfloat16"
+            f"{free / 1e9:,.1f} GB free; choose another folder, top_k, samples, or cache_dtype int8 or bfloat16"
         )
     return min(max(int(SHARD_BYTES * len(data) / max(wanted, 1)), 1), MOST_EXAMPLES)
 

@@ -15,7 +15,7 @@ from fastkd import atomic_write
 from fastkd.train.heads import Finish, Headless
 from fastkd.train.states import States
 
-from .contents import Contents
+from .contents import Contents, of_examples
 from .identity import hash_of_tensors
 
 INDEX, HEAD = "index.json", "head.safetensors"
@@ -116,7 +116,7 @@ class Reader:
         found = {name: [str(x.dtype), list(x.shape[1:])] for name, x in tensors.items()}
         if found != self.index["tensors"] or list(lengths.shape) != [examples]:
             raise ValueError(f"teacher_cache: {path} does not hold what the index says; delete it and make it again")
-        counted = {name: examples if name == "logits" else int(lengths.sum()) for name in tensors}
+        counted = {name: examples if of_examples(name) else int(lengths.sum()) for name in tensors}
         if any(len(x) != counted[name] for name, x in tensors.items()) or (lengths < 0).any():
             raise ValueError(
                 f"teacher_cache: {path} has not one row for each of its tokens; delete it and make it again"
@@ -147,7 +147,7 @@ class Reader:
         batch = {}
         for name in found[0][1]:
             rows = [tensors[name] for _, tensors in found]
-            if name == "logits":
+            if of_examples(name):
                 batch[name] = torch.cat(rows)
             else:
                 flat = torch.cat(rows)
@@ -170,7 +170,7 @@ class Reader:
         place = row % self.size_of_shard
         start, end = starts[place], starts[place + 1]
         slices = {
-            name: slice(place, place + 1) if name == "logits" else slice(start, end) for name in self.index["tensors"]
+            name: slice(place, place + 1) if of_examples(name) else slice(start, end) for name in self.index["tensors"]
         }
         tensors = {name: file.get_slice(name)[rows] for name, rows in slices.items()}
         if "indices" in tensors:
