@@ -1,5 +1,8 @@
 """What is shared between ranks: rows that all of them see, and a mean over all of them, and what one rank does for all."""
 
+import datetime
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -92,3 +95,22 @@ def on_first_rank(function, *args):
     if error is not None:
         raise error
     return result
+
+
+def is_said_by_first_rank(sentence: str) -> bool:
+    """Whether rank 0 ends with the same sentence as this process, one of several that torchrun started. Rank 0 leaves its
+    sentence in the store of torchrun; another rank waits for it, for a few seconds, since rank 0 may not have failed at all."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    key = f"fastkd/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    wait = datetime.timedelta(seconds=5)
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, is_master=False, timeout=wait, wait_for_workers=False)
+        if os.environ["RANK"] == "0":
+            store.set(key, sentence)
+            return False
+        store.wait([key], wait)
+        return store.get(key).decode() == sentence
+    except RuntimeError:  # no answer in time, or no store
+        return False

@@ -103,8 +103,10 @@ def linear_divergence(
     if teacher_temperature is not None:
         teacher_temperature = _number("teacher_temperature", teacher_temperature)
     student_hidden, student_head, student_bias = _autocast(student_hidden, student_head, student_bias)
-    if process_group is not None:
-        _check_shards(vocab, backend)
+    if process_group is not None and vocab is not None:
+        raise ValueError(
+            "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
+        )
     by_token_id = process_group is not None and (sparse or bool(hard_weight))
     of_ranks = vocab_parallel.sizes(student_head, process_group) if by_token_id else None
     size = student_head.shape[0] if of_ranks is None else of_ranks.sum()
@@ -143,9 +145,6 @@ def linear_divergence(
     )  # fmt: skip
     flat = [None if x is None else x.reshape(-1) for x in (counted, labels)]
     student = (student_hidden.reshape(-1, student_hidden.shape[-1]), *heads.student)
-    if process_group is not None:
-        rows = vocab_parallel.rows(student, teacher, *flat, of_ranks, options, process_group).reshape(shape)
-        return reductions.reduce(rows, counted, reduction, weights) / divisor
     row_weights = reductions.row_weights(counted, reduction, weights, student_hidden, divisor)
     scale = shift = None
     if heads.parts is not None:
@@ -158,6 +157,7 @@ def linear_divergence(
     loss = linear_divergence_op.linear_divergence(
         student, teacher, *flat, options, "low" if recompute_logits else "speed",
         row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
+        None if process_group is None else (process_group, of_ranks),
     )  # [N], or their weighted sum []  # fmt: skip
     if row_weights is None:
         rows = loss if scale is None else loss * scale + shift
@@ -192,18 +192,6 @@ def _one_hot(labels: Tensor, counted: Tensor | None) -> TopK:
     """Labels as a sparse teacher with one token per row."""
     ids = (labels if counted is None else labels.masked_fill(~counted, 0))[..., None]
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
-
-
-def _check_shards(vocab, backend: str) -> None:
-    if vocab is not None:
-        raise ValueError(
-            "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
-        )
-    if backend not in ("auto", "reference"):
-        raise RuntimeError(
-            f"linear_divergence: backend={backend!r} cannot run here: heads sharded over ranks are computed in PyTorch; "
-            "leave backend='auto'"
-        )
 
 
 def _check_sparse(
