@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE = datetime.timedelta(seconds=5)  # for a word of the first rank, which may not fail at all
+
 
 class _GatherRows(torch.autograd.Function):
     """Every rank's rows, in rank order. Gradients of all ranks' losses come back summed, so that the average which DDP
@@ -98,19 +100,18 @@ def on_first_rank(function, *args):
 
 
 def is_said_by_first_rank(sentence: str) -> bool:
-    """Whether rank 0 ends with the same sentence as this process, one of several that torchrun started. Rank 0 leaves its
-    sentence in the store of torchrun; another rank waits for it, for a few seconds, since rank 0 may not have failed at all."""
+    """Whether rank 0 ends with the same sentence as this process, one of several that torchrun started. Rank 0 leaves its own in
+    torchrun's store, where the others look for it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     key = f"fastkd/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    wait = datetime.timedelta(seconds=5)
     try:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*where, is_master=False, timeout=wait, wait_for_workers=False)
+        store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE, wait_for_workers=False)
         if os.environ["RANK"] == "0":
             store.set(key, sentence)
             return False
-        store.wait([key], wait)
+        store.wait([key], PATIENCE)
         return store.get(key).decode() == sentence
-    except RuntimeError:  # no answer in time, or no store
+    except RuntimeError:  # no word in time, or no store
         return False
