@@ -78,7 +78,7 @@ def linear_divergence(
             (student's, teacher's); no softcap where it is None.
         process_group: The heads and biases are this rank's shard of the vocabulary, in rank order, with the same tokens
             on both sides; hidden states are whole, and so is a `TopK`. Each rank returns the whole loss and the whole gradient of
-            `student_hidden`. num_valid then has no effect.
+            `student_hidden`.
         reduction, num_items_in_batch: As for `divergence`; with `weights`, too, the mean is then their sum by that number.
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
 

@@ -29,7 +29,8 @@ def product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     """a @ b.T in float32, from a [M, K] and b [N, K] of any dtype of kernels; with `onto`, added to it in place."""
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
-    if a.dtype == torch.float32:
-        return a @ b.t() if onto is None else onto.addmm_(a, b.t())
-    x = torch.mm(a, b.t(), out_dtype=torch.float32) if a.is_cuda else gemm_nt(a, b)
-    return x if onto is None else onto.add_(x)
+    with backends.full_precision(a):
+        if a.dtype == torch.float32:
+            return a @ b.t() if onto is None else onto.addmm_(a, b.t())
+        x = torch.mm(a, b.t(), out_dtype=torch.float32) if a.is_cuda else gemm_nt(a, b)
+        return x if onto is None else onto.add_(x)

@@ -163,9 +163,12 @@ def linear_divergence(
                 **{name: getattr(options, name) for name in ("factor", "hard", "scales", "caps")},
             )  # fmt: skip
             return rows if row_weights is None else (rows * row_weights).sum()
-    if backend == "triton" and num_valid is not None and mask is not None and ranks is None:
+    if ranks is not None and backend == "cpu" and mask is not None:  # a mask on the CPU costs nothing to look at
+        num_valid = int(mask.sum())
+    packs = backend == "triton" or (ranks is not None and num_valid != len(student[0]))
+    if packs and num_valid is not None and mask is not None:
         packed, where = _packed(student, teacher, mask, labels, row_weights, num_valid)
-        rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
+        rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend, ranks)
         return rows if row_weights is not None else rows.new_zeros(len(mask)).index_add(0, where, rows)
     hidden, head, bias = student
     if isinstance(teacher, TopK):

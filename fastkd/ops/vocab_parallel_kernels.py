@@ -29,7 +29,7 @@ from fastkd.ops.divergence import KERNELS
 from fastkd.ops.gemm import product
 from fastkd.reference.divergence_topk import compared
 
-ROWS = 512  # of a chunk
+ROWS = {"cpu": 256, "triton": 2048}  # of a chunk; between two chunks the gradient of the head is read and written
 # fwd(s, t, stats, kind, temperature, mix) -> [N, 3], sums over the shard of the value, q and q (h - centre); bwd(x, temperature)
 # -> [N], the log-sum-exp in float64.
 SHARD = backends.kernels("divergence", "divergence_shard_terms", "divergence_log_sum_exp")
@@ -57,28 +57,11 @@ class Shard(NamedTuple):
 
 
 @torch.no_grad()
-def fwd_grad(shard: Shard, weights, hidden, *rest):
-    """Rows [N, 1], and the gradients of sum weights * rows: of `hidden` that of all shards, of head and bias the shard's."""
-    with backends.full_precision(hidden):
-        return _fwd_grad(shard, weights, hidden, *rest)
-
-
-def _fwd_grad(
+def fwd_grad(
     shard: Shard, weights, hidden, head, bias, t_hidden, t_head, t_bias, indices, log_probs, tail, mask, labels,
     kind, temperature, mix, factor, hard, scale, cap, t_scale, t_cap, to_hidden, to_head, to_bias,
 ):  # fmt: skip
-    if mask is not None and not mask.is_cuda:  # looking costs nothing: rows that do not count are left out
-        where = mask.nonzero()[:, 0]
-        teacher = t_head, t_bias, *(None if x is None else x[where] for x in (indices, log_probs, tail))
-        rows, of_hidden, *others = _fwd_grad(
-            shard, weights[where], hidden[where], head, bias, None if t_hidden is None else t_hidden[where], *teacher,
-            None, None if labels is None else labels[where], kind, temperature, mix, factor, hard, scale, cap, t_scale,
-            t_cap, to_hidden, to_head, to_bias,
-        )  # fmt: skip
-        rows = rows.new_zeros(len(mask), 1).index_copy_(0, where, rows)
-        if to_hidden:
-            of_hidden = of_hidden.new_zeros(hidden.shape).index_copy_(0, where, of_hidden)
-        return rows, of_hidden, *others
+    """Rows [N, 1], and the gradients of sum weights * rows: of `hidden` that of all shards, of head and bias the shard's."""
     if mask is not None:  # a masked row may hold NaN, and 0 times that would reach the head's gradient
         hidden, t_hidden = (x if x is None else x.masked_fill(~mask[:, None], 0) for x in (hidden, t_hidden))
     student, teacher = (head, bias, scale, cap), (t_head, t_bias, t_scale, t_cap)
@@ -87,8 +70,8 @@ def _fwd_grad(
     of_head = rows.new_zeros(len(head) if to_head else 0, head.shape[1])
     of_bias = rows.new_zeros(len(head) if to_bias else 0, 1)
     of_logits = to_hidden or to_head or to_bias
-    for begin in range(0, len(hidden), ROWS):
-        part = slice(begin, begin + ROWS)
+    for begin in range(0, len(hidden), ROWS[shard.backend]):
+        part = slice(begin, begin + ROWS[shard.backend])
         some = [None if x is None else x[part] for x in (weights, mask, indices, log_probs, tail, labels)]
         w, keep, ids, log_p, rest, label = some
         s = _logits(hidden[part], *student)  # [C, V / ranks]
@@ -198,8 +181,8 @@ def _sparse(shard, s, teacher, mask, kind, temperature, mix, w, wanted) -> tuple
     """The same from a sparse teacher (ids, log-probabilities, log-mass of the rest or None)."""
     ids, log_probs, tail = teacher
     own, here, place = shard.at(s, ids)
-    ends = torch.where(here, -torch.inf, torch.inf)
-    others = s.scatter_reduce(1, place, ends.to(s), "amin")  # without the k tokens
+    others = s.clone()  # without the k tokens
+    _add_at(others, place, torch.where(here, -torch.inf, 0))
     log_rest = SHARD[shard.backend].bwd(others, temperature)
     every = shard.of_each_rank(torch.cat([log_rest[:, None], own.double() / temperature], -1))  # [ranks, C, 1 + k]
     rest, at_k = every[..., :1].logsumexp(0), every[..., 1:].sum(0)
@@ -219,7 +202,7 @@ def _sparse(shard, s, teacher, mask, kind, temperature, mix, w, wanted) -> tuple
     raw = rest.detach() * temperature
     high = raw.float()
     grad = others.sub_(high).sub_((raw - high).float()).mul_(1 / temperature).exp_().mul_((w * of_rest).float())
-    grad.scatter_add_(1, place, torch.where(here, w * of_k, 0).float())
+    _add_at(grad, place, torch.where(here, w * of_k, 0))
     return value.detach(), grad
 
 
@@ -230,5 +213,11 @@ def _cross_entropy(shard, s, labels, w, grad) -> Tensor:
     log_sum, label = every[..., 0].logsumexp(0), every[..., 1].sum(0)
     if grad is not None:
         grad += (s - log_sum[:, None].float()).exp_().mul_(w[:, None])
-        grad.scatter_add_(1, place, torch.where(here, -w[:, None], 0))
+        _add_at(grad, place, torch.where(here, -w[:, None], 0))
     return log_sum - label
+
+
+def _add_at(x: Tensor, columns: Tensor, values: Tensor) -> None:
+    """x [C, V] += values [C, k] at these columns [C, k], in place."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    x.index_put_((rows, columns), values.to(x.dtype), accumulate=True)
