@@ -66,8 +66,7 @@ def fwd_grad(
         hidden, t_hidden = (x if x is None else x.masked_fill(~mask[:, None], 0) for x in (hidden, t_hidden))
     student, teacher = (head, bias, scale, cap), (t_head, t_bias, t_scale, t_cap)
     rows, dtype = hidden.new_zeros(len(hidden), 1, dtype=torch.float32), _operand(hidden, head)
-    of_hidden = rows.new_zeros(len(hidden) if to_hidden else 0, hidden.shape[1])
-    of_head = rows.new_zeros(len(head) if to_head else 0, head.shape[1])
+    of_hidden, of_head = rows.new_zeros(len(hidden) if to_hidden else 0, hidden.shape[1]), None
     of_bias = rows.new_zeros(len(head) if to_bias else 0, 1)
     of_logits = to_hidden or to_head or to_bias
     for begin in range(0, len(hidden), ROWS[shard.backend]):
@@ -94,9 +93,11 @@ def fwd_grad(
         if to_hidden:
             of_hidden[part] = product(grad, head.to(dtype).t())
         if to_head:
-            product(grad.t(), x.t(), of_head)
+            of_head = product(grad.t(), x.t(), of_head)
     if to_hidden:
         dist.all_reduce(of_hidden, group=shard.group)
+    if of_head is None:  # nobody asks for it, or there are no rows
+        of_head = rows.new_zeros(len(head) if to_head else 0, head.shape[1])
     return rows, of_hidden, of_head.bfloat16() if head.dtype == torch.bfloat16 else of_head, of_bias
 
 
