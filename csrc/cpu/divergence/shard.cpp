@@ -46,8 +46,7 @@ Tensor divergence_log_sum_exp(const Tensor& x, double temperature) {
   double* out = sums.mutable_data_ptr<double>();
   const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      out[i] = log_sum_exp(table, from + i * columns, columns, 1 / temperature);
+    for (int64_t i = begin; i < end; ++i) out[i] = log_sum_exp(table, from + i * columns, columns, 1 / temperature);
   });
   return sums;
 }
@@ -56,10 +55,9 @@ Tensor divergence_log_sum_exp(const Tensor& x, double temperature) {
 }  // namespace fastkd::divergence
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
-  // [N, 3]: the sums over these tokens of the value's terms, of q and of q (h - centre), given the statistics of the whole
-  // row (divergence/op.h), a part of whose tokens these are.
-  m.def(
-      "divergence_shard_terms(Tensor s, Tensor t, Tensor stats, int kind, float temperature, float mix) -> Tensor");
+  // [N, 3]: the sums over these tokens of the value's terms, of q and of q (h - centre), given the statistics of the
+  // whole row (divergence/op.h), a part of whose tokens these are.
+  m.def("divergence_shard_terms(Tensor s, Tensor t, Tensor stats, int kind, float temperature, float mix) -> Tensor");
   // [N]: log sum e^(x / temperature), -inf where there is none.
   m.def("divergence_log_sum_exp(Tensor x, float temperature) -> Tensor");
 }
