@@ -1,8 +1,13 @@
 """What is shared between ranks: rows that all of them see, and a mean over all of them, and what one rank does for all."""
 
+import datetime
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = datetime.timedelta(seconds=5)  # for a word of the first rank, which may not fail at all
 
 
 class _GatherRows(torch.autograd.Function):
@@ -92,3 +97,21 @@ def on_first_rank(function, *args):
     if error is not None:
         raise error
     return result
+
+
+def is_said_by_first_rank(sentence: str) -> bool:
+    """Whether rank 0 ends with the same sentence as this process, one of several that torchrun started. Rank 0 leaves its own in
+    torchrun's store, where the others look for it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    key = f"fastkd/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE, wait_for_workers=False)
+        if os.environ["RANK"] == "0":
+            store.set(key, sentence)
+            return False
+        store.wait([key], PATIENCE)
+        return store.get(key).decode() == sentence
+    except RuntimeError:  # no word in time, or no store
+        return False

@@ -54,6 +54,11 @@ def _divergence_bwd(dtype, kind):
     return normal(3), s, t, kept, OPS.divergence_fwd(s, t, kept, *options)[1], *options
 
 
+def _shard_terms(kind):
+    s, t, _, options = _divergence(F32, kind)
+    return s, t.float(), OPS.divergence_fwd(s, t.float(), None, *options)[1], *options
+
+
 def _topk(dtype, kind):
     log_probs = normal(3, 3, dtype=F64).log_softmax(-1) - 0.1
     tail = torch.log(-torch.expm1(log_probs.logsumexp(-1)))
@@ -161,6 +166,8 @@ VALID: dict[str, list[Callable[[], tuple]]] = {
     "divergence_bwd": [lambda: _divergence_bwd(F32, 2), lambda: _divergence_bwd(BF16, 3)],
     "divergence_fwd_grad": [lambda: (*_divergence(F32, 0), True, 4.0), lambda: (*_divergence(F32, 6), False, 1.0)],
     "divergence_rescale_grad": [lambda: (normal(3, 5), normal(3), mask(3), True, 4.0), lambda: (normal(3, 5), normal(3), None, False, 1.0)],
+    "divergence_shard_terms": [lambda: _shard_terms(1), lambda: _shard_terms(3)],
+    "divergence_log_sum_exp": [lambda: (normal(3, 5), 2.0)],
     "divergence_topk_fwd": [lambda: _topk(F32, 2), lambda: _topk(BF16, 3)],
     "divergence_topk_bwd": [lambda: _topk_bwd(F32, 0), lambda: _topk_bwd(BF16, 4)],
     "linear_divergence_fwd_grad": [

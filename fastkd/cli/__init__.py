@@ -62,8 +62,18 @@ def main(argv: list[str] | None = None) -> int:
         code, sentence = _explained(error, command)
         if sentence is None:
             raise
-        print(f"fastkd {command}: {sentence}", file=sys.stderr)
+        if not _is_said_by_first_rank(sentence):
+            print(f"fastkd {command}: {sentence}", file=sys.stderr)
         return code
+
+
+def _is_said_by_first_rank(sentence: str) -> bool:
+    """Whether this is one of several processes, and the first one prints the same."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    from fastkd import distributed
+
+    return distributed.is_said_by_first_rank(sentence)
 
 
 def _explained(error: BaseException, command: str) -> tuple[int, str | None]:

@@ -38,8 +38,8 @@ USUAL = {
     "use_cpu": "train on the CPU even where there is a GPU",
 }  # fmt: skip
 RARE = (
-    "teacher_revision", "student_revision", "model_revision", "compile_teacher", "advance", "dataset_config",
-    "max_skipped_steps", "cache_shard",
+    "teacher_revision", "student_revision", "model_revision", "compile_teacher", "shard_teacher", "advance",
+    "dataset_config", "max_skipped_steps", "cache_shard",
 )  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def prepare(run):
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     distils = {} if run.method is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
-        "compile_teacher": model_args.compile_teacher, "words": words, "teacher_cache": kept,
+        "compile_teacher": model_args.compile_teacher, "shard_teacher": model_args.shard_teacher, "words": words,
+        "teacher_cache": kept,
         **({"pooling": models.pooling(run)[0]} if data_args.task == "embedding" else {}),
     }  # fmt: skip
     trainer = DistillTrainer(

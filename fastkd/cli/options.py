@@ -34,6 +34,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with either model"})
     teacher_dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on a GPU that has it, else float32"})
     compile_teacher: bool = field(default=False, metadata={"help": "torch.compile the teacher's forward"})
+    shard_teacher: bool = field(default=False, metadata={"help": "divide the teacher's layers among the processes"})
     teacher_cache: str | None = field(
         default=None, metadata={"help": "keep the teacher's word in this folder, or use it"}
     )

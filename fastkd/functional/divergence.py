@@ -35,7 +35,7 @@ def divergence(
     num_items_in_batch: float | Tensor | None = None,
     return_stats: bool = False,
     backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, DivergenceStats]:
+) -> Tensor:  # with return_stats a tuple, as PyTorch annotates max_pool2d
     """Divergence of each row's student distribution from the teacher's.
 
     With q = softmax(student_logits / T) and p = softmax(teacher_logits / T), a row's divergence is, by `kind`:

@@ -13,7 +13,7 @@ from fastkd.functional.divergence import stats_of, without_mixture
 from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import linear_divergence as linear_divergence_op
 from fastkd.ops import subset_mass, vocab_parallel
-from fastkd.ops.divergence import DivergenceStats, TopK
+from fastkd.ops.divergence import TopK
 from fastkd.vocab import alignment
 
 
@@ -49,7 +49,7 @@ def linear_divergence(
     num_items_in_batch: float | Tensor | None = None,
     return_stats: bool = False,
     backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, DivergenceStats]:
+) -> Tensor:  # with return_stats a tuple, as PyTorch annotates max_pool2d
     """`divergence` of two language models from their hidden states and heads; the logits are never all in memory.
 
     The logits of either side are hidden headᵀ + bias; the divergences are those of `divergence`, but "skew_reverse_kl". Under
@@ -79,7 +79,7 @@ def linear_divergence(
             (student's, teacher's); no softcap where it is None.
         process_group: The heads and biases are this rank's shard of the vocabulary, in rank order, with the same tokens
             on both sides; hidden states are whole, and so is a `TopK`. Each rank returns the whole loss and the whole gradient of
-            `student_hidden`. recompute_logits and num_valid then have no effect.
+            `student_hidden`.
         reduction, num_items_in_batch: As for `divergence`; with `weights`, too, the mean is then their sum by that number.
         return_stats: Also return `DivergenceStats`, as `divergence` does. The student's entropy takes one more product of
             `student_hidden` and `student_head`, beside the four of a dense teacher or the three of a `TopK`.
@@ -106,8 +106,10 @@ def linear_divergence(
     if teacher_temperature is not None:
         teacher_temperature = _number("teacher_temperature", teacher_temperature)
     student_hidden, student_head, student_bias = _autocast(student_hidden, student_head, student_bias)
-    if process_group is not None:
-        _check_shards(vocab, backend)
+    if process_group is not None and vocab is not None:
+        raise ValueError(
+            "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
+        )
     by_token_id = process_group is not None and (sparse or bool(hard_weight))
     of_ranks = vocab_parallel.sizes(student_head, process_group) if by_token_id else None
     size = student_head.shape[0] if of_ranks is None else of_ranks.sum()
@@ -151,9 +153,6 @@ def linear_divergence(
         raise ValueError(
             "return_stats: cannot be combined with process_group, nor with hard_weight where teacher_tokens='all'; leave it out"
         )
-    if process_group is not None:
-        rows = vocab_parallel.rows(student, teacher, *flat, of_ranks, options, process_group).reshape(shape)
-        return reductions.reduce(rows, counted, reduction, weights) / divisor
     row_weights = reductions.row_weights(counted, reduction, weights, student_hidden, divisor)
     scale = shift = None
     if heads.parts is not None:
@@ -166,6 +165,7 @@ def linear_divergence(
     loss, rows = linear_divergence_op.linear_divergence(
         student, teacher, *flat, options, "low" if recompute_logits else "speed",
         row_weights if scale is None or row_weights is None else row_weights * scale, num_valid, backend,
+        None if process_group is None else (process_group, of_ranks),
     )  # [N], or their weighted sum [], and [N]  # fmt: skip
     rows = rows if scale is None else rows * scale + shift
     if row_weights is None:
@@ -208,18 +208,6 @@ def _one_hot(labels: Tensor, counted: Tensor | None) -> TopK:
     """Labels as a sparse teacher with one token per row."""
     ids = (labels if counted is None else labels.masked_fill(~counted, 0))[..., None]
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32))
-
-
-def _check_shards(vocab, backend: str) -> None:
-    if vocab is not None:
-        raise ValueError(
-            "vocab: cannot be combined with process_group; pass each rank the kept rows of its shard as heads"
-        )
-    if backend not in ("auto", "reference"):
-        raise RuntimeError(
-            f"linear_divergence: backend={backend!r} cannot run here: heads sharded over ranks are computed in PyTorch; "
-            "leave backend='auto'"
-        )
 
 
 def _check_sparse(

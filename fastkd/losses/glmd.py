@@ -90,13 +90,18 @@ class GLMDLoss(nn.Module):
         self.top_n, self.teacher_min, self.mse, self.backend = top_n, teacher_min, mse, backend
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, stage: Stage | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | functional.TopK,
+        mask: Tensor | None = None,
+        stage: Stage | None = None,
     ) -> Tensor:
         """The loss, a scalar.
 
         Args:
             student_logits: [B, S, V], with `vocab` [B, S, K] in the order of its kept ids; in the stage "soft" [B, C].
-            teacher_logits: [B, S, V], in the stage "soft" [B, C].
+            teacher_logits: [B, S, V], in the stage "soft" [B, C]. In the stage "words" also a `fastkd.TopK` over the student's
+                vocabulary, with log-probabilities at the module's temperature.
             mask: [B, S], 1 = real token; in the stage "soft" [B].
             stage: "words" or "soft". None: the module's.
         """
@@ -105,6 +110,9 @@ class GLMDLoss(nn.Module):
         if stage == "soft":
             return self._soft(student_logits, teacher_logits, mask)
         checks.tensor("student_logits", student_logits, "[..., V]")
+        if isinstance(teacher_logits, functional.TopK):
+            self._check_sparse()
+            return self._all_tokens(student_logits, teacher_logits, mask)
         checks.tensor("teacher_logits", teacher_logits, "[..., V]")
         if self.vocab is not None:
             self.vocab.check_student("student_logits", student_logits)
@@ -166,6 +174,11 @@ class GLMDLoss(nn.Module):
         everything = self.vocab is not None and self.teacher_tokens == "all"
         size = self.vocab.original_size if everything else student_head.shape[0]
         return value / self._denominator(student_hidden, size)
+
+    def _check_sparse(self) -> None:
+        asked = {"vocab": self.vocab, "top_n": self.top_n, "mse": self.mse or None}
+        for name in (name for name, x in asked.items() if x is not None):
+            raise ValueError(f"{name}: needs all logits of the teacher, and teacher_logits is a TopK; leave {name} out")
 
     def _kind(self) -> dict:
         kind = "mse" if self.mse else "forward_kl"

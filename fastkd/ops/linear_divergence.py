@@ -1,5 +1,6 @@
 """divergence from hidden states and LM heads: the autograd Functions, and which implementation runs."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.checks import KINDS
+from fastkd.ops import vocab_parallel, vocab_parallel_kernels
 from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form, without_mixture
 from fastkd.ops.gradient_in_forward import HandedOver, can_hand_over, wants_gradient
 from fastkd.reference import linear_divergence as reference
@@ -77,11 +79,12 @@ class LinearDivergenceGradientInForward(backends.Function):
     gradient_in_forward = True
 
     @staticmethod
-    def forward(ctx, backend, numbers, wanted, hand_over, weights, *inputs):
-        rows, *gradients = GRADIENT_IN_FORWARD[backend].fwd(weights, *inputs, *numbers, *wanted)
+    def forward(ctx, backend, shard, numbers, wanted, hand_over, weights, *inputs):
+        fwd = GRADIENT_IN_FORWARD[backend].fwd if shard is None else partial(vocab_parallel_kernels.fwd_grad, shard)
+        rows, *gradients = fwd(weights, *inputs, *numbers, *wanted)
         ctx.made = HandedOver(gradients) if hand_over else None
         ctx.save_for_backward(rows, *((weights, *inputs) if hand_over else gradients))
-        ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
+        ctx.backend, ctx.fwd, ctx.numbers, ctx.wanted = backend, fwd, numbers, wanted
         ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, torch.float32)
         rows = rows[:, 0]
         ctx.mark_non_differentiable(rows)
@@ -90,15 +93,15 @@ class LinearDivergenceGradientInForward(backends.Function):
     @staticmethod
     def backward(ctx, grad, _):
         rows, *saved = ctx.saved_tensors
-        made, fwd = ctx.made, GRADIENT_IN_FORWARD[ctx.backend].fwd
-        gradients = saved if made is None else made.take(lambda: fwd(*saved, *ctx.numbers, *ctx.wanted)[1:])
+        made = ctx.made
+        gradients = saved if made is None else made.take(lambda: ctx.fwd(*saved, *ctx.numbers, *ctx.wanted)[1:])
         scaled = [None, None, None]
         for i, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.wanted, strict=True)):
             if wanted:
                 scaled[i] = _rescaled(gradients[i], grad, dtype, ctx.backend, in_place=made is not None)
         to_bias = None if scaled[2] is None else scaled[2][:, 0]
-        to_weights = grad * rows[:, 0] if ctx.needs_input_grad[4] else None
-        return None, None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
+        to_weights = grad * rows[:, 0] if ctx.needs_input_grad[5] else None
+        return None, None, None, None, None, to_weights, scaled[0], scaled[1], to_bias, *[None] * (_INPUTS - 3)
 
 
 def _rescaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str, in_place: bool) -> Tensor:
@@ -116,19 +119,20 @@ class LinearDivergence(backends.Function):
     function = "linear_divergence"
 
     @staticmethod
-    def forward(ctx, backend, numbers, wanted, *inputs):
-        rows, stats = RECOMPUTED[backend].fwd(*inputs, *numbers)
+    def forward(ctx, backend, shard, numbers, wanted, *inputs):
+        ctx.kernels = RECOMPUTED[backend] if shard is None else vocab_parallel_kernels.recomputed(shard)
+        rows, stats = ctx.kernels.fwd(*inputs, *numbers)
         ctx.save_for_backward(stats, *inputs)
-        ctx.backend, ctx.numbers, ctx.wanted = backend, numbers, wanted
+        ctx.numbers, ctx.wanted = numbers, wanted
         return rows[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
         stats, *inputs = ctx.saved_tensors
-        hidden, head, bias = RECOMPUTED[ctx.backend].bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
+        hidden, head, bias = ctx.kernels.bwd(grad, stats, *inputs, *ctx.numbers, *ctx.wanted)
         gradients = (hidden.to(inputs[0].dtype), head.to(inputs[1].dtype), bias[:, 0])
         gradients = (x if wanted else None for x, wanted in zip(gradients, ctx.wanted, strict=True))
-        return None, None, None, *gradients, *[None] * (_INPUTS - 3)
+        return None, None, None, None, *gradients, *[None] * (_INPUTS - 3)
 
 
 def linear_divergence(
@@ -141,12 +145,17 @@ def linear_divergence(
     row_weights,
     num_valid,
     backend: str,
+    ranks: tuple | None = None,
 ) -> tuple[Tensor, Tensor]:
     """student, teacher: (hidden [N, D], head [V, D], bias [V] or None). Rows [N], masked ones 0, twice; with row_weights [N],
-    what memory="speed" can do better: sum row_weights * rows, and rows whose gradient may be missing."""
+    what memory="speed" can do better: sum row_weights * rows, and rows whose gradient may be missing. ranks: where the heads
+    are shards, (process_group, what vocab_parallel.sizes returned or None)."""
     options = options._replace(kind=without_mixture(options.kind, options.alpha))
     backend = backends.choose("linear_divergence", backend, student[0])
     labels = None if labels is None else labels.long()
+    if ranks is not None and backend == "reference":
+        rows = vocab_parallel.rows(student, teacher, mask, labels, *ranks, options)
+        return rows if row_weights is None else (rows * row_weights).sum(), rows
     if backend == "reference":
         sides = (*student, None, None, None) if isinstance(teacher, TopK) else (*student, *teacher)
         with backends.full_precision(student[0]):
@@ -156,9 +165,12 @@ def linear_divergence(
                 **{name: getattr(options, name) for name in ("factor", "hard", "scales", "caps")},
             )  # fmt: skip
             return rows if row_weights is None else (rows * row_weights).sum(), rows
-    if backend == "triton" and num_valid is not None and mask is not None:
+    if ranks is not None and backend == "cpu" and mask is not None:  # a mask on the CPU costs nothing to look at
+        num_valid = int(mask.sum())
+    packs = backend == "triton" or (ranks is not None and num_valid != len(student[0]))
+    if packs and num_valid is not None and mask is not None:
         packed, where = _packed(student, teacher, mask, labels, row_weights, num_valid)
-        loss, rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend)
+        loss, rows = linear_divergence(*packed[:4], options, memory, packed[4], None, backend, ranks)
         rows = rows.new_zeros(len(mask)).index_add(0, where, rows)
         return rows if row_weights is None else loss, rows
     hidden, head, bias = student
@@ -170,12 +182,14 @@ def linear_divergence(
     inputs = (hidden, kernel_dtype(head), _bias(bias), *teacher_inputs, mask, labels)
     # If no gradient is needed, streaming the logits is as fast for the kinds that need one pass over them.
     one_pass = options.kind in ("forward_kl", "soft_ce", "mse") or isinstance(teacher, TopK)
+    shard = None
+    if ranks is not None:
+        shard = vocab_parallel_kernels.Shard(backend, ranks[0], vocab_parallel.first_token(ranks[1], ranks[0]))
     if row_weights is not None and memory == "speed" and (any(wanted) or not one_pass):
-        hand_over = can_hand_over()
         return LinearDivergenceGradientInForward.apply(
-            backend, options.as_numbers(), wanted, hand_over, row_weights.float(), *inputs
+            backend, shard, options.as_numbers(), wanted, can_hand_over(), row_weights.float(), *inputs
         )
-    rows = LinearDivergence.apply(backend, options.as_numbers(), wanted, *inputs)
+    rows = LinearDivergence.apply(backend, shard, options.as_numbers(), wanted, *inputs)
     return rows if row_weights is None else (rows * row_weights).sum(), rows
 
 

@@ -139,11 +139,16 @@ def sizes(head: Tensor, group) -> Tensor:
     return _reduced(sizes, group, dist.ReduceOp.SUM)
 
 
-def rows(student, teacher, mask, labels, shard_sizes, options, group) -> Tensor:
+def first_token(shard_sizes: Tensor | None, group) -> Tensor | int:
+    """The id of this rank's first token; 0 where nobody asks for ids."""
+    return 0 if shard_sizes is None else shard_sizes[: dist.get_rank(group)].sum()
+
+
+def rows(student, teacher, mask, labels, group, shard_sizes, options) -> Tensor:
     """student, teacher: (hidden [N, D], head [V / ranks, D], bias or None), with shards in rank order; the teacher may be a TopK
     over the whole vocabulary. shard_sizes: of `sizes`, needed with labels or a TopK. Rows [N], the same on every rank; the
     gradient of hidden is that of the full vocabulary, a head's that of its shard."""
-    first = 0 if shard_sizes is None else shard_sizes[: dist.get_rank(group)].sum()  # this rank's first token id
+    first = first_token(shard_sizes, group)
     chunks = []
     with backends.full_precision(student[0]):
         for start in range(0, student[0].shape[0], ROWS):

@@ -4,6 +4,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from .states import layer_list
 
 FILLS = {"labels": -100}  # of a token of padding; 0 for what is not named
 
@@ -54,6 +58,30 @@ def check_replicas(trainer, method, student: nn.Module) -> None:
             f"method: {name} keeps {learned:,} numbers, which FSDP would not shard, and the student has {own:,}; use DDP, or "
             "choose a method that keeps less"
         )
+
+
+def check_sharded_teacher(world: int, compiled: bool, cached: bool) -> None:
+    """Raise where a teacher cannot be sharded."""
+    if world == 1:
+        raise ValueError(
+            "shard_teacher: divides the teacher among processes, and this run has one; start several with torchrun or "
+            "accelerate launch, or leave shard_teacher out"
+        )
+    if compiled or cached:
+        other = "compile_teacher" if compiled else "teacher_cache"
+        why = "compiles" if compiled else "runs on the first rank alone"
+        raise ValueError(
+            f"shard_teacher: cannot be combined with {other}, which {why} a whole teacher; leave one of them out"
+        )
+
+
+def shard(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """FSDP2, in place: a rank keeps its part of each layer on the device, and gathers a layer while it runs. What is in no
+    layer, embeddings and head, is whole on each rank from the first forward on: a loss may read the head after the forward."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in teacher.get_submodule(layer_list(teacher)):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(teacher, mesh=mesh, reshard_after_forward=False).to(device)
 
 
 def optimizer_beside(optimizer, groups: list[dict]):

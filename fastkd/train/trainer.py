@@ -36,7 +36,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
     micro-batch, as most papers' releases do. answers: in cloze, the token of each class. pooling: in embedding, what of the
     token states is the embedding: "mean", "cls" (the first token) or "last".
     teacher_cache: a folder, or cache.Options, for what the teacher says of each example: computed once, or found there, and
-    then teacher may be None.
+    then teacher may be None. shard_teacher: each rank keeps a part of the teacher's layers (FSDP2).
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many of them in a row end the run.
     words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
     data bear the student's ids.
@@ -56,6 +56,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         advance: str = "step",
         teacher_dtype: str = "auto",
         compile_teacher: bool = False,
+        shard_teacher: bool = False,
         teacher_cache: "str | Path | cache.Options | None" = None,
         words: Tensor | None = None,
         max_skipped_steps: int = 10,
@@ -95,7 +96,9 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         if known is not None:
             self.method = self._method(model, known, method)
         if teacher is not None:
-            self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher)
+            if shard_teacher:
+                ranks.check_sharded_teacher(self.args.world_size, compile_teacher, bool(asked))
+            self.teacher = self._prepared(teacher, teacher_dtype, compile_teacher, shard_teacher)
             if not compile_teacher:
                 read = self.method.attention("teacher"), self.method.levels("teacher")
                 self._stop_after = states.stop_after(self.teacher, *read)
@@ -134,12 +137,12 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         ranks.begin_alike(built, group)
         return built
 
-    def _prepared(self, teacher, dtype: str, compiled: bool):
-        teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+    def _prepared(self, teacher, dtype: str, compiled: bool, sharded: bool):
         if dtype == "auto":
             on_gpu = self.args.device.type == "cuda" and torch.cuda.is_bf16_supported()
             dtype = "bfloat16" if on_gpu else "float32"
-        teacher = teacher.to(getattr(torch, dtype))
+        teacher = teacher.eval().requires_grad_(False).to(getattr(torch, dtype))
+        teacher = ranks.shard(teacher, self.args.device) if sharded else teacher.to(self.args.device)
         if not compiled:
             return teacher
         if self.method.attention("teacher"):

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import contiguous_rows, is_masked, load_pair, row_of
-from .row import MSE, compare, exact_differences, gradient, load_stats, squares, store_stats
+from .row import MSE, compare, exact_differences, gradient, load_stats, second_pass, squares, store_stats
 
 
 @triton.jit
@@ -57,10 +57,25 @@ def backward_kernel(
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=m_v)
 
 
+@triton.jit
+def shard_kernel(
+    s_ptr, t_ptr, stats_ptr, terms_ptr, s_stride, t_stride, V, inv_T, mix, rest,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per row, whose statistics are those of a longer row that these columns are a part of."""
+    i_n = tl.program_id(0).to(tl.int64)
+    row = row_of(s_ptr, t_ptr, i_n, s_stride, t_stride, V, ALIGN)
+    EXACT: tl.constexpr = exact_differences(s_ptr.dtype.element_ty, t_ptr.dtype.element_ty)
+    terms = second_pass(row, load_stats(stats_ptr + 7 * i_n), inv_T, (mix, rest), KIND, EXACT, BLOCK, STAGES)
+    tl.store(terms_ptr + 3 * i_n, terms.value)
+    tl.store(terms_ptr + 3 * i_n + 1, terms.mass)
+    tl.store(terms_ptr + 3 * i_n + 2, terms.slope)
+
+
 # Bytes of local memory a thread may use, whatever the kind, dtype and chip: tests/ops/test_triton.py asserts it. Only the
 # forward of skew_kl on short float32 rows needs any, between the two passes and outside both loops, so that a fifth program
 # fits on a multiprocessor.
-SPILL_LIMIT = {"forward_kernel": 8, "backward_kernel": 0}
+SPILL_LIMIT = {"forward_kernel": 8, "backward_kernel": 0, "shard_kernel": 0}
 
 # Columns of a row per step and warps of a program, forward and backward, by the width of the row. 8 and 16 columns a thread
 # keep the sums in registers, with two programs or more on a multiprocessor: some versions of Triton need maxnreg for it.
@@ -111,3 +126,21 @@ def divergence_bwd(
             V, blocks, 1 / temperature, mix, 1 - mix, KIND=kind, **options,
         )  # fmt: skip
     return out
+
+
+def divergence_shard_terms(s: Tensor, t: Tensor, stats: Tensor, kind: int, temperature: float, mix: float) -> Tensor:
+    """s, t [N, V] of a shard, stats [N, 7] of whole rows -> [N, 3], the shard's sums of the value, of q and of q (h - centre)."""
+    N, V = s.shape
+    s, t, stats = contiguous_rows(s), contiguous_rows(t), stats.contiguous()
+    terms = s.new_empty(N, 3, dtype=torch.float32)
+    if N:
+        options, _, _ = geometry(s, t)
+        shard_kernel[(N,)](
+            s, t, stats, terms, s.stride(0), t.stride(0), V, 1 / temperature, mix, 1 - mix, KIND=kind, **options
+        )
+    return terms.double()
+
+
+def divergence_log_sum_exp(x: Tensor, temperature: float) -> Tensor:
+    """[N, V] -> [N] in float64."""
+    return (x.double() / temperature).logsumexp(-1)

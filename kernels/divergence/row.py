@@ -238,7 +238,7 @@ def add_terms(b_s, b_t, stats, terms, inv_T, mixture, KIND: tl.constexpr, EXACT:
 def second_pass(
     row, stats, inv_T, mixture, KIND: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):
-    """The value, and the means of slope - centre and of its square, from the end of a row to its beginning."""
+    """The sums of Terms, from the end of a row to its beginning."""
     zeros = tl.zeros([BLOCK], tl.float32)
     terms = Terms(zeros, zeros, zeros, zeros)
     edge, edge_end, edge_step = edge_blocks(row, BLOCK)
@@ -250,9 +250,8 @@ def second_pass(
         b_s, b_t = load_pair(row, begin + end - BLOCK - start, BLOCK, True)
         terms = add_terms(b_s, b_t, stats, terms, inv_T, mixture, KIND, EXACT)
     if KIND == FORWARD_KL or KIND == SOFT_CE:
-        return tl.sum(terms.value), 0.0, 0.0
-    mass = tl.sum(terms.mass)
-    return tl.sum(terms.value), tl.sum(terms.slope) / mass, tl.sum(terms.square) / mass
+        return Terms(tl.sum(terms.value), 1.0, 0.0, 0.0)
+    return Terms(tl.sum(terms.value), tl.sum(terms.mass), tl.sum(terms.slope), tl.sum(terms.square))
 
 
 @triton.jit
@@ -306,7 +305,8 @@ def compare(row, inv_T, mixture, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES
         again = value < 0
         while again:
             stats = Stats(refs, sum_s, sum_t, kappa, mean, centre)
-            value, mean, square = second_pass(row, stats, inv_T, mixture, KIND, EXACT, BLOCK, STAGES)
+            terms = second_pass(row, stats, inv_T, mixture, KIND, EXACT, BLOCK, STAGES)
+            value, mean, square = terms.value, terms.slope / terms.mass, terms.square / terms.mass
             again = (centre == 0) & (square - mean * mean < 0.05 * mean * mean)  # h - mean would cancel
             centre = tl.where(again, mean, centre)
             if KIND == SKEW_KL:  # h - mix is then taken without subtracting: small where the teacher is
@@ -321,15 +321,18 @@ def compare(row, inv_T, mixture, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES
 def store_stats(stats_ptr, stats):
     tl.store(stats_ptr, stats.refs[0])
     tl.store(stats_ptr + 1, stats.refs[1])
-    for i in tl.static_range(1, 6):
+    for i in tl.static_range(1, 4):
         tl.store(stats_ptr + 1 + i, stats[i])
+    tl.store(stats_ptr + 5, stats.centre)
+    tl.store(stats_ptr + 6, stats.mean)
 
 
 @triton.jit
 def load_stats(stats_ptr):
     refs = (tl.load(stats_ptr), tl.load(stats_ptr + 1))
     sum_s, sum_t = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3)
-    return Stats(refs, sum_s, sum_t, tl.load(stats_ptr + 4), tl.load(stats_ptr + 5), tl.load(stats_ptr + 6))
+    kappa, centre, mean = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5), tl.load(stats_ptr + 6)
+    return Stats(refs, sum_s, sum_t, kappa, mean, centre)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """`torchrun … -m fastkd distill`, as it is: one rank speaks and writes, and the student is the one of a single process."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from test_distill_cli import files, flags, save_pair  # noqa: F401
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
+from fastkd import distributed
 from fastkd.cli import distill, main, options
 
 
@@ -41,6 +43,29 @@ def test_two_ranks_distil_as_one_process_does(files, capsys):  # noqa: F811
         torch.testing.assert_close(x, weights[1][name], rtol=1e-3, atol=1e-5)
     assert main(["distill", *flags(files, **asked)]) == 2
     assert "it is finished; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_what_all_ranks_would_say_is_said_once(tmp_path):
+    ended = torchrun("distill", "--teacher", "none", "--method", "none", "--output_dir", str(tmp_path / "run"))
+    assert ended.returncode != 0 and ended.stderr.count("fastkd distill: ") == 1, ended.stderr
+
+
+@pytest.mark.parametrize(("sentences", "said"), [(("a", "a"), [0]), (("a", "b"), [0, 1]), ((None, "b"), [1])])
+def test_a_rank_is_silent_only_about_what_the_first_one_says(sentences, said, monkeypatch):
+    """None: that rank goes on, so the other one speaks after a moment."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(distributed, "PATIENCE", datetime.timedelta(seconds=0.2))
+    environment = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    for name, x in environment.items():
+        monkeypatch.setenv(name, x)
+    found = []
+    for rank, sentence in enumerate(sentences):
+        monkeypatch.setenv("RANK", str(rank))
+        if sentence is not None and not distributed.is_said_by_first_rank(sentence):
+            found.append(rank)
+    assert found == said
 
 
 def test_processes_without_gpus_are_told_of_each_other(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from fastkd.bench import baselines
 
+import fastkd
 from cases import GOLDENS, det, gradients, randn, relative_error
 from fastkd.losses.glmd import GLMDLoss, answer_scores, cloze_scores
 from fastkd.vocab import VocabMap
@@ -180,6 +181,21 @@ def test_mistakes_in_the_call():
         GLMDLoss()(STUDENT, TEACHER, MASK, stage="word")
     with pytest.raises(ValueError, match="from_hidden"):
         GLMDLoss(top_n=3).from_hidden(randn(2, 3), randn(5, 3), randn(2, 3), randn(5, 3))
+
+
+@pytest.mark.parametrize("normalize", ["positions", "tokens"])
+def test_a_sparse_teacher_of_all_tokens_is_the_whole_one(normalize):
+    loss = GLMDLoss(3.0, normalize=normalize)
+    log_probs, ids = (TEACHER / 3.0).log_softmax(-1).sort(-1, descending=True)
+    found, (grad,) = gradients(lambda x: loss(x, fastkd.TopK(ids, log_probs), MASK), STUDENT)
+    wanted, (wanted_grad,) = gradients(lambda x: loss(x, TEACHER, MASK), STUDENT)
+    assert relative_error(found, wanted) < 1e-12 and relative_error(grad, wanted_grad) < 1e-11
+
+
+@pytest.mark.parametrize("options", [{"top_n": 3}, {"mse": True}, {"vocab": VocabMap([6, 1, 4], 8)}])
+def test_what_needs_all_logits_of_the_teacher_says_so_of_a_sparse_one(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: needs all logits of the teacher"):
+        GLMDLoss(**options)(STUDENT, fastkd.TopK(torch.zeros(1, dtype=torch.int64), torch.zeros(1)))
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": "tokens"}, {"mse": True}])

@@ -11,7 +11,7 @@ not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpret
 
 
 FLOATS = "*fp32"
-DENSE = ("forward_kernel", "backward_kernel")
+DENSE = ("forward_kernel", "backward_kernel", "shard_kernel")
 SPARSE = ("mark_kernel", "topk_forward_kernel", "rest_backward_kernel", "topk_backward_kernel")
 
 
@@ -21,16 +21,19 @@ def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
 
     forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
-    launch = {"ALIGN": align, "enable_fp_fusion": True} | (forward if name == "forward_kernel" else backward)
+    launch = {"ALIGN": align, "enable_fp_fusion": True} | (backward if name == "backward_kernel" else forward)
     constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
     signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS}
     signature |= dict.fromkeys(("inv_T", "mix", "rest"), "fp32")
     signature |= dict.fromkeys(("V", "s_stride", "t_stride"), "i32") | ({"mask_ptr": "*i1"} if masked else {})
     if name == "forward_kernel":
         signature |= {"values_ptr": FLOATS}
+    elif name == "shard_kernel":
+        signature |= {"terms_ptr": FLOATS}
+        signature.pop("mask_ptr", None)
     else:
         signature |= {"g_ptr": FLOATS, "grad_ptr": POINTERS[s], "g_stride": "i32", "blocks": "i32"}
-    constants |= {"KIND": kind} | ({} if masked else {"mask_ptr": None})
+    constants |= {"KIND": kind} | ({} if masked or name == "shard_kernel" else {"mask_ptr": None})
     compiled = compile_kernel(getattr(kernels, name), signature, constants, chip, **launch)
     assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
     assert_no_tensor_cores(compiled)
@@ -67,11 +70,12 @@ def compile_sparse_divergence(name, chip, kind, s, vocabulary, k=64, tail=True, 
 def test_divergence_compiles_offline(name, chip):
     """The kinds that differ most in what they keep in registers. Rows of any width are read 16 bytes at a time, the
     forward's by asynchronous copies two blocks ahead; two programs at least share a multiprocessor."""
-    for kind, dtype in ((0, "bfloat16"), (3, "bfloat16"), (5, "float32")):  # soft_ce would take most registers
+    kinds = ((0, "bfloat16"), (3, "bfloat16"), (5, "float32"))  # soft_ce would take most registers
+    for kind, dtype in ((1, "float32"), (3, "float32")) if name == "shard_kernel" else kinds:
         compiled = compile_divergence(name, chip, kind, dtype, dtype, 30522)
         assert "MUFU.EX2" in compiled.sass
         assert compiled.programs_per_multiprocessor >= 2
-        assert ("LDGSTS.E.BYPASS.128" if name == "forward_kernel" else "STG.E.128") in compiled.sass
+        assert ("STG.E.128" if name == "backward_kernel" else "LDGSTS.E.BYPASS.128") in compiled.sass
 
 
 @not_interpreted

@@ -40,6 +40,7 @@ CASES = [
     ("tinybert:share=0.5", "llama", "causal_lm"),
 ]
 SHARDED = ["fcd:share=1", "bert_emd:beta=1"]
+TEACHERS = [("forward_kl + fcd:share=1", "llama", "causal_lm"), ("bert_emd:beta=1 + kd", "bert", None)]
 RESUMED = ["bert_emd:beta=1", METHOD["codir"], "fcd:gamma=1,K=8,share=1 + kd"]
 
 
@@ -82,7 +83,7 @@ def trained(folder, method: str, family: str, task: str | None, world: int, doub
     for model in models if double else ():
         model.double()
     resume = options.pop("resume", None)
-    dropout = options.pop("dropout", 0.0)
+    dropout, sharded = options.pop("dropout", 0.0), options.pop("shard_teacher", False)
     for module in models[1].modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -98,7 +99,7 @@ def trained(folder, method: str, family: str, task: str | None, world: int, doub
     teacher, student = models
     steps.trainer = trainer = DistillTrainer(
         student, teacher, method, task=task, args=args, train_dataset=uneven(task), data_collator=collate,
-        callbacks=[steps], teacher_dtype="float64" if double else "float32",
+        callbacks=[steps], teacher_dtype="float64" if double else "float32", shard_teacher=sharded,
     )  # fmt: skip
     if double:
         trainer.method.double()
@@ -145,6 +146,7 @@ def others(folder) -> dict:
         if method.startswith("bert_emd"):
             found["resumed"] = start(folder, fsdp=True, resume=f"{folder}/{method}/checkpoint-1").steps[-1]
         result["sharded"].append(found)
+    result["teacher"] = [of_a_sharded_teacher(folder, *case) for case in TEACHERS]
     rank = torch.distributed.get_rank()
     group = torch.distributed.group.WORLD
     batches = [{"input_ids": torch.full((2, 3 + 2 * rank), 7), "labels": torch.full((2, 3 + 2 * rank), 5)}]
@@ -163,6 +165,22 @@ def others(folder) -> dict:
         except ValueError as error:
             result["raised"][name] = str(error)
     return result
+
+
+def of_a_sharded_teacher(folder, method: str, family: str, task: str | None) -> dict:
+    """Steps of a run with a whole teacher and with a sharded one, the latter's evaluation, and what a rank holds of it."""
+    whole, sharded = (
+        trained(folder, method, family, task, 2, True, shard_teacher=sharded) for sharded in (False, True)
+    )
+    layers = [x for name, x in sharded.teacher.named_parameters() if ".0." in name]
+    sizes = [sum(x.numel() for x in part) for part in ([x.to_local() for x in layers], layers)]
+    losses = [
+        run.evaluate_other(run.teacher, uneven(task or "classification"))["eval_loss"] for run in (whole, sharded)
+    ]
+    return {
+        "whole": whole.steps[-1], "sharded": sharded.steps[-1], "sizes": sizes, "losses": losses,
+        "headless": sharded._finish["teacher"] is not None,
+    }  # fmt: skip
 
 
 class _Refuses:
@@ -255,6 +273,20 @@ def test_a_student_sharded_by_fsdp2_learns_what_a_whole_one_learns(case, two):
 
 
 @long
+@pytest.mark.parametrize("case", range(len(TEACHERS)), ids=[case[0] for case in TEACHERS])
+def test_a_sharded_teacher_teaches_what_a_whole_one_teaches(case, two):
+    """A language model's head is not run: the loss reads its weight after the forward."""
+    for rank in two:
+        found = rank["others"]["teacher"][case]
+        assert found["headless"] == (TEACHERS[case][2] is not None)
+        local, whole = found["sizes"]
+        assert local <= 0.6 * whole
+        assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-9)
+        for name, x in found["whole"].items():
+            torch.testing.assert_close(found["sharded"][name], x, rtol=1e-9, atol=1e-12)
+
+
+@long
 def test_micro_batches_are_padded_to_the_longest_of_all_ranks(two):
     first, second = (rank["others"]["padded"] for rank in two)
     assert first["input_ids"].tolist() == [[1, 1, 7, 7, 7]] * 2 and second["input_ids"].tolist() == [[7] * 5] * 2
@@ -282,6 +314,19 @@ def test_one_process_needs_no_group(tmp_path):
     on_cpus = SimpleNamespace(fsdp=True, world_size=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"fsdp: accelerate shards a model over several GPUs .* 2 processes on cpu"):
         ranks.check_sharding(SimpleNamespace(args=on_cpus, is_fsdp_enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ((1, False, False), "shard_teacher: divides the teacher among processes, and this run has one"),
+        ((2, True, False), "shard_teacher: cannot be combined with compile_teacher"),
+        ((2, False, True), "shard_teacher: cannot be combined with teacher_cache"),
+    ],
+)
+def test_a_teacher_that_cannot_be_sharded_is_refused(case, message):
+    with pytest.raises(ValueError, match=message):
+        ranks.check_sharded_teacher(*case)
 
 
 @pytest.mark.parametrize(

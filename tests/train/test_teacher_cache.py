@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_methods import pair
 
 import fastkd
-from fastkd.train import cache
+from fastkd.train import cache, heads
 from fastkd.train.cache import shards
 from fastkd.train.cache.contents import drawn, from_8_bits, in_8_bits, likeliest
 from fastkd.train.cache.shards import INDEX, shard_name
@@ -115,6 +115,15 @@ def test_all_tokens_as_the_most_likely_ones_are_the_whole_distribution(method, t
     live = trained(tmp_path, method, "causal_lm", **SGD)
     kept = trained(tmp_path, method, "causal_lm", cache.Options(tmp_path / "cache", top_k=tiny.VOCAB), **SGD)
     torch.testing.assert_close(parameters(kept), parameters(live), rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_that_makes_all_logits_reads_the_most_likely_tokens(tmp_path, monkeypatch):
+    """As under FSDP, or where a model's head cannot be taken off."""
+    kept = cache.Options(tmp_path / "cache", top_k=7)
+    headless = trained(tmp_path, KINDS[-1], "causal_lm", kept, **SGD)
+    monkeypatch.setattr(heads, "find", lambda model: None)
+    whole = trained(tmp_path, KINDS[-1], "causal_lm", kept, **SGD)
+    torch.testing.assert_close(parameters(whole), parameters(headless), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", KINDS[:-1])
