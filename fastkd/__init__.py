@@ -26,10 +26,12 @@ from fastkd.functional import (  # noqa: E402
     transport,
 )
 from fastkd.losses.bank import MemoryBank, NegativeQueue  # noqa: E402
+from fastkd.losses.batch_relations import CCLoss, PKTLoss, RKDLoss, SPLoss  # noqa: E402
 from fastkd.losses.bert_emd import BertEMDLoss  # noqa: E402
 from fastkd.losses.cka import CKALoss  # noqa: E402
 from fastkd.losses.codir import CoDIRLoss  # noqa: E402
 from fastkd.losses.crd import CRDLoss  # noqa: E402
+from fastkd.losses.dist import DISTLoss  # noqa: E402
 from fastkd.losses.distilbert import DistilBERTLoss  # noqa: E402
 from fastkd.losses.dkd import DecoupledKDLoss  # noqa: E402
 from fastkd.losses.embedding import EmbeddingLoss  # noqa: E402
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BertEMDLoss",
+    "CCLoss",
     "CKALoss",
     "CRDLoss",
     "CoDIRLoss",
+    "DISTLoss",
     "DecoupledKDLoss",
     "DistilBERTLoss",
     "EmbeddingLoss",
@@ -61,7 +65,10 @@ __all__ = [
     "MiniLMv2Loss",
     "NegativeQueue",
     "PKDLoss",
+    "PKTLoss",
     "Projection",
+    "RKDLoss",
+    "SPLoss",
     "TinyBERTLoss",
     "TopK",
     "TransportPlan",

@@ -4,11 +4,15 @@ A step moves bank rows. The batch's rows are where they move to already, so that
 state that the check saw.
 """
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
 import torch
 from fastkd.bench.cases.case import AFTER, BF16, FP32, Case, Gemm, Inputs, Work, normal, unit
 
 from fastkd import functional
-from fastkd.losses.codir import CoDIRLoss
+from fastkd.losses.crd import CRDLoss
 
 SIZES = {"B": "examples", "K": "negatives", "D": "width"}
 BANK = {**SIZES, "n": "bank rows"}
@@ -71,16 +75,17 @@ def ours_nce(inputs: Inputs, backend: str) -> torch.Tensor:
 def ours_step(inputs: Inputs, backend: str) -> torch.Tensor:
     modules = inputs.__dict__.setdefault("modules", {})  # a training run makes its loss once
     if backend not in modules:
-        modules[backend] = step_module(inputs, backend)
+        modules[backend] = step_module(inputs, partial(CRDLoss, backend=backend))
     return modules[backend](inputs["f_s"], inputs["f_t"], inputs["idx"], inputs.get("index"))
 
 
-def step_module(inputs: Inputs, backend: str) -> torch.nn.Module:
-    """CoDIRLoss, the official preset, on the tensors of the inputs."""
+def step_module(inputs: Inputs, make: Callable) -> torch.nn.Module:
+    """make(opt), CoDIRLoss with its official preset, on the tensors of the inputs."""
     (rows, d), options = inputs["bank_s"].shape, inputs.options
+    opt = SimpleNamespace(s_dim=inputs["f_s"].shape[1], t_dim=inputs["f_t"].shape[1], n_data=rows, feat_dim=d,
+                          nce_k=options["k"], nce_t=options["temperature"], nce_m=options["momentum"])  # fmt: skip
     with torch.device("meta"):
-        loss = CoDIRLoss(inputs["f_s"].shape[1], inputs["f_t"].shape[1], rows, feat_dim=d, nce_k=options["k"],
-                         nce_t=options["temperature"], nce_m=options["momentum"], backend=backend)  # fmt: skip
+        loss = make(opt)
     device = inputs["bank_s"].device
     for side, name in (("s", "student"), ("t", "teacher")):
         linear = loss.get_submodule(f"embed_{side}.linear")
@@ -158,7 +163,8 @@ CASES = [
     case("nce", 32, 100, 128, 393216),
     case("codir_step", 32, 100, 128, MNLI, SIX_LAYERS, goals={"authors": 20}),
     case("codir_step_given", 32, 100, 128, MNLI, SIX_LAYERS, goals={"authors": 3}),
-    case("in_batch", 2048, 256),
+    case("in_batch", 64, 768, quick=True),
+    *(case("in_batch", batch, d) for batch, d in ((16, 384), (256, 384), (512, 768), (2048, 256), (4096, 768))),
     *(case("info_nce", 32, k, 256) for k in (16384, 131072, 1048576)),
     case("info_nce", 32, 1048576, 256, dtype=BF16),
 ]

@@ -8,7 +8,8 @@ from fastkd import functional
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 SIZES = {"N": "tokens", "V": "vocabulary"}
 TOP_K = {**SIZES, "K": "tokens kept"}
-AXES = {**dict.fromkeys(KINDS, SIZES), "top_k": TOP_K, "top_k_tail": TOP_K}
+CANDIDATES = {"B": "examples", "n": "candidates", "D": "width"}
+AXES = {"candidates": CANDIDATES, **dict.fromkeys(KINDS, SIZES), "top_k": TOP_K, "top_k_tail": TOP_K}
 
 
 def make_logits(case: Case, generator) -> dict:
@@ -24,6 +25,13 @@ def make_top_k(case: Case, generator) -> dict:
     return {"student": full["student"], "indices": indices, "log_probs": log_probs}
 
 
+def make_candidates(case: Case, generator) -> dict:
+    """Embeddings whose dot products are the student's scores, and the teacher's scores."""
+    batch, n, d = (case.shape[axis] for axis in "BnD")
+    query, *candidates = (normal(batch, d, generator=generator, scale=d**-0.25) for _ in range(n + 1))
+    return {"query": query, "candidates": candidates, "teacher": normal(batch, n, generator=generator)}
+
+
 def ours(inputs: Inputs, backend: str) -> torch.Tensor:
     return functional.divergence(inputs["student"], inputs["teacher"], backend=backend, **inputs.options)
 
@@ -34,12 +42,27 @@ def ours_top_k(inputs: Inputs, backend: str) -> torch.Tensor:
     return functional.divergence(inputs["student"], teacher, backend=backend, **options)
 
 
+def ours_candidates(inputs: Inputs, backend: str) -> torch.Tensor:
+    return functional.divergence(scores(inputs), inputs["teacher"], backend=backend, **inputs.options)
+
+
+def scores(x: dict) -> torch.Tensor:
+    return torch.stack([(x["query"] * each).sum(-1) for each in x["candidates"]], 1)  # [B, n]
+
+
 def in_pieces(inputs: Inputs) -> torch.Tensor:
     return by_rows(functional.divergence, inputs["student"], inputs["teacher"], inputs.options)
 
 
 def case(kind: str, *sizes: int, dtype=FP32, **more) -> Case:
     shape = dict(zip(AXES[kind], sizes, strict=True))
+    if kind == "candidates":
+        read = float(sizes[0] * (sizes[1] + 1) * sizes[2])
+        return Case(
+            "divergence", kind, shape, dtype, make_candidates, ours_candidates, ("query", "candidates"),
+            flops=Work(2 * read, 4 * read, 6 * read), bytes=Work(*(dtype.itemsize * n * read for n in (1, 2, 2))),
+            options={"kind": "forward_kl", "temperature": 2.0}, **more,
+        )  # fmt: skip
     elements, moved = float(sizes[0] * sizes[1]), float(sizes[0] * sizes[1] * dtype.itemsize)
     if kind in KINDS:
         return Case(
@@ -62,6 +85,7 @@ CASES = [
     *(case("forward_kl", *sizes, quick=sizes[0] == 64) for sizes in ((32, 3), (8, 1000), (64, 4096), (16, 30522))),
     *(case("forward_kl", 256, v) for v in (1024, 4096, 16384, 65536, 262144)),
     *(case(kind, 512, 30522, 64) for kind in ("top_k", "top_k_tail")),
+    case("candidates", 64, 8, 768),
 ]  # fmt: skip
 ON_GPU = [
     case("forward_kl", 8192, 32000, dtype=BF16, goals={"floor": 0.7}, oracle=in_pieces),
