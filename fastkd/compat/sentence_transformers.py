@@ -18,7 +18,7 @@ __all__ = ["DistillKLDivLoss", "EmbedDistillLoss", "MarginMSELoss", "MultipleNeg
 
 WORTH = (
     2**22
-)  # scores on a CPU; with fewer, the original, which keeps them, is faster than a kernel that forms them twice
+)  # scores on a CPU; of fewer, the original, which keeps them, is faster than a kernel that forms them twice
 _MODULES = "sentence_transformers.sentence_transformer.losses."
 
 
@@ -81,8 +81,9 @@ def _info_nce(anchors: Tensor, positives: Tensor, pools: list, own: Tensor, scal
 def distill_kl_div(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
     """`DistillKLDivLoss.compute_loss_from_embeddings`: T_s² KL between the softmaxes over the candidates' scores."""
     original = compat.original(_MODULES + "distill_kl_div", "DistillKLDivLoss.compute_loss_from_embeddings")
-    if len(embeddings) < 3 or labels.shape != (len(embeddings[0]), len(embeddings) - 1):
-        return original(self, embeddings, labels)  # which says what is wrong
+    few = labels.numel() < soft_labels.WORTH  # one label for each score
+    if few or len(embeddings) < 3 or labels.shape != (len(embeddings[0]), len(embeddings) - 1):
+        return original(self, embeddings, labels)  # which also says what is wrong
     scores = torch.stack([self.similarity_fct(embeddings[0], other) for other in embeddings[1:]], dim=1)  # [B, n]
     labels = labels.detach()
     if not soft_labels.takes(scores, labels):

@@ -37,16 +37,8 @@ def test_ligers_own_tests_pass(tmp_path):
         archive.extractall(tmp_path, filter="data")
     sources = tmp_path / f"liger_kernel-{VERSION}"
     (sources / "patched.py").write_text("import fastkd\n\nfastkd.patch('liger')\n")
-    options = [
-        "-p",
-        "patched",
-        "-p",
-        "no:randomly",
-        "-q",
-        "--junitxml=results.xml",
-        "-k",
-        f"not ({' or '.join(LEFT_OUT)})",
-    ]
+    options = ["-p", "patched", "-p", "no:randomly", "-q", "--junitxml=results.xml", "--durations=15"]
+    options += ["-k", f"not ({' or '.join(LEFT_OUT)})"]
     paths = {"PYTHONPATH": os.pathsep.join((str(sources), str(ROOT)))}
     tests = [f"test/{name}" for name in FILES]
     run = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=sources, env={**os.environ, **paths},
