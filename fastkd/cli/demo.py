@@ -121,7 +121,7 @@ def _model_folder() -> Path:
 
 class Texts:
     """The snippets in the teacher's tokens and in the student's, which has a part of the vocabulary; for the student few of
-    the training snippets have a label. words: the teacher's id of each of the student's tokens."""
+    the training snippets have a label. teacher_tokens: the teacher's id of each of the student's tokens."""
 
     def __init__(self):
         import torch
@@ -146,7 +146,7 @@ class Texts:
         counts = count_parts(counts.bincount(minlength=len(self.tokenizer)), self.tokenizer)
         self.vocab = VocabMap.from_counts(counts, VOCABULARY, always_keep=always_kept([], self.tokenizer))
         self.small = self.vocab.shrink_tokenizer(self.tokenizer)
-        self.words = agreement.teacher_words(self.small, self.tokenizer)
+        self.teacher_tokens = agreement.teacher_tokens(self.small, self.tokenizer)
         self.student = tokens(self.small)
         few = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(0))[:LABELS].tolist()
         self.few = self.student["train"].select(few)
@@ -179,7 +179,12 @@ def _train(options, work: Path, texts: Texts):
     rows, correct = report.measure({"teacher": teacher}, trainer, texts.teacher["test"]), []
     runs = (
         ("2/3 student alone", "student alone", {}, {**texts.student, "train": texts.few}),
-        ("3/3 student distilled", "student distilled", {"method": options.method, "words": texts.words}, texts.student),
+        (
+            "3/3 student distilled",
+            "student distilled",
+            {"method": options.method, "teacher_tokens": texts.teacher_tokens},
+            texts.student,
+        ),
     )
     for title, name, how, sets in runs:
         set_seed(1)

@@ -118,7 +118,7 @@ def prepare(run):
     if corpus.validation is None:
         args.eval_strategy = "no"
     kept, cached = models.cache_of(run)
-    tokenizer, teacher, student, words = models.load(run, corpus, cached)
+    tokenizer, teacher, student, teacher_tokens = models.load(run, corpus, cached)
     for model in filter(None, (teacher, student)):
         tokenisation.check_length(model, tokenizer, data_args.max_length)
     check_space(student, args)
@@ -128,7 +128,7 @@ def prepare(run):
     args.prediction_loss_only = data_args.task in ("masked_lm", "causal_lm")
     distils = {} if run.method is None else {
         "method": method_args.method, "advance": method_args.advance, "teacher_dtype": model_args.teacher_dtype,
-        "compile_teacher": model_args.compile_teacher, "shard_teacher": model_args.shard_teacher, "words": words,
+        "compile_teacher": model_args.compile_teacher, "shard_teacher": model_args.shard_teacher, "teacher_tokens": teacher_tokens,
         "teacher_cache": kept,
         **({"pooling": models.pooling(run)[0]} if data_args.task == "embedding" else {}),
     }  # fmt: skip
@@ -141,7 +141,9 @@ def prepare(run):
         ),
         compute_metrics=metrics.of_task(data_args.task, corpus.glue, corpus.names),
     )  # fmt: skip
-    lead = "" if words is None else _coverage(words, trainer.teacher_config, tokenizer, tokens["train"])
+    lead = (
+        "" if teacher_tokens is None else _coverage(teacher_tokens, trainer.teacher_config, tokenizer, tokens["train"])
+    )
     if kept is not None:
         spared = ", and the teacher was not loaded" if cached else ""
         lead = f"{lead} The teacher's word came from a cache: {trainer.cache.summary()}{spared}.".strip()
@@ -238,15 +240,14 @@ def _replacing_folder(run, folder: Path):
     return atomic_write.replacing_folder(folder) if not run.args.process_index else contextlib.nullcontext(folder)
 
 
-def _coverage(words, config, tokenizer, tokens) -> str:
-    """What a student with fewer words than the teacher of this configuration can say of its text."""
+def _coverage(teacher_tokens, config, tokenizer, tokens) -> str:
+    """What a student with fewer tokens than the teacher of this configuration can say of its text."""
     from fastkd.train.agreement import unknown_share
 
     known = 1 - unknown_share(tokens, tokenizer.unk_token_id)
     every = config.get_text_config().vocab_size
-    return (
-        f"The student has {len(words):,} of the teacher's {every:,} words; they cover {known:.1%} of the training text."
-    )
+    sizes = f"The student has {len(teacher_tokens):,} of the teacher's {every:,} tokens"
+    return f"{sizes}; they cover {known:.1%} of the training text."
 
 
 def _check_options(run) -> None:

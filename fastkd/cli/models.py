@@ -7,8 +7,8 @@ from fastkd.train.methods import Side
 
 
 def load(run, corpus, cached: bool = False):
-    """tokenizer, teacher (None in fine-tuning), student, and words (see agreement.teacher_words). cached: a cache speaks for
-    the teacher, which is then None."""
+    """tokenizer, teacher (None in fine-tuning), student, and teacher_tokens (see agreement.teacher_tokens). cached: a cache
+    speaks for the teacher, which is then None."""
     from transformers import AutoConfig, AutoTokenizer
 
     options, task = run.model, run.data.task
@@ -32,15 +32,15 @@ def load(run, corpus, cached: bool = False):
     config.pad_token_id = tokenizer.pad_token_id
     if not run.method:
         return tokenizer, None, model, None
-    words = None
+    teacher_tokens = None
     if options.student_layers:
         made = student.from_layers(model, options.student_layers)
     elif options.student_config:
         made = student.from_config(model, options.student_config)
     else:
         own = AutoTokenizer.from_pretrained(options.student, revision=options.student_revision, **remote)
-        words = agreement.teacher_words(own, tokenizer)
-        tokenizer = tokenizer if words is None else own  # the data bear the student's ids
+        teacher_tokens = agreement.teacher_tokens(own, tokenizer)
+        tokenizer = tokenizer if teacher_tokens is None else own  # the data bear the student's ids
         labels = {"num_labels": config.num_labels} if task in (*NAMED_TASKS, "regression") else {}
         made = _model("student", options.student, options.student_revision, task, remote, new_head=True, **labels)
         made.config.pad_token_id = tokenizer.pad_token_id
@@ -49,7 +49,7 @@ def load(run, corpus, cached: bool = False):
             made.config.label2id = {name: i for i, name in config.id2label.items()}
     if task in (*NAMED_TASKS, "cloze") and not fresh:
         data.number_classes(corpus, None if task == "cloze" else made.config.id2label)
-    return tokenizer, None if cached else model, made, words
+    return tokenizer, None if cached else model, made, teacher_tokens
 
 
 def cache_of(run) -> tuple[cache.Options | None, bool]:

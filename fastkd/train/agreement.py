@@ -32,22 +32,22 @@ def check_model(side: str, model, task: str) -> None:
         )
 
 
-def check_pair(student, teacher, task: str, words: Tensor | None = None) -> None:
-    """Raise before training if the two outputs cannot be compared. words: see `teacher_words`."""
+def check_pair(student, teacher, task: str, ids: Tensor | None = None) -> None:
+    """Raise before training if the two outputs cannot be compared. ids: of `teacher_tokens`."""
     if task == "embedding":
         return
     if task in VOCABULARY_TASKS:
         sizes = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-        if words is None and sizes[0] != sizes[1]:
+        if ids is None and sizes[0] != sizes[1]:
             raise ValueError(
-                f"vocabulary: the student has {sizes[0]} words and the teacher {sizes[1]}; word predictions can only be "
-                "compared over one vocabulary. Pass words=fastkd.train.agreement.teacher_words(student's tokenizer, "
+                f"vocabulary: the student has {sizes[0]} tokens and the teacher {sizes[1]}; predictions of tokens can only be "
+                "compared over one vocabulary. Pass teacher_tokens=fastkd.train.agreement.teacher_tokens(student's tokenizer, "
                 "teacher's), which finds every word of the student's among the teacher's, or use models of one tokenizer"
             )
-        if words is not None and (len(words) > sizes[0] or int(words.max()) >= sizes[1]):
+        if ids is not None and (len(ids) > sizes[0] or int(ids.max()) >= sizes[1]):
             raise ValueError(
-                f"words: name {len(words)} of the student's {sizes[0]} words, the last of the teacher's being "
-                f"{int(words.max())} of {sizes[1]}; they belong to other models"
+                f"teacher_tokens: names {len(ids)} of the student's {sizes[0]} tokens, and teacher's ids up to "
+                f"{int(ids.max())} of {sizes[1]}; they belong to other models"
             )
     elif task == "regression" and teacher.config.num_labels != 1:
         raise ValueError(
@@ -102,28 +102,28 @@ def _names(id2label: dict) -> list[str]:
     return [str(id2label[i]).strip().lower() for i in sorted(id2label, key=int)]
 
 
-def teacher_words(student, teacher) -> Tensor | None:
-    """The teacher's id of each of the student's words, by name, from both tokenizers; None where they are the same.
+def teacher_tokens(student, teacher) -> Tensor | None:
+    """The teacher's id of each of the student's tokens, by name, from both tokenizers; None where they are the same.
 
-    A student of `fastkd vocab` has a part of the teacher's words under ids of its own. Ids behind the last word, by which
+    A student of `fastkd vocab` has a part of the teacher's tokens under ids of its own. Ids behind the last token, by which
     models pad their embeddings, are in neither vocabulary: they are left out, not compared.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if student is teacher or ours == theirs:
         return None
-    missing = [word for word in ours if word not in theirs]
+    missing = [token for token in ours if token not in theirs]
     if missing:
         raise ValueError(
-            f"tokenizer: the student's has {len(ours)} words and the teacher's {len(theirs)}, and {len(missing)} of the "
+            f"tokenizer: the student's has {len(ours)} tokens and the teacher's {len(theirs)}, and {len(missing)} of the "
             f"student's are unknown to the teacher, for example {missing[0]!r}; student and teacher must share one "
             "tokenizer, or the student's must be a part of the teacher's, as `fastkd vocab` makes it"
         )
     if sorted(ours.values()) != list(range(len(ours))):
-        raise ValueError("tokenizer: the student's ids have gaps, so its words cannot be found among the teacher's")
-    words = torch.empty(len(ours), dtype=torch.long)
-    for word, i in ours.items():
-        words[i] = theirs[word]
-    return words
+        raise ValueError("tokenizer: the student's ids have gaps, so its tokens cannot be found among the teacher's")
+    ids = torch.empty(len(ours), dtype=torch.long)
+    for token, i in ours.items():
+        ids[i] = theirs[token]
+    return ids
 
 
 def unknown_share(tokens, unknown_id: int | None) -> float:

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastkd import checks, interruption
+from fastkd.deprecation import renamed
 
 from . import cache, embedding, heads, packing, ranks, states
 from .agreement import check_model, check_pair, teacher_labels
@@ -38,12 +39,13 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
     teacher_cache: a folder, or cache.Options, for what the teacher says of each example: computed once, or found there, and
     then teacher may be None. shard_teacher: each rank keeps a part of the teacher's layers (FSDP2).
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many of them in a row end the run.
-    words: the teacher's id of each of the student's words, where their vocabularies differ (agreement.teacher_words); the
-    data bear the student's ids.
+    teacher_tokens: the teacher's id of each of the student's tokens, where their vocabularies differ
+    (agreement.teacher_tokens); the data bear the student's ids.
     """
 
     loss_is_scaled_for_ga = True  # by Batch.of_step
 
+    @renamed(words="teacher_tokens")
     def __init__(
         self,
         model,
@@ -58,7 +60,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         compile_teacher: bool = False,
         shard_teacher: bool = False,
         teacher_cache: "str | Path | cache.Options | None" = None,
-        words: Tensor | None = None,
+        teacher_tokens: Tensor | None = None,
         max_skipped_steps: int = 10,
         **kwargs,
     ):
@@ -86,7 +88,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             self.label_names = ["labels"]  # the scores of pairs; the model's own forward takes none
         self.answers = None if answers is None else answers.to(self.args.device)
         self.teacher, self.method, self.relabel, self.cache = None, None, None, None
-        self.words = None if words is None else words.to(self.args.device)
+        self.teacher_tokens = None if teacher_tokens is None else teacher_tokens.to(self.args.device)
         self._finish: dict[str, heads.Finish | None] = {"student": None, "teacher": None}
         self._loss_only, self._stop_after, self._replicated = False, None, None
         self._accepts = {"student": arguments_of(model), "teacher": arguments_of(teacher)}
@@ -116,7 +118,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         if loaded:
             check_model("teacher", teacher, self.task)
         networks = {"student": model, **({"teacher": teacher} if loaded else {})}
-        check_pair(model, teacher, self.task, self.words)
+        check_pair(model, teacher, self.task, self.teacher_tokens)
         relabel = teacher_labels(model, teacher) if self.task in NAMED_TASKS else None
         self.relabel = None if relabel is None else relabel.to(self.args.device)
         of_teacher = Side.of(teacher) if loaded else teacher.side
@@ -171,14 +173,14 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             if self._finish["teacher"] is None and self.task in VOCABULARY_TASKS and not compiled:
                 self._finish["teacher"] = heads.find(self.teacher)
             collate = self._get_collator_with_removed_columns(self.data_collator)
-            how = args.per_device_eval_batch_size, self._finish["teacher"], self.words
+            how = args.per_device_eval_batch_size, self._finish["teacher"], self.teacher_tokens
             teacher = cache.Teacher(self.teacher, self._ask_teacher, collate, *how)
         first = partial(args.main_process_first, local=False, desc="teacher_cache")
         processes = cache.Processes(args.process_index, args.world_size, self.accelerator.wait_for_everyone, first)
         with interruption.deferred():
             return cache.opened(
                 asked, self.method, self.task, self.train_dataset, self.teacher_config, tokenizer=self.processing_class,
-                words=self.words, teacher=teacher, processes=processes,
+                teacher_tokens=self.teacher_tokens, teacher=teacher, processes=processes,
             )  # fmt: skip
 
     def get_train_dataloader(self):
@@ -209,8 +211,13 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         student = self._states(model, inputs, "student", progress, distils)
         if self.model is self.teacher:  # evaluate_other
             student = self._in_students_terms(student)
-        elif distils and self.words is not None and self.task in VOCABULARY_TASKS and student.predictions is not None:
-            student = student.over(slice(len(self.words)))
+        elif (
+            distils
+            and self.teacher_tokens is not None
+            and self.task in VOCABULARY_TASKS
+            and student.predictions is not None
+        ):
+            student = student.over(slice(len(self.teacher_tokens)))
         teacher = None
         if distils and self.method.teaches(progress):
             teacher = self._taught(inputs, kept, progress)
@@ -283,14 +290,14 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
 
     def _in_students_terms(self, teacher: states.States) -> states.States:
         """Its labels, or tokens, in the student's order."""
-        order = self.words if self.task in VOCABULARY_TASKS else self.relabel
+        order = self.teacher_tokens if self.task in VOCABULARY_TASKS else self.relabel
         if order is None or teacher.predictions is None or isinstance(teacher.predictions, heads.Sparse):
             return teacher  # the few tokens of a Sparse are the student's already
         return teacher.over(order)
 
     def _states(self, model, inputs, side: str, progress: float | None, reads: bool) -> states.States:
-        if self.words is not None and (side == "teacher" or model is self.teacher):
-            inputs = {**inputs, "input_ids": self.words[inputs["input_ids"]]}
+        if self.teacher_tokens is not None and (side == "teacher" or model is self.teacher):
+            inputs = {**inputs, "input_ids": self.teacher_tokens[inputs["input_ids"]]}
         if packing.is_packed(self.task, inputs):
             inputs = packing.model_inputs(inputs)
         inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, for nobody to read

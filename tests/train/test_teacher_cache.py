@@ -276,10 +276,10 @@ def test_a_part_of_the_vocabulary(tmp_path):
         kept = cache.Options(tmp_path / f"cache{form.get('top_k')}", **form)
         made = DistillTrainer(
             student, teacher, "forward_kl", task="causal_lm", args=tiny.arguments(tmp_path / "run", learning_rate=0.0),
-            train_dataset=data, teacher_cache=kept, words=words,
+            train_dataset=data, teacher_cache=kept, teacher_tokens=words,
         )  # fmt: skip
         made.train()
         assert losses(made)[0] < 1e-9
         other = torch.tensor([0, 1, 2, *range(5, 59, 2)])
         with pytest.raises(ValueError, match="made with another vocabulary"):
-            build(tmp_path, kept.folder, data=data, words=other, teacher=None)
+            build(tmp_path, kept.folder, data=data, teacher_tokens=other, teacher=None)

@@ -241,7 +241,7 @@ def test_labels_of_other_names_are_refused(tmp_path):
 def test_differing_vocabularies_are_refused_with_both_sizes(tmp_path):
     teacher = tiny.model("gpt2", "causal_lm")
     student = tiny.AUTO["causal_lm"].from_config(tiny.config("gpt2", vocab_size=64))
-    with pytest.raises(ValueError, match="the student has 64 words and the teacher 60"):
+    with pytest.raises(ValueError, match="the student has 64 tokens and the teacher 60"):
         DistillTrainer(student, teacher, "kd", task="causal_lm", args=tiny.arguments(tmp_path))
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.train.agreement import teacher_words, unknown_share
+from fastkd.train.agreement import teacher_tokens, unknown_share
 from fastkd.train.trainer import DistillTrainer
 from fastkd.vocab import VocabMap
 
@@ -24,10 +24,10 @@ def tokenizer(words):
 
 def test_tokens_are_matched_by_name():
     teacher = tokenizer(["bad", "good", "film"])
-    assert teacher_words(tokenizer(["bad", "good", "film"]), teacher) is None
-    assert teacher_words(tokenizer(["good", "bad"]), teacher).tolist() == [0, 1, 2, 3, 4, 6, 5]
+    assert teacher_tokens(tokenizer(["bad", "good", "film"]), teacher) is None
+    assert teacher_tokens(tokenizer(["good", "bad"]), teacher).tolist() == [0, 1, 2, 3, 4, 6, 5]
     with pytest.raises(ValueError, match="1 of the student's are unknown to the teacher, for example 'movie'"):
-        teacher_words(tokenizer(["good", "movie"]), teacher)
+        teacher_tokens(tokenizer(["good", "movie"]), teacher)
 
 
 def test_unknown_share():
@@ -35,7 +35,7 @@ def test_unknown_share():
     assert unknown_share({"input_ids": [[2, 5]]}, None) == 0
 
 
-def trained(folder, student, teacher, task, words, **options):
+def trained(folder, student, teacher, task, of_teacher, **options):
     data = tiny.dataset(task, rows=8)
     ids = torch.tensor(data["input_ids"])
     data = data.remove_columns("input_ids").add_column("input_ids", (ids % len(KEPT)).tolist())
@@ -45,7 +45,7 @@ def trained(folder, student, teacher, task, words, **options):
         data = data.remove_columns("labels").add_column("labels", labels.tolist())
     args = tiny.arguments(folder, per_device_train_batch_size=4, learning_rate=0.0)
     trainer = DistillTrainer(
-        student, teacher, "kd:alpha=1", task=task, args=args, train_dataset=data, words=words, **options
+        student, teacher, "kd:alpha=1", task=task, args=args, train_dataset=data, teacher_tokens=of_teacher, **options
     )
     trainer.train()
     return next(entry for entry in trainer.state.log_history if "term/kd/soft" in entry)["term/kd/soft"]
@@ -66,7 +66,7 @@ def test_a_student_equal_to_the_teacher_has_zero_loss(family, task, tmp_path):
         assert trained(tmp_path / "shuffled", student, teacher, task, shuffled) > 1e-8
     else:
         with pytest.raises(
-            ValueError, match=r"vocabulary: the student has \d+ words and the teacher 60; .*teacher_words"
+            ValueError, match=r"vocabulary: the student has \d+ tokens and the teacher 60; .*teacher_tokens"
         ):
             trained(tmp_path / "unmapped", student, teacher, task, None)
 
@@ -83,5 +83,5 @@ def test_padding_rows_of_the_head_are_ignored(tmp_path):
 
 def test_a_vocabulary_of_another_model_is_refused(tmp_path):
     teacher, student = tiny.model("bert", "masked_lm"), tiny.model("bert", "masked_lm")
-    with pytest.raises(ValueError, match=r"words: .* they belong to other models"):
+    with pytest.raises(ValueError, match=r"teacher_tokens: .* they belong to other models"):
         trained(tmp_path, student, teacher, "masked_lm", torch.arange(tiny.VOCAB + 1))

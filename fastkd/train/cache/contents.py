@@ -85,10 +85,12 @@ class Contents:
     size: int
 
     @torch.no_grad()
-    def kept(self, states: States, real: Tensor, numbers: list[int], words: Tensor | None = None) -> dict[str, Tensor]:
+    def kept(
+        self, states: States, real: Tensor, numbers: list[int], teacher_tokens: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What the batch adds to its shard, on the CPU: a row for each real token, or of "logits" for each example. real:
-        [B, S]; numbers: of the examples, by which their samples are drawn; words: the student's part of the vocabulary, over
-        which top_k and samples are taken."""
+        [B, S]; numbers: of the examples, by which their samples are drawn; teacher_tokens: the student's part of
+        the vocabulary, over which top_k and samples are taken."""
         real = real.to(torch.bool)
         kept = {f"hidden.{level}": states.hidden[level][real] for level in self.levels}
         for layer in self.layers:
@@ -103,7 +105,7 @@ class Contents:
         if self.dtype == "int8":
             kept = dict(pair for name, x in kept.items() for pair in in_8_bits(name, x))
         if self.predictions in SPARSE:
-            states = states if words is None else states.over(words)
+            states = states if teacher_tokens is None else states.over(teacher_tokens)
             kept |= self._sparse(states.predictions, real, numbers)
         return {name: x.cpu().contiguous() for name, x in kept.items()}
 

@@ -73,7 +73,7 @@ class Teacher:
     collate: Callable[[list[dict]], dict]
     batch_size: int
     finish: tuple | None
-    words: Tensor | None = None
+    teacher_tokens: Tensor | None = None
 
     def examples(self, data, rows: list[int], contents: Contents) -> list[dict[str, Tensor]]:
         """What is kept of each of these rows of the data."""
@@ -87,7 +87,7 @@ class Teacher:
             mask = batch.get("attention_mask")
             real = torch.ones_like(batch["input_ids"]) if mask is None else mask
             states = self.ask(batch)
-            kept = contents.kept(states, real.to(self.model.device), [rows[i] for i in chosen], self.words)
+            kept = contents.kept(states, real.to(self.model.device), [rows[i] for i in chosen], self.teacher_tokens)
             _check_said(kept, contents, [examples[i]["example_id"] for i in chosen])
             lengths = real.sum(1).tolist()
             for name, x in kept.items():
@@ -131,19 +131,19 @@ def complete(folder) -> dict | None:
 
 
 def opened(
-    options: Options, method, task: str, data, config, *, tokenizer=None, words=None, teacher: Teacher | None = None,
+    options: Options, method, task: str, data, config, *, tokenizer=None, teacher_tokens=None, teacher: Teacher | None = None,
     processes: Processes | None = None,
 ) -> Reader:  # fmt: skip
     """The cache in options.folder, checked; made, or gone on with, where it is not complete.
 
-    method: methods.Combined; config: the teacher's; words: see DistillTrainer; teacher: None where it is not loaded.
+    method: methods.Combined; config: the teacher's; teacher_tokens: see DistillTrainer; teacher: None where it is not loaded.
     """
     processes, folder = processes or Processes(), Path(options.folder)
     if task in NEVER:
         known = ", ".join(name for name in TASKS if name not in NEVER)
         raise ValueError(f"teacher_cache: is for the tasks {known}, got {task!r}; leave it out")
     tokens, classes = getattr(config.get_text_config(), "vocab_size", None), config.num_labels
-    size = classes if task in FEW_CLASSES else tokens if words is None else len(words)
+    size = classes if task in FEW_CLASSES else tokens if teacher_tokens is None else len(teacher_tokens)
     side = next(iter(method.methods.values())).setup.teacher
     described = {"side": asdict(side), "vocab_size": tokens, "id2label": config.id2label}
     rows = _rows(data)
@@ -152,7 +152,7 @@ def opened(
     made_from = {
         "teacher": None if teacher is None else identity.hash_of_model(teacher.model), "files": options.files,
         "tokenizer": identity.hash_of_tokenizer(tokenizer), "data": identity.hash_of_data(data),
-        "vocabulary": identity.hash_of_ids(words),
+        "vocabulary": identity.hash_of_ids(teacher_tokens),
     }  # fmt: skip
     with processes.first():
         if processes.rank == 0 and folder.is_dir():
