@@ -19,9 +19,9 @@
 //
 // bfloat16 operands need AVX-512-BF16 (vdpbf16ps): sums are float32, but it treats subnormal inputs and results as zero
 // and rounds to nearest even whatever MXCSR says, and it adds the two products of a pair of k in an unfused way: the
-// error is that of a float32 sum, not of an exact one. Where the machine lacks it, or multiplies float32 faster (Intel),
-// gemm(kBFloat16).operand is float32: packing widens (exactly) and the float32 kernels run. Always ask `operand` before
-// tile_direct.
+// error is that of a float32 sum, not of an exact one. Where the machine lacks it, or multiplies float32 faster
+// (Intel), gemm(kBFloat16).operand is float32: packing widens (exactly) and the float32 kernels run. Always ask
+// `operand` before tile_direct.
 #pragma once
 #include <cstdint>
 
