@@ -81,16 +81,21 @@ def test_killed_at_random_moments_it_is_finished_by_the_same_command(tmp_path):
         assert process.stdout.readline() == "ready\n"
         return process
 
+    def shards():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
+
     whole, chance, seen = tmp_path / "whole", random.Random(0), {}
     process, begin = started(whole), time.perf_counter()
     assert process.communicate(timeout=300)[0].endswith("done\n")
-    lasts = time.perf_counter() - begin
+    of_one = (time.perf_counter() - begin) / 60
     for _ in range(KILLS):
-        process = started(tmp_path)
-        time.sleep(chance.uniform(0, 2 * lasts / KILLS))
+        process, few = started(tmp_path), chance.randint(0, 60 // KILLS - 3)
+        while len(shards()) < len(seen) + few and process.poll() is None:
+            time.sleep(of_one / 10)
+        time.sleep(chance.uniform(0, of_one))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
+        now = shards()
         assert now.items() >= seen.items()  # no finished shard was written again
         seen = now
     assert 0 < len(seen) < 60  # so each kill met a build that was under way
