@@ -46,11 +46,9 @@ def log_ratio(x, p, log_p, q, log_q, total=total, largest=lambda x: x.amax(-1, k
 
 def mix(r, rest, w):
     """log(rest + w e^r), rest = 1 - w; past e^80 nothing of it is left beside what it multiplies."""
-    r = r.clamp(max=80)
-    at, h = (
-        r.detach(),
-        r - r.detach(),
-    )  # h is 0; PyTorch has expm1(r) + 1 as the derivative of expm1, without digits for r << 0
+    r = r.clamp(-1e3, 80)  # -inf, too, as a number: e^-1000 is 0
+    at = r.detach()
+    h = r - at  # 0: PyTorch's derivative of expm1 is expm1(r) + 1, which has no digits for r << 0
     x = w * (at.expm1() + at.exp() * h.expm1())
     near = x.abs() < 0.5  # elsewhere 1 + x may have lost the digits of rest
     far = torch.logaddexp(r + math.log(w), torch.full_like(r, math.log(rest)))
