@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = datetime.timedelta(seconds=5)  # for a word of the first rank, which may not fail at all
+TIMEOUT = datetime.timedelta(seconds=5)  # of waiting for the first rank's message: it may not fail at all
 
 
 class _GatherRows(torch.autograd.Function):
@@ -107,11 +107,11 @@ def is_said_by_first_rank(sentence: str) -> bool:
     key = f"fastkd/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*where, is_master=False, timeout=PATIENCE, wait_for_workers=False)
+        store = dist.TCPStore(*where, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
         if os.environ["RANK"] == "0":
             store.set(key, sentence)
             return False
-        store.wait([key], PATIENCE)
+        store.wait([key], TIMEOUT)
         return store.get(key).decode() == sentence
-    except RuntimeError:  # no word in time, or no store
+    except RuntimeError:  # no message in time, or no store
         return False

@@ -16,9 +16,8 @@ from fastkd.compat import soft_labels
 
 __all__ = ["DistillKLDivLoss", "EmbedDistillLoss", "MarginMSELoss", "MultipleNegativesRankingLoss"]
 
-WORTH = (
-    2**22
-)  # scores on a CPU; of fewer, the original, which keeps them, is faster than a kernel that forms them twice
+# Scores on a CPU. Up to this number the original computes the loss: it keeps the scores, which a kernel forms twice.
+WORTH = 2**22
 _MODULES = "sentence_transformers.sentence_transformer.losses."
 
 

@@ -55,7 +55,7 @@ def test_what_all_ranks_would_say_is_said_once(tmp_path):
 def test_a_rank_is_silent_only_about_what_the_first_one_says(sentences, said, monkeypatch):
     """None: that rank goes on, so the other one speaks after a moment."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr(distributed, "PATIENCE", datetime.timedelta(seconds=0.2))
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=0.2))
     environment = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     for name, x in environment.items():
