@@ -190,7 +190,7 @@ VALID: dict[str, list[Callable[[], tuple]]] = {
     "attention_cost_fwd": [lambda: _attention(F32, 5), lambda: _attention(BF16, 64)],
     "attention_cost_bwd": [lambda: (normal(2, 3), *_attention(F32, 5)), lambda: (normal(2, 3), *_attention(BF16, 64))],
     "info_nce_fwd": [lambda: _info_nce(False), lambda: _info_nce(True, FLOAT8)],
-    "info_nce_bank_bwd": [lambda: (normal(3, 5), normal(9, 5), _number(14.0), ids(3, below=9), torch.arange(9), normal(3), normal(3))],
+    "info_nce_softmax": [lambda: (normal(3, 9), normal(3, 5), normal(3, 5), _number(14.0), ids(3, below=9), torch.arange(9))],
     "nce_fwd": [
         lambda: (normal(3, 5), normal(9, 5), ids(3, 6, below=9), _number(2.0), 0.1, True, None),
         lambda: (normal(3, 5), normal(9, 5).to(FLOAT8), ids(3, 6, below=9), _number(2.0), 0.1, True, torch.rand(9)),

@@ -4,29 +4,31 @@ which implementation runs."""
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import backends, checks
+from fastkd.ops.gemm import product
+from fastkd.ops.gradient_in_forward import wants_gradient
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
 
 # The gradient is made in the forward, since reading the bank again in the backward would double the time. The query's gradient
-# is a multiple of `unit_grad` [B, D], so the backward only rescales it, unless the bank is trained. NCE has no backward kernel.
-INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_bank_bwd")
+# is a multiple of `unit_grad` [B, D], so the backward only rescales it. There are no backward kernels.
+INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_fwd")
+SOFTMAX = backends.kernels("contrast", "info_nce_softmax", "info_nce_softmax", mutates=("scores",))
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
+SCORES = 1 << 24  # of a trained bank that exist at once, and up to which they are saved for the backward
+FEW_EXAMPLES = 512  # of a batch on a CPU whose positives are the negatives: up to here cross_entropy is as fast
 MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the reference's sort is faster
 
 
 def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, gradient_in_forward, scale=None):
     rows = query.new_empty(query.shape[0], dtype=torch.float32)
     return rows, _unit_grad_fake(query, gradient_in_forward), torch.empty_like(rows), torch.empty_like(rows)
-
-
-def _bank_fake(query, bank, inverse_temperature, query_ids, bank_ids, lse, coefficient):
-    return bank.new_empty(bank.shape, dtype=torch.float32)
 
 
 def _nce_fake(query, bank, index, shift, temperature, gradient_in_forward, scale=None):
@@ -55,7 +57,7 @@ backends.fake("info_nce_fwd", _info_nce_fake)
 backends.fake("nce_pair", _pair_fake)
 backends.fake("unit_linear_fwd", lambda x, w, bias: (x.new_empty(len(x), len(w)), x.new_empty(len(x))))
 backends.fake("unit_linear_bwd", _unit_linear_bwd_fake)
-backends.fake("info_nce_bank_bwd", _bank_fake)
+backends.fake("info_nce_softmax", lambda scores, *_: (scores.new_empty(len(scores)), scores.new_empty(len(scores))))
 backends.fake("nce_fwd", _nce_fake)
 backends.fake("update_bank", lambda bank, index, rows, momentum, scale=None: None)
 backends.fake("nce_partition", lambda query, bank, index, z, *_: torch.empty_like(z))
@@ -63,8 +65,7 @@ backends.fake("sample_negatives", lambda index, count, *_: index.new_empty((inde
 
 
 class InfoNCE(backends.Function):
-    """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p);
-    of a trained bank, w e^(n_k - lse) query / T for its row k."""
+    """d loss = w (mean of the negatives - positive) · d query / T - w query · d positive / T, w = sigmoid(lse - p)."""
 
     function = "info_nce_loss"
     gradient_in_forward = True
@@ -72,36 +73,97 @@ class InfoNCE(backends.Function):
     @staticmethod
     def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids, scale):
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.backend, ctx.trains_bank = backend, ctx.needs_input_grad[4]
         inverse = inverse_temperature.to(query.device, torch.float64)
-        rows, unit_grad, weight, lse = INFO_NCE[backend].fwd(
+        rows, unit_grad, weight, _ = INFO_NCE[backend].fwd(
             query, positive, bank, index, inverse, query_ids, bank_ids, wanted, scale
         )
-        # A bank that is not trained is not saved, since it may change in place before the backward.
-        bank_inputs = (bank, lse, query_ids, bank_ids) if ctx.trains_bank else ()
-        ctx.save_for_backward(query, inverse, unit_grad, weight, *bank_inputs)
-        ctx.positive_dtype, ctx.temperature_dtype = positive.dtype, inverse_temperature.dtype
+        ctx.save_for_backward(query, inverse, unit_grad, weight)  # not the bank, which may change before the backward
+        ctx.dtypes = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        query, inverse, unit_grad, weight, *bank_inputs = ctx.saved_tensors
-        to_query = to_positive = to_inverse = to_bank = None
-        scaled = grad * inverse  # [B]
-        if ctx.needs_input_grad[1]:
-            to_query = (unit_grad * scaled[:, None]).to(query.dtype)
-        if ctx.needs_input_grad[2]:
-            to_positive = (query * (scaled * -weight)[:, None]).to(ctx.positive_dtype)
-        if ctx.needs_input_grad[3]:
-            slope = (query.double() * unit_grad).sum(-1)  # [B]
-            to_inverse = (grad * slope).sum().to(ctx.temperature_dtype)
-        if ctx.trains_bank:
-            bank, lse, query_ids, bank_ids = bank_inputs
-            coefficient = (scaled * weight).float()
-            to_bank = (
-                INFO_NCE[ctx.backend].bwd(query, bank, inverse, query_ids, bank_ids, lse, coefficient).to(bank.dtype)
-            )
-        return None, to_query, to_positive, to_inverse, to_bank, None, None, None, None
+        gradients = _of_queries(grad, *ctx.saved_tensors, ctx.needs_input_grad[1:4], *ctx.dtypes)
+        return None, *gradients, *[None] * 5
+
+
+def _of_queries(grad, query, inverse, unit_grad, weight, wanted, positive_dtype, temperature_dtype) -> list:
+    """The gradients of queries, positives and 1 / T that are wanted."""
+    to_query = to_positive = to_inverse = None
+    scaled = (grad * inverse).float()[:, None]  # [B, 1]
+    if wanted[0]:
+        to_query = (unit_grad * scaled).to(query.dtype)
+    if wanted[1]:
+        to_positive = (query * (scaled * -weight[:, None])).to(positive_dtype)
+    if wanted[2]:
+        slope = (query.double() * unit_grad).sum(-1)  # [B]
+        to_inverse = (grad * slope).sum().to(temperature_dtype)
+    return [to_query, to_positive, to_inverse]
+
+
+class InfoNCEOfTrainedBank(backends.Function):
+    """The negatives have a gradient too. The library's products form the scores S = query bank^T, some rows at a time, and the
+    kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T, d bank = W^T query / T. If one chunk has all
+    rows, W is saved for the backward, which else computes it again."""
+
+    function = "info_nce_loss"
+
+    @staticmethod
+    def forward(ctx, backend, query, positive, inverse_temperature, bank, query_ids, bank_ids):
+        inverse, operand = inverse_temperature.to(query.device, torch.float64), _operand(query, bank)
+        inputs, keys = (query, positive, inverse, bank, query_ids, bank_ids), bank.to(operand).t()
+        with_queries = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        chunks = []
+        for part, scores, rows, weight in _weights(backend, *inputs):
+            to_query = product(scores, keys) if with_queries else rows.new_empty(0)
+            if with_queries:
+                to_query.addcmul_(positive[part].float(), weight[:, None], value=-1)
+            chunks.append((rows, weight, to_query))
+        rows, weight, unit_grad = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
+        ctx.save_for_backward(unit_grad, weight, *inputs, *([scores] if len(chunks) == 1 else []))
+        ctx.backend, ctx.in_batch = backend, positive is bank
+        ctx.dtypes = positive.dtype, inverse_temperature.dtype
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit_grad, weight, *inputs = ctx.saved_tensors
+        inputs, saved = inputs[:6], inputs[6:]
+        query, _, inverse, bank, *_ = inputs
+        to_queries, to_positive, to_inverse, to_bank = ctx.needs_input_grad[1:5]
+        wanted = to_queries, to_positive and not ctx.in_batch, to_inverse
+        gradients = _of_queries(grad, query, inverse, unit_grad, weight, wanted, *ctx.dtypes)
+        if not to_bank:
+            return None, *gradients, None, None, None
+        operand, factor = _operand(query, bank), (grad * inverse).float()[:, None]  # [B, 1]
+        if operand == torch.float16:  # a small upstream gradient would underflow
+            largest = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            factor = factor / largest
+        queries, sums = (query * factor).to(operand).t(), None
+        for part, scores, *_ in [(slice(None), *saved)] if saved else _weights(ctx.backend, *inputs):
+            sums = product(scores.t(), queries[:, part], sums)
+        if ctx.in_batch:
+            sums.addcmul_(query.float(), factor * weight[:, None], value=-1)
+        if operand == torch.float16:
+            sums *= largest
+        return None, *gradients, sums.to(bank.dtype), None, None
+
+
+def _weights(backend, query, positive, inverse, bank, query_ids, bank_ids):
+    """Rows at a time: (rows, W of these rows [C, K], their loss [C], their w [C]). There is at least one chunk."""
+    operand, step = _operand(query, bank), max(SCORES // max(len(bank), 1), 1)
+    queries, keys = query.to(operand), bank.to(operand)
+    for begin in range(0, max(len(query), 1), step):
+        part = slice(begin, begin + step)
+        scores = product(queries[part], keys)
+        ids = None if query_ids is None else query_ids[part]
+        rows, weight = SOFTMAX[backend].fwd(scores, query[part], positive[part], inverse, ids, bank_ids)
+        yield part, scores.to(operand), rows, weight
+
+
+def _operand(query: Tensor, bank: Tensor) -> torch.dtype:
+    """What products take: half precision only from both, and on a GPU, whose sums are float32 all the same."""
+    return query.dtype if query.is_cuda and query.dtype == bank.dtype else torch.float32
 
 
 class NCE(backends.Function):
@@ -178,6 +240,17 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
+    few = len(query) <= FEW_EXAMPLES and query.device.type == "cpu"
+    if (
+        bank is None
+        and exclude is None
+        and few
+        and backend == "auto"
+        and query.dtype == positive.dtype == torch.float32
+    ):
+        with backends.full_precision(query):
+            scores = query @ positive.t() * inverse_temperature
+            return F.cross_entropy(scores, torch.arange(len(query)), reduction="none")
     if bank is None:
         bank = positive
         if exclude is None:
@@ -197,17 +270,12 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     if not isinstance(inverse_temperature, Tensor):
         inverse_temperature = torch.full((), inverse_temperature, dtype=torch.float64, device=query.device)
     query_ids, bank_ids = (None, None) if exclude is None else (ids.long() for ids in exclude)
-    return InfoNCE.apply(
-        backend,
-        query,
-        positive.float() if positive.dtype == torch.float64 else positive,
-        inverse_temperature.reshape(()),
-        bank,
-        None if index is None else index.long(),
-        query_ids,
-        bank_ids,
-        None if scale is None else scale.float(),
-    )
+    positive = positive.float() if positive.dtype == torch.float64 else positive
+    inputs = query, positive, inverse_temperature.reshape(()), bank
+    if wants_gradient(bank):  # then it is shared, and has no scale
+        return InfoNCEOfTrainedBank.apply(backend, *inputs, query_ids, bank_ids)
+    index, scale = (None if index is None else index.long()), (None if scale is None else scale.float())
+    return InfoNCE.apply(backend, *inputs, index, query_ids, bank_ids, scale)
 
 
 def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:

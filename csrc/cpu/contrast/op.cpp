@@ -281,9 +281,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "info_nce_fwd(Tensor query, Tensor positive, Tensor bank, Tensor? index, Tensor inverse_temperature, "
       "Tensor? query_ids, Tensor? bank_ids, bool gradient_in_forward, Tensor? scale=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  // scores: query bank^T, replaced by the loss's derivative with respect to the scores over T. Loss rows [B]; the
+  // weight of the positive [B].
   m.def(
-      "info_nce_bank_bwd(Tensor query, Tensor bank, Tensor inverse_temperature, Tensor? query_ids, Tensor? bank_ids, "
-      "Tensor lse, Tensor coefficient) -> Tensor");
+      "info_nce_softmax(Tensor(a!) scores, Tensor query, Tensor positive, Tensor inverse_temperature, "
+      "Tensor? query_ids, Tensor? bank_ids) -> (Tensor, Tensor)");
   // The positive in column 0 of index; shift is what is taken off every score. Rows [B] and the gradient of the query.
   m.def(
       "nce_fwd(Tensor query, Tensor bank, Tensor index, Tensor shift, float temperature, bool gradient_in_forward, "

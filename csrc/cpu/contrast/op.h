@@ -34,8 +34,10 @@ struct Table {
   void (*weighted_sum_bfloat16)(const uint32_t* high, const uint32_t* low, const uint16_t* bank, int64_t row_stride,
                                 int64_t keys, int64_t queries, int64_t width, const float* shrink, float* out,
                                 bool ahead);
-  // Scores become factor_i e^(score - shift_i).
-  void (*softmax_gradient)(float* scores, int64_t keys, const float* shift, const float* factor);
+  // One query's dot products with all keys become e^(alpha x - largest), 0 where the key's id is `own` (without ids:
+  // nowhere). Returns their sum, and `largest`.
+  double (*exponentials)(float* x, int64_t keys, float alpha, const int64_t* ids, int64_t own, float* largest);
+  void (*scale_row)(float* x, int64_t count, float factor);
   void (*add_scaled_row)(const float* x, float scale, int64_t count, float* sum);
   // `count` elements times `scale` as floats, zeros up to `padded`.
   void (*to_float32)(const void* x, int element, int64_t count, int64_t padded, float scale, float* out);

@@ -30,6 +30,11 @@ void exclude_ids(float* scores, int64_t keys, int64_t queries, const int64_t* qu
   }
 }
 
+void scale_row(float* x, int64_t count, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
 inline vfloat largest_of(const float* scores, int64_t keys, vfloat start) {
   vfloat top[4] = {start, start, start, start};
   int64_t j = 0;
@@ -185,14 +190,34 @@ void weighted_sum_bfloat16(const uint32_t* high, const uint32_t* low, const uint
 constexpr decltype(Table::weighted_sum_bfloat16) weighted_sum_bfloat16 = nullptr;
 #endif
 
-void softmax_gradient(float* scores, int64_t keys, const float* shift, const float* factor) {
-  for (int64_t i = 0; i < kPanel; i += kLanes) {
-    const vfloat of = load(factor + i), lse = load(shift + i), from = lse == -kInfinity ? vfloat{} : lse;
-    for (int64_t j = 0; j < keys; ++j) {
-      float* at = scores + j * kPanel + i;
-      store(at, of * exp(load(at) - from));
-    }
+double exponentials(float* x, int64_t keys, float alpha, const int64_t* ids, int64_t own, float* largest) {
+  constexpr int64_t kBlock = 64 * kLanes;  // of it the sum is single precision
+  if (ids) {
+#pragma omp simd
+    for (int64_t k = 0; k < keys; ++k) x[k] = ids[k] == own ? -kInfinity : x[k] * alpha;
+  } else {
+    scale_row(x, keys, alpha);
   }
+  const int64_t whole = keys / kLanes * kLanes;
+  const int rest = int(keys - whole);
+  vfloat top = rest ? load_some(x + whole, rest, -kInfinity) : splat(-kInfinity);
+  for (int64_t k = 0; k < whole; k += kLanes) top = larger(top, load(x + k));
+  *largest = max_lanes(top);
+  const vfloat shift = splat(*largest == -kInfinity ? 0 : *largest);  // nothing but excluded keys: 0, not NaN
+  double total = 0;
+  for (int64_t first = 0; first < whole; first += kBlock) {
+    vfloat sum = {};
+    for (int64_t k = first; k < std::min(whole, first + kBlock); k += kLanes) {
+      const vfloat e = exp(load(x + k) - shift);
+      store(x + k, e);
+      sum += e;
+    }
+    total += sum_lanes(wide(sum));
+  }
+  if (!rest) return total;
+  const vfloat e = exp(load_some(x + whole, rest, -kInfinity) - shift);
+  store_some(x + whole, e, rest);
+  return total + sum_lanes(wide(e));
 }
 
 void add_scaled_row(const float* x, float scale, int64_t count, float* sum) {
@@ -243,7 +268,8 @@ void update_row(void* bank, int bank_element, float* factor, const void* row, in
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {exclude_ids,      softmax_weights, weighted_sum, weighted_sum_bfloat16,
-                                   softmax_gradient, add_scaled_row,  to_float32,   update_row};
+const Table FASTKD_TABLE(table) = {exclude_ids,           softmax_weights, weighted_sum,
+                                   weighted_sum_bfloat16, exponentials,    scale_row,
+                                   add_scaled_row,        to_float32,      update_row};
 
 }  // namespace fastkd::contrast

@@ -44,9 +44,28 @@ inline void check_ids(const Check& check, const Tensor& query, const Tensor& ban
   check("bank_ids", bank_ids, kI64, "[K]", {bank.size(0)});
 }
 
+// InfoNCE of a query, from the log-sum-exp of its negatives (-inf without any) and its positive's score.
+struct InfoNceRow {
+  double loss, weight;  // softplus(lse - p); its derivative with respect to lse, minus that with respect to p
+
+  InfoNceRow(double lse, double p) {
+    const double gap = lse - p, e = std::exp(-std::fabs(gap));
+    loss = (gap > 0 ? gap : 0) + std::log1p(e);
+    weight = gap > 0 ? 1 / (1 + e) : e / (1 + e);
+  }
+};
+
+inline double dot(const float* x, const float* y, int64_t width) {
+  double sums[4] = {};  // four chains of additions
+  int64_t d = 0;
+  for (; d + 4 <= width; d += 4)
+    for (int j = 0; j < 4; ++j) sums[j] += double(x[d + j]) * double(y[d + j]);
+  for (; d < width; ++d) sums[0] += double(x[d]) * double(y[d]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 struct InfoNceOut {
-  float* loss;    // softplus(lse - p)
-  float* weight;  // its derivative with respect to lse, minus that with respect to p
+  float *loss, *weight;  // InfoNceRow
   float* lse;
   float* unit_grad;  // weight (mean of the negatives - positive) [D]; null if nobody asked
 };
@@ -54,12 +73,10 @@ struct InfoNceOut {
 // mean: the weighted sum of the negatives, mass: the sum of their weights e^(score - largest).
 inline void finish_row(const float* query, const float* positive, int64_t width, double inverse_temperature,
                        double largest, double mass, const float* mean, const InfoNceOut& out) {
-  double p = 0;
-  for (int64_t d = 0; d < width; ++d) p += double(query[d]) * double(positive[d]);
-  const double lse = largest + std::log(mass), gap = lse - p * inverse_temperature;  // no negative left: -inf
-  const double e = std::exp(-std::fabs(gap));
-  const double weight = gap > 0 ? 1 / (1 + e) : e / (1 + e);
-  *out.loss = float((gap > 0 ? gap : 0) + std::log1p(e));
+  const double lse = largest + std::log(mass);
+  const InfoNceRow row(lse, dot(query, positive, width) * inverse_temperature);
+  const double weight = row.weight;
+  *out.loss = float(row.loss);
   *out.lse = float(lse);
   *out.weight = float(weight);
   if (!out.unit_grad) return;
