@@ -39,7 +39,9 @@ class ModelArguments:
         default=None, metadata={"help": "keep the teacher's word in this folder, or use it"}
     )
     top_k: int | None = field(default=None, metadata={"help": "cache the k most likely tokens and the others' mass"})
-    samples: int | None = field(default=None, metadata={"help": "cache so many tokens drawn from its distribution"})
+    samples: int | None = field(
+        default=None, metadata={"help": "cache so many tokens drawn from its distribution; with top_k, from the others"}
+    )
     cache_dtype: str | None = field(
         default=None, metadata={"help": "float32, bfloat16 or int8; otherwise the teacher's"}
     )

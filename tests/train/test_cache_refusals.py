@@ -121,7 +121,12 @@ def test_a_damaged_cache_is_refused_before_training(damage, tmp_path):
 
 
 REFUSED = [
-    ({"top_k": 5, "samples": 3}, {}, "top_k, samples: are two ways"),
+    ({"from_logprobs": "said.jsonl", "samples": 3}, {}, "samples: are drawn while a teacher runs"),
+    (
+        {"top_k": 5, "samples": 3},
+        {"method": "jsd"},
+        "samples: are an unbiased estimate for forward_kl and soft_ce alone",
+    ),
     ({"top_k": 0}, {}, "top_k: expected a number of at least 1, got 0"),
     ({"dtype": "float64"}, {}, "cache_dtype: expected one of float32, bfloat16, int8, got 'float64'"),
     (

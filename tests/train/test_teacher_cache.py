@@ -168,15 +168,33 @@ def test_samples_are_unbiased_and_come_again_for_the_same_seed():
     assert error.abs().max() < 4.5
 
 
+def test_the_most_likely_tokens_with_samples_of_the_others_are_unbiased():
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)).expand(20_000, 9)
+    found = likeliest(logits, 3, 4, torch.Generator().manual_seed(7))
+    assert found["indices"].shape == (20_000, 7) and found["indices"].sort(-1).values.diff().all()
+    assert (found["counts"].sum(-1) == 4).all()
+    contents = cache.contents.Contents("causal_lm", "top_k", 3, 1.0, (), (), None, 9, others=4)
+    topk = contents.states(found, None, {}, 1, torch.float32).predictions.topk
+    p, q = logits[0].softmax(-1), torch.zeros(20_000, 9).scatter_(1, topk.indices, topk.log_probs.exp())
+    assert topk.tail is None
+    torch.testing.assert_close(q.sum(-1), torch.ones(20_000))
+    torch.testing.assert_close(q[:, found["indices"][0, :3]], p[found["indices"][0, :3]].expand(20_000, 3))
+    tail = found["tail"][0].exp()
+    error = (q.mean(0) - p) / (p / tail * (1 - p / tail) / (4 * 20_000)).sqrt().nan_to_num(0).clamp_min(1e-6) / tail
+    assert error.abs().max() < 4.5
+
+
 def test_a_step_on_samples_is_the_live_step_but_for_noise(tmp_path):
     before = parameters(trainer(tmp_path, "forward_kl", "causal_lm"))
     live = parameters(trained(tmp_path, "forward_kl", "causal_lm", max_steps=1, **SGD)) - before
     noise = {}
-    for count in (12, 192):
-        kept = cache.Options(tmp_path / str(count), samples=count)
+    for count in (12, 192, (32, 12)):
+        options = {"samples": count} if isinstance(count, int) else {"top_k": count[0], "samples": count[1]}
+        kept = cache.Options(tmp_path / str(count), **options)
         step = parameters(trained(tmp_path, "forward_kl", "causal_lm", kept, max_steps=1, **SGD)) - before
         noise[count] = float((step - live).norm() / live.norm())
     assert noise[192] < noise[12] / 2.5  # 1 / 4 but for chance
+    assert noise[32, 12] < noise[12] / 1.2  # only the tail is noise
 
 
 def test_bfloat16_takes_half_and_stays_near(tmp_path):

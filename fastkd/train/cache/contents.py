@@ -28,8 +28,9 @@ class Options:
     Args:
         folder: The folder of the cache.
         top_k: Keep the k most likely tokens of each position and the mass of all others.
-        samples: Keep so many tokens drawn from the teacher's distribution at each position (an unbiased estimate of it).
-            With neither, the hidden states before the teacher's head are kept, and of few classes the logits.
+        samples: Keep so many tokens drawn from the teacher's distribution at each position (an unbiased estimate of it); with
+            top_k, drawn from the other tokens. With neither, the hidden states before the teacher's head are kept, and of few
+            classes the logits.
         dtype: "float32" or "bfloat16", of states and log-probabilities; or "int8", of states and logits, with a scale for
             each row. None: the teacher's.
         examples_per_shard: How many examples a file holds. None: as many as take about 128 MB.
@@ -53,8 +54,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a number of at least 1, got {value!r}")
-        if self.top_k and self.samples:
-            raise ValueError("top_k, samples: are two ways to keep a prediction; give one of them")
+        if self.from_logprobs and self.samples:
+            raise ValueError("samples: are drawn while a teacher runs, and from_logprobs replaces it; choose top_k")
         if self.samples and self.samples > 255:
             raise ValueError(f"samples: at most 255 of a position are kept, got {self.samples}; choose top_k for more")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -72,7 +73,8 @@ class Options:
 @dataclass(frozen=True)
 class Contents:
     """predictions: "logits", "hidden" (the states before the head), "top_k", "samples", or None where no method reads any;
-    count: k, or the number of samples; temperature: of the distribution that these two are taken from. levels, layers: of
+    count: k, or the number of samples; temperature: of the distribution that these two are taken from; others: how many samples
+    of the other tokens stand for the tail of the top k. levels, layers: of
     hidden states, and of queries, keys and values. dtype: in which the states are kept. size: classes, or tokens."""
 
     task: str
@@ -83,6 +85,7 @@ class Contents:
     layers: tuple[int, ...]
     dtype: str | None
     size: int
+    others: int | None = None
 
     @torch.no_grad()
     def kept(
@@ -117,7 +120,7 @@ class Contents:
             for block in _blocks(rows):
                 logits = (block.logits() if isinstance(block, Headless) else block).float() / self.temperature
                 taken = (
-                    likeliest(logits, self.count)
+                    likeliest(logits, self.count, self.others, generator)
                     if self.predictions == "top_k"
                     else drawn(logits, self.count, generator)
                 )
@@ -145,8 +148,11 @@ class Contents:
         elif self.predictions == "hidden":
             predictions = replace(head, hidden=kept["last"].to(dtype))
         elif self.predictions == "top_k":
-            topk = functional.TopK(kept["indices"].long(), kept["log_probs"].float(), kept["tail"])
-            predictions = Sparse(topk, self.size)
+            log_probs, tail = kept["log_probs"].float(), kept["tail"]
+            if self.others:  # they share the mass of the tail
+                drawn_ones = tail[..., None] + (kept["counts"].float() / self.others).log()
+                log_probs, tail = torch.cat([log_probs, drawn_ones], -1), None
+            predictions = Sparse(functional.TopK(kept["indices"].long(), log_probs, tail), self.size)
         elif self.predictions == "samples":
             log_probs = (kept["counts"].float() / self.count).log()  # -inf for a token that only fills the row
             predictions = Sparse(functional.TopK(kept["indices"].long(), log_probs), self.size)
@@ -154,9 +160,11 @@ class Contents:
 
     def described(self) -> str:
         """In a few words."""
+        tail = f"{self.others} samples of the others" if self.others else "their tail"
         predictions = {
             None: [], "logits": ["logits"], "hidden": ["the states before the head"],
-            "top_k": [f"{self.count} most likely tokens and their tail"], "samples": [f"{self.count} samples"],
+            "top_k": [f"{self.count} most likely tokens and {tail}"],
+            "samples": [f"{self.count} samples"],
         }[self.predictions]  # fmt: skip
         levels = [f"hidden states of levels {', '.join(map(str, self.levels))}"] if self.levels else []
         layers = [f"q, k, v of layers {', '.join(map(str, self.layers))}"] if self.layers else []
@@ -181,25 +189,38 @@ def from_8_bits(name: str, kept: dict[str, Tensor]) -> Tensor:
     return kept[name] * kept[name + _SCALE] if name + _SCALE in kept else kept[name]
 
 
-def likeliest(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """The k most likely tokens of each row of logits [N, V], and the log-mass of all others."""
+def likeliest(
+    logits: Tensor, k: int, others: int | None = None, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """The k most likely tokens of each row of logits [N, V], the log-mass of all others, and so many tokens drawn from these."""
     every = logits.log_softmax(-1)
     log_probs, indices = every.topk(k)
-    tail = every.scatter(-1, indices, -torch.inf).logsumexp(-1)  # [N]
-    return {"indices": indices, "log_probs": log_probs, "tail": tail}
+    rest = every.scatter(-1, indices, -torch.inf)
+    tail = rest.logsumexp(-1)  # [N]
+    found = {"indices": indices, "log_probs": log_probs, "tail": tail}
+    if not others:
+        return found
+    more = drawn(rest.masked_fill(tail[:, None] == -torch.inf, 0), others, generator, indices)
+    return found | {"indices": torch.cat([indices, more["indices"]], -1), "counts": more["counts"]}
 
 
-def drawn(logits: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """`count` tokens drawn from each row of logits [N, V], as different tokens and how often each came; 0 fills the row."""
+def drawn(
+    logits: Tensor, count: int, generator: torch.Generator | None, without: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`count` tokens drawn from each row of logits [N, V], as different tokens and how often each came; 0 fills the row. without:
+    [N, k], tokens that must not be among them."""
     tokens = torch.multinomial(logits.softmax(-1), count, replacement=True, generator=generator)
     often = torch.zeros_like(logits).scatter_add_(-1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
-    counts, indices = often.topk(min(count, logits.shape[-1]))
+    columns = logits.shape[-1]
+    if without is not None:
+        often, columns = often.scatter_(-1, without, -1), columns - without.shape[-1]
+    counts, indices = often.topk(min(count, columns))
     return {"indices": indices, "counts": counts.to(torch.uint8)}
 
 
 def needed(method, task: str, options: Options, size: int) -> Contents:
     """What `method` (methods.Combined) reads of the teacher at any time, kept as `options` say."""
-    form, count, temperature = None, None, None
+    form, count, temperature, others = None, None, None, None
     if method.predicts("teacher"):
         count = options.top_k or options.samples
         form = "top_k" if options.top_k else "samples" if options.samples else "hidden"
@@ -217,12 +238,13 @@ def needed(method, task: str, options: Options, size: int) -> Contents:
                     "top_k, samples: the answers of cloze need not be among the tokens that are kept; leave them out, and "
                     "the states before the head are kept"
                 )
-            temperature = _temperature(method, form)
-            count = min(count, size) if count and form == "top_k" else count
+            temperature = _temperature(method, form, bool(options.samples))
+            if count and form == "top_k":
+                count, others = min(count, size), options.samples if count < size else None
     elif options.top_k or options.samples:
         raise ValueError("top_k, samples: this method reads no predictions of the teacher; leave them out")
     levels, layers = method.levels("teacher"), method.attention("teacher")
-    return Contents(task, form, count, temperature, tuple(levels), tuple(layers), options.dtype, size)
+    return Contents(task, form, count, temperature, tuple(levels), tuple(layers), options.dtype, size, others)
 
 
 def check_serves(found: Contents, needs: Contents) -> list[str]:
@@ -246,6 +268,7 @@ def check_asked(found: Contents, options: Options, computed: str) -> list[str]:
     wrong = []
     for name in SPARSE:
         asked, has = getattr(options, name), found.count if found.predictions == name else None
+        has = found.others if name == "samples" and found.predictions == "top_k" else has
         asked = min(asked, found.size) if asked is not None and name == "top_k" else asked
         if asked is not None and asked != has:
             wrong.append(f"its {name} is {has}, this run's {asked} (it keeps {found.described()})")
@@ -254,7 +277,7 @@ def check_asked(found: Contents, options: Options, computed: str) -> list[str]:
     return wrong
 
 
-def _temperature(method, form: str) -> float:
+def _temperature(method, form: str, samples: bool) -> float:
     """The one temperature at which the method compares predictions; log-probabilities of few tokens have no other."""
     losses = [x for x in method.modules() if isinstance(x, PredictionLoss | GLMDLoss) and getattr(x, "soft", 1)]
     if any(isinstance(x, GLMDLoss) and (x.top_n is not None or x.mse) for x in losses):
@@ -262,7 +285,7 @@ def _temperature(method, form: str) -> float:
             f"{form}: glmd with top_n or mse reads all logits of the teacher; leave it out, and the states before its head are kept"
         )
     kinds = {x.divergence.get("kind", "forward_kl") for x in losses if isinstance(x, PredictionLoss)}
-    if form == "samples" and not kinds <= set(LINEAR):
+    if samples and not kinds <= set(LINEAR):
         raise ValueError(
             f"samples: are an unbiased estimate for {' and '.join(LINEAR)} alone, and the method compares by "
             f"{', '.join(sorted(kinds - set(LINEAR)))}; choose top_k"

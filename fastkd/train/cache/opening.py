@@ -311,6 +311,7 @@ def _differences(index: dict, options: Options, method, task: str, size: int, ma
         return [*wrong, f"its task is {found.task}, this run's {task}"]
     wrong += check_asked(found, options, index["computed"])
     form = {found.predictions: found.count} if found.predictions in SPARSE and method.predicts("teacher") else {}
+    form |= {"samples": found.others} if "top_k" in form else {}
     return wrong + check_serves(found, needed(method, task, Options(options.folder, **form), size))
 
 

@@ -195,7 +195,7 @@ def plausible(name: str, x: Tensor, contents: Contents) -> Tensor:
     if name == "indices":
         return (x.long() >= 0) & (x.long() < contents.size)
     if name == "counts":
-        return x <= contents.count
+        return x <= (contents.others or contents.count)
     if name in ("log_probs", "tail"):
         return x <= 1e-3  # -inf: no mass
     return x.isfinite()
