@@ -151,6 +151,14 @@ def _transport(dtype, start: bool):
     )
 
 
+def _linear_rows(dtype, sparse):
+    """All rows count: the mask of `_linear` is left out."""
+    inputs = [*_linear(dtype, sparse)]
+    inputs[9] = None  # the mask
+    logits = [normal(len(inputs[0]), len(inputs[1])) for _ in range(2)]
+    return *logits, normal(len(inputs[0])), *inputs, True
+
+
 def _cost_attention(dtype):
     return *_transport(dtype, False)[:3], True, 1.0, False, True, False
 
@@ -174,6 +182,7 @@ VALID: dict[str, list[Callable[[], tuple]]] = {
         lambda: (normal(3), *_linear(F32, False), True, True, True),
         lambda: (normal(3), *_linear(BF16, True), True, True, True),
     ],
+    "linear_divergence_rows": [lambda: _linear_rows(F32, False), lambda: _linear_rows(BF16, True)],
     "linear_divergence_fwd": [lambda: _linear(F32, False), lambda: _linear(BF16, True)],
     "linear_divergence_bwd": [lambda: _linear_bwd(F32, False), lambda: _linear_bwd(BF16, True)],
     "linear_divergence_scale": [lambda: (normal(3, 5), _number(2.0, F32), normal(0)), lambda: (normal(3, 5), _number(1.0, F32), normal(0, dtype=BF16))],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.checks import KINDS
-from fastkd.ops import vocab_parallel, vocab_parallel_kernels
+from fastkd.ops import linear_divergence_library, vocab_parallel, vocab_parallel_kernels
 from fastkd.ops.divergence import TopK, kernel_dtype, kernel_form, without_mixture
 from fastkd.ops.gradient_in_forward import HandedOver, can_hand_over, wants_gradient
 from fastkd.reference import linear_divergence as reference
@@ -39,6 +39,16 @@ class Options(NamedTuple):
 # the loss scale yet, float32 if the head is float16. inputs: hidden, head, bias of the student and of the teacher, indices,
 # log_probs, tail, mask, labels.
 GRADIENT_IN_FORWARD = backends.kernels("linear_divergence", "linear_divergence_fwd_grad", "linear_divergence_scale")
+if "cpu" in GRADIENT_IN_FORWARD:
+
+    def _cpu_fwd_grad(weights, hidden, head, bias, t_hidden, t_head, *rest):
+        inputs = weights, hidden, head, bias, t_hidden, t_head, *rest
+        with_library = linear_divergence_library.serves(hidden, head, t_hidden, t_head)
+        return (linear_divergence_library.fwd_grad if with_library else torch.ops.fastkd.linear_divergence_fwd_grad)(
+            *inputs
+        )
+
+    GRADIENT_IN_FORWARD["cpu"] = GRADIENT_IN_FORWARD["cpu"]._replace(fwd=_cpu_fwd_grad)
 RECOMPUTED = backends.kernels("linear_divergence", "linear_divergence_fwd", "linear_divergence_bwd")
 _INPUTS = 11
 
@@ -66,6 +76,9 @@ def _bwd_fake(grad, stats, hidden, head, *rest):
 
 
 backends.fake("linear_divergence_fwd_grad", _fwd_grad_fake)
+backends.fake(
+    "linear_divergence_rows", lambda s, t, *rest: (_rows_fake(s, 1), s.new_empty(s.shape[1] if rest[-1] else 0, 1))
+)
 backends.fake("linear_divergence_fwd", lambda h, *rest: (_rows_fake(h, 1), _rows_fake(h, 8)))
 backends.fake("linear_divergence_bwd", _bwd_fake)
 backends.fake("linear_divergence_scale", lambda x, factor, like: torch.empty_like(x, dtype=like.dtype))

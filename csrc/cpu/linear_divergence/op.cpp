@@ -259,6 +259,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   "float factor, float hard, float scale, float cap, float t_scale, float t_cap"
   m.def("linear_divergence_fwd_grad(Tensor weights, " FASTKD_LINEAR_ARGUMENTS
         ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_divergence_rows(Tensor(a!) s, Tensor(b!) t, Tensor weights, " FASTKD_LINEAR_ARGUMENTS
+        ", bool to_bias) -> (Tensor, Tensor)");
   m.def("linear_divergence_fwd(" FASTKD_LINEAR_ARGUMENTS ") -> (Tensor, Tensor)");
   m.def("linear_divergence_bwd(Tensor grad, Tensor stats, " FASTKD_LINEAR_ARGUMENTS
         ", bool to_hidden, bool to_head, bool to_bias) -> (Tensor, Tensor, Tensor)");

@@ -8,6 +8,7 @@ from fastkd.bench import baselines
 
 from cases import gradients, randn, relative_error
 from fastkd import TopK, backends, linear_divergence
+from fastkd.ops import linear_divergence_library
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 HERE = [
@@ -348,3 +349,31 @@ def test_an_upstream_gradient_scales_what_the_forward_made():
     for factor in (-4.0, 1.0, 4.0):  # powers of two: exact in bfloat16; the first one is handed over, the others made
         found = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
         assert all(torch.equal(x, factor * y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("masked", ["", "some", "all"])
+def test_products_by_the_library_give_what_our_tile_gives(sparse, masked, monkeypatch):
+    """Whichever of them this processor prefers, over more than one chunk, with every option."""
+    student, teacher = sides(300, 501)
+    mask = torch.arange(300) % 3 > 0 if masked == "some" else torch.zeros(300, dtype=torch.bool) if masked else None
+    if masked:
+        student[0][~mask] = torch.nan
+    if sparse:
+        log_probs, indices = randn(300, 501, seed=9).log_softmax(-1).topk(7)
+        teacher = TopK(indices, log_probs, True), None, None
+    options = {
+        "mask": mask,
+        "labels": torch.arange(300),
+        "hard_weight": 0.3,
+        "temperature": 2.0,
+        "logit_softcap": (3.0, None),
+    }
+    monkeypatch.setattr(linear_divergence_library, "MOST_ROWS", 128)
+    found = []
+    for preferred in (False, True):
+        monkeypatch.setattr(linear_divergence_library, "PREFERRED", preferred)
+        loss, of_student = gradients(call(teacher, "cpu", **options), *student)
+        found.append([loss, *of_student])
+    assert max(relative_error(x, y) for x, y in zip(*found, strict=True)) < 2e-6
