@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import backends, checks
 from fastkd.ops.gemm import product
 from fastkd.ops.gradient_in_forward import wants_gradient
+from fastkd.ops.linear_divergence_library import PREFERRED
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
@@ -101,15 +102,20 @@ def _of_queries(grad, query, inverse, unit_grad, weight, wanted, positive_dtype,
     return [to_query, to_positive, to_inverse]
 
 
-class InfoNCEOfTrainedBank(backends.Function):
-    """The negatives have a gradient too. The library's products form the scores S = query bank^T, some rows at a time, and the
-    kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T, d bank = W^T query / T. If one chunk has all
-    rows, W is saved for the backward, which else computes it again."""
+class InfoNCEByProducts(backends.Function):
+    """For a bank that has a gradient too, or without AVX2. The library's products form the scores S = query bank^T, some rows at a
+    time, and the kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T, d bank = W^T query / T. If one
+    chunk has all rows, W is saved for the backward, which else computes it again."""
 
     function = "info_nce_loss"
 
     @staticmethod
     def forward(ctx, backend, query, positive, inverse_temperature, bank, query_ids, bank_ids):
+        """bank: None where the positives are the bank, and bank_ids where they are the queries': torch.compile takes no tensor
+        twice."""
+        ctx.in_batch, bank = bank is None, positive if bank is None else bank
+        bank_ids = query_ids if bank_ids is None else bank_ids
+        ctx.trains_bank = ctx.needs_input_grad[2 if ctx.in_batch else 4]
         inverse, operand = inverse_temperature.to(query.device, torch.float64), _operand(query, bank)
         inputs, keys = (query, positive, inverse, bank, query_ids, bank_ids), bank.to(operand).t()
         with_queries = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
@@ -120,21 +126,20 @@ class InfoNCEOfTrainedBank(backends.Function):
                 to_query.addcmul_(positive[part].float(), weight[:, None], value=-1)
             chunks.append((rows, weight, to_query))
         rows, weight, unit_grad = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
-        ctx.save_for_backward(unit_grad, weight, *inputs, *([scores] if len(chunks) == 1 else []))
-        ctx.backend, ctx.in_batch = backend, positive is bank
-        ctx.dtypes = positive.dtype, inverse_temperature.dtype
+        trained = (positive, bank, query_ids, bank_ids, *([scores] if len(chunks) == 1 else []))
+        ctx.save_for_backward(query, inverse, unit_grad, weight, *(trained if ctx.trains_bank else ()))
+        ctx.backend, ctx.dtypes = backend, (positive.dtype, inverse_temperature.dtype)
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        unit_grad, weight, *inputs = ctx.saved_tensors
-        inputs, saved = inputs[:6], inputs[6:]
-        query, _, inverse, bank, *_ = inputs
-        to_queries, to_positive, to_inverse, to_bank = ctx.needs_input_grad[1:5]
-        wanted = to_queries, to_positive and not ctx.in_batch, to_inverse
+        (query, inverse, unit_grad, weight, *trained), wanted = ctx.saved_tensors, [*ctx.needs_input_grad[1:4]]
+        wanted[1] = wanted[1] and not ctx.in_batch
         gradients = _of_queries(grad, query, inverse, unit_grad, weight, wanted, *ctx.dtypes)
-        if not to_bank:
+        if not ctx.trains_bank:
             return None, *gradients, None, None, None
+        positive, bank, query_ids, bank_ids, *saved = trained
+        inputs = query, positive, inverse, bank, query_ids, bank_ids
         operand, factor = _operand(query, bank), (grad * inverse).float()[:, None]  # [B, 1]
         if operand == torch.float16:  # a small upstream gradient would underflow
             largest = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -146,7 +151,10 @@ class InfoNCEOfTrainedBank(backends.Function):
             sums.addcmul_(query.float(), factor * weight[:, None], value=-1)
         if operand == torch.float16:
             sums *= largest
-        return None, *gradients, sums.to(bank.dtype), None, None
+        gradients.append(sums.to(bank.dtype))
+        if ctx.in_batch:
+            gradients[1], gradients[3] = gradients[3], None
+        return None, *gradients, None, None
 
 
 def _weights(backend, query, positive, inverse, bank, query_ids, bank_ids):
@@ -270,12 +278,14 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     if not isinstance(inverse_temperature, Tensor):
         inverse_temperature = torch.full((), inverse_temperature, dtype=torch.float64, device=query.device)
     query_ids, bank_ids = (None, None) if exclude is None else (ids.long() for ids in exclude)
+    own, temperature = bank is positive, inverse_temperature.reshape(())
     positive = positive.float() if positive.dtype == torch.float64 else positive
-    inputs = query, positive, inverse_temperature.reshape(()), bank
-    if wants_gradient(bank):  # then it is shared, and has no scale
-        return InfoNCEOfTrainedBank.apply(backend, *inputs, query_ids, bank_ids)
+    plain = backend == "cpu" and query.dtype == bank.dtype == torch.float32 and index is None and scale is None
+    if own or wants_gradient(bank) or (PREFERRED and plain):  # a bank with a gradient is shared, and has no scale
+        others = None if own else bank, query_ids, None if bank_ids is query_ids else bank_ids
+        return InfoNCEByProducts.apply(backend, query, positive, temperature, *others)
     index, scale = (None if index is None else index.long()), (None if scale is None else scale.float())
-    return InfoNCE.apply(backend, *inputs, index, query_ids, bank_ids, scale)
+    return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
 
 
 def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:

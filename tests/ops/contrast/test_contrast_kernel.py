@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from cases import MUTANTS, ROOT, TOLERANCES, randn, relative_error
 from fastkd import backends, functional
+from fastkd.ops import contrast
 
 pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built here")
 
@@ -148,8 +149,9 @@ def test_a_nan_row_poisons_only_itself(mode, bank):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_deterministic_and_independent(mode):
+def test_deterministic_and_independent(mode, monkeypatch):
     """Bitwise: a second run, one thread instead of two, and two results held at once."""
+    monkeypatch.setattr(contrast, "PREFERRED", False)
     inputs = problem(40, 9001, 96)[:4]
     torch.set_num_threads(2)
     first = run(mode, *inputs)
@@ -164,7 +166,8 @@ def test_deterministic_and_independent(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bank", [FLOAT, BFLOAT], ids=str)
-def test_strided_inputs_are_read_and_not_written(mode, bank):
+def test_strided_inputs_are_read_and_not_written(mode, bank, monkeypatch):
+    monkeypatch.setattr(contrast, "PREFERRED", False)
     *inputs, _ = problem(6, 300, 64, bank=bank)
     expected = run(mode, *inputs)
     spaced = [torch.stack([x, x * 0 + 9], 1).reshape(2 * len(x), -1)[::2] for x in inputs]  # every other row
