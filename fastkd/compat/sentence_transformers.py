@@ -16,8 +16,6 @@ from fastkd.compat import soft_labels
 
 __all__ = ["DistillKLDivLoss", "EmbedDistillLoss", "MarginMSELoss", "MultipleNegativesRankingLoss"]
 
-# Scores on a CPU. Up to this number the original computes the loss: it keeps the scores, which a kernel forms twice.
-WORTH = 2**22
 _MODULES = "sentence_transformers.sentence_transformer.losses."
 
 
@@ -25,14 +23,12 @@ def multiple_negatives_ranking(self, embeddings: list[Tensor], labels: Tensor) -
     """`MultipleNegativesRankingLoss.compute_loss_from_embeddings`.
 
     By kernels: cosine and dot-product similarity, every combination of directions but "doc_to_doc" without "doc_to_query",
-    both partition modes. The original computes hardness weights, other similarities and gathering across devices, and on a
-    CPU batches of up to 2048 examples and as many documents.
+    both partition modes. The original computes hardness weights, other similarities and gathering across devices.
     """
     directions = set(self.directions)
     hard = self.hardness_mode is not None and self.hardness_strength > 0
     if (
         len(embeddings) < 2
-        or _few_scores(*embeddings)
         or hard
         or self.gather_across_devices
         or self.similarity_fct not in (cos_sim, dot_score)
@@ -61,10 +57,6 @@ def multiple_negatives_ranking(self, embeddings: list[Tensor], labels: Tensor) -
         joint = self.partition_mode == "joint"
         loss = torch.logaddexp(loss, backward) if joint else (loss + backward) / 2
     return loss.mean().to(dtype)
-
-
-def _few_scores(queries: Tensor, *documents: Tensor) -> bool:
-    return queries.device.type == "cpu" and len(queries) * sum(map(len, documents)) <= WORTH
 
 
 def _info_nce(anchors: Tensor, positives: Tensor, pools: list, own: Tensor, scale: float) -> Tensor:

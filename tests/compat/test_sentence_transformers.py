@@ -25,7 +25,6 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
     monkeypatch.setattr(soft_labels, "WORTH", 0)
-    monkeypatch.setattr(ours, "WORTH", 0)
 
 
 def both(name, **options):
@@ -69,16 +68,6 @@ def test_ranking_with_every_direction(directions, dtype, monkeypatch):
 def test_ranking_by_default(monkeypatch):
     monkeypatch.setattr(compat, "original", None)
     assert_same(*calls("MultipleNegativesRankingLoss"), *embeddings(2, 16, 0))
-
-
-@pytest.mark.parametrize(("most", "by_original"), [(72, True), (71, False)])
-def test_few_scores_on_a_cpu_are_the_originals(most, by_original, monkeypatch):
-    """Six queries have 72 scores with twelve documents."""
-    asked, original = [], compat.original
-    monkeypatch.setattr(compat, "original", lambda *args: asked.append(args) or original(*args))
-    monkeypatch.setattr(ours, "WORTH", most)
-    assert_same(*calls("MultipleNegativesRankingLoss"), *embeddings(3, 6, 0))
-    assert bool(asked) == by_original
 
 
 @pytest.mark.parametrize(
