@@ -191,6 +191,15 @@ class Table:
         return float(self.find(**key)["score"].iloc[-1])
 
 
+def paired(differences: pd.Series, digits: str) -> str:
+    """The mean of differences, one per seed, and half of its 95 % interval by t."""
+    found = differences.dropna()
+    if len(found) < 2:
+        return "–"
+    half = stats.t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5
+    return f"{found.mean():+{digits}} ± {half:{digits}}"
+
+
 def summary(table: Table, cells: Sequence[Cell]) -> str:
     """Mean and standard deviation, and what the method gains over the student alone: paired over the seeds, 95 % by t."""
     headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain over alone (95 %)")
@@ -200,11 +209,8 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
         if rows.empty:
             continue
         alone = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE))
-        gain = 100 * (rows["score"] - alone["score"]).dropna() if cell.method != ALONE and alone is not None else []
-        text = "–"
-        if len(gain) > 1:
-            half = stats.t.ppf(0.975, len(gain) - 1) * gain.std() / len(gain) ** 0.5
-            text = f"{gain.mean():+.1f} ± {half:.1f}"
+        distils = cell.method != ALONE and alone is not None
+        text = paired(100 * (rows["score"] - alone["score"]), ".1f") if distils else "–"
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
         lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
                      f"{100 * rows['teacher'].iloc[0]:.1f} | {text} |")  # fmt: skip

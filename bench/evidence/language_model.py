@@ -1,0 +1,106 @@
+"""Does it distil a language model? A student of every third layer, trained alone and distilled, over paired seeds: the same
+initialisation, the same order of the rows.
+
+python -m fastkd.bench.evidence.language_model MODEL TEXT              # MODEL: a folder; TEXT: cut into rows, the last 128 held out
+python -m fastkd.bench.evidence.language_model MODEL TEXT --summary    # the table of what has been measured
+
+The teacher runs once: a cache of its hidden states before the head, which is exact, serves every method and seed. A row of
+language_model.csv is one run, appended when it ends; a run that has its row is not done again.
+"""
+
+import argparse
+import math
+import pathlib
+import tempfile
+import time
+
+import pandas as pd
+import torch
+from fastkd.bench import machine
+from fastkd.bench.evidence.quality import ALONE, paired
+
+from fastkd.train import tokenisation
+from fastkd.train.student import from_layers
+from fastkd.train.trainer import DistillTrainer
+
+BATCH, HELD_OUT = 4, 128
+METHODS = (ALONE, "forward_kl", "forward_kl:share=0.5", "reverse_kl", "skew_kl", "jsd")
+RESULTS = machine.ROOT / "bench/results/quality/language_model.csv"
+
+
+def rows_of(model: str, text: str, length: int):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    ids = torch.tensor(tokenizer(pathlib.Path(text).read_text(), verbose=False)["input_ids"])
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    return tokenizer, Dataset.from_dict({"input_ids": ids.tolist(), "example_id": range(len(ids))})
+
+
+def trainer(options, teacher, tokenizer, rows, method: str, seed: int, work: str) -> DistillTrainer:
+    from transformers import TrainingArguments, set_seed
+
+    set_seed(seed)
+    args = TrainingArguments(
+        f"{work}/run", max_steps=options.steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, seed=seed,
+        learning_rate=options.rate, warmup_steps=0.1, save_strategy="no", logging_strategy="no", report_to="none",
+        disable_tqdm=True, prediction_loss_only=True,
+    )  # fmt: skip
+    first, distils = len(rows) - HELD_OUT, method != ALONE
+    return DistillTrainer(
+        from_layers(teacher, "every:3"), teacher if distils else None, method if distils else None, task="causal_lm", args=args,
+        train_dataset=rows.select(range(min(first, options.rows))), eval_dataset=rows.select(range(first, len(rows))),
+        processing_class=tokenizer, data_collator=tokenisation.collator(tokenizer, "causal_lm"),
+        teacher_cache=f"{work}/cache" if distils else None,
+    )  # fmt: skip
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    for name, number in (("--seeds", 5), ("--steps", 150), ("--rows", 600), ("--length", 128), ("--rate", 5e-4)):
+        parser.add_argument(name, type=type(number), default=number)
+    parser.add_argument("--summary", action="store_true")
+    options = parser.parse_args()
+    rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["method", "seed"])
+    facts = machine.facts(torch.device("cpu"))
+    if not options.summary:
+        teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        tokenizer, data = rows_of(options.model, options.text, options.length)
+        with tempfile.TemporaryDirectory() as work:
+            of_teacher = math.nan
+            for seed in range(1, options.seeds + 1):
+                for method in METHODS:
+                    if len(rows[(rows.method == method) & (rows.seed == seed)]):
+                        continue
+                    made = trainer(options, teacher, tokenizer, data, method, seed, work)
+                    start = time.perf_counter()
+                    made.train()
+                    seconds = time.perf_counter() - start
+                    if math.isnan(of_teacher):
+                        of_teacher = math.exp(made.evaluate_other(teacher)["eval_loss"])
+                    found = {"method": method, "seed": seed, "perplexity": math.exp(made.evaluate()["eval_loss"])}
+                    found |= {
+                        "teacher": of_teacher,
+                        "steps": options.steps,
+                        "rows": options.rows,
+                        "seconds": round(seconds, 1),
+                    }
+                    found |= {name: facts[name] for name in ("device", "torch", "commit", "date")}
+                    rows = pd.concat([rows, pd.DataFrame([found])], ignore_index=True)
+                    rows.to_csv(RESULTS, index=False, float_format="%.6g")
+                    print(found, flush=True)
+    print("| method | seeds | perplexity | log-perplexity less alone (95 %) |\n|---|---|---|---|")
+    every = rows.pivot(index="seed", columns="method", values="perplexity").map(math.log)
+    for method in METHODS:
+        gain = "–" if method == ALONE else paired(every[method] - every[ALONE], ".3f")
+        print(f"| `{method}` | {every[method].count()} | {math.exp(every[method].mean()):.1f} | {gain} |")
+
+
+if __name__ == "__main__":
+    main()
