@@ -12,6 +12,7 @@
 # make docs    the pages of docs/ as a site in build/site
 # make wheel   dist/: an sdist, and one wheel for this platform and every Python, for machines without a compiler
 # make try-wheel  that wheel in fresh environments without a compiler; make try-wheel PYTHONS="python3.10 python3.13"
+# make arm     the C++ kernels cross-compiled for aarch64, and every stem under qemu
 # make asan    the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of their own
 PYTHON ?= python3
 VENV   ?= .venv
@@ -25,7 +26,7 @@ ASAN_TESTS ?= $(addprefix tests/ops/,test_kernels.py test_gemm.py test_raw_op_ar
     linear_divergence relation transport)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cu csrc/cpu/*/*.h csrc/cpu/*/*.cpp)
 
-.PHONY: test ci asan fuzz mutants demo bench profile performance docs wheel try-wheel gpu latest lock lint build format clean
+.PHONY: test ci arm asan fuzz mutants demo bench profile performance docs wheel try-wheel gpu latest lock lint build format clean
 
 test: build lint
 	$(BIN)/python -m pytest $(WORKERS)
@@ -38,6 +39,9 @@ asan: $(VENV)/installed
 	FASTKD_SANITIZE=1 FASTKD_BUILD=cpu $(BIN)/python setup.py -q build_ext
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    FASTKD_LIBRARY=build/asan/fastkd/_cpu.so $(BIN)/python -m pytest $(ASAN_TESTS)
+
+arm: build
+	tests/on_arm.sh
 
 fuzz: build
 	$(BIN)/python -m pytest $(WORKERS) -m fuzz
