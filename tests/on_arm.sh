@@ -23,5 +23,5 @@ rm -rf "$arm/tree" && mkdir "$arm/tree" && git ls-files -z | xargs -0 cp --paren
 (cd "$arm/tree" && CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 PYTHONPATH="$arm/site" FASTKD_BUILD=cpu \
     "$python" setup.py -q build_ext --inplace --build-temp "$arm/objects")
 rm -f "$arm"/tree/fastkd/_C*.so # named after this machine
-exec qemu-aarch64-static -L "$arm/root" -E PYTHONHOME="$arm/root/usr" -E PYTHONPATH="$arm/tree:$arm/site" -E OMP_NUM_THREADS=1 \
+exec qemu-aarch64-static -L "$arm/root" -E PYTHONHOME="$arm/root/usr" -E PYTHONPATH="$arm/tree:$arm/tree/tests:$arm/tree/tests/ops:$arm/site" -E OMP_NUM_THREADS=1 \
     "$arm/root/usr/bin/python3.11" "$arm/tree/tests/on_arm.py"
