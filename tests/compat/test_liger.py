@@ -187,6 +187,20 @@ def test_jsd_has_the_derivative_of_its_value_by_free_log_probabilities(beta):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
+def test_tvd(reduction):
+    """With "none" the elements [N, V], of which those of ignored rows are 0."""
+    p, q = randn(4, 7, seed=1).softmax(-1).requires_grad_(), randn(4, 7, seed=2).softmax(-1)
+    labels = torch.tensor([1, -100, 2, 3])
+
+    def definition(p):
+        elements = 0.5 * (p - q).abs() * (labels != -100)[:, None]
+        return elements if reduction == "none" else elements.sum() / {"batchmean": 3, "mean": 21, "sum": 1}[reduction]
+
+    found = differentiated(ours.LigerTVDLoss(reduction), p.float(), q.float(), labels)
+    torch.testing.assert_close(found, differentiated(definition, p), rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def test_a_target_of_given_probabilities(reduction):
     """Also one that does not sum to 1, and one without any mass."""
