@@ -39,6 +39,7 @@ PATCHES: dict[str, Patch] = {
             ("transformers", "fused_linear_jsd", "LigerFusedLinearJSD"),
             ("transformers", "fused_linear_kl_div", "LigerFusedLinearKLDivLoss"),
             ("chunked_loss", "jsd_loss", "LigerFusedLinearJSDLoss"),
+            ("chunked_loss", "cosine_similarity_loss", "LigerFusedLinearCosineSimilarityLoss"),
         )
         for module in (package, f"{package}.{module}")  # where it is defined, and where it is exported
     )),

@@ -1,7 +1,8 @@
 """The distillation losses of Liger-Kernel 0.8.5, with its names, arguments and defaults, on CPUs too.
 
-The fused linear losses are `linear_divergence`. `LigerKLDIVLoss`, `LigerJSD` and `LigerTVDLoss` take log-probabilities or
-probabilities as they are, so that there is no softmax to fuse: on a CPU they are PyTorch, elsewhere Liger's own kernels.
+`LigerKLDIVLoss`, `LigerJSD` and `LigerTVDLoss` take log-probabilities or probabilities as they are, so that there is no softmax
+to fuse: on a CPU they are PyTorch, elsewhere Liger's own kernels. `LigerFusedLinearJSD` is `linear_divergence`, and
+fastkd/compat/liger_chunked.py has the losses of `liger_kernel.chunked_loss`.
 No loss is NaN if all rows are ignored; it is 0.
 """
 
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import compat, functional
-from fastkd.losses.kd import hard_cross_entropy_from_hidden
+from fastkd import functional
+from fastkd.compat.liger_chunked import Known
+from fastkd.compat.liger_chunked import LigerFusedLinearCosineSimilarityLoss as LigerFusedLinearCosineSimilarityLoss
+from fastkd.compat.liger_chunked import LigerFusedLinearJSDLoss as LigerFusedLinearJSDLoss
 
 
 class LigerKLDIVLoss(nn.KLDivLoss):
@@ -181,89 +184,6 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, temperature={self.temperature}"
 
 
-class LigerFusedLinearJSDLoss(nn.Module):
-    """weight_hard_loss · cross-entropy with the labels + weight_soft_loss · generalized JSD, from hidden states and heads.
-
-    A teacher with more tokens than the student goes to Liger's own loss.
-
-    Args:
-        weight_hard_loss, weight_soft_loss: Weights of the two terms; both are means over the rows that count.
-        beta: The teacher's weight in the mixture, in [0, 1]; 0 is forward KL and 1 reverse KL.
-        ignore_index: Rows with this label do not count.
-        temperature: Of the JSD; the loss is not multiplied by T².
-        compiled, chunk_size: Accepted; the chunks are chosen by the kernels.
-        return_soft_hard_loss: Returns (loss, soft, hard), of which only the first has a gradient; this takes longer.
-    """
-
-    def __init__(
-        self,
-        weight_hard_loss: float = 0.5,
-        weight_soft_loss: float = 0.5,
-        beta: float = 0.5,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        compiled: bool = True,
-        chunk_size: int = 1024,
-        return_soft_hard_loss: bool = False,
-    ):
-        super().__init__()
-        self.weight_hard_loss = weight_hard_loss
-        self.weight_soft_loss = weight_soft_loss
-        self.ignore_index = ignore_index
-        self.temperature = temperature
-        self.compiled = compiled
-        self.beta = beta
-        self.chunk_size = chunk_size
-        self.return_soft_hard_loss = return_soft_hard_loss
-
-    def forward(
-        self,
-        student_input: Tensor,
-        student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
-        true_labels: Tensor,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        student = (student_input, student_weight, student_bias)
-        teacher = [None if x is None else x.detach() for x in (teacher_input, teacher_weight, teacher_bias)]
-        if len(teacher_weight) > len(student_weight):
-            return self._original(*student[:2], *teacher[:2], true_labels, student_bias, teacher[2])
-        if self.return_soft_hard_loss:
-            soft, hard = self._soft(student, teacher, true_labels), self._hard(student, true_labels)
-            loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
-            return loss, soft.detach(), hard.detach()
-        if self.weight_soft_loss == 0:
-            return self.weight_hard_loss * self._hard(student, true_labels)
-        relative = self.weight_hard_loss / self.weight_soft_loss
-        return self.weight_soft_loss * self._soft(student, teacher, true_labels, hard_weight=relative)
-
-    def _soft(self, student, teacher, labels: Tensor, hard_weight: float = 0.0) -> Tensor:
-        return functional.linear_divergence(
-            *student[:2], *teacher[:2], student_bias=student[2], teacher_bias=teacher[2], kind="jsd", beta=self.beta,
-            temperature=self.temperature, t_squared=False, labels=labels, hard_weight=hard_weight,
-            ignore_index=self.ignore_index,
-        )  # fmt: skip
-
-    def _hard(self, student, labels: Tensor) -> Tensor:
-        hidden, head, bias = student
-        return hard_cross_entropy_from_hidden(hidden, head, labels, None, self.ignore_index, student_bias=bias)
-
-    def _original(self, *args) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        kind = compat.original("liger_kernel.chunked_loss.jsd_loss", "LigerFusedLinearJSDLoss")
-        names = (
-            "weight_hard_loss",
-            "weight_soft_loss",
-            "beta",
-            "ignore_index",
-            "temperature",
-            "compiled",
-            "chunk_size",
-        )
-        return kind(**{x: getattr(self, x) for x in (*names, "return_soft_hard_loss")})(*args)
-
-
 def _liger_function(x: Tensor, name: str):
     """Liger's own autograd Function where it can run, which is on no CPU; None elsewhere."""
     if x.device.type == "cpu" or importlib.util.find_spec("liger_kernel") is None:
@@ -298,18 +218,4 @@ def _reduced(x: Tensor, value: Tensor, gradient: Tensor, reduction: str, labels:
         count = _count(value, labels, ignore_index)
         divisor = {"sum": 1, "batchmean": count, "mean": count * value.shape[1]}[reduction]
         value, gradient = value.sum() / divisor, gradient / divisor
-    return _Known.apply(x, value, gradient.to(x.dtype))
-
-
-class _Known(torch.autograd.Function):
-    """`value` as a function of x, of which the derivative is known."""
-
-    @staticmethod
-    def forward(ctx, x, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return (grad * gradient).to(gradient.dtype), None, None
+    return Known.apply(x, value, gradient.to(x.dtype))

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+import torch
+import torch.nn.functional as F
 
 import fastkd
-from cases import ROOT
+from cases import ROOT, randn
 from fastkd import backends, functional
 from fastkd.cli import COMMANDS, arguments
 
@@ -59,6 +61,25 @@ def test_what_a_diff_leads_to_runs(code):
     finally:
         if "registered" in namespace:
             namespace["registered"].undo()
+
+
+@pytest.mark.parametrize("there", ["F.kl_div", "GKDTrainer.generalized_jsd_loss", "ot.emd2"])
+def test_two_sides_of_the_table_of_migrate_are_equal(there):
+    """Rows whose two sides are whole calls."""
+    text = (ROOT / "docs/migrate.md").read_text()
+    calls = re.search(rf"^\|[^|`]*`({re.escape(there)}\([^|]*)` \| `([^`]*)`", text, re.M).groups()
+    if there.startswith("GKD"):
+        namespace = {"GKDTrainer": pytest.importorskip("trl.experimental.gkd", reason="for users of TRL").GKDTrainer}
+    else:
+        namespace = {"ot": pytest.importorskip("ot", reason="for users of POT")} if there.startswith("ot") else {"F": F}
+    s, t = randn(2, 3, 9, seed=1), randn(2, 3, 9, seed=2)
+    if there == "F.kl_div":
+        s, t = s[0], t[0]
+    masses = {"a": randn(4, seed=3).softmax(0), "b": randn(5, seed=4).softmax(0), "M": randn(4, 5, seed=5).abs()}
+    labels = torch.tensor([[1, -100, 2], [3, 4, -100]])
+    namespace |= {"s": s, "t": t, "T": 1.7, "beta": 0.3, "labels": labels, **masses, **vars(functional)}
+    found, wanted = (torch.as_tensor(eval(call, namespace)) for call in reversed(calls))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
 def commands(page):
