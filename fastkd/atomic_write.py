@@ -19,7 +19,7 @@ def probe(folder: Path, argument: str) -> None:
         raise ValueError(f"{argument}: {folder} is no folder to write to ({error.strerror}); choose another") from error
 
 
-def check_vacant(folder: Path, argument: str) -> None:
+def check_empty(folder: Path, argument: str) -> None:
     """ValueError unless the folder is new or empty: what it holds may be a teacher, or the result of another day."""
     probe(folder, argument)
     there = sorted(path.name for path in folder.iterdir())
@@ -30,7 +30,7 @@ def check_vacant(folder: Path, argument: str) -> None:
         )
 
 
-def vacant(folder: Path) -> Path:
+def next_empty(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, … that is new or empty, for whoever named none."""
     for number in itertools.count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -40,8 +40,8 @@ def vacant(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def filling(folder: Path, argument: str) -> Iterator[Path]:
-    """A scratch folder, whose files move into the vacant `folder` when all of them are written; if not, none does."""
-    check_vacant(folder, argument)
+    """A scratch folder, whose files move into the new or empty `folder` when all of them are written; if not, none does."""
+    check_empty(folder, argument)
     with tempfile.TemporaryDirectory(prefix=".fastkd-", dir=folder) as scratch:
         yield Path(scratch)
         for path in sorted(Path(scratch).iterdir()):

@@ -94,8 +94,8 @@ def check(options) -> None:
         refused = methods.refusal(name, False, "classification")
         if refused:
             raise ValueError(f"method: {refused}")
-    options.output = options.output or str(atomic_write.vacant(Path("report")))
-    atomic_write.check_vacant(Path(options.output), "--output")
+    options.output = options.output or str(atomic_write.next_empty(Path("report")))
+    atomic_write.check_empty(Path(options.output), "--output")
 
 
 def _clock(seconds: float) -> str:

@@ -96,7 +96,7 @@ class Batch:
         return term.value if shares is None else term.value * shares[term.over]
 
     def predictions(self) -> Predictions:
-        """A class per sentence or per token, or a word per token, of which a decoder's position i is asked for token i + 1.
+        """A class per sentence or per token, or a token id per token, of which a decoder's position i is asked for token i + 1.
         In multi_label each of C labels is a question of its own, with the answers no and yes."""
         student = self._asked(self.student)
         teacher = None if self.teacher is None else self._asked(self.teacher)

@@ -109,7 +109,7 @@ def test_features_make_no_logits_although_they_could_be_asked_for(name, tmp_path
     trainer, _ = trained(spelled(name), "gpt2", tmp_path, True)
     assert not trainer.method.predicts("student", 0.0)
     inputs = {key: torch.tensor(tiny.dataset("causal_lm")[key][:]) for key in ("input_ids", "attention_mask")}
-    assert trainer._taught(inputs, None, 0.0).predictions is None
+    assert trainer._teacher_states(inputs, None, 0.0).predictions is None
 
 
 def test_evaluation_makes_logits_only_where_somebody_reads_them(tmp_path):

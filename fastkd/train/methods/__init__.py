@@ -181,13 +181,13 @@ class Combined(nn.Module):
     def predicts(self, side: str, progress: float | None = None) -> bool:
         """Whether predictions are read: now, or (None) ever. Stages change once, so that the ends of training tell."""
         return any(
-            method.predicts(side, now) and (progress is not None or side == "student" or method.teaches(now))
+            method.predicts(side, now) and (progress is not None or side == "student" or method.needs_teacher(now))
             for method in self.methods.values()
             for now in ((0.0, 1.0) if progress is None else (progress,))
         )
 
-    def teaches(self, progress: float) -> bool:
-        return any(method.teaches(progress) for method in self.methods.values())
+    def needs_teacher(self, progress: float) -> bool:
+        return any(method.needs_teacher(progress) for method in self.methods.values())
 
     def one_shape(self) -> bool:
         return any(method.one_shape for method in self.methods.values())

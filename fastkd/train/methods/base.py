@@ -142,7 +142,7 @@ class Method(nn.Module):
         hard = any(isinstance(loss, PredictionLoss) and loss.hard for loss in self.modules())
         return self.soft_only if hard else None
 
-    def teaches(self, progress: float) -> bool:
+    def needs_teacher(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""
         return self.stage(progress) != "task"
 
