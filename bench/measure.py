@@ -4,6 +4,7 @@ A task has an untimed `prepare` and a timed `run`. Every call allocates its outp
 timed region, as a training step does. Timers only know tasks, so that a fake one can stand in for a GPU.
 """
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 MODES = ("forward", "backward", "both", "loss_only")
@@ -220,23 +220,68 @@ def count_launches(task: Task, device: torch.device) -> int | None:
     return sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
 
 
+class Host:
+    """Marks are seconds; memory is the kernel's high-water mark of this process (Linux), elsewhere not known."""
+
+    memory_method = "VmHWM after clear_refs and malloc_trim"
+
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, a, b) -> float:
+        return b - a
+
+    def wait(self) -> None:
+        pass
+
+    def clean(self) -> None:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def peak_and_reset(self) -> int | None:
+        try:
+            status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5")
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            return None
+
+
+class Device:
+    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step. Memory is
+    what torch's allocator handed out."""
+
+    memory_method = "torch.cuda.max_memory_allocated"
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, a, b) -> float:
+        return 1e-3 * a.elapsed_time(b)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    clean = wait
+
+    def peak_and_reset(self) -> int:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
 def peak_memory(task: Task, device: torch.device) -> tuple[int | None, str]:
     """Bytes of one call, results included and inputs excluded, and how they were measured; None where there is no way."""
-    state = task.prepare()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        task.run(state)
-        torch.cuda.synchronize()
-        return max(0, torch.cuda.max_memory_allocated() - before), "torch.cuda.max_memory_allocated"
-    gc.collect()
-    try:  # Linux: the heap's free pages go back, and the kernel's high-water mark of this process starts again
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = psutil.Process().memory_info().rss
-        task.run(state)
-        peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
-    except (OSError, AttributeError, StopIteration):
+    meter, state = Device() if device.type == "cuda" else Host(), task.prepare()
+    meter.clean()
+    meter.peak_and_reset()
+    before = meter.peak_and_reset()
+    task.run(state)
+    peak = meter.peak_and_reset()
+    if before is None or peak is None:
         return None, "not measured: this system keeps no high-water mark that can be reset"
-    return max(0, int(peak.split()[1]) * 1024 - before), "VmHWM after clear_refs and malloc_trim"
+    return max(0, peak - before), meter.memory_method

@@ -101,7 +101,7 @@ def test_a_failed_capture_releases_its_stream(monkeypatch):
     assert (cuda.captures, cuda.current) == (1, "default")
 
 
-def test_rooflines_do_not_need_the_default_generator():
+def test_the_roofline_does_not_need_the_default_generator():
     measured, before = roofline.Roofline(CPU, FakeTimer({"roofline": 1e-3, "gemm": 1e-3})), torch.get_rng_state()
     measured.measure_copy(1 << 20)
     measured.gemm_rate(torch.float32)

@@ -332,5 +332,5 @@ def test_a_method_chooses_states_and_calls_losses(name):
     """Its formula is in fastkd.losses; a method is short, and computes nothing itself."""
     path = Path(methods.__file__).with_name(METHODS[name].where.split(":")[0] + ".py")
     text = path.read_text()
-    assert len(text.split('"""', 2)[2].splitlines()) <= 30
+    assert text.startswith('"""') and len(text.split('"""', 2)[2].splitlines()) <= 30
     assert "functional" not in text and "import torch" not in text
