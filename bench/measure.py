@@ -1,7 +1,7 @@
 """How a number comes about: tasks, timers, interleaved rounds, 95 % intervals, peak memory.
 
 A task has an untimed `prepare` and a timed `run`. Every call allocates its outputs afresh and drops them inside the
-timed region, as a training step does. Timers only know tasks, so that a fake one can stand in for a GPU.
+timed region, as a training step does. Timers know tasks and meters only, so that fakes can stand in for a GPU.
 """
 
 import contextlib
@@ -101,125 +101,6 @@ def gradient_in_forward(loss: torch.Tensor) -> bool:
     return False
 
 
-class WallTimer:
-    """Wall clock for CPU tasks. `flush` runs before every sample, outside of it."""
-
-    def __init__(self, flush: Callable = lambda: None, clock: Callable = time.perf_counter):
-        self.flush, self.clock = flush, clock
-
-    def sample(self, task: Task, number: int) -> float:
-        states = [task.prepare() for _ in range(number)]
-        self.flush()
-        start = self.clock()
-        for i in range(number):
-            task.run(states[i])
-        return (self.clock() - start) / number
-
-
-class EventTimer:
-    """CUDA events around every single call, the L2 flushed before each. `Event` and `synchronize` can be faked."""
-
-    def __init__(self, flush: Callable, event: Callable | None = None, synchronize: Callable | None = None):
-        self.flush = flush
-        self.event = event or (lambda: torch.cuda.Event(enable_timing=True))
-        self.synchronize = synchronize or torch.cuda.synchronize
-
-    def sample(self, task: Task, number: int) -> float:
-        pairs = []
-        for _ in range(number):
-            state = task.prepare()
-            self.flush()  # a long kernel: the host runs ahead, so that the events time the device, not the launch
-            start, end = self.event(), self.event()
-            start.record()
-            task.run(state)
-            end.record()
-            pairs.append((start, end))
-        self.synchronize()
-        return 1e-3 * sum(start.elapsed_time(end) for start, end in pairs) / number
-
-
-def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
-    """The task as CUDA-graph replays. Backward alone is a second graph in the memory pool of its forward.
-
-    What waits for the device fails in the warm-up: a capture that it broke would leave its side stream current, and the
-    default generator counting for a graph that never came to be.
-    """
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            torch.autograd.grad(call(), leaves)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.autograd.grad(call(), leaves)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    current.wait_stream(stream)
-    plain = make_task(provider, mode, call, leaves)
-    first, second, kept = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
-    try:
-        if mode == "backward":
-            with torch.cuda.graph(first, stream=stream):
-                kept.append(call())
-            with torch.cuda.graph(second, pool=first.pool(), stream=stream):
-                kept.append(torch.autograd.grad(kept[0], leaves))
-            return Task(provider, lambda _, held=kept: second.replay(), prepare=first.replay)
-        with torch.cuda.graph(first, stream=stream):
-            plain.run(None)
-        return Task(provider, lambda _, held=kept: first.replay())
-    finally:
-        torch.cuda.set_stream(current)
-
-
-def make_timer(device: torch.device, cold: bool):
-    """A GPU is always measured cold, its caches evicted by a write; a CPU as the previous provider left it, or cold."""
-    if not cold and device.type != "cuda":
-        return WallTimer()
-    buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-    return (EventTimer if device.type == "cuda" else WallTimer)(buffer.zero_)
-
-
-def cache_state(device: torch.device, cold: bool) -> str:
-    """What the `cache` column says."""
-    return "cold (flushed)" if cold or device.type == "cuda" else "as the previous provider left it"
-
-
-def calls_per_sample(seconds: float, least: float = 1e-3, most: int = 64) -> int:
-    """So many calls that a sample is not shorter than a millisecond."""
-    return max(1, min(most, round(least / max(seconds, 1e-9))))
-
-
-def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: Callable = time.perf_counter) -> dict:
-    """A B C A B C …: `rounds` rounds, fewer (never under six) once `budget` seconds are spent. name -> Timing."""
-    numbers = {task.provider: calls_per_sample(timer.sample(task, 1)) for task in tasks}
-    samples = {task.provider: [] for task in tasks}
-    start, collecting = clock(), gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for done in range(rounds):
-            if done >= LEAST_SAMPLES and clock() - start > budget:
-                break
-            for task in tasks:
-                samples[task.provider].append(1e3 * timer.sample(task, numbers[task.provider]))
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: Timing(tuple(values), numbers[name]) for name, values in samples.items()}
-
-
-def count_launches(task: Task, device: torch.device) -> int | None:
-    """Kernels that one call starts, counted by the profiler; None on a CPU, where nothing is launched."""
-    if device.type != "cuda":
-        return None
-    state = task.prepare()
-    torch.cuda.synchronize()
-    with torch.profiler.profile() as profiler:
-        task.run(state)
-        torch.cuda.synchronize()
-    return sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
-
-
 class Host:
     """Marks are seconds; memory is the kernel's high-water mark of this process (Linux), elsewhere not known."""
 
@@ -272,6 +153,104 @@ class Device:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
+
+
+class Timer:
+    """Seconds per call. The caches are evicted (`flush`) before every sample or, on a GPU, before every call: a long kernel,
+    behind which the host runs ahead, so that the events time the device and not the launch."""
+
+    def __init__(self, meter, flush: Callable = lambda: None, every_call: bool = False):
+        self.meter, self.flush, self.every_call = meter, flush, every_call
+
+    def sample(self, task: Task, number: int) -> float:
+        marks = []
+        for calls in [1] * number if self.every_call else [number]:
+            states = [task.prepare() for _ in range(calls)]
+            self.flush()
+            begin = self.meter.mark()
+            for i in range(calls):
+                task.run(states[i])
+            marks.append((begin, self.meter.mark()))
+        self.meter.wait()
+        return sum(self.meter.seconds(*ends) for ends in marks) / number
+
+
+def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
+    """The task as CUDA-graph replays. Backward alone is a second graph in the memory pool of its forward.
+
+    What waits for the device fails in the warm-up: a capture that it broke would leave its side stream current, and the
+    default generator counting for a graph that never came to be.
+    """
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(call(), leaves)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(call(), leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    current.wait_stream(stream)
+    plain = make_task(provider, mode, call, leaves)
+    first, second, kept = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
+    try:
+        if mode == "backward":
+            with torch.cuda.graph(first, stream=stream):
+                kept.append(call())
+            with torch.cuda.graph(second, pool=first.pool(), stream=stream):
+                kept.append(torch.autograd.grad(kept[0], leaves))
+            return Task(provider, lambda _, held=kept: second.replay(), prepare=first.replay)
+        with torch.cuda.graph(first, stream=stream):
+            plain.run(None)
+        return Task(provider, lambda _, held=kept: first.replay())
+    finally:
+        torch.cuda.set_stream(current)
+
+
+def make_timer(device: torch.device, cold: bool) -> Timer:
+    """A GPU is always measured cold, its caches evicted by a write; a CPU as the previous provider left it, or cold."""
+    on_gpu = device.type == "cuda"
+    if not cold and not on_gpu:
+        return Timer(Host())
+    buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+    return Timer(Device() if on_gpu else Host(), buffer.zero_, every_call=on_gpu)
+
+
+def calls_per_sample(seconds: float, least: float = 1e-3, most: int = 64) -> int:
+    """So many calls that a sample is not shorter than a millisecond."""
+    return max(1, min(most, round(least / max(seconds, 1e-9))))
+
+
+def interleave(tasks: Sequence[Task], timer, rounds: int, budget: float, clock: Callable = time.perf_counter) -> dict:
+    """A B C A B C …: `rounds` rounds, fewer (never under six) once `budget` seconds are spent. name -> Timing."""
+    numbers = {task.provider: calls_per_sample(timer.sample(task, 1)) for task in tasks}
+    samples = {task.provider: [] for task in tasks}
+    start, collecting = clock(), gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= LEAST_SAMPLES and clock() - start > budget:
+                break
+            for task in tasks:
+                samples[task.provider].append(1e3 * timer.sample(task, numbers[task.provider]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values), numbers[name]) for name, values in samples.items()}
+
+
+def count_launches(task: Task, device: torch.device) -> int | None:
+    """Kernels that one call starts, counted by the profiler; None on a CPU, where nothing is launched."""
+    if device.type != "cuda":
+        return None
+    state = task.prepare()
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profiler:
+        task.run(state)
+        torch.cuda.synchronize()
+    return sum(event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for event in profiler.events())
 
 
 def peak_memory(task: Task, device: torch.device) -> tuple[int | None, str]:

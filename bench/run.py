@@ -173,11 +173,12 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofline, gemms) -> 
     roofline.again(case, mode)
     seconds, bound = roofline.floor_of(case, mode)
     own, moved, rows = timings.get("fastkd"), case.bytes.of(mode), []
+    cache = "cold (flushed)" if asked.cold or device.type == "cuda" else "as the previous provider left it"
     for provider in (p for p in passed if p.name in timings):
         time, (peak, method) = timings[provider.name], memory[provider.name]
         low, high = measure.ratio_interval(time.samples, own.samples) if own else (None, None)
         rows.append({
-            "mode": mode, "launch": launch, "cache": measure.cache_state(device, asked.cold), "provider": provider.name,
+            "mode": mode, "launch": launch, "cache": cache, "provider": provider.name,
             "served_by": provider.served_by, "by_eager": provider.served_by in SERVED_BY_EAGER, "gradient_in_forward": early,
             **time.columns(),
             "times_ours_median": time.median / own.median if own else None, "times_ours_low": low, "times_ours_high": high,

@@ -1,4 +1,4 @@
-"""Folders that somebody else may own: a result appears there whole or not at all, and never in another file's place."""
+"""Output folders, which may hold a user's own files: a result appears there whole or not at all, and replaces no other file."""
 
 import contextlib
 import itertools
@@ -31,7 +31,7 @@ def check_empty(folder: Path, argument: str) -> None:
 
 
 def next_empty(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, … that is new or empty, for whoever named none."""
+    """`folder`, or the first of folder-2, folder-3, … that is new or empty, where the user named none."""
     for number in itertools.count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -45,7 +45,7 @@ def filling(folder: Path, argument: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".fastkd-", dir=folder) as scratch:
         yield Path(scratch)
         for path in sorted(Path(scratch).iterdir()):
-            if (folder / path.name).exists():  # somebody wrote there meanwhile
+            if (folder / path.name).exists():  # another process wrote there meanwhile
                 raise ValueError(f"{argument}: {folder} has got a {path.name} meanwhile, and nothing is written over")
             path.rename(folder / path.name)
 

@@ -38,7 +38,7 @@ def refusal(provider: str, trainer) -> str | None:
         if isinstance(method, FCD):
             last = {side: (getattr(method.setup, side).layers,) for side in method.read}
             plain = method.read == last and "random" not in method.weights
-        return None if known and plain else f"nobody has written a loop for {' + '.join(trainer.method.methods)} here"
+        return None if known and plain else f"there is no loop for {' + '.join(trainer.method.methods)}"
     package = {"gkd": "trl"}.get(provider, provider)
     if provider in LOOPS and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"

@@ -14,9 +14,9 @@ from . import embedding, heads
 from .heads import Headless, Sparse, whole
 from .states import States
 
-WORD_TASKS = ("masked_lm", "causal_lm")
-VOCABULARY_TASKS = (*WORD_TASKS, "cloze")
-LABEL_FREE_TASKS = (*WORD_TASKS, "embedding")  # nobody has to label their data
+LANGUAGE_TASKS = ("masked_lm", "causal_lm")
+VOCABULARY_TASKS = (*LANGUAGE_TASKS, "cloze")
+LABEL_FREE_TASKS = (*LANGUAGE_TASKS, "embedding")  # their data need no labels
 NAMED_TASKS = ("classification", "multi_label", "token_classification")  # their labels are names
 SENTENCE_TASKS = ("classification", "multi_label", "regression", "cloze")
 PREDICTING_TASKS = ("classification", "multi_label", "regression", "token_classification", *VOCABULARY_TASKS)
@@ -119,7 +119,7 @@ class Batch:
             checks.values("labels", self.labels, lambda: ~outside().any(), "out of range")
         except ValueError:
             hint = "number the classes from 0, or load the model with num_labels as many as there are"
-            hint = "they are token ids of another vocabulary than the model's" if self.task in WORD_TASKS else hint
+            hint = "they are token ids of another vocabulary than the model's" if self.task in LANGUAGE_TASKS else hint
             wrong = self.labels[outside()][0].item()
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, or be -100, got {wrong}; {hint}") from None
 
@@ -178,7 +178,7 @@ class Batch:
             both = f"{name} + hard" if loss.hard else name
             value = self.compared(loss, asked.student, asked.teacher, asked.mask, labels=asked.labels)
             return {both: Term(value, scale, "labels")}
-        of_tokens = self.task in (*WORD_TASKS, "token_classification")
+        of_tokens = self.task in (*LANGUAGE_TASKS, "token_classification")
         if self.task == "regression":
             value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
         else:

@@ -268,7 +268,7 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             inputs = {**inputs, "input_ids": self.teacher_tokens[inputs["input_ids"]]}
         if packing.is_packed(self.task, inputs):
             inputs = packing.model_inputs(inputs)
-        inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, for nobody to read
+        inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, and are not read
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         finish = self._finish[side] if reads or model.training or self._loss_only else None
         output = "last_hidden_state" if self.task == "embedding" else "logits"
@@ -387,7 +387,7 @@ class ByLength(LengthGroupedSampler):
 
 
 def real_tokens(inputs) -> Tensor:
-    """[B, S], 1 where a token is real: all of them where nobody says otherwise."""
+    """[B, S], 1 where a token is real: all of them where no mask is given."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 

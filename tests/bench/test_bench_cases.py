@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from bench_fakes import CPU
+from bench_fakes import CPU, FakeTimer
 from fastkd.bench import baselines, check, roofline
 from fastkd.bench.baselines import Absent, Provider
 from fastkd.bench.cases import STEMS, contrast, divergence, gram, layer_cost, linear_divergence, listed, shapes
@@ -21,17 +21,6 @@ TINY_BY_STEM = {
 }
 
 
-class CountingTimer:
-    """Each task takes a set time; the samples are counted."""
-
-    def __init__(self, seconds):
-        self.seconds, self.samples = seconds, 0
-
-    def sample(self, task, number):
-        self.samples += 1
-        return self.seconds[task.provider]
-
-
 # Floors -----------------------------------------------------------------------------------------------------------
 
 
@@ -46,19 +35,19 @@ def test_the_copy_that_stands_for_a_case_is_about_its_size(moved, size):
 
 
 def test_bounds_count_reads_and_writes_and_measure_once():
-    timer = CountingTimer({"roofline": 0.5, "gemm": 2.0})
+    timer = FakeTimer({"roofline": 0.5, "gemm": 2.0})
     measured = roofline.Roofline(CPU, timer)
     assert measured.copy_rate(1 << 20) == (1 << 20) / 0.5
-    taken = timer.samples
+    taken = len(timer.order)
     measured.copy_rate(1000.0)
-    assert timer.samples == taken
+    assert len(timer.order) == taken
     gemms = (Gemm(4, 5, 6), Gemm(4, 5, 6), Gemm(6, 4, 5, 2, ("backward", "both")))
     case = dataclasses.replace(MSE, gemms=gemms)
     assert measured.gemms_of(case) == {"forward": 4.0, "backward": 2.0, "both": 6.0}
 
 
 def test_a_bound_measured_again_stays_the_best_that_was_seen():
-    timer = CountingTimer({"roofline": 0.5})
+    timer = FakeTimer({"roofline": 0.5})
     measured = roofline.Roofline(CPU, timer)
     for seconds, best in ((0.5, 0.5), (2.0, 0.5), (0.25, 0.25)):
         timer.seconds["roofline"] = seconds

@@ -180,7 +180,7 @@ def test_a_way_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(loops.importlib.util, "find_spec", lambda name: None)
     plan = session.Plan(providers=("loop", "logits"), warm=0, timed=1, memory=0, trace=0)
     with pytest.raises(
-        ValueError, match=r"providers: loop: nobody has written a loop for pkd here; logits: heads are not taken"
+        ValueError, match=r"providers: loop: there is no loop for pkd; logits: heads are not taken"
     ):
         steps_of("pkd", plan=plan)
     steps, _, left_out = run_of("jsd", "gpt2", replace(plan, providers=("trl", "fastkd", "gkd")))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastkd import checks
-from fastkd.train.batch import PREDICTING_TASKS, SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
+from fastkd.train.batch import LANGUAGE_TASKS, PREDICTING_TASKS, SENTENCE_TASKS, TASKS, Batch
 
 from .base import Method, Setup, Side, Term
 
@@ -50,7 +50,7 @@ METHODS = {
     ),
     "glmd": Entry("glmd:GLMD", None, ("masked_lm", "causal_lm", "cloze")),
     "pkd": Entry("pkd:PKD", None, SENTENCE_TASKS),
-    "distilbert": Entry("distilbert:DistilBERT", None, WORD_TASKS),
+    "distilbert": Entry("distilbert:DistilBERT", None, LANGUAGE_TASKS),
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),

@@ -132,7 +132,7 @@ class Method(nn.Module):
         return self.stage(progress) == self.stages[0]
 
     def predicts(self, side: str, progress: float) -> bool:
-        """Whether predictions of the "student" or the "teacher" are read now; where nobody reads any, no head runs."""
+        """Whether predictions of the "student" or the "teacher" are read now; where none are, no head runs."""
         return not (self.features_only and self.features(progress))
 
     def reads_labels(self) -> str | None:
