@@ -53,7 +53,7 @@ demo: build
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fastkd demo
 
 bench: build
-	$(BIN)/python -m fastkd.bench.run $(STEMS) --budget 8
+	$(BIN)/python -m fastkd bench $(STEMS) --budget 8
 
 # Whole training steps: language models of three vocabularies, BERT-base on masked tokens and on classes; an hour on two cores.
 STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "smollm2-135m:num_hidden_layers=12 --method forward_kl,fcd" \
@@ -61,7 +61,7 @@ STEPS ?= "gpt2 --method forward_kl,jsd,fcd" "smollm2-135m:num_hidden_layers=12 -
     "bert-base --method kd,fcd,bert_emd"
 profile: build
 	for step in $(STEPS); do $(BIN)/python -m fastkd profile --from-config $$step --batch 4 --length 128 \
-	    --ways fastkd,logits,loop,authors,trl,gkd,torchdistill,textbrewer --no-trace --out bench/results || exit; done
+	    --providers fastkd,logits,loop,authors,trl,gkd,torchdistill,textbrewer --no-trace --out bench/results || exit; done
 
 performance:
 	$(BIN)/python -m fastkd.bench.evidence.performance

@@ -6,6 +6,7 @@ regression where it lost more than the tolerance and the 95 % intervals of both 
 `--against` builds another commit in a worktree of its own, and each side measures in its own process.
 """
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -139,13 +140,10 @@ def commit_of(ref: str) -> str:
 
 def of_both_sides(argv: Sequence[str]) -> list[str]:
     """The bench's arguments without `--against REF` and where to write."""
-    kept, skip = [], False
-    for word in argv:
-        if skip or word in ("--against", "--out"):
-            skip = not skip
-        elif not word.startswith(("--against=", "--out=")):
-            kept.append(word)
-    return kept
+    differing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--against", "--out"):
+        differing.add_argument(option)
+    return differing.parse_known_args(argv)[1]
 
 
 def build(what: str, folder: pathlib.Path, run: Callable) -> None:
@@ -162,7 +160,7 @@ def against(ref: str, argv: Sequence[str], tolerance: float, run: Callable = cal
     with tempfile.TemporaryDirectory(prefix="fastkd-against-") as name:
         folder = pathlib.Path(name)
         checkout, outs = folder / "checkout", {"before": folder / "before", "after": folder / "after"}
-        bench = [sys.executable, "-m", "fastkd.bench.run", *options, "--out"]
+        bench = [sys.executable, "-m", "fastkd", "bench", *options, "--out"]
         if run(["git", "worktree", "add", "--quiet", "--detach", str(checkout), commit], machine.ROOT):
             raise RuntimeError(f"against: git could not check out {commit[:12]}")
         try:

@@ -1,6 +1,7 @@
 """What the numbers depend on: device, versions, commit, and whether anybody else was computing meanwhile."""
 
 import datetime
+import importlib.util
 import os
 import pathlib
 import platform
@@ -44,16 +45,10 @@ def slug(text: str) -> str:
 def device_name(device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
-    found = re.search(r"^model name\s*: (.*)$", text_of("/proc/cpuinfo"), re.M | re.I)
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M | re.I)
     name = found[1] if found else platform.processor() or platform.machine()
     return slug(f"{name} {torch.get_num_threads()} threads")
-
-
-def text_of(path: str) -> str:
-    try:
-        return pathlib.Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def output_of(*command: str) -> str:
@@ -77,10 +72,6 @@ def git(*arguments: str) -> str:
 
 def facts(device) -> dict:
     """The columns that are the same for every row of a run."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = ""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -88,7 +79,7 @@ def facts(device) -> dict:
         "driver": driver(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
-        "triton": triton,
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else "",
         "python": platform.python_version(),
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")),
@@ -155,6 +146,15 @@ def busy_reason(foreign: float, when: str, limit: float = FOREIGN_CORES) -> str:
     if foreign > limit:
         return f"other processes used {foreign:.2f} cores {when} (limit {limit:g}): the machine is busy"
     return ""
+
+
+def is_busy(device, force: bool) -> bool:
+    """Whether others compute here, so that nothing is measured, unless by `force`; it is said in any case."""
+    reason = busy_reason(load_before(), "before the run") or (gpu_busy_reason(device) if device.type == "cuda" else "")
+    if reason:
+        print(f"{reason}. " + ("Measuring anyway (--force); nothing is published." if force else
+              "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
+    return bool(reason) and not force
 
 
 def gpu_busy_reason(device=None, limit: int = 10) -> str:

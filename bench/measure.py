@@ -1,9 +1,10 @@
 """How a number comes about: tasks, timers, interleaved rounds, 95 % intervals, peak memory.
 
 A task has an untimed `prepare` and a timed `run`. Every call allocates its outputs afresh and drops them inside the
-timed region, as a training step does. Timers only know tasks, so that a fake one can stand in for a GPU.
+timed region, as a training step does. Timers know tasks and meters only, so that fakes can stand in for a GPU.
 """
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 MODES = ("forward", "backward", "both", "loss_only")
@@ -101,41 +101,78 @@ def gradient_in_forward(loss: torch.Tensor) -> bool:
     return False
 
 
-class WallTimer:
-    """Wall clock for CPU tasks. `flush` runs before every sample, outside of it."""
+class Host:
+    """Marks are seconds; memory is the kernel's high-water mark of this process (Linux), elsewhere not known."""
 
-    def __init__(self, flush: Callable = lambda: None, clock: Callable = time.perf_counter):
-        self.flush, self.clock = flush, clock
+    memory_method = "VmHWM after clear_refs and malloc_trim"
+
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, a, b) -> float:
+        return b - a
+
+    def wait(self) -> None:
+        pass
+
+    def clean(self) -> None:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def peak_and_reset(self) -> int | None:
+        try:
+            status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5")
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            return None
+
+
+class Device:
+    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step. Memory is
+    what torch's allocator handed out."""
+
+    memory_method = "torch.cuda.max_memory_allocated"
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, a, b) -> float:
+        return 1e-3 * a.elapsed_time(b)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    clean = wait
+
+    def peak_and_reset(self) -> int:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+class Timer:
+    """Seconds per call. The caches are evicted (`flush`) before every sample or, on a GPU, before every call: a long kernel,
+    behind which the host runs ahead, so that the events time the device and not the launch."""
+
+    def __init__(self, meter, flush: Callable = lambda: None, every_call: bool = False):
+        self.meter, self.flush, self.every_call = meter, flush, every_call
 
     def sample(self, task: Task, number: int) -> float:
-        states = [task.prepare() for _ in range(number)]
-        self.flush()
-        start = self.clock()
-        for i in range(number):
-            task.run(states[i])
-        return (self.clock() - start) / number
-
-
-class EventTimer:
-    """CUDA events around every single call, the L2 flushed before each. `Event` and `synchronize` can be faked."""
-
-    def __init__(self, flush: Callable, event: Callable | None = None, synchronize: Callable | None = None):
-        self.flush = flush
-        self.event = event or (lambda: torch.cuda.Event(enable_timing=True))
-        self.synchronize = synchronize or torch.cuda.synchronize
-
-    def sample(self, task: Task, number: int) -> float:
-        pairs = []
-        for _ in range(number):
-            state = task.prepare()
-            self.flush()  # a long kernel: the host runs ahead, so that the events time the device, not the launch
-            start, end = self.event(), self.event()
-            start.record()
-            task.run(state)
-            end.record()
-            pairs.append((start, end))
-        self.synchronize()
-        return 1e-3 * sum(start.elapsed_time(end) for start, end in pairs) / number
+        marks = []
+        for calls in [1] * number if self.every_call else [number]:
+            states = [task.prepare() for _ in range(calls)]
+            self.flush()
+            begin = self.meter.mark()
+            for i in range(calls):
+                task.run(states[i])
+            marks.append((begin, self.meter.mark()))
+        self.meter.wait()
+        return sum(self.meter.seconds(*ends) for ends in marks) / number
 
 
 def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torch.Tensor]) -> Task:
@@ -171,17 +208,13 @@ def capture_task(provider: str, mode: str, call: Callable, leaves: Sequence[torc
         torch.cuda.set_stream(current)
 
 
-def make_timer(device: torch.device, cold: bool):
+def make_timer(device: torch.device, cold: bool) -> Timer:
     """A GPU is always measured cold, its caches evicted by a write; a CPU as the previous provider left it, or cold."""
-    if not cold and device.type != "cuda":
-        return WallTimer()
+    on_gpu = device.type == "cuda"
+    if not cold and not on_gpu:
+        return Timer(Host())
     buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-    return (EventTimer if device.type == "cuda" else WallTimer)(buffer.zero_)
-
-
-def cache_state(device: torch.device, cold: bool) -> str:
-    """What the `cache` column says."""
-    return "cold (flushed)" if cold or device.type == "cuda" else "as the previous provider left it"
+    return Timer(Device() if on_gpu else Host(), buffer.zero_, every_call=on_gpu)
 
 
 def calls_per_sample(seconds: float, least: float = 1e-3, most: int = 64) -> int:
@@ -222,21 +255,12 @@ def count_launches(task: Task, device: torch.device) -> int | None:
 
 def peak_memory(task: Task, device: torch.device) -> tuple[int | None, str]:
     """Bytes of one call, results included and inputs excluded, and how they were measured; None where there is no way."""
-    state = task.prepare()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        task.run(state)
-        torch.cuda.synchronize()
-        return max(0, torch.cuda.max_memory_allocated() - before), "torch.cuda.max_memory_allocated"
-    gc.collect()
-    try:  # Linux: the heap's free pages go back, and the kernel's high-water mark of this process starts again
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = psutil.Process().memory_info().rss
-        task.run(state)
-        peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
-    except (OSError, AttributeError, StopIteration):
+    meter, state = Device() if device.type == "cuda" else Host(), task.prepare()
+    meter.clean()
+    meter.peak_and_reset()
+    before = meter.peak_and_reset()
+    task.run(state)
+    peak = meter.peak_and_reset()
+    if before is None or peak is None:
         return None, "not measured: this system keeps no high-water mark that can be reset"
-    return max(0, int(peak.split()[1]) * 1024 - before), "VmHWM after clear_refs and malloc_trim"
+    return max(0, peak - before), meter.memory_method

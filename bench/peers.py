@@ -83,7 +83,7 @@ def tiled_contrast(case: Case):
 
 
 def cut_cross_entropy(case: Case):
-    """Apple's, where the other examples' positives are the words."""
+    """Apple's, where the other examples' positives are the vocabulary."""
     if case.dtype == torch.float32:
         return "cut-cross-entropy takes half precision only"
     from cut_cross_entropy import linear_cross_entropy

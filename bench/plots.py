@@ -3,9 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
+import matplotlib
+import matplotlib.pyplot as plt
 from fastkd.bench import report
 from fastkd.bench.report import Row
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+matplotlib.use("Agg")
 INK, SOFT, GRID = "#1f2933", "#66707c", "#e4e7eb"
 COLOURS = {"fastkd": "#0b7a5c", "eager": "#8a8f98", "compile": "#e08a1e", "authors": "#b8433a"}
 STYLE = {
@@ -42,18 +46,16 @@ def headline(rows: Sequence[Row]) -> list[Row]:
     return [row for row in plain if preference(row) == best[row["stem"], row["case"]]]
 
 
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(stem, case) -> provider -> row of `headline`, in the order of the CSV, where fastkd has one."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in headline(rows):
+        groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
+    return {key: there for key, there in groups.items() if "fastkd" in there}
+
+
 def preference(row: Row) -> tuple:
     return row["mode"] != "both", row["cache"].startswith("cold"), row["cache"]
-
-
-def ready() -> str:
-    """Empty where matplotlib is there, else the sentence that says what to do."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no plots: matplotlib is not installed (pip install 'fastkd[bench]')"
-    matplotlib.use("Agg")
-    return ""
 
 
 def title(figure, text: str, rows: Sequence[dict]) -> None:
@@ -66,16 +68,12 @@ def title(figure, text: str, rows: Sequence[dict]) -> None:
 
 def save(figure, path: pathlib.Path) -> None:
     """The date of drawing stays out of the file: the same rows give the same picture."""
-    import matplotlib.pyplot as plt
-
     figure.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(figure)
 
 
 def decimal_ticks(axis) -> None:
     """Plain numbers on a logarithmic axis, the more of each decade the fewer decades there are; after its limits are set."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     low, high = axis.get_view_interval()
     steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 12 * low else (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
@@ -84,11 +82,7 @@ def decimal_ticks(axis) -> None:
 
 
 def draw(folder: pathlib.Path) -> str:
-    """The picture of a device's rows: its name, or why there is none."""
-    if reason := ready():
-        return reason
-    import matplotlib.pyplot as plt
-
+    """The picture of a device's rows: its name, or nothing where there is no case to show."""
     with plt.rc_context(STYLE):
         drawn = overview(report.measured(report.rows_of(folder)), folder / "overview.png")
     return "overview.png" if drawn else ""
@@ -115,12 +109,8 @@ def leading(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
     """A line per case, a dot with its 95 % interval for each provider, the numbers in columns at the right; fastkd is at 1."""
-    import matplotlib.pyplot as plt
-
-    rows_by_case: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in headline(rows):
-        rows_by_case.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
-    chosen = [key for key in leading(rows) if "fastkd" in rows_by_case[key]]
+    groups = by_case(rows)
+    chosen = [key for key in leading(rows) if key in groups]
     if not chosen:
         return False
     size = (10, 1.2 + 0.33 * len(chosen))
@@ -130,7 +120,7 @@ def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
     numbers.axis("off")
     heights, labels = range(len(chosen), 0, -1), []
     for y, key in zip(heights, chosen, strict=True):
-        there = rows_by_case[key]
+        there = groups[key]
         labels.append(f"{key[0]}  {label_of(key[1])}{' †' if there['fastkd']['by_eager'] else ''}")
         for column, name in enumerate(BESIDE):
             ratio, style = there.get(name, {}).get("times_ours_median"), {"color": COLOURS[name], "ha": "center"}

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from fastkd.bench.cases import STEMS
+from rich.console import Console
+from rich.table import Table
 
 from fastkd import atomic_write
 
@@ -205,13 +207,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
 
 
 def show_table(headings, lines: Sequence[Sequence[str]], title: str, left: int = 1, strong=(), ends=()) -> None:
-    """By rich; tabs where it is not installed. `left` columns are words, the others numbers."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(title, *("\t".join(cells) for cells in (headings, *lines)), sep="\n")
-        return
+    """`left` columns are text, the others numbers."""
     table = Table(title=title, title_justify="left", pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < left else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The roofs of this machine, measured first and in the same process: copy bandwidth, GEMM rate, the exact GEMMs."""
+"""The roofline of this machine, measured first and in the same process: copy bandwidth, GEMM rate, the exact GEMMs."""
 
 import math
 import statistics
@@ -17,22 +17,22 @@ def copy_size(moved: float) -> int:
 
 
 def floor(flops: float, moved: float, copy_rate: float, gemm_rate: float) -> tuple[float, str]:
-    """The fewest seconds the work can take under the two roofs, and which of them it is."""
+    """The fewest seconds the work can take allow, and which of the two bounds it is."""
     by_copy, by_gemm = moved / copy_rate, flops / gemm_rate
     return (by_copy, "copy") if by_copy >= by_gemm else (by_gemm, "gemm")
 
 
 def best(timer, run: Callable, samples: int = 7) -> float:
-    """Seconds of the fastest of a few calls: a roof is what the machine can do, not what it does on average."""
-    task = Task("roof", lambda _: run())
+    """Seconds of the fastest of a few calls: a bound is what the machine can do, not what it does on average."""
+    task = Task("roofline", lambda _: run())
     timer.sample(task, 1)
     return min(timer.sample(task, 1) for _ in range(samples))
 
 
-class Roofs:
+class Roofline:
     """Remembers the best rate it has seen; always warm-cache numbers, the harder yardstick.
 
-    A machine has slow minutes. `again` measures anew, so that a roof from one of them does not stand over a fast case.
+    A machine has slow minutes. `again` measures anew, so that a bound from one of them does not stand over a fast case.
     The random numbers are its own: the device's generator may be left unusable by a provider whose graph capture failed.
     """
 

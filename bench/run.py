@@ -2,7 +2,7 @@
 
 fastkd bench                           every case; table, CSV and plots under bench/results/<device>/
 fastkd bench divergence --quick        a few small cases, printed only
-fastkd bench gram --kind fcd --dtype bfloat16 --mode both --no-publish
+fastkd bench gram --case fcd- --dtype bfloat16 --mode both --no-publish
 fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512
 fastkd bench --compare A.csv B.csv     what got slower, by ratios measured within each run; 1 if anything did
 fastkd bench gram --against main       the same cases at another commit, built in a worktree, then compared
@@ -11,7 +11,6 @@ fastkd bench gram --against main       the same cases at another commit, built i
 import argparse
 import dataclasses
 import gc
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -22,36 +21,28 @@ from fastkd.bench.baselines import Absent, Provider
 from fastkd.bench.cases import shapes
 from fastkd.bench.cases.case import DTYPES, Case, Inputs, build
 from fastkd.bench.report import OOM
-from fastkd.bench.roofline import Roofs
+from fastkd.bench.roofline import Roofline
 
 from fastkd import atomic_write, checks
 
 SERVED_BY_EAGER = ("reference", "eager")
 PATIENCE = 30.0  # seconds that another provider's call may take; eight of a slower one would say no more
+LEAST = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "tolerance": 0}
 
 
 # The arguments: the one place where they are checked, before anything is built or measured -------------------------
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        "fastkd bench", "fastkd bench [stem …] [options]", __doc__, allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )  # fmt: skip
+    result = argparse.ArgumentParser("fastkd bench", "fastkd bench [stem …] [options]", __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     add = result.add_argument
     add("stems", nargs="*", metavar="stem", help="divergence, gram, …; all without one")
     add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH")
-    add("--kind", default="", help="only this kind, such as forward_kl")
-    add("--case", default="", help="only cases whose name contains this, such as 512x30522")
+    add("--case", default="", help="only cases whose name contains this, such as forward_kl-512x30522")
     add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
     add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
     add("--others", default="", help="only these baselines and peers, by comma (quick: eager,authors)")
-    add(
-        "--backends",
-        default="",
-        choices=("", "reference"),
-        help="'reference' also times our reference where a kernel serves",
-    )
     add("--quick", action="store_true", help="the small cases, few rounds; printed, never published")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     add("--threads", type=int, help="CPU threads; torch's default without it")
@@ -75,20 +66,15 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     asked = parser().parse_args(argv)
     for stem in asked.stems:
         checks.one_of("stem", stem, list(cases.STEMS))
-    if asked.kind:
-        checks.one_of(
-            "kind", asked.kind, [kind for stem in asked.stems or cases.STEMS for kind in cases.STEMS[stem].AXES]
-        )
     for name in filter(None, asked.others.split(",")):
         checks.one_of("others", name, baselines.names())
-    least = {"threads": 1, "rounds": measure.LEAST_SAMPLES, "budget": 0, "tolerance": 0}
-    for name, smallest in least.items():
-        if getattr(asked, name) is not None and not smallest <= getattr(asked, name) < float("inf"):
-            why = "; fewer samples have no 95 % interval" if name == "rounds" else ""
-            raise ValueError(f"{name}: expected at least {smallest}{why}, got {getattr(asked, name)}")
+    for name, least in LEAST.items():
+        value = getattr(asked, name)
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     if asked.against and (asked.force or asked.no_publish):
         raise ValueError(
-            "against: --force and --no-publish publish nothing, so nothing could be compared; leave them out"
+            "against: compares what is published, and --force and --no-publish publish nothing; leave them out"
         )
     asked.device = checks.device(asked.device, ("cpu", "cuda"), here=not asked.list)
     asked.others = asked.others or ("eager,authors" if asked.quick else "")  # compiling takes longer than all else
@@ -100,12 +86,11 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def chosen_cases(asked: argparse.Namespace) -> list[Case]:
     """At least one, or a ValueError."""
     if asked.shape:
-        found = shapes.select(asked.shape.split(","), asked.dtype, asked.device, asked.stems, asked.kind, asked.case)
+        found = shapes.select(asked.shape.split(","), asked.dtype, asked.device, asked.stems, asked.case)
     else:
-        gpu = asked.device.type == "cuda"
-        found = cases.select(asked.stems, asked.kind, asked.case, asked.dtype, asked.quick, gpu)
+        found = cases.select(asked.stems, asked.case, asked.dtype, asked.quick, asked.device.type == "cuda")
     if not found:
-        filters = ("stems", "shape", "kind", "case", "dtype", "quick")
+        filters = ("stems", "shape", "case", "dtype", "quick")
         named = ", ".join(f"{name}={getattr(asked, name)!r}" for name in filters if getattr(asked, name))
         raise ValueError(f"no case matches all of {named}; leave one out, or see --list")
     return found
@@ -169,7 +154,7 @@ def tasks_of(providers: Sequence[Provider], mode: str, inputs: Inputs, launch: s
     return tasks, absent
 
 
-def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tuple[list[report.Row], list[Absent]]:
+def measure_mode(case, mode, launch, passed, inputs, asked, roofline, gemms) -> tuple[list[report.Row], list[Absent]]:
     """Peak memory, then interleaved time, of every provider that passed; the measured columns of its rows."""
     device, timer = asked.device, measure.make_timer(asked.device, asked.cold)
     tasks, absent = tasks_of(list(passed), mode, inputs, launch)
@@ -185,21 +170,22 @@ def measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms) -> tup
     launches = {task.provider: measure.count_launches(task, device) for task in counted}
     timings = measure.interleave(tasks, timer, asked.rounds, asked.budget)
     early = any(p.name == "fastkd" and measure.gradient_in_forward(p.call(inputs)) for p in passed)
-    roofs.again(case, mode)
-    seconds, bound = roofs.floor_of(case, mode)
+    roofline.again(case, mode)
+    seconds, bound = roofline.floor_of(case, mode)
     own, moved, rows = timings.get("fastkd"), case.bytes.of(mode), []
+    cache = "cold (flushed)" if asked.cold or device.type == "cuda" else "as the previous provider left it"
     for provider in (p for p in passed if p.name in timings):
         time, (peak, method) = timings[provider.name], memory[provider.name]
         low, high = measure.ratio_interval(time.samples, own.samples) if own else (None, None)
         rows.append({
-            "mode": mode, "launch": launch, "cache": measure.cache_state(device, asked.cold), "provider": provider.name,
+            "mode": mode, "launch": launch, "cache": cache, "provider": provider.name,
             "served_by": provider.served_by, "by_eager": provider.served_by in SERVED_BY_EAGER, "gradient_in_forward": early,
             **time.columns(),
             "times_ours_median": time.median / own.median if own else None, "times_ours_low": low, "times_ours_high": high,
             "times_ours_minimum": min(time.samples) / min(own.samples) if own else None,
             "floor_ms": 1e3 * seconds, "floor_bound": bound, "floor_share": 1e3 * seconds / time.median,
             "gemms_ms": 1e3 * gemms[mode] if gemms.get(mode) else None, "flops": case.flops.of(mode), "bytes": moved,
-            "copy_gb_s": roofs.copy_rate(moved) / 1e9, "gemm_gflop_s": roofs.gemm_rate(case.dtype) / 1e9,
+            "copy_gb_s": roofline.copy_rate(moved) / 1e9, "gemm_gflop_s": roofline.gemm_rate(case.dtype) / 1e9,
             "launches": launches.get(provider.name), "peak_extra_mib": None if peak is None else peak / 2**20,
             "memory_method": method, "loss_error": passed[provider].loss, "gradient_error": passed[provider].gradient,
             "match": True,
@@ -213,11 +199,11 @@ def providers_of(case: Case, inputs: Inputs, asked: argparse.Namespace) -> list[
     if asked.others:
         kept = lambda p: isinstance(p, Absent) or p.name in asked.others.split(",")  # noqa: E731
         others = [p if kept(p) else Absent(p.name, report.NOT_ASKED) for p in others]
-    return [*baselines.ours(case, inputs, asked.backends.split(",")), *others]
+    return [*baselines.ours(case, inputs), *others]
 
 
 def bench_case(
-    case: Case, asked: argparse.Namespace, roofs: Roofs, facts: dict, providers: Sequence | None = None
+    case: Case, asked: argparse.Namespace, roofline: Roofline, facts: dict, providers: Sequence | None = None
 ) -> Outcome:
     """Check first; a case whose check fails has no speed."""
     left_out = machine.too_large(case, machine.available_bytes(asked.device))
@@ -230,10 +216,10 @@ def bench_case(
     outcome.absent = [*(p for p in everyone if isinstance(p, Absent)), *failed]
     if outcome.refused:
         return outcome
-    gemms, meter = roofs.gemms_of(case), machine.LoadMeter()
+    gemms, meter = roofline.gemms_of(case), machine.LoadMeter()
     for mode in (m for m in case.modes if asked.mode in ("", m)):
         for launch in ("plain", "graph") if asked.device.type == "cuda" else ("plain",):
-            rows, absent = measure_mode(case, mode, launch, passed, inputs, asked, roofs, gemms)
+            rows, absent = measure_mode(case, mode, launch, passed, inputs, asked, roofline, gemms)
             outcome.rows += rows
             outcome.absent += absent
     outcome.foreign = meter.stop()
@@ -294,27 +280,22 @@ def run(asked: argparse.Namespace) -> int:
     else:
         atomic_write.probe(folder, "out")
         report.rows_of(folder)  # what is there already can be read, and so added to
-    busy = machine.busy_reason(machine.load_before(), "before the run")
-    busy = busy or (machine.gpu_busy_reason(asked.device) if asked.device.type == "cuda" else "")
-    if busy:
-        print(f"{busy}. " + ("Measuring anyway (--force); nothing is published." if asked.force else
-              "Wait, or pass --force to see numbers that are not published."))  # fmt: skip
-        if not asked.force:
-            return 2
+    if machine.is_busy(asked.device, asked.force):
+        return 2
     return run_cases(chosen, asked, facts, folder)
 
 
 def run_cases(chosen: Sequence[Case], asked: argparse.Namespace, facts: dict, folder: pathlib.Path | None) -> int:
     """Published in the folder where there is one."""
-    roofs = Roofs(asked.device, measure.make_timer(asked.device, cold=False))
+    roofline = Roofline(asked.device, measure.make_timer(asked.device, cold=False))
     print("  ".join(f"{name}={value}" for name, value in facts.items() if value != ""))
-    rates = {case.dtype_text: roofs.gemm_rate(case.dtype) / 1e9 for case in chosen}
+    rates = {case.dtype_text: roofline.gemm_rate(case.dtype) / 1e9 for case in chosen}
     gemms = (f"{dtype} GEMM {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
-    print(f"copy of 256 MiB {roofs.copy_rate(2**28) / 1e9:.1f} GB/s", *gemms, sep="   ")
+    print(f"copy of 256 MiB {roofline.copy_rate(2**28) / 1e9:.1f} GB/s", *gemms, sep="   ")
     failed, busy, absent = [], [], []
     for case in chosen:
         try:
-            outcome = bench_case(case, asked, roofs, facts)
+            outcome = bench_case(case, asked, roofline, facts)
         except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
             outcome = Outcome(refused=problem_of(error))
         show(case, outcome)
@@ -332,26 +313,15 @@ def run_cases(chosen: Sequence[Case], asked: argparse.Namespace, facts: dict, fo
     return 1 if failed else 2 if busy else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        asked = parsed(argv)
-        if asked.compare:
-            return compare.compare(*asked.compare, asked.tolerance)
-        if asked.list:
-            return run(asked)
-        chosen_cases(asked)  # mistakes are named before the process starts again
-        if asked.against:
-            return compare.against(asked.against, sys.argv[1:] if argv is None else argv, asked.tolerance)
-        machine.passive_threads(sys.orig_argv[1:])
-        machine.quote_library_path()
+def main(argv: Sequence[str]) -> int:
+    asked = parsed(argv)
+    if asked.compare:
+        return compare.compare(*asked.compare, asked.tolerance)
+    if asked.list:
         return run(asked)
-    except (ValueError, RuntimeError, OSError) as error:
-        known = not isinstance(error, RuntimeError) or str(error).startswith("against: ")
-        if not known or os.environ.get("FASTKD_TRACEBACK") == "1":
-            raise
-        print(f"fastkd bench: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    chosen_cases(asked)  # mistakes are named before the process starts again
+    if asked.against:
+        return compare.against(asked.against, argv, asked.tolerance)
+    machine.passive_threads(sys.orig_argv[1:])
+    machine.quote_library_path()
+    return run(asked)

@@ -42,11 +42,13 @@ for step in range(options.steps):
     drawn = [texts[i] for i in torch.randint(len(texts), (options.batch_size,))]
     batch = tokenizer(drawn, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
     with torch.no_grad():
-        taught = read(teacher, batch, hidden=True, layers=[last[teacher]], predictions=False)
-    learned = read(student, batch, hidden=True, layers=[last[student]], predictions=False)
+        teacher_states = read(teacher, batch, hidden=True, layers=[last[teacher]], predictions=False)
+    student_states = read(student, batch, hidden=True, layers=[last[student]], predictions=False)
     mask = batch["attention_mask"]
-    relation = relations(learned.qkv[last[student]][:3], taught.qkv[last[teacher]][:3], mask)  # (q, k, v) of each
-    similarity = similarities(learned.hidden[-1], taught.hidden[-1], mask)
+    relation = relations(
+        student_states.qkv[last[student]][:3], teacher_states.qkv[last[teacher]][:3], mask
+    )  # (q, k, v) of each
+    similarity = similarities(student_states.hidden[-1], teacher_states.hidden[-1], mask)
     (relation + similarity).backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -46,7 +46,7 @@ arguments = TrainingArguments(
     options.output, max_steps=options.steps, learning_rate=5e-5, per_device_train_batch_size=32, report_to="none"
 )
 trainer = fastkd.DistillTrainer(
-    student, teacher, "glmd", task="masked_lm", words=vocab.kept_ids, args=arguments, train_dataset=data,
+    student, teacher, "glmd", task="masked_lm", teacher_tokens=vocab.kept_ids, args=arguments, train_dataset=data,
     processing_class=small_tokenizer, data_collator=DataCollatorForLanguageModeling(small_tokenizer),
 )  # fmt: skip
 trainer.train()

@@ -1,4 +1,4 @@
-"""Folders that somebody else may own: a result appears there whole or not at all, and never in another file's place."""
+"""Output folders, which may hold a user's own files: a result appears there whole or not at all, and replaces no other file."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ def probe(folder: Path, argument: str) -> None:
         raise ValueError(f"{argument}: {folder} is no folder to write to ({error.strerror}); choose another") from error
 
 
-def check_vacant(folder: Path, argument: str) -> None:
+def check_empty(folder: Path, argument: str) -> None:
     """ValueError unless the folder is new or empty: what it holds may be a teacher, or the result of another day."""
     probe(folder, argument)
     there = sorted(path.name for path in folder.iterdir())
@@ -30,8 +30,8 @@ def check_vacant(folder: Path, argument: str) -> None:
         )
 
 
-def vacant(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, … that is new or empty, for whoever named none."""
+def next_empty(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that is new or empty, where the user named none."""
     for number in itertools.count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -40,12 +40,12 @@ def vacant(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def filling(folder: Path, argument: str) -> Iterator[Path]:
-    """A scratch folder, whose files move into the vacant `folder` when all of them are written; if not, none does."""
-    check_vacant(folder, argument)
+    """A scratch folder, whose files move into the new or empty `folder` when all of them are written; if not, none does."""
+    check_empty(folder, argument)
     with tempfile.TemporaryDirectory(prefix=".fastkd-", dir=folder) as scratch:
         yield Path(scratch)
         for path in sorted(Path(scratch).iterdir()):
-            if (folder / path.name).exists():  # somebody wrote there meanwhile
+            if (folder / path.name).exists():  # another process wrote there meanwhile
                 raise ValueError(f"{argument}: {folder} has got a {path.name} meanwhile, and nothing is written over")
             path.rename(folder / path.name)
 

@@ -1,4 +1,4 @@
-"""Old argument names, which are accepted for one release with a DeprecationWarning."""
+"""Old names of arguments and of their values, which are accepted for one release with a DeprecationWarning."""
 
 import functools
 import warnings
@@ -9,8 +9,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def renamed(**old: str | tuple[str, Callable]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`@renamed(fs="student_hidden")` accepts `fs=` as `student_hidden=`; ("name", convert) also converts the value."""
+def renamed(**old: str | tuple[str, Callable] | dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`@renamed(fs="student_hidden")` accepts `fs=` as `student_hidden=`; ("name", convert) also converts the value.
+    `@renamed(stage={"words": "tokens"})` accepts the value "words" of `stage=` as "tokens"."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         frames = (
@@ -20,7 +21,12 @@ def renamed(**old: str | tuple[str, Callable]) -> Callable[[Callable[P, R]], Cal
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for name, new in old.items():
-                if name in kwargs:
+                if isinstance(new, dict):
+                    if (value := kwargs.get(name)) in list(new):
+                        text = f"{name}={value!r} is now called {new[value]!r}; pass {name}={new[value]!r}"
+                        warnings.warn(text, DeprecationWarning, stacklevel=frames)
+                        kwargs[name] = new[value]
+                elif name in kwargs:
                     new, convert = new if isinstance(new, tuple) else (new, lambda value: value)
                     if new in kwargs:
                         raise TypeError(f"{name} is the old name of {new}, and both were given; pass {new} only")

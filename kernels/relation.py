@@ -89,8 +89,8 @@ def gap_and_excess(a, b, c):
 @triton.jit
 def shifted(b_s, b_t, max_s, max_t):
     """c. b_s - b_t is exact where the sides are close; where they are not, it is rounded at the size of the larger score."""
-    apart = max_s - max_t
-    return tl.where(tl.abs(apart) < 1, (b_s - b_t) - apart, (b_s - max_s) - (b_t - max_t))
+    offset = max_s - max_t
+    return tl.where(tl.abs(offset) < 1, (b_s - b_t) - offset, (b_s - max_s) - (b_t - max_t))
 
 
 @triton.jit

@@ -145,7 +145,7 @@ def topk(draw):
     log_p = torch.log_softmax(teacher.double() / options["temperature"], -1)
     log_probs, indices = log_p.topk(k, -1)
     if bool((log_probs.float().double().exp().sum(-1) >= 1).any()) and options["kind"] == "reverse_kl":
-        tail = "given"  # rounded, the k words leave nothing over: the divergence is infinite
+        tail = "given"  # rounded, the k tokens leave nothing over: the divergence is infinite
     left = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1).float() if tail == "given" else tail == "true" or None
     log_probs = log_probs.float()
     jumps = options["kind"] == "tvd" and how.split()[0] in ("near", "equal", "offset")

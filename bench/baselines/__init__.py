@@ -123,7 +123,7 @@ def others(case: Case, device: torch.device) -> list:
     return found
 
 
-def ours(case: Case, inputs: Inputs, backends_wanted: tuple[str, ...] = ()) -> list:
+def ours(case: Case, inputs: Inputs) -> list:
     """fastkd as `auto` dispatches it, and every other implementation that can run here; the rest with its reason."""
     from fastkd import backends
 
@@ -136,6 +136,4 @@ def ours(case: Case, inputs: Inputs, backends_wanted: tuple[str, ...] = ()) -> l
             found.append(Absent(f"fastkd:{name}", why_not))
         elif name != auto:
             found.append(Provider(f"fastkd:{name}", lambda x, name=name: case.ours(x, name), served_by=name))
-    if "reference" in backends_wanted and auto != "reference":
-        found.append(Provider("fastkd:reference", lambda x: case.ours(x, "reference"), served_by="reference"))
     return found

@@ -17,10 +17,9 @@ def listed(stem: str, gpu: bool = False) -> list[Case]:
     return sorted(found, key=lambda case: not case.goals) if gpu else found
 
 
-def select(stems=(), kind="", name="", dtype="", quick=False, gpu=False) -> list[Case]:
-    """The cases whose stem is named, whose kind is `kind`, whose name contains `name`."""
+def select(stems=(), name="", dtype="", quick=False, gpu=False) -> list[Case]:
+    """The cases whose stem is named and whose name contains `name`."""
     return [
         case for stem in stems or STEMS for case in listed(stem, gpu)
-        if (not kind or case.kind == kind) and (not dtype or case.dtype_text == dtype) and name in case.name
-        and (case.quick or not quick)
+        if name in case.name and (not dtype or case.dtype_text == dtype) and (case.quick or not quick)
     ]  # fmt: skip

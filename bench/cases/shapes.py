@@ -68,8 +68,8 @@ def named(text: str) -> Shape:
     return dataclasses.replace(SHAPES[name], **changes)
 
 
-def select(texts: Iterable[str], dtype: str, device: torch.device, stems=(), kind="", name="") -> list[Case]:
+def select(texts: Iterable[str], dtype: str, device: torch.device, stems=(), name="") -> list[Case]:
     """The cases of the shapes that were asked for; bfloat16 on a GPU and float32 on a CPU, where no dtype is named."""
     wanted = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     found = [case for text in texts for case in cases_of(text, named(text), wanted)]
-    return [c for c in found if (not stems or c.stem in stems) and (not kind or c.kind == kind) and name in c.name]
+    return [c for c in found if (not stems or c.stem in stems) and name in c.name]

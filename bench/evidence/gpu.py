@@ -66,7 +66,7 @@ def tests(workers: int, *what: str) -> tuple[str, ...]:
 
 def plan() -> list[Stage]:
     """In the order in which they run: what comes late is left out first."""
-    bench = (PY, "-m", "fastkd.bench.run", "--device", "cuda")
+    bench = (PY, "-m", "fastkd", "bench", "--device", "cuda")
     profile = (PY, "-m", "fastkd", "profile", "--device", "cuda", "--steps", "6", "--no-trace", "--out", str(RESULTS))
     build = (PY, "setup.py", "-q", "build_ext", "--inplace")
     sync = ("tests/ops/test_gpu.py", "tests/ops/test_gpu_stems.py")

@@ -12,7 +12,7 @@ from fastkd.bench.cases import STEMS, listed
 from fastkd.bench.report import Row, number
 
 from fastkd.profile import plots as profile_plots
-from fastkd.profile.results import KEY
+from fastkd.profile import results
 
 HEADINGS = ("hot path", "case", "ms", *(f"× {name}" for name in plots.BESIDE), "others", "of floor", "MiB / eager's",
             "gradient error / eager's")  # fmt: skip
@@ -27,8 +27,8 @@ HEAD = "# Performance\n\n" + textwrap.fill(
 
 SHOWN = ("median_ms", "cpu_ms", "extra_mib")
 PROFILED = (
-    "`make profile`: milliseconds / of CPU time / peak MiB beyond the models and the optimizer's state. The ways took turns in "
-    "one training run; `fastkd profile --help` says what each is. Tokens per second are fastkd's."
+    "`make profile`: milliseconds / of CPU time / peak MiB beyond the models and the optimizer's state. The providers took "
+    "turns in one training run; `fastkd profile --help` says what each is. Tokens per second are fastkd's."
 )
 
 
@@ -59,14 +59,6 @@ def case_line(stem: str, case: str, there: dict[str, Row]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def groups_of(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """(stem, case) -> provider -> row, in the order of the CSV."""
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in plots.headline(rows):
-        groups.setdefault((row["stem"], row["case"]), {})[row["provider"]] = row
-    return {key: there for key, there in groups.items() if "fastkd" in there}
-
-
 def reached(what: str, there: dict[str, Row]) -> float | None:
     """A goal's figure: share of the `floor`, at least; time over bare `gemms`, `memory` and gradient `error` over eager's, and
     `launches`, at most; else that provider's time over ours, at least."""
@@ -81,13 +73,11 @@ def reached(what: str, there: dict[str, Row]) -> float | None:
 
 def goal_lines(rows: Sequence[Row], why: dict[str, str]) -> Iterator[tuple[str, ...]]:
     """What was asked of each case, and whether it was reached; a miss with its reason from why.json."""
-    groups, gpu = groups_of(rows), any(row["cuda"] for row in rows)
+    groups, gpu = plots.by_case(rows), any(row["cuda"] for row in rows)
     for case in (case for stem in STEMS for case in listed(stem, gpu)):
         for what, limit in case.goals.items() if (case.stem, case.name) in groups else ():
-            value, least = (
-                reached(what, groups[case.stem, case.name]),
-                what not in ("gemms", "memory", "error", "launches"),
-            )
+            value = reached(what, groups[case.stem, case.name])
+            least = what not in ("gemms", "memory", "error", "launches")
             met = value is not None and (value >= limit if least else value <= limit)
             verdict = "met" if met else f"missed: {why.get(f'{case.stem} {case.name}', 'no reason given yet')}"
             yield (f"`{case.stem}`", plots.label_of(case.name), what, f"{'≥' if least else '≤'} {limit:g}", number(value),
@@ -118,7 +108,7 @@ def section(folder: pathlib.Path, where: str) -> Iterator[str]:
     versions += [f"CUDA {newest['cuda']}", f"driver and clocks {newest['driver']}"] if newest["cuda"] else []
     commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in rows})
     yield from (f"{', '.join(versions)}; commit {', '.join(commits)}; raw: [CSV]({where}).", "")
-    lines = [case_line(stem, case, there) for (stem, case), there in groups_of(rows).items()]
+    lines = [case_line(stem, case, there) for (stem, case), there in plots.by_case(rows).items()]
     yield from (f"![How many times faster, case by case]({where}/overview.png)", *table(HEADINGS, lines))
     yield slower_than_eager(rows)
     reasons = folder / "why.json"
@@ -130,22 +120,23 @@ def section(folder: pathlib.Path, where: str) -> Iterator[str]:
 
 def training_steps(folder: pathlib.Path, where: str) -> Iterator[str]:
     """Whole training steps, where they were profiled."""
-    steps = [row for row in report.read_rows(folder / f"{report.PROFILE}.csv") if row["phase"] == "step"]
+    steps = [row for row in results.read(folder).to_dict("records") if row["phase"] == results.STEP]
     if not steps:
         return
-    ways, setups = list(dict.fromkeys(row["way"] for row in steps)), {}
+    providers, setups = list(dict.fromkeys(row["provider"] for row in steps)), {}
     for row in steps:
-        setups.setdefault(tuple(row[name] for name in KEY), {})[row["way"]] = row
+        setups.setdefault(tuple(row[name] for name in results.KEY), {})[row["provider"]] = row
     first = steps[0]
     yield from ("### A whole training step", "", f"{PROFILED} torch {first['torch']}, {first['threads']} threads.")
     lines = []
     for there in setups.values():
         first = next(iter(there.values()))
-        cells = [" / ".join(number(float(there[w].get(name) or "nan")).replace("nan", "–") for name in SHOWN)
-                 if w in there else "–" for w in ways]  # fmt: skip
-        speed = f"{float(there[ways[0]]['tokens_per_second']):,.0f}" if ways[0] in there else "–"
+        cells = [" / ".join(number(float(there[who].get(name) or "nan")).replace("nan", "–") for name in SHOWN)
+                 if who in there else "–" for who in providers]  # fmt: skip
+        ours = there.get(providers[0])
+        speed = f"{float(ours['tokens_per_second']):,.0f}" if ours else "–"
         lines.append((profiled_model(first), f"`{first['method']}`", *cells, speed))
-    yield from table(("model", "method", *ways, "tokens/s"), lines)
+    yield from table(("model", "method", *providers, "tokens/s"), lines)
     yield f"![Where the time of a step goes]({where}/{report.PROFILE}.png)"
 
 
@@ -157,9 +148,6 @@ def profiled_model(row: dict) -> str:
 
 
 def main(root: pathlib.Path = machine.ROOT) -> int:
-    if reason := plots.ready():
-        print(reason, file=sys.stderr)
-        return 2
     lines = [HEAD, ""]
     for folder in sorted((root / "bench/results").glob("*")):
         cases, steps = report.rows_of(folder), (folder / f"{report.PROFILE}.csv").exists()

@@ -19,7 +19,7 @@ COMMANDS = {
     "methods": "the distillation methods, or the options of one of them",
     "demo": "a complete distillation on real text, with a real teacher, in under ten minutes",
     "bench": "every hot path beside its baselines and peers, on this machine",
-    "profile": "where the time of a training step goes, ours beside the reference and the authors' way",
+    "profile": "where the time of a training step goes, ours beside baselines and peers",
     "vocab": "count a corpus and write a smaller vocabulary: a map, a report, a tokenizer and a model",
     "doctor": "versions, what is built, and for every stem which implementation runs here and why the others do not",
 }
@@ -86,7 +86,5 @@ def _explained(error: BaseException, command: str) -> tuple[int, str | None]:
         if error.name is None or error.name.split(".")[0] == "fastkd":
             return 1, None
         return 1, f"{error.name} is not installed; pip install 'fastkd[{EXTRAS.get(command, 'train')}]'"
-    if command == "bench":  # it explains its own mistakes; what is left is a defect
-        return 1, None
     machine = isinstance(error, RuntimeError) or getattr(error, "errno", None) in OF_THE_MACHINE
     return 1 if machine else 2, " ".join(str(error).split())

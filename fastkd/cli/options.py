@@ -36,7 +36,7 @@ class ModelArguments:
     compile_teacher: bool = field(default=False, metadata={"help": "torch.compile the teacher's forward"})
     shard_teacher: bool = field(default=False, metadata={"help": "divide the teacher's layers among the processes"})
     teacher_cache: str | None = field(
-        default=None, metadata={"help": "keep the teacher's word in this folder, or use it"}
+        default=None, metadata={"help": "keep what the teacher predicts in this folder, or use it"}
     )
     top_k: int | None = field(default=None, metadata={"help": "cache the k most likely tokens and the others' mass"})
     samples: int | None = field(
@@ -91,7 +91,7 @@ class DataArguments:
         default=None,
         metadata={"help": "embedding: mean, cls or last (token); by default as the teacher does it, or mean"},
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "share of words that masked_lm hides"})
+    mlm_probability: float = field(default=0.15, metadata={"help": "fraction of the tokens that masked_lm hides"})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "use only so many training rows, a random choice"}
     )

@@ -51,7 +51,7 @@ def run(options) -> int:
     from fastkd.vocab.coverage import write_report
     from fastkd.vocab.tokenizer import count_parts
 
-    atomic_write.check_vacant(options.output, "--output")
+    atomic_write.check_empty(options.output, "--output")
     source = options.tokenizer or options.model
     if source is None:
         raise ValueError("--tokenizer: name one, or a --model that has one")
@@ -79,7 +79,7 @@ def run(options) -> int:
         found = write_report(scratch, vocab, counts, tokenizer)
     sizes = ", ".join(f"{mark} {size}" for mark, size in found["sizes_for"].items())
     print(
-        f"{found['words']} of {found['of']} vocabulary entries cover {found['covered']:.2%} of {found['tokens_counted']} tokens"
+        f"{found['kept']} of {found['of']} vocabulary entries cover {found['covered']:.2%} of {found['tokens_counted']} tokens"
     )
     if found["may_be_lost"] and options.dropped == "spelled":
         print(

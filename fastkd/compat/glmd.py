@@ -46,7 +46,7 @@ class CustomLoss:
 def logits_distil_loss(
     s_logits: Tensor, t_logits: Tensor, args, *, position_ids: Tensor | None = None, vocab=None
 ) -> Tensor:
-    """The word-prediction loss of the released `LogitsDistil`, from its command-line arguments.
+    """The token-prediction loss of the released `LogitsDistil`, from its command-line arguments.
 
     Args:
         s_logits: [B, S, V], or with `vocab` [B, S, K] in the order of its kept ids.

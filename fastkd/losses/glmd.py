@@ -1,6 +1,6 @@
 """GLMD (Tan et al., Findings of ACL 2023): distils a language model through its token predictions alone.
 
-Stage "words", T = 15, over all real positions (pre-training, then the task's cloze prompts):
+Stage "tokens", T = 15, over all real positions (pre-training, then the task's cloze prompts):
     L = T² / (B·S) · Σ over real positions of KL(softmax(z_t / T) ‖ softmax(z_s / T))
 Stage "soft", T = 1, afterwards: L = mean over examples of -Σ_c softmax(g_t)_c log softmax(g_s)_c, g the task's logits.
 The student may have a subset of the teacher's vocabulary; the teacher is then renormalised over it.
@@ -18,7 +18,7 @@ from fastkd import checks, deprecation, functional, reductions
 from fastkd.checks import Backend
 from fastkd.deprecation import renamed
 
-Stage = Literal["words", "soft"]
+Stage = Literal["tokens", "soft"]
 SoftKind = Literal["soft_ce", "forward_kl", "mse"]
 
 
@@ -26,7 +26,7 @@ class GLMDLoss(nn.Module):
     """GLMD: T² KL(softmax(z_t / T) ‖ softmax(z_s / T)) over all real positions, divided by B·S.
 
     Args:
-        temperature: T of the stage "words".
+        temperature: T of the stage "tokens".
         vocab: A `VocabMap`: the student's vocabulary is this subset of the teacher's.
         normalize: "positions" divides by B·S, padding included, as released; "tokens" by the number of real tokens.
         teacher_tokens: With `vocab`, "kept" renormalises the teacher over the kept tokens, as released; "all" keeps its
@@ -36,7 +36,7 @@ class GLMDLoss(nn.Module):
             logit among those n.
         teacher_min: With top_n, compare all tokens without the penalty, the teacher's logits below its n-th set to its lowest.
         mse: The mean squared difference of the logits instead of the KL.
-        stage: "words" or "soft"; also an argument of each call.
+        stage: "tokens" or "soft"; also an argument of each call.
         soft_kind: The divergence of the stage "soft": "soft_ce" (without T²), "forward_kl" (with T²), or "mse" (mean over B·C).
         soft_temperature: T of the stage "soft".
         backend: "auto" takes the fastest implementation that runs here; `fastkd doctor` lists them.
@@ -47,7 +47,7 @@ class GLMDLoss(nn.Module):
         >>> loss(student_logits, teacher_logits, torch.ones(2, 8)).backward()
     """
 
-    @renamed(teacher_words="teacher_tokens")
+    @renamed(teacher_words="teacher_tokens", stage={"words": "tokens"})
     def __init__(
         self,
         temperature: float = 15.0,
@@ -58,7 +58,7 @@ class GLMDLoss(nn.Module):
         top_n: int | float | None = None,
         teacher_min: bool = False,
         mse: bool = False,
-        stage: Stage = "words",
+        stage: Stage = "tokens",
         soft_kind: SoftKind = "soft_ce",
         soft_temperature: float = 1.0,
         backend: Backend = "auto",
@@ -89,6 +89,7 @@ class GLMDLoss(nn.Module):
         self.vocab, self.normalize, self.stage, self.soft_kind = vocab, normalize, stage, soft_kind
         self.top_n, self.teacher_min, self.mse, self.backend = top_n, teacher_min, mse, backend
 
+    @renamed(stage={"words": "tokens"})
     def forward(
         self,
         student_logits: Tensor,
@@ -100,10 +101,10 @@ class GLMDLoss(nn.Module):
 
         Args:
             student_logits: [B, S, V], with `vocab` [B, S, K] in the order of its kept ids; in the stage "soft" [B, C].
-            teacher_logits: [B, S, V], in the stage "soft" [B, C]. In the stage "words" also a `fastkd.TopK` over the student's
+            teacher_logits: [B, S, V], in the stage "soft" [B, C]. In the stage "tokens" also a `fastkd.TopK` over the student's
                 vocabulary, with log-probabilities at the module's temperature.
             mask: [B, S], 1 = real token; in the stage "soft" [B].
-            stage: "words" or "soft". None: the module's.
+            stage: "tokens" or "soft". None: the module's.
         """
         stage = self.stage if stage is None else stage
         checks.one_of("stage", stage, get_args(Stage))
@@ -149,7 +150,7 @@ class GLMDLoss(nn.Module):
         recompute_logits: bool = False,
         **shape,
     ) -> Tensor:
-        """The stage "words" from hidden states and heads; the logits are never all in memory. See `fastkd.linear_divergence`.
+        """The stage "tokens" from hidden states and heads; the logits are never all in memory. See `fastkd.linear_divergence`.
 
         Args:
             student_hidden: [B, S, Ds].
@@ -261,8 +262,8 @@ def answer_scores(logits: Tensor, targets: Tensor, mask: Tensor, length_penalty:
     targets = targets.masked_fill(~keep, 0)
     checks.indices_in_range("targets", targets, logits.shape[-1], "vocabulary")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    of_words = logits.masked_fill(~keep[..., None], 0).to(dtype).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    total = torch.where(keep, of_words, 0).sum(-1)  # [B, C]
+    of_tokens = logits.masked_fill(~keep[..., None], 0).to(dtype).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    total = torch.where(keep, of_tokens, 0).sum(-1)  # [B, C]
     return total / keep.sum(-1).clamp_min(1) ** length_penalty if length_penalty else total
 
 

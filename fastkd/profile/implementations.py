@@ -1,4 +1,4 @@
-"""The ways to compute a step. They take turns, step by step, in one training run: same model, same data, same moments of the
+"""Who computes a step. Providers take turns, step by step, in one training run: same model, same data, same moments of the
 machine. Within DistillTrainer: ours, ours with the logits of all tokens, our reference (plain PyTorch), the authors' losses;
 in its place: those of loops.py."""
 
@@ -18,7 +18,7 @@ from fastkd.train.batch import Batch
 from .timeline import Timeline
 
 DEFAULT = ("fastkd", "logits", "loop", "authors")
-WAYS = (*DEFAULT, "reference", "trl", "gkd", "torchdistill", "textbrewer")
+PROVIDERS = (*DEFAULT, "reference", "trl", "gkd", "torchdistill", "textbrewer")
 HOT = (*RELEASED, "nce_partition", "sample_negatives", "unit_linear", "update_bank")
 POT = importlib.util.find_spec("ot") is not None
 
@@ -46,10 +46,10 @@ def authors(name: str, args: tuple, options: dict) -> Callable | None:
 
 
 class Switchboard:
-    """While installed, every hot path is a phase of the timeline, and is computed in the way `way` says."""
+    """While installed, every hot path is a phase of the timeline, and `provider` computes it."""
 
     def __init__(self, timeline: Timeline):
-        self.timeline, self.way = timeline, WAYS[0]
+        self.timeline, self.provider = timeline, PROVIDERS[0]
 
     def _routed(self, name: str) -> Callable:
         ours = getattr(functional, name)
@@ -58,10 +58,10 @@ class Switchboard:
             if self.timeline.stack[-1].removeprefix("loss: ").split(" (")[0] in HOT:
                 return ours(*args, **options)  # a hot path within a hot path
             with self.timeline.phase(f"loss: {name_of(name, options)}"):
-                theirs = authors(name, args, options) if self.way == "authors" else None
+                theirs = authors(name, args, options) if self.provider == "authors" else None
                 if theirs is not None:
                     return theirs()
-                plain = self.way in ("reference", "authors")
+                plain = self.provider in ("reference", "authors")
                 return ours(*args, **{**options, "backend": "reference"} if plain else options)
 
         return call

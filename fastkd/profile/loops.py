@@ -1,8 +1,8 @@
 """Steps that others write, within the same training run: the loop of a careful engineer who has PyTorch and transformers, what
 TRL's two trainers compute, and the same loop with torchdistill's or TextBrewer's loss.
 
-They take the place of DistillTrainer.compute_loss. Data, backward, clipping and AdamW are Trainer's in every way, and so is
-the one student with the one optimizer: its state has the same size whoever steps. Losses and gradients are ours (a test
+They take the place of DistillTrainer.compute_loss. Data, backward, clipping and AdamW are Trainer's for every provider, and so
+is the one student with the one optimizer: its state has the same size whoever steps. Losses and gradients are ours (a test
 compares them); batches of the profile have no padding.
 """
 
@@ -24,32 +24,32 @@ from fastkd.train.states import States
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # in TRL; of jsd the method says it
 
 
-def refusal(way: str, trainer) -> str | None:
-    """Why a step cannot be computed in this way; None where it can."""
+def refusal(provider: str, trainer) -> str | None:
+    """Why a step cannot be computed by this provider; None where it can."""
     name, method = next(iter(trainer.method.methods.items()))
     one = len(trainer.method.methods) == 1
-    if way == "logits" and not trainer._finish["student"]:
+    if provider == "logits" and not trainer._finish["student"]:
         return "heads are not taken off here, so that fastkd makes the logits too"
-    if way in LOOPS and trainer.compiled:
+    if provider in LOOPS and trainer.compiled:
         return "a compiled model cannot be given some of its rows for the head; leave --compile out"
-    if way == "loop":
+    if provider == "loop":
         known = one and isinstance(method, (KD, ForwardKL, GLMD, DistilBERT, FCD))
         plain = not getattr(getattr(method, "loss", None), "top_n", None)
         if isinstance(method, FCD):
             last = {side: (getattr(method.setup, side).layers,) for side in method.read}
             plain = method.read == last and "random" not in method.weights
-        return None if known and plain else f"nobody has written a loop for {' + '.join(trainer.method.methods)} here"
-    package = {"gkd": "trl"}.get(way, way)
-    if way in LOOPS and importlib.util.find_spec(package) is None:
+        return None if known and plain else f"there is no loop for {' + '.join(trainer.method.methods)}"
+    package = {"gkd": "trl"}.get(provider, provider)
+    if provider in LOOPS and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if way in ("torchdistill", "textbrewer"):
+    if provider in ("torchdistill", "textbrewer"):
         both = one and isinstance(method, KD) and method.loss.soft and method.loss.hard
         known = both and trainer.task == "classification"
-        return None if known else f"{way} is compared in kd for classification, with hard labels"
-    if way in LOOPS:
+        return None if known else f"{provider} is compared in kd for classification, with hard labels"
+    if provider in LOOPS:
         if not one or getattr(method, "kind", "") not in ("forward_kl", "reverse_kl", "jsd") or method.loss.hard:
             return f"TRL has no {name} with these options; it has forward_kl, reverse_kl and jsd without hard labels"
-        if way == "gkd" and method.loss.divergence["temperature"] != 1:
+        if provider == "gkd" and method.loss.divergence["temperature"] != 1:
             return "GKDTrainer passes its loss no temperature"
     return None
 
@@ -209,7 +209,7 @@ def textbrewer(models: Models, method, task: str) -> Tensor:
 LOOPS = {"loop": loop, "trl": trl, "gkd": gkd, "torchdistill": torchdistill, "textbrewer": textbrewer}
 
 
-def step(way: str, trainer, model, inputs: dict) -> Tensor:
+def step(provider: str, trainer, model, inputs: dict) -> Tensor:
     """The loss of one batch."""
     (name, method), *_ = trainer.method.methods.items()
-    return trainer.method.weights[name] * LOOPS[way](Models(trainer, model, inputs), method, trainer.task)
+    return trainer.method.weights[name] * LOOPS[provider](Models(trainer, model, inputs), method, trainer.task)

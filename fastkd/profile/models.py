@@ -2,10 +2,10 @@
 
 import copy
 import difflib
-import json
 from pathlib import Path
 
 import torch
+from torch.utils.data import StackDataset
 from transformers import AutoConfig, AutoModel
 
 from fastkd.train import states
@@ -39,36 +39,15 @@ def config_of(text: str):
     elif Path(name).exists():
         config = AutoConfig.from_pretrained(name)
     else:
-        there = f"there are {', '.join(CONFIGS)}, or a config.json"
-        raise ValueError(f"from-config: there is no {name!r}; {meant(name, CONFIGS)}{there}")
-    for change in filter(None, changes.split(",")):
-        key, equals, value = (part.strip() for part in change.partition("="))
-        if not equals:
-            raise ValueError(f"from-config: expected option=value after {name}:, got {change!r}")
-        known = {*config.to_dict(), *config.attribute_map}
-        if key not in known:
-            raise ValueError(f"from-config: {type(config).__name__} has no {key!r}; {meant(key, known)}".rstrip("; "))
-        setattr(config, key, value_of(key, value, getattr(config, key)))
-    return config
-
-
-def meant(name: str, there) -> str:
-    close = difflib.get_close_matches(name, there, 1)
-    return f"did you mean {close[0]}? " if close else ""
-
-
-def value_of(key: str, text: str, before):
-    """JSON, or a bare word where the option is a word; an option keeps its kind."""
+        meant = "".join(f"did you mean {close}? " for close in difflib.get_close_matches(name, CONFIGS, 1))
+        raise ValueError(f"from-config: there is no {name!r}; {meant}there are {', '.join(CONFIGS)}, or a config.json")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}.get(type(before))
-    if wanted and type(value) is not type(before) and not (type(before) is float and type(value) is int):
-        raise ValueError(f"from-config: {key} is {wanted} such as {json.dumps(before)}, got {text!r}")
-    if type(before) is int and before > 0 and value < 1 and not key.endswith("_id"):
-        raise ValueError(f"from-config: {key} is at least 1, got {text}")
-    return value
+        if changes:
+            config.update_from_string(changes)
+    except (ValueError, TypeError) as error:
+        wanted = f"{type(config).__name__} takes option=value of its own options, by comma"
+        raise ValueError(f"from-config: {changes!r} is refused ({error}); {wanted}") from error
+    return config
 
 
 def config_for(name: str, from_config: bool):
@@ -131,33 +110,13 @@ def pair(name: str, from_config: bool, layers: str, task: str, seed: int = 0):
     """Teacher and student; the student keeps some of the teacher's layers."""
     torch.manual_seed(seed)
     auto = students.AUTO[task]
-    if not from_config:
-        teacher = auto.from_pretrained(name)
-        if getattr(teacher.config, "pad_token_id", None) is None:
-            teacher.config.pad_token_id = teacher.config.get_text_config().eos_token_id or 0
-        return teacher, students.from_layers(teacher, layers)
-    config = config_of(name)
-    config.pad_token_id = getattr(config, "pad_token_id", None) or 0
-    teacher = built(auto, config)
+    teacher = built(auto, config_of(name)) if from_config else auto.from_pretrained(name)
+    if getattr(teacher.config, "pad_token_id", None) is None:
+        teacher.config.pad_token_id = teacher.config.get_text_config().eos_token_id or 0
     return teacher, students.from_layers(teacher, layers)
 
 
-class Rows:
-    """Columns of one length, as the trainer reads a datasets.Dataset: a machine with a GPU may lack that package."""
-
-    def __init__(self, columns: dict[str, list]):
-        self.columns, self.column_names = columns, list(columns)
-
-    def __len__(self) -> int:
-        return len(self.columns[self.column_names[0]])
-
-    def __getitem__(self, key):
-        if isinstance(key, str):
-            return self.columns[key]
-        return {name: column[key] for name, column in self.columns.items()}
-
-
-def tokens(config, task: str, batch: int, length: int, seed: int = 0) -> Rows:
+def tokens(config, task: str, batch: int, length: int, seed: int = 0) -> StackDataset:
     """Random ids, no padding: every step has batch × length tokens."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or length
@@ -170,7 +129,7 @@ def tokens(config, task: str, batch: int, length: int, seed: int = 0) -> Rows:
     ids = torch.randint(min(5, text.vocab_size - 1), text.vocab_size, (rows, length), generator=generator)
     columns = {"input_ids": ids.tolist(), "attention_mask": [[1] * length] * rows, "example_id": list(range(rows))}
     if task == "classification":
-        return Rows({**columns, "labels": [i % 2 for i in range(rows)]})
+        return StackDataset(**columns, labels=[i % 2 for i in range(rows)])
     if task == "masked_lm":
         ids[:, torch.arange(length) % 7 != 3] = -100
-    return Rows({**columns, "labels": ids.tolist()})
+    return StackDataset(**columns, labels=ids.tolist())

@@ -1,7 +1,8 @@
-"""The stacked bars of profile.csv: where the milliseconds of a step go, the three ways under each other."""
+"""The stacked bars of profile.csv: where the milliseconds of a step go, the providers under each other."""
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from fastkd import atomic_write
@@ -15,29 +16,22 @@ COLOURS = {
 }  # fmt: skip
 
 
-def draw(folder: Path) -> tuple[list[Path], str]:
-    """profile.png of profile.csv, and a reason where there is none."""
-    reason, rows = plots.ready(), read(folder)
-    if reason or rows.empty:
-        return [], reason or "no plot: profile.csv has no rows"
-    import matplotlib.pyplot as plt
-
-    path, records = folder / f"{report.PROFILE}.png", rows.to_dict("records")
+def draw(folder: Path) -> str:
+    """The picture of profile.csv: its name."""
+    path, rows = folder / f"{report.PROFILE}.png", read(folder)
     with plt.rc_context(plots.STYLE), atomic_write.replacing(path) as scratch:
         figure = stacked(rows)
-        plots.title(figure, "Where the time of a training step goes", records)
+        plots.title(figure, "Where the time of a training step goes", rows.to_dict("records"))
         plots.save(figure, scratch)
-    return [path], ""
+    return path.name
 
 
 def stacked(rows: pd.DataFrame):
-    """A panel per model and size of its batches, a bar per setup and way."""
-    import matplotlib.pyplot as plt
-
+    """A panel per model and size of its batches, a bar per setup and provider."""
     rows = rows.assign(median=rows["median_ms"].astype(float), part=rows["phase"].map(group))
     rows = rows.assign(setup=rows.apply(setup_of, axis=1), panel=rows.apply(panel_of, axis=1))
     panels = rows.groupby("panel", sort=False)
-    heights = [len(x.drop_duplicates(["setup", "way"])) + 0.9 * x["setup"].nunique() + 2 for _, x in panels]
+    heights = [len(x.drop_duplicates(["setup", "provider"])) + 0.9 * x["setup"].nunique() + 2 for _, x in panels]
     options = {"figsize": (10, 1.1 + 0.27 * sum(heights)), "height_ratios": heights, "layout": "constrained"}
     figure, grid = plt.subplots(len(panels), 1, squeeze=False, **options)
     for axes, (heading, there) in zip(grid[:, 0], panels, strict=True):
@@ -62,17 +56,19 @@ def setup_of(row: pd.Series) -> str:
 
 def bars(axes, rows: pd.DataFrame) -> None:
     """Medians do not add up exactly; a bar is as long as the median step, cut in the parts' proportions. At its end the
-    whole, and what it is of the first way's."""
-    table = rows.pivot_table("median", ["setup", "way"], "part", "sum", sort=False, fill_value=0.0)
+    whole, and what it is of the first provider's."""
+    table = rows.pivot_table("median", ["setup", "provider"], "part", "sum", sort=False, fill_value=0.0)
     parts = table.reindex(columns=ORDER, fill_value=0.0)
     parts = parts.mul(table[STEP] / parts.sum(axis=1), axis=0)
-    setups, ways = (table.index.get_level_values(name) for name in ("setup", "way"))
+    setups, providers = (table.index.get_level_values(name) for name in ("setup", "provider"))
     y = [i + 0.9 * gap for i, gap in enumerate(pd.factorize(setups)[0])]
     for name, left in zip(ORDER, (parts.cumsum(axis=1) - parts).to_numpy().T, strict=True):
         axes.barh(y, parts[name], left=left, height=0.84, color=COLOURS[name], edgecolor="white", linewidth=0.5)
-    whole, labels = rows[rows["phase"] == STEP].set_index(["setup", "way"]).loc[table.index], []
-    for at, row, setup, way, again in zip(y, whole.itertuples(), setups, ways, setups.duplicated(), strict=True):
-        labels.append(way if again else f"{setup} · {way}")
+    whole, labels = rows[rows["phase"] == STEP].set_index(["setup", "provider"]).loc[table.index], []
+    for at, row, setup, provider, again in zip(
+        y, whole.itertuples(), setups, providers, setups.duplicated(), strict=True
+    ):
+        labels.append(provider if again else f"{setup} · {provider}")
         beside = f" ({float(row.times_ours):.2f}×)" if again else ""
         text = f"  {report.number(row.median)} ms{beside}, loss {float(row.loss_share):.1%}"
         axes.text(row.median, at, text, va="center", fontsize=8)

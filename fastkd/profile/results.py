@@ -19,7 +19,7 @@ ORDER = ("data", "teacher forward", "student forward", "loss", LOSS_BACKWARD, ST
 ALLOWED_GAP = 0.05
 KEY = ("model", "method", "task", "batch", "length", "dtype", "compiled")
 COLUMNS = (
-    *("model", "method", "task", "way", "phase", "steps", "median_ms", "low_ms", "high_ms", "share", "extra_mib"),
+    *("model", "method", "task", "provider", "phase", "steps", "median_ms", "low_ms", "high_ms", "share", "extra_mib"),
     *("times_ours", "times_ours_low", "times_ours_high", "loss_share", "tokens_per_second", "examples_per_second"),
     *("batch", "length", "dtype", "compiled", "foreign_cores", "device", "threads", "driver", "torch", "cuda"),
     *("cpu_ms", "commit", "dirty", "date"),
@@ -42,18 +42,20 @@ def accounted(steps: Sequence[Step]) -> float:
 
 
 def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
-    """A row per way and phase. `setup`: the columns of KEY; `facts`: the machine's."""
-    timed = {way: [s for s in steps if (s.way, s.mode) == (way, "time")] for way in dict.fromkeys(s.way for s in steps)}
+    """A row per provider and phase. `setup`: the columns of KEY; `facts`: the machine's."""
+    timed: dict[str, list[Step]] = {}
+    for step in (step for step in steps if step.mode == "time"):
+        timed.setdefault(step.provider, []).append(step)
     first, rows = [1e3 * step.wall for step in next(iter(timed.values()))], []
-    for way, mine in timed.items():
+    for provider, mine in timed.items():
         walls = [1e3 * step.wall for step in mine]
         whole = statistics.median(walls)
-        peaks = pd.DataFrame([step.peaks for step in steps if step.way == way]).max() / 2**20
+        peaks = pd.DataFrame([step.peaks for step in steps if step.provider == provider]).max() / 2**20
         parts = 1e3 * pd.DataFrame([step.seconds for step in mine]).fillna(0.0)  # [steps, phases]
         shares = parts.div(walls, axis=0)
         low, high = ratio_interval(walls, first)
         rows.append({
-            **spread(walls), "way": way, "phase": STEP, "share": accounted(mine), "extra_mib": peaks.max(),
+            **spread(walls), "provider": provider, "phase": STEP, "share": accounted(mine), "extra_mib": peaks.max(),
             "cpu_ms": 1e3 * statistics.median(step.cpu for step in mine),
             "times_ours": whole / statistics.median(first), "times_ours_low": low, "times_ours_high": high,
             "loss_share": shares.filter(regex="^loss").sum(axis=1).median(),
@@ -62,7 +64,9 @@ def rows_of(steps: Sequence[Step], facts: dict, setup: dict) -> pd.DataFrame:
         })  # fmt: skip
         for phase in sorted(parts, key=place):
             share, peak = shares[phase].median(), peaks.get(phase)
-            rows.append({**spread(parts[phase]), "way": way, "phase": phase, "share": share, "extra_mib": peak})
+            rows.append(
+                {**spread(parts[phase]), "provider": provider, "phase": phase, "share": share, "extra_mib": peak}
+            )
     return pd.DataFrame([{**row, **setup, **facts} for row in rows], columns=COLUMNS)
 
 
@@ -72,37 +76,39 @@ def spread(milliseconds: Sequence[float]) -> dict:
 
 
 def print_table(rows: pd.DataFrame) -> None:
-    """The ways beside each other, then a line per phase."""
-    ways, cells = list(rows["way"].unique()), {}
+    """The providers beside each other, then a line per phase."""
+    providers, cells = list(rows["provider"].unique()), {}
     for row in rows.itertuples():
-        cells[row.phase, row.way] = report.number(row.median_ms), number(row.extra_mib)
+        cells[row.phase, row.provider] = report.number(row.median_ms), number(row.extra_mib)
     phases = sorted(rows["phase"].unique(), key=place)
-    lines = [(phase, *(x for way in ways for x in cells.get((phase, way), ("–", "")))) for phase in phases]
+    lines = [
+        (phase, *(x for provider in providers for x in cells.get((phase, provider), ("–", "")))) for phase in phases
+    ]
     one, steps = next(rows.itertuples()), rows[rows["phase"] == STEP]
     title = f"\n{one.model} · {one.method} · {one.task} · {one.batch}×{one.length} tokens · {one.dtype}"
     title += " · compiled" if one.compiled else ""
-    headings = "a step", "ms", "95 %", f"× {ways[0]}", "95 %", "CPU ms", "tokens/s", "extra MiB", "loss"
-    whole = [(row.way, report.number(row.median_ms), report.interval(row.low_ms, row.high_ms), f"{row.times_ours:.2f}",
+    headings = "a step", "ms", "95 %", f"× {providers[0]}", "95 %", "CPU ms", "tokens/s", "extra MiB", "loss"
+    whole = [(row.provider, report.number(row.median_ms), report.interval(row.low_ms, row.high_ms), f"{row.times_ours:.2f}",
               report.interval(row.times_ours_low, row.times_ours_high), report.number(row.cpu_ms),
               f"{row.tokens_per_second:,.0f}", number(row.extra_mib), f"{row.loss_share:.0%}")
              for row in steps.itertuples()]  # fmt: skip
     report.show_table(headings, whole, title, 1, [0])
-    headings = ("phase", *(text for way in ways for text in (f"{way} ms", "MiB")))
+    headings = ("phase", *(text for provider in providers for text in (f"{provider} ms", "MiB")))
     report.show_table(headings, lines, "", 1, [len(lines) - 1], [len(lines) - 2])
-    print(f"  {sums(dict(zip(steps['way'], steps['share'], strict=True)))}")
+    print(f"  {sums(dict(zip(steps['provider'], steps['share'], strict=True)))}")
 
 
 def print_summary(rows: pd.DataFrame) -> None:
     """One line per method, after all of them."""
     steps, lines = rows[rows["phase"] == STEP], []
-    ours, *others = steps["way"].unique()
+    ours, *others = steps["provider"].unique()
     for method, there in steps.groupby("method", sort=False):
-        by_way = {row.way: row for row in there.itertuples()}
-        first = next(iter(by_way.values()))
+        by_provider = {row.provider: row for row in there.itertuples()}
+        first = next(iter(by_provider.values()))
         speed = f"{first.tokens_per_second:,.0f}", f"{first.loss_share:.0%}"
-        beside = (times(by_way[way]) if way in by_way else "–" for way in others)
+        beside = (times(by_provider[provider]) if provider in by_provider else "–" for provider in others)
         lines.append((method, report.number(first.median_ms), *speed, *beside))
-    headings = ("method", f"{ours} ms", "tokens/s", "loss", *(f"{way}, as long" for way in others))
+    headings = ("method", f"{ours} ms", "tokens/s", "loss", *(f"{provider}, as long" for provider in others))
     report.show_table(headings, lines, "\nall methods", 1)
 
 
@@ -115,9 +121,11 @@ def times(step) -> str:
 
 
 def sums(shares: dict[str, float]) -> str:
-    """What the parts add up to, and in which ways that is not what the clock says."""
-    far = ", ".join(way for way, share in shares.items() if abs(1 - share) > ALLOWED_GAP)
-    found = "the parts add up to the wall time: " + ", ".join(f"{way} {share:.1%}" for way, share in shares.items())
+    """What the parts add up to, and of which providers that is not what the clock says."""
+    far = ", ".join(provider for provider, share in shares.items() if abs(1 - share) > ALLOWED_GAP)
+    found = "the parts add up to the wall time: " + ", ".join(
+        f"{provider} {share:.1%}" for provider, share in shares.items()
+    )
     return f"{found}; {far}: TOO FAR OFF to believe the shares" if far else found
 
 
@@ -129,11 +137,11 @@ def trace_of(folder: Path, setup: dict) -> Path:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """profile.csv as text, or no rows where there is none."""
+    """profile.csv as text, or no rows where there is none. The column `provider` was called `way`."""
     path = folder / f"{report.PROFILE}.csv"
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).rename(columns={"way": "provider"})
     if strange := set(rows) - set(COLUMNS) or set(KEY) - set(rows):
         names = ", ".join(sorted(strange))
         raise ValueError(f"out: {path} is no table of `fastkd profile` ({names}); choose another --out")

@@ -21,18 +21,18 @@ from .timeline import LOSS_BACKWARD, STUDENT_BACKWARD, Step, Timeline
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps of each kind, for every way in turn."""
+    """How many steps of each kind, for every provider in turn."""
 
-    ways: tuple[str, ...] = DEFAULT
+    providers: tuple[str, ...] = DEFAULT
     warm: int = 2
     timed: int = 10
     memory: int = 1
     trace: int = 1
 
     def steps(self) -> list[tuple[str, str]]:
-        """(way, mode) of each step; the ways take turns."""
+        """(provider, mode) of each step; the providers take turns."""
         rounds = ["warm"] * self.warm + ["time"] * self.timed + ["memory"] * self.memory + ["trace"] * self.trace
-        return [(way, mode) for mode in rounds for way in self.ways]
+        return [(provider, mode) for mode in rounds for provider in self.providers]
 
 
 class ProfiledTrainer(DistillTrainer):
@@ -43,8 +43,8 @@ class ProfiledTrainer(DistillTrainer):
     compiled = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.board.way in loops.LOOPS:
-            return loops.step(self.board.way, self, model, inputs)
+        if self.board.provider in loops.LOOPS:
+            return loops.step(self.board.provider, self, model, inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -56,7 +56,7 @@ class ProfiledTrainer(DistillTrainer):
             return super()._prepare_inputs(inputs)
 
     def _states(self, model, inputs, side, progress, reads):
-        kept = dict.fromkeys(self._finish) if self.board.way == "logits" else {}
+        kept = dict.fromkeys(self._finish) if self.board.provider == "logits" else {}
         with self.timeline.phase(f"{side} forward"), mock.patch.dict(self._finish, kept):
             states = super()._states(model, inputs, side, progress, reads)
         if side == "student":
@@ -103,7 +103,7 @@ class Turns(TrainerCallback):
     def _next(self) -> None:
         self.trainer.timeline.end()
         before = self.mode
-        self.board.way, self.mode = self.left.pop(0) if self.left else (self.board.way, "")
+        self.board.provider, self.mode = self.left.pop(0) if self.left else (self.board.provider, "")
         if before != self.mode:
             if before == "time":
                 self.foreign = self.meter.stop()
@@ -114,7 +114,7 @@ class Turns(TrainerCallback):
             if self.mode == "trace" and self.profiler is not None:
                 self.profiler.start()
         if self.mode:
-            self.trainer.timeline.begin_step(self.board.way, self.mode)
+            self.trainer.timeline.begin_step(self.board.provider, self.mode)
 
 
 def timed(timeline: Timeline, function, phase: str):
@@ -131,8 +131,8 @@ def timed(timeline: Timeline, function, phase: str):
 def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: int, device: torch.device,
         half: bool = False, compiled: bool = False, trace: Path | None = None
         ) -> tuple[list[Step], float | None, dict[str, str]]:  # fmt: skip
-    """The steps of one method, all ways; others' load meanwhile; and why some ways have no steps. Random order, AdamW,
-    clipping, as by default. `trace`: one Chrome trace (Perfetto reads it) for all ways."""
+    """The steps of one method, all providers; others' load meanwhile; and why some providers have no steps. Random order, AdamW,
+    clipping, as by default. `trace`: one Chrome trace (Perfetto reads it) for all providers."""
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -144,10 +144,10 @@ def run(teacher, student, method: str, task: str, data, plan: Plan, *, batch: in
         if compiled:
             trainer.model_wrapped = trainer.model = torch.compile(trainer.model)
         trainer.compiled = compiled
-        left_out = {way: why for way in plan.ways if (why := loops.refusal(way, trainer))}
-        plan = replace(plan, ways=tuple(way for way in plan.ways if way not in left_out))
-        if not plan.ways:
-            raise ValueError("ways: " + "; ".join(f"{way}: {why}" for way, why in left_out.items()))
+        left_out = {provider: why for provider in plan.providers if (why := loops.refusal(provider, trainer))}
+        plan = replace(plan, providers=tuple(provider for provider in plan.providers if provider not in left_out))
+        if not plan.providers:
+            raise ValueError("providers: " + "; ".join(f"{provider}: {why}" for provider, why in left_out.items()))
         trainer.args.max_steps = len(plan.steps())
         trainer.remove_callback(PrinterCallback)
         trainer.timeline = Timeline(args.device)

@@ -2,14 +2,13 @@
 twice. The wall time of a step is measured beside it, on the host, and is not the sum of the pieces."""
 
 import contextlib
-import ctypes
-import gc
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+
+from fastkd.bench.measure import Device, Host
 
 LOSS_BACKWARD, STUDENT_BACKWARD = "loss backward", "student backward"
 OUTSIDE = "trainer"  # what Trainer does around the phases: callbacks, schedule, bookkeeping
@@ -20,7 +19,7 @@ class Step:
     """One training step: seconds and, in a memory step, the highest bytes by phase beyond what the models and the optimizer
     hold before it. mode: warm, time, memory or trace."""
 
-    way: str
+    provider: str
     mode: str
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -28,58 +27,8 @@ class Step:
     cpu: float = 0.0  # of all threads
 
 
-class Host:
-    """Marks are seconds; memory is the kernel's high-water mark of this process (Linux), elsewhere not known."""
-
-    def mark(self):
-        return time.perf_counter()
-
-    def seconds(self, a, b) -> float:
-        return b - a
-
-    def wait(self) -> None:
-        pass
-
-    def clean(self) -> None:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-    def peak_and_reset(self) -> int | None:
-        try:
-            status = Path("/proc/self/status").read_text()
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return None
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-class Device:
-    """Of a GPU: marks are events in the stream, so that a piece is what the device spent; read after the step. Memory is
-    what torch's allocator handed out; waiting is fine there, memory steps are not timed."""
-
-    def mark(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, a, b) -> float:
-        return 1e-3 * a.elapsed_time(b)
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
-
-    clean = wait
-
-    def peak_and_reset(self) -> int:
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-
-
 class Timeline:
-    """`begin_step(way, mode)`, then phases, then `begin_step` again or `end`. `steps` are the finished ones."""
+    """`begin_step(provider, mode)`, then phases, then `begin_step` again or `end`. `steps` are the finished ones."""
 
     def __init__(self, device: torch.device):
         self.nvtx, self.thread = device.type == "cuda", threading.get_ident()
@@ -88,9 +37,9 @@ class Timeline:
         self.step: Step | None = None
         self.stack, self.marks, self.ranges = [OUTSIDE], [], []
 
-    def begin_step(self, way: str, mode: str) -> None:
+    def begin_step(self, provider: str, mode: str) -> None:
         self.end()
-        self.step = Step(way, mode)
+        self.step = Step(provider, mode)
         if mode == "memory":
             self.meter.clean()
             self.meter.peak_and_reset()

@@ -1,4 +1,4 @@
-"""Whether teacher and student speak of the same things: labels by name, vocabularies by word."""
+"""Whether teacher and student speak of the same things: labels by name, vocabularies by token."""
 
 import re
 
@@ -42,7 +42,7 @@ def check_pair(student, teacher, task: str, ids: Tensor | None = None) -> None:
             raise ValueError(
                 f"vocabulary: the student has {sizes[0]} tokens and the teacher {sizes[1]}; predictions of tokens can only be "
                 "compared over one vocabulary. Pass teacher_tokens=fastkd.train.agreement.teacher_tokens(student's tokenizer, "
-                "teacher's), which finds every word of the student's among the teacher's, or use models of one tokenizer"
+                "teacher's), which finds every token of the student's among the teacher's, or use models of one tokenizer"
             )
         if ids is not None and (len(ids) > sizes[0] or int(ids.max()) >= sizes[1]):
             raise ValueError(

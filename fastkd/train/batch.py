@@ -14,9 +14,9 @@ from . import embedding, heads
 from .heads import Headless, Sparse, whole
 from .states import States
 
-WORD_TASKS = ("masked_lm", "causal_lm")
-VOCABULARY_TASKS = (*WORD_TASKS, "cloze")
-LABEL_FREE_TASKS = (*WORD_TASKS, "embedding")  # nobody has to label their data
+LANGUAGE_TASKS = ("masked_lm", "causal_lm")
+VOCABULARY_TASKS = (*LANGUAGE_TASKS, "cloze")
+LABEL_FREE_TASKS = (*LANGUAGE_TASKS, "embedding")  # their data need no labels
 NAMED_TASKS = ("classification", "multi_label", "token_classification")  # their labels are names
 SENTENCE_TASKS = ("classification", "multi_label", "regression", "cloze")
 PREDICTING_TASKS = ("classification", "multi_label", "regression", "token_classification", *VOCABULARY_TASKS)
@@ -96,7 +96,7 @@ class Batch:
         return term.value if shares is None else term.value * shares[term.over]
 
     def predictions(self) -> Predictions:
-        """A class per sentence or per token, or a word per token, of which a decoder's position i is asked for token i + 1.
+        """A class per sentence or per token, or a token id per token, of which a decoder's position i is asked for token i + 1.
         In multi_label each of C labels is a question of its own, with the answers no and yes."""
         student = self._asked(self.student)
         teacher = None if self.teacher is None else self._asked(self.teacher)
@@ -119,7 +119,7 @@ class Batch:
             checks.values("labels", self.labels, lambda: ~outside().any(), "out of range")
         except ValueError:
             hint = "number the classes from 0, or load the model with num_labels as many as there are"
-            hint = "they are token ids of another vocabulary than the model's" if self.task in WORD_TASKS else hint
+            hint = "they are token ids of another vocabulary than the model's" if self.task in LANGUAGE_TASKS else hint
             wrong = self.labels[outside()][0].item()
             raise ValueError(f"labels: must lie in 0 to {classes - 1}, or be -100, got {wrong}; {hint}") from None
 
@@ -178,7 +178,7 @@ class Batch:
             both = f"{name} + hard" if loss.hard else name
             value = self.compared(loss, asked.student, asked.teacher, asked.mask, labels=asked.labels)
             return {both: Term(value, scale, "labels")}
-        of_tokens = self.task in (*WORD_TASKS, "token_classification")
+        of_tokens = self.task in (*LANGUAGE_TASKS, "token_classification")
         if self.task == "regression":
             value = functional.divergence(asked.student, asked.teacher, kind="mse") / asked.student.shape[-1]
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .agreement import label_names
-from .batch import LABEL_FREE_TASKS, NAMED_TASKS, WORD_TASKS
+from .batch import LABEL_FREE_TASKS, LANGUAGE_TASKS, NAMED_TASKS
 
 SPLITS = ("train", "validation", "test")
 SHIPPED = "movie-reviews"
@@ -83,12 +83,12 @@ def load(options, task: str, *, seed: int = 42, evaluates: bool = True) -> Corpu
         )
     if task == "token_classification":
         text, label = _usual(train, "text", text, WORDS), _usual(train, "label", label, TAGS)
-    if task in WORD_TASKS or (task == "embedding" and pair is None):
+    if task in LANGUAGE_TASKS or (task == "embedding" and pair is None):
         label = None
     corpus = Corpus(train, validation, text, pair, label, test=_file("test_file", options.test_file))
     corpus.glue = options.dataset.split("/")[1] if (options.dataset or "").startswith("glue/") else None
     if corpus.label == "label" and not corpus.labelled():
-        corpus.label = None  # nobody named a column: unlabelled text
+        corpus.label = None  # no column was named: unlabelled text
     for split in SPLITS:
         if getattr(corpus, split) is not None:
             _clean(corpus, split, sources[split] or f"{options.dataset} ({split})", task)
@@ -106,7 +106,7 @@ def load(options, task: str, *, seed: int = 42, evaluates: bool = True) -> Corpu
 
 
 def _usual(rows, default: str, column: str, names: tuple[str, ...]) -> str:
-    """The first of the usual names that there is, where nobody named a column."""
+    """The first of the usual names that there is, where no column was named."""
     found = [name for name in names if name in rows.column_names]
     return found[0] if column == default and found else column
 

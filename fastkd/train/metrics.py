@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
-from .batch import WORD_TASKS
+from .batch import LANGUAGE_TASKS
 
 SHOWN = (
     "entity_f1", "micro_f1", "accuracy", "matthews", "pearson", "perplexity", "spearman", "cosine", "agreement", "loss",
@@ -17,7 +17,7 @@ def of_task(task: str, glue: str | None = None, names: list[str] | None = None):
 
     glue: the GLUE task, which may have a metric of its own. names: of the classes, in the order of their numbers.
     """
-    if task in WORD_TASKS:
+    if task in LANGUAGE_TASKS:
         return None
     if task == "token_classification":
         return lambda outcome: of_tokens(outcome, names)

@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 from fastkd import atomic_write
 
 from . import metrics, plots
-from .batch import WORD_TASKS
+from .batch import LANGUAGE_TASKS
 from .callbacks import latency
 from .states import forget_attention
 from .trainer import arguments_of
@@ -98,7 +98,7 @@ def evaluated(model, trainer, data) -> dict:
     if seen and trainer.task == "classification" and len(names) <= MOST_CLASSES:
         counts = confusion_matrix(seen[0].label_ids, seen[0].predictions.argmax(-1), labels=sorted(names))
         measured["confusion"] = [str(names[i]) for i in sorted(names)], counts.tolist()
-    if trainer.task in WORD_TASKS:
+    if trainer.task in LANGUAGE_TASKS:
         measured["perplexity"] = float(torch.tensor(measured["loss"]).exp())
     return measured
 

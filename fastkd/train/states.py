@@ -228,7 +228,7 @@ def read(
 
     hidden: the levels of the hidden states that are read, or True for all; the others are None.
     layers: which layers' queries, keys and values (0-based); `record_attention` must have been called on the model.
-    finish: what heads.find said of the model; its head is then not run. predictions=False: nobody reads any.
+    finish: what heads.find said of the model; its head is then not run. predictions=False: none are read.
     stop: the layers above so many do not run, as `stop_after` allows it.
     output: which output of the model its predictions are; of a model without a head "last_hidden_state".
     """

@@ -198,56 +198,11 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns += ["labels", *EXTRA, *self._accepts["teacher"]]
 
-    # -- the loss ------------------------------------------------------------------------------------------------------
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        extra = {name: inputs.pop(name, None) for name in (*EXTRA, COUNTS)}
-        kept = inputs.pop(cache.BATCH_KEY, None)
-        training = model.training
-        distils = training and self.method is not None
-        progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
-        student = self._states(model, inputs, "student", progress, distils)
-        if self.model is self.teacher:  # evaluate_other
-            student = self._in_students_terms(student)
-        elif (
-            distils
-            and self.teacher_tokens is not None
-            and self.task in VOCABULARY_TASKS
-            and student.predictions is not None
-        ):
-            student = student.over(slice(len(self.teacher_tokens)))
-        teacher = None
-        if distils and self.method.teaches(progress):
-            teacher = self._taught(inputs, kept, progress)
-        elif self.task == "embedding":  # what the evaluation compares with
-            teacher = self._states(self.teacher, inputs, "teacher", progress, False)
-        batch = Batch(
-            self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
-            progress, self.advance == "micro" or self.accelerator.sync_gradients, pooling=self.pooling,
-        )  # fmt: skip
-        if num_items_in_batch is not None and training:
-            whole, own = num_items_in_batch.clamp_min(1e-9), count_units(self.task, batch.mask, labels)
-            of_all = own if extra[COUNTS] is None else extra[COUNTS]
-            batch.shares, batch.shares_of_all_ranks = (dict(zip(UNITS, x / whole, strict=True)) for x in (own, of_all))
-        loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
-        if training and not distils:
-            self.finite.see({"hard": loss}, batch.ids)
-        if not return_outputs:
-            return loss
-        return loss, {"loss": loss} if self._loss_only else {"loss": loss, **batch.outputs()}
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
-        if inputs.get("labels") is None and self.task == "embedding":  # else Trainer computes no loss
-            inputs = {**inputs, "labels": torch.full((len(inputs["input_ids"]),), torch.nan)}
-        if inputs.get("labels") is None:  # then Trainer calls the model itself
-            inputs = {name: x for name, x in inputs.items() if name in self._accepts["student"]}
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._loss_only = False
+    # -- a batch, from the data to its loss ---------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and how many of each of UNITS they hold: a rank's average, since ranks are averaged."""
@@ -270,37 +225,50 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
     def _host_group(self):
         return ranks.of_the_host(ranks.process_group(self.args))
 
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        return ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
-
-    @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
-    def _taught(self, inputs, kept: dict[str, Tensor] | None, progress: float) -> states.States:
-        if self.cache is not None:
-            return self._in_students_terms(self.cache.states(kept))
-        return self._in_students_terms(self._states(self.teacher, inputs, "teacher", progress, True))
-
-    @torch.no_grad()
-    def _ask_teacher(self, batch) -> states.States:
-        """What the method ever reads of it."""
-        inputs = {
-            name: x.to(self.args.device) for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"
-        }
-        return self._states(self.teacher, inputs, "teacher", None, True)
-
-    def _in_students_terms(self, teacher: states.States) -> states.States:
-        """Its labels, or tokens, in the student's order."""
-        order = self.teacher_tokens if self.task in VOCABULARY_TASKS else self.relabel
-        if order is None or teacher.predictions is None or isinstance(teacher.predictions, heads.Sparse):
-            return teacher  # the few tokens of a Sparse are the student's already
-        return teacher.over(order)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        extra = {name: inputs.pop(name, None) for name in (*EXTRA, COUNTS)}
+        kept = inputs.pop(cache.BATCH_KEY, None)
+        training = model.training
+        distils = training and self.method is not None
+        progress = self.state.global_step / max(self.state.max_steps, 1) if training else 0.0
+        student = self._states(model, inputs, "student", progress, distils)
+        if self.model is self.teacher:  # evaluate_other
+            student = self._in_students_terms(student)
+        elif (
+            distils
+            and self.teacher_tokens is not None
+            and self.task in VOCABULARY_TASKS
+            and student.predictions is not None
+        ):
+            student = student.over(slice(len(self.teacher_tokens)))
+        teacher = None
+        if distils and self.method.needs_teacher(progress):
+            teacher = self._teacher_states(inputs, kept, progress)
+        elif self.task == "embedding":  # what the evaluation compares with
+            teacher = self._states(self.teacher, inputs, "teacher", progress, False)
+        batch = Batch(
+            self.task, student, teacher, real_tokens(inputs), labels, extra["example_id"], self.answers, extra["blank"],
+            progress, self.advance == "micro" or self.accelerator.sync_gradients, pooling=self.pooling,
+        )  # fmt: skip
+        if num_items_in_batch is not None and training:
+            whole, own = num_items_in_batch.clamp_min(1e-9), count_units(self.task, batch.mask, labels)
+            of_all = own if extra[COUNTS] is None else extra[COUNTS]
+            batch.shares, batch.shares_of_all_ranks = (dict(zip(UNITS, x / whole, strict=True)) for x in (own, of_all))
+        loss = self._terms(batch) if distils else batch.of_step(batch.fine_tune()["hard"])
+        if training and not distils:
+            self.finite.see({"hard": loss}, batch.ids)
+        if not return_outputs:
+            return loss
+        return loss, {"loss": loss} if self._loss_only else {"loss": loss, **batch.outputs()}
 
     def _states(self, model, inputs, side: str, progress: float | None, reads: bool) -> states.States:
         if self.teacher_tokens is not None and (side == "teacher" or model is self.teacher):
             inputs = {**inputs, "input_ids": self.teacher_tokens[inputs["input_ids"]]}
         if packing.is_packed(self.task, inputs):
             inputs = packing.model_inputs(inputs)
-        inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, for nobody to read
+        inputs = {**inputs, "use_cache": False}  # a decoder's keys and values would be kept, and are not read
         inputs = {name: x for name, x in inputs.items() if name in self._accepts[side]}
         finish = self._finish[side] if reads or model.training or self._loss_only else None
         output = "last_hidden_state" if self.task == "embedding" else "logits"
@@ -313,6 +281,19 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             stop=self._stop_after if side == "teacher" and not predictions else None,
         )  # fmt: skip
 
+    @torch.no_grad()  # not inference_mode: methods compute with these tensors, and autograd saves no inference tensor
+    def _teacher_states(self, inputs, kept: dict[str, Tensor] | None, progress: float) -> states.States:
+        if self.cache is not None:
+            return self._in_students_terms(self.cache.states(kept))
+        return self._in_students_terms(self._states(self.teacher, inputs, "teacher", progress, True))
+
+    def _in_students_terms(self, teacher: states.States) -> states.States:
+        """Its labels, or tokens, in the student's order."""
+        order = self.teacher_tokens if self.task in VOCABULARY_TASKS else self.relabel
+        if order is None or teacher.predictions is None or isinstance(teacher.predictions, heads.Sparse):
+            return teacher  # the few tokens of a Sparse are the student's already
+        return teacher.over(order)
+
     def _terms(self, batch: Batch) -> Tensor:
         self.method.train()
         loss, terms = 0.0, self.method(batch)
@@ -324,6 +305,25 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
             self._steps[name] = self._steps.get(name, 0) + self.accelerator.sync_gradients
             self._weights[name] = term.weight
         return loss
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch) -> states.States:
+        """What the method ever reads of it."""
+        inputs = {
+            name: x.to(self.args.device) for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"
+        }
+        return self._states(self.teacher, inputs, "teacher", None, True)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._loss_only = prediction_loss_only  # where nobody asks for logits, none are made
+        if inputs.get("labels") is None and self.task == "embedding":  # else Trainer computes no loss
+            inputs = {**inputs, "labels": torch.full((len(inputs["input_ids"]),), torch.nan)}
+        if inputs.get("labels") is None:  # then Trainer calls the model itself
+            inputs = {name: x for name, x in inputs.items() if name in self._accepts["student"]}
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
 
     def evaluate_other(self, model, data=None) -> dict[str, float]:
         """`evaluate` of another model, the teacher for example, on the same data and in the same way; not logged."""
@@ -387,7 +387,7 @@ class ByLength(LengthGroupedSampler):
 
 
 def real_tokens(inputs) -> Tensor:
-    """[B, S], 1 where a token is real: all of them where nobody says otherwise."""
+    """[B, S], 1 where a token is real: all of them where no mask is given."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 

@@ -95,7 +95,7 @@ def report(vocab, counts: Tensor, tokenizer) -> dict:
     total, share = counts.sum().clamp_min(1), coverage(counts)
     sizes = {f"{mark:.0%}": int((share < mark - 1e-12).sum()) + 1 for mark in MARKS}
     return {
-        "words": len(vocab),
+        "kept": len(vocab),
         "of": vocab.original_size,
         "tokens_counted": int(counts.sum()),
         "covered": float(counts[vocab.kept_ids].sum() / total),
@@ -124,7 +124,7 @@ def write_report(folder: Path, vocab, counts: Tensor, tokenizer) -> dict:
         axes.annotate(
             f"{mark}: {size}", (size, 100 * float(share[size - 1])), xytext=(6, -12), textcoords="offset points"
         )
-    axes.axvline(found["words"], color="tab:red", label=f"kept: {found['words']} tokens, {found['covered']:.2%}")
+    axes.axvline(found["kept"], color="tab:red", label=f"kept: {found['kept']} tokens, {found['covered']:.2%}")
     axes.set(xlabel="tokens, most frequent first", ylabel="share of the corpus, %", ylim=(0, 102))
     axes.legend(loc="lower right")
     figure.savefig(folder / "coverage.png", dpi=150)

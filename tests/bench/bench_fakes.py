@@ -44,7 +44,7 @@ def provider(name, call=square):
 
 def fake_measure(monkeypatch):
     """bench_case without timing: every sample takes a microsecond, eager's three. A fixture (conftest.py)."""
-    timer = FakeTimer({"fastkd": 1e-6, "eager": 3e-6, "other": 2e-6, "roof": 1e-3, "gemm": 1e-3})
+    timer = FakeTimer({"fastkd": 1e-6, "eager": 3e-6, "other": 2e-6, "roofline": 1e-3, "gemm": 1e-3})
     monkeypatch.setattr(measure, "make_timer", lambda *_, **__: timer)
     monkeypatch.setattr(measure, "peak_memory", lambda task, device: (2**20, "fake"))
     return timer
@@ -52,7 +52,7 @@ def fake_measure(monkeypatch):
 
 def outcome_of(providers, timer, *argv, **changes):
     asked = run.parsed(["--device", "cpu", "--rounds", "6", *argv])
-    return run.bench_case(toy_case(**changes), asked, roofline.Roofs(CPU, timer), FACTS, providers)
+    return run.bench_case(toy_case(**changes), asked, roofline.Roofline(CPU, timer), FACTS, providers)
 
 
 ZERO = {name: kind() for name, kind in report.TYPES.items()}

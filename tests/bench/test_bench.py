@@ -67,18 +67,19 @@ def test_a_budget_ends_the_rounds_but_not_before_six():
     assert len(timings["a"].samples) == 6  # five cannot give a 95 % interval
 
 
-def test_preparation_and_flush_are_not_timed():
+def test_preparation_and_flush_are_not_timed(monkeypatch):
     now = [0.0]
 
     def spend(seconds):
         now[0] += seconds
 
-    timer = measure.WallTimer(flush=lambda: spend(100.0), clock=lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    timer = measure.Timer(measure.Host(), lambda: spend(100.0))
     task = measure.Task("a", lambda state: spend(state), prepare=lambda: spend(10.0) or 2.0)
     assert timer.sample(task, 3) == pytest.approx(2.0)
 
 
-def test_cuda_events_enclose_the_call_and_the_flush_comes_before():
+def test_cuda_events_enclose_the_call_and_the_flush_comes_before(monkeypatch):
     log = []
 
     class Event:
@@ -88,7 +89,9 @@ def test_cuda_events_enclose_the_call_and_the_flush_comes_before():
         def elapsed_time(self, end):
             return 4.0
 
-    timer = measure.EventTimer(lambda: log.append("flush"), Event, lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    timer = measure.Timer(measure.Device(), lambda: log.append("flush"), every_call=True)
     task = measure.Task("a", lambda _: log.append("run"), prepare=lambda: log.append("prepare"))
     assert timer.sample(task, 2) == pytest.approx(4e-3)
     assert log == ["prepare", "flush", "event", "run", "event"] * 2 + ["synchronize"]

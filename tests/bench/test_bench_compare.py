@@ -6,6 +6,8 @@ import pytest
 from bench_fakes import CASE, rows_of, written
 from fastkd.bench import compare, machine, run
 
+from fastkd.cli import main as fastkd
+
 
 @pytest.mark.parametrize(
     ("after", "code", "said"),
@@ -57,7 +59,7 @@ def test_rows_without_an_interval_are_compared_but_never_convict(tmp_path, capsy
     [
         ("none.csv", None, "none.csv: no results here; name a <stem>.csv of `fastkd bench`"),
         ("empty.csv", b"stem,case\n", "empty.csv: no results here"),
-        ("bad.csv", b"model,way\nbert,ours\n", "bad.csv: not a result of `fastkd bench` (a row has no stem"),
+        ("bad.csv", b"model,method\nbert,kd\n", "bad.csv: not a result of `fastkd bench` (a row has no stem"),
         ("plot.csv", b"\x89PNG\xff", "plot.csv: not a CSV file"),
     ],
 )
@@ -65,14 +67,14 @@ def test_mistakes_are_named(name, content, said, tmp_path, capsys):
     good, bad = written(tmp_path / "a", rows_of()), tmp_path / name
     if content is not None:
         bad.write_bytes(content)
-    assert run.main(["--compare", str(good), str(bad)]) == 2
+    assert fastkd(["bench", "--compare", str(good), str(bad)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_field_that_is_no_number_is_named(tmp_path, capsys):
     path = written(tmp_path, rows_of())
     path.write_text(path.read_text().replace(",1e+06,", ",fast,"))
-    assert run.main(["--compare", str(path), str(path)]) == 2
+    assert fastkd(["bench", "--compare", str(path), str(path)]) == 2
     assert "not a result of `fastkd bench` (its flops is 'fast')" in capsys.readouterr().err
 
 
@@ -115,7 +117,7 @@ def test_another_commit_is_built_measured_and_taken_away_again(after, code):
     )
     assert set(shell.builds) <= {"cpu", "cuda"}, "a build that may fail quietly would be measured as eager"
     assert remove[:4] == ["git", "worktree", "remove", "--force"] and not there.exists()
-    assert before[3:6] == bench[3:6] == ["gram", "--mode", "both"]
+    assert before[4:7] == bench[4:7] == ["gram", "--mode", "both"]
 
 
 @CHECKOUT
@@ -125,7 +127,7 @@ def test_a_side_that_fails_is_named(capsys):
     assert shell.calls[-1][0][:3] == ["git", "worktree", "remove"]  # cleaned up all the same
     assert compare.against("HEAD", [], 0.05, Shell(failing="--out")) == 2
     assert "published nothing" in capsys.readouterr().out
-    assert run.main(["--against", "no-such-branch"]) == 2
+    assert fastkd(["bench", "--against", "no-such-branch"]) == 2
     assert "'no-such-branch' names no commit" in capsys.readouterr().err
 
 
@@ -147,5 +149,5 @@ def test_both_sides_are_asked_the_same():
 
 def test_an_installed_copy_has_no_other_commit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    assert run.main(["--against", "HEAD"]) == 2
+    assert fastkd(["bench", "--against", "HEAD"]) == 2
     assert "is no checkout of fastkd" in capsys.readouterr().err

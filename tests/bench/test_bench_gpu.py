@@ -151,8 +151,8 @@ def test_commands_of_the_plan_exist():
         for word in words:
             if word.startswith("tests/"):
                 assert (ROOT / word).is_file()
-        if "fastkd.bench.run" in words:
-            bench_run.parser().parse_args(words[words.index("fastkd.bench.run") + 1 :])
+        if "bench" in words:
+            bench_run.parser().parse_args(words[words.index("bench") + 1 :])
         if "profile" in words:
             profile.parser().parse_args(words[words.index("profile") + 1 :])
         if gpu.SANITIZER in words:

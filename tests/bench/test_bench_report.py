@@ -243,12 +243,12 @@ def test_the_page_is_written_from_the_csv(checkout):
         "phase": "step",
     }
     step |= {"compiled": "False", "dtype": "float32", "loss_share": "0.25", "date": "2026-01-01"}
-    ways = [
-        {**step, "way": "fastkd", "median_ms": "10", "tokens_per_second": "1234"},
-        {**step, "way": "authors", "extra_mib": ""},
+    steps = [
+        {**step, "provider": "fastkd", "median_ms": "10", "tokens_per_second": "1234"},
+        {**step, "provider": "authors", "extra_mib": ""},
     ]
-    ways += [{**way, "phase": "student forward"} for way in ways]
-    lines = [",".join(results.COLUMNS), *(",".join(row[name] for name in results.COLUMNS) for row in ways)]
+    steps += [{**row, "phase": "student forward"} for row in steps]
+    lines = [",".join(results.COLUMNS), *(",".join(row[name] for name in results.COLUMNS) for row in steps)]
     (folder / "profile.csv").write_text("\n".join(lines) + "\n")
     assert performance.main(checkout) == 0
     text = (checkout / "docs/performance.md").read_text()

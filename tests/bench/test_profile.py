@@ -106,7 +106,7 @@ SMALL = {"minilmv2": "minilmv2:relation_heads=4", "codir": "codir:nce_k=8"}
 
 @pytest.mark.parametrize(("name", "family"), SENSIBLE)
 def test_every_method_is_profiled(name, family):
-    """In every way that there is, and everything a step consists of has its phase."""
+    """In every provider that there is, and everything a step consists of has its phase."""
     steps = steps_of(SMALL.get(name, name), family)
     there = {
         "fastkd": True,
@@ -114,8 +114,10 @@ def test_every_method_is_profiled(name, family):
         "loop": name in LOOPS,
         "authors": True,
     }
-    ways = [way for way in implementations.DEFAULT if there[way]]
-    assert [(s.way, s.mode) for s in steps] == [(way, mode) for mode in ("time", "memory") for way in ways]
+    providers = [provider for provider in implementations.DEFAULT if there[provider]]
+    assert [(s.provider, s.mode) for s in steps] == [
+        (provider, mode) for mode in ("time", "memory") for provider in providers
+    ]
     for step in steps:
         wanted = {"data", "teacher forward", "student forward", "loss backward", "student backward", "optimizer"}
         assert wanted <= set(step.seconds), step
@@ -134,23 +136,25 @@ def test_every_way_computes_the_same(name, family, task, monkeypatch):
     compute, refused, compared = session.ProfiledTrainer.compute_loss, set(), {}
 
     def in_all_ways(self, model, inputs, *more, **options):
-        def loss_of(way):
-            self.board.way = way
+        def loss_of(provider):
+            self.board.provider = provider
             torch.manual_seed(0)
             return compute(self, model, inputs, *more, **options)
 
-        for way in implementations.WAYS:
-            if loops.refusal(way, self):
-                refused.add(way)
+        for provider in implementations.PROVIDERS:
+            if loops.refusal(provider, self):
+                refused.add(provider)
             else:
-                loss = loss_of(way)
+                loss = loss_of(provider)
                 found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-                compared[way] = loss.detach(), torch.cat([x.flatten() for x in found if x is not None and x.any()])
+                compared[provider] = loss.detach(), torch.cat([x.flatten() for x in found if x is not None and x.any()])
         return loss_of("fastkd")
 
     def data(config, *sizes):
         made = models.tokens(config, *sizes)
-        for row, (mask, labels) in enumerate(zip(made["attention_mask"], made["labels"], strict=True)):
+        for row, (mask, labels) in enumerate(
+            zip(*(made.datasets[name] for name in ("attention_mask", "labels")), strict=True)
+        ):
             if task == "causal_lm" and "fcd" not in name:
                 labels[: row % 5] = [-100] * (row % 5)
                 mask[-1 - row % 3 :] = [0] * (1 + row % 3)
@@ -160,27 +164,27 @@ def test_every_way_computes_the_same(name, family, task, monkeypatch):
     teacher, student = models.pair(TINY[family], True, "every:2", task)
     with torch.no_grad():
         [x.mul_(3) for x in teacher.parameters()]  # far from the student, where eager is accurate
-    plan = session.Plan(ways=("fastkd",), warm=0, timed=1, memory=0, trace=0)
+    plan = session.Plan(providers=("fastkd",), warm=0, timed=1, memory=0, trace=0)
     session.run(teacher, student, name, task, data(teacher.config, task, 4, 12), plan, batch=4, device=CPU)
     assert "loop" in compared and ("logits" in refused) == (task == "classification")
     loss, gradient = compared.pop("fastkd")
-    for way, (value, found) in compared.items():
-        if way == "textbrewer":  # has the teacher's entropy in it
+    for provider, (value, found) in compared.items():
+        if provider == "textbrewer":  # has the teacher's entropy in it
             assert value > loss
         else:
-            assert value.item() == pytest.approx(loss.item(), rel=1e-4), way
-        assert (found - gradient).norm() <= 1e-4 * gradient.norm(), way
+            assert value.item() == pytest.approx(loss.item(), rel=1e-4), provider
+        assert (found - gradient).norm() <= 1e-4 * gradient.norm(), provider
 
 
 def test_a_way_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(loops.importlib.util, "find_spec", lambda name: None)
-    plan = session.Plan(ways=("loop", "logits"), warm=0, timed=1, memory=0, trace=0)
+    plan = session.Plan(providers=("loop", "logits"), warm=0, timed=1, memory=0, trace=0)
     with pytest.raises(
-        ValueError, match=r"ways: loop: nobody has written a loop for pkd here; logits: heads are not taken"
+        ValueError, match=r"providers: loop: there is no loop for pkd; logits: heads are not taken"
     ):
         steps_of("pkd", plan=plan)
-    steps, _, left_out = run_of("jsd", "gpt2", replace(plan, ways=("trl", "fastkd", "gkd")))
-    assert [step.way for step in steps] == ["fastkd"] and left_out == dict.fromkeys(
+    steps, _, left_out = run_of("jsd", "gpt2", replace(plan, providers=("trl", "fastkd", "gkd")))
+    assert [step.provider for step in steps] == ["fastkd"] and left_out == dict.fromkeys(
         ("trl", "gkd"), "trl is not installed"
     )
 
@@ -255,7 +259,7 @@ def test_a_delay_shows_where_it_is(where, monkeypatch):
     monkeypatch.setattr(fastkd.functional, "divergence", divergence)
     if where == "optimizer":
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: time.sleep(delay) or step(self, *a, **k))
-    plan = session.Plan(ways=("fastkd",), warm=1, timed=4, memory=0, trace=0)
+    plan = session.Plan(providers=("fastkd",), warm=1, timed=4, memory=0, trace=0)
     steps = [step for step in steps_of("kd:alpha=1.0", plan=plan) if step.mode == "time"]
     found = {name: min(step.seconds.get(name, 0.0) for step in steps) for name in steps[0].seconds}
     slow = [name for name, seconds in found.items() if seconds > 0.75 * delay]
@@ -271,7 +275,7 @@ def test_a_traced_backward_has_one_thread(monkeypatch):
         return backward(*args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
-    steps_of("kd", plan=session.Plan(ways=("fastkd",), warm=0, timed=1, memory=0, trace=1))
+    steps_of("kd", plan=session.Plan(providers=("fastkd",), warm=0, timed=1, memory=0, trace=1))
     assert found == [True, False]
 
 
@@ -319,9 +323,9 @@ def setup_of(**changes) -> dict:
 
 
 def rows(**changes):
-    """Two ways of one setup; every phase takes a millisecond, the step four, and the authors' twice that."""
-    steps = [Step(way, "time", dict.fromkeys(PHASES, ms / 1e3), {}, 4 * ms / 1e3, 7e-3)
-             for _ in range(6) for way, ms in (("fastkd", 1), ("authors", 2))]  # fmt: skip
+    """Two providers of one setup; every phase takes a millisecond, the step four, and the authors' twice that."""
+    steps = [Step(provider, "time", dict.fromkeys(PHASES, ms / 1e3), {}, 4 * ms / 1e3, 7e-3)
+             for _ in range(6) for provider, ms in (("fastkd", 1), ("authors", 2))]  # fmt: skip
     steps.append(Step("fastkd", "memory", dict.fromkeys(PHASES, 1.0), dict.fromkeys(PHASES, 3 << 20), 4.0))
     return results.rows_of(steps, FACTS, setup_of(**changes))
 
@@ -329,13 +333,16 @@ def rows(**changes):
 def test_rows_are_arithmetic(capsys):
     found = rows()
     assert list(found["phase"]) == [*("step", "data", "student forward", "loss: divergence", "loss: hard labels")] * 2
-    step, authors = (found[(found["way"] == way) & (found["phase"] == "step")].iloc[0] for way in ("fastkd", "authors"))
+    step, authors = (
+        found[(found["provider"] == provider) & (found["phase"] == "step")].iloc[0]
+        for provider in ("fastkd", "authors")
+    )
     assert (step["median_ms"], step["share"], step["loss_share"], step["extra_mib"]) == pytest.approx((4, 1, 0.5, 3))
     assert step["cpu_ms"] == pytest.approx(7)
     assert (step["tokens_per_second"], step["examples_per_second"]) == pytest.approx((64e3, 1e3))
     assert (authors["times_ours"], authors["times_ours_low"], authors["times_ours_high"]) == pytest.approx((2, 2, 2))
     results.print_table(found)
-    results.print_summary(pd.concat([found, rows(method="fcd").replace({"way": {"authors": "loop"}})]))
+    results.print_summary(pd.concat([found, rows(method="fcd").replace({"provider": {"authors": "loop"}})]))
     out = capsys.readouterr().out
     assert "loss: divergence" in out and "50%" in out and re.search(r"fcd.*–.*2\.00× \[2–2\]", out)
 
@@ -354,7 +361,7 @@ def test_every_setup_stands_for_itself(tmp_path):
     assert {"kd · fastkd", "kd · masked_lm · fastkd", "kd · compiled · fastkd", "fcd · fastkd"} <= set(labels)
     lengths = [patch.get_x() + patch.get_width() for axes in figure.axes for patch in axes.patches]
     assert max(lengths) == pytest.approx(8)
-    assert plots.draw(tmp_path) == ([tmp_path / "profile.png"], "") and (tmp_path / "profile.png").stat().st_size > 1000
+    assert plots.draw(tmp_path) == "profile.png" and (tmp_path / "profile.png").stat().st_size > 1000
 
 
 def test_an_older_table_is_carried_on_and_anothers_refused(tmp_path):

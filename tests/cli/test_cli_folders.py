@@ -96,7 +96,7 @@ def test_no_two_names_lie_on_one_another(tmp_path, monkeypatch):
 def test_a_second_report_gets_its_own_folder(tmp_path):
     (tmp_path / "report-3").mkdir()
     for name in ("report", "report-2", "report-3", "report-4"):
-        assert atomic_write.vacant(tmp_path / "report") == tmp_path / name
+        assert atomic_write.next_empty(tmp_path / "report") == tmp_path / name
         report.write(tmp_path / name, **WHOLE)
 
 

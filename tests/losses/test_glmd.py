@@ -118,8 +118,8 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("vocab", [None, VocabMap(KEPT, V)], ids=["whole", "kept"])
 @pytest.mark.parametrize("options", [{}, {"normalize": "tokens"}, {"mse": True}], ids=str)
 def test_from_hidden_is_the_loss_of_the_logits(vocab, options):
-    words = V if vocab is None else K
-    student = (randn(B, S, 7, seed=1), randn(words, 7, seed=2), randn(words, seed=3))
+    tokens = V if vocab is None else K
+    student = (randn(B, S, 7, seed=1), randn(tokens, 7, seed=2), randn(tokens, seed=3))
     hidden, head, bias = randn(B, S, 11, seed=4), randn(V, 11, seed=5), randn(V, seed=6)
     loss = GLMDLoss(vocab=vocab, **options)
     wanted, wanted_gradients = gradients(lambda *x: loss(F.linear(*x), F.linear(hidden, head, bias), MASK), *student)
@@ -199,10 +199,10 @@ def test_what_needs_all_logits_of_the_teacher_says_so_of_a_sparse_one(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": "tokens"}, {"mse": True}])
-def test_a_teacher_over_all_words_meets_the_students_stand_ins(options):
-    """The released code's other form: the student's logits over all words through tied duplicate rows."""
+def test_a_teacher_over_all_tokens_meets_the_students_stand_ins(options):
+    """The released code's other form: the student's logits over all tokens through tied duplicate rows."""
     hidden, head, bias = (randn(*shape, seed=i) for i, shape in enumerate(((2, 5, 4), (3, 4), (3,))))
-    teacher_hidden, teacher_head = randn(2, 5, 6, seed=4), randn(9, 6, seed=5)  # padded: 8 words
+    teacher_hidden, teacher_head = randn(2, 5, 6, seed=4), randn(9, 6, seed=5)  # padded: 8 tokens
     vocab = VocabMap([6, 1, 4], 8, replacement=4)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     loss = GLMDLoss(vocab=vocab, teacher_tokens="all", **options)
@@ -226,23 +226,23 @@ def test_a_teacher_over_all_words_meets_the_students_stand_ins(options):
 
 
 def test_cloze_scores_are_the_logits_at_the_blank():
-    logits, words = randn(2, 4, 7), torch.tensor([5, 0, 3])
-    scores = cloze_scores(logits, torch.tensor([3, 1]), words)
+    logits, tokens = randn(2, 4, 7), torch.tensor([5, 0, 3])
+    scores = cloze_scores(logits, torch.tensor([3, 1]), tokens)
     assert torch.equal(scores, torch.stack([logits[0, 3, [5, 0, 3]], logits[1, 1, [5, 0, 3]]]))
     with pytest.raises(ValueError, match="positions"):
-        cloze_scores(logits, torch.tensor([3, 4]), words)
+        cloze_scores(logits, torch.tensor([3, 4]), tokens)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
-def test_answer_scores_sum_the_log_probabilities_of_their_words(penalty):
+def test_answer_scores_sum_the_log_probabilities_of_their_tokens(penalty):
     logits, targets = randn(2, 2, 3, 6), torch.tensor([[[1, 5, -100], [0, 2, 4]], [[3, -100, -100], [-100] * 3]])
     mask = targets >= 0
     logits[1, 0, 1] = torch.nan  # padding
     found = answer_scores(logits, targets, mask, penalty)
     for b in range(2):
         for c in range(2):
-            words = [float(logits[b, c, i].log_softmax(-1)[targets[b, c, i]]) for i in range(3) if mask[b, c, i]]
-            assert float(found[b, c]) == pytest.approx(sum(words) / max(len(words), 1) ** penalty)
+            tokens = [float(logits[b, c, i].log_softmax(-1)[targets[b, c, i]]) for i in range(3) if mask[b, c, i]]
+            assert float(found[b, c]) == pytest.approx(sum(tokens) / max(len(tokens), 1) ** penalty)
     leaf = logits.requires_grad_()
     (grad,) = torch.autograd.grad(GLMDLoss(stage="soft")(answer_scores(leaf, targets, mask), randn(2, 2)), leaf)
     assert grad.isfinite().all() and (grad[1, 0, 1:] == 0).all()

@@ -306,13 +306,13 @@ def every_linear_divergence(student, teacher, mask, labels):
                 yield from torch.autograd.grad(loss, leaves)
 
 
-def linear_inputs(rows=300, words=5000, seed=0, dtype=torch.bfloat16):
+def linear_inputs(rows=300, vocabulary=5000, seed=0, dtype=torch.bfloat16):
     make = lambda *size, i, scale=1.0: randn(*size, seed=seed + i, scale=scale).to("cuda", dtype)  # noqa: E731
     student, teacher = (
-        (make(rows, d, i=i), make(words, d, i=i + 5, scale=2 * d**-0.5)) for i, d in ((1, 128), (2, 192))
+        (make(rows, d, i=i), make(vocabulary, d, i=i + 5, scale=2 * d**-0.5)) for i, d in ((1, 128), (2, 192))
     )
     index = torch.arange(rows, device="cuda")
-    return student, teacher, index % 3 > 0, index * 7 % words
+    return student, teacher, index % 3 > 0, index * 7 % vocabulary
 
 
 def test_linear_divergence_never_synchronises():

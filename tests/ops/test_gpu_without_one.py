@@ -101,8 +101,8 @@ def test_a_failed_capture_releases_its_stream(monkeypatch):
     assert (cuda.captures, cuda.current) == (1, "default")
 
 
-def test_rooflines_do_not_need_the_default_generator():
-    measured, before = roofline.Roofs(CPU, FakeTimer({"roof": 1e-3, "gemm": 1e-3})), torch.get_rng_state()
+def test_the_roofline_does_not_need_the_default_generator():
+    measured, before = roofline.Roofline(CPU, FakeTimer({"roofline": 1e-3, "gemm": 1e-3})), torch.get_rng_state()
     measured.measure_copy(1 << 20)
     measured.gemm_rate(torch.float32)
     measured.gemm_seconds(roofline.Gemm(3, 4, 5), torch.float32)
@@ -119,7 +119,7 @@ def test_a_product_that_does_not_fit_is_measured_in_parts(monkeypatch):
             seen.append(task.run(0).shape)
             return 1e-3
 
-    measured = roofline.Roofs(CPU, Timer())
+    measured = roofline.Roofline(CPU, Timer())
     assert measured.gemm_seconds(roofline.Gemm(3, 4, 5, 7), torch.float32) == pytest.approx(3.5e-3)
     assert measured.gemm_seconds(roofline.Gemm(3, 4, 5, 2), torch.float32) == pytest.approx(1e-3)
     assert {*seen} == {(2, 3, 5)}

@@ -63,15 +63,15 @@ def codir(v_s, v_t, banks, index, n_data, temperature, z):
 
 
 def glmd(student, teacher, mask, temperature, top_n=None, teacher_min=False):
-    """T² KL(teacher || student), over all B S positions; top_n of the teacher's words, and what the others exceed them by."""
+    """T² KL(teacher || student), over all B S positions; top_n of the teacher's tokens, and what the others exceed them by."""
     excess = 0
     if top_n is not None:
-        top, words = teacher.topk(top_n, -1)
+        top, tokens = teacher.topk(top_n, -1)
         if teacher_min:
             teacher = torch.where(teacher < top[..., -1:], teacher.amin(-1, keepdim=True), teacher)
         else:
-            chosen = student.gather(-1, words)
-            over = student.scatter(-1, words, -torch.inf) - chosen.amin(-1, keepdim=True)
+            chosen = student.gather(-1, tokens)
+            over = student.scatter(-1, tokens, -torch.inf) - chosen.amin(-1, keepdim=True)
             over = over[mask.bool()]
             excess = over[over > 0].mean() if (over > 0).any() else 0
             student, teacher = chosen, top

@@ -43,7 +43,7 @@ def divergence(student, teacher, kind, temperature, t_squared, beta, alpha):
 
 
 def sparse_divergence(student, indices, log_probs, tail, kind, temperature, t_squared, beta, alpha):
-    """k words of the teacher's, and the others as one more word: without mass (tail None), or with the tail's."""
+    """k tokens of the teacher's, and the others as one more token: without mass (tail None), or with the tail's."""
     log_q = torch.log_softmax(student / temperature, -1)
     others = torch.ones_like(log_q).scatter(-1, indices, 0) == 0
     rest = log_q.masked_fill(others, MINUS_INFINITY).logsumexp(-1, keepdim=True)

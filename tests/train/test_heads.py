@@ -18,12 +18,12 @@ from fastkd.train.trainer import DistillTrainer
 logging.set_verbosity_error()
 
 
-def word_task(name: str, family: str) -> str | None:
+def language_task(name: str, family: str) -> str | None:
     task = "causal_lm" if family in tiny.DECODERS else "masked_lm"
     return task if task in METHODS[name].tasks else None
 
 
-ON_WORDS = [(name, family) for name, family in sensible() if word_task(name, family)]
+ON_TOKENS = [(name, family) for name, family in sensible() if language_task(name, family)]
 EXTRA = [
     ("kd:alpha=0", "gpt2"), ("kd:alpha=1", "bert"), ("forward_kl:hard=0.5", "llama"), ("fcd:share=1 + kd", "bert"),
     ("glmd:top_n=5", "bert"), ("glmd:normalize='tokens'", "gpt2"), ("fcd:share=0", "gpt2"), ("tinybert:share=0", "bert"),
@@ -34,7 +34,7 @@ FEATURES = ("fcd", "minilm", "minilmv2", "tinybert")  # as `spelled` has them, t
 
 def trained(method: str, family: str, folder, headless: bool, accumulation: int = 1, task=None, **options):
     """The trainer after three steps of plain SGD over rows of unequal lengths, and how often each side's head ran."""
-    task = task or word_task(method.partition(":")[0].split(" ")[0], family)
+    task = task or language_task(method.partition(":")[0].split(" ")[0], family)
     teacher, student = pair(family, task)
     args = tiny.arguments(
         folder, max_steps=3, optim="sgd", learning_rate=0.1, gradient_accumulation_steps=accumulation,
@@ -85,7 +85,7 @@ def moved(trainer, others) -> float:
     return float((ours - theirs).norm() / (theirs - start).norm())
 
 
-@pytest.mark.parametrize(("name", "family"), [(spelled(n), f) for n, f in ON_WORDS] + EXTRA)
+@pytest.mark.parametrize(("name", "family"), [(spelled(n), f) for n, f in ON_TOKENS] + EXTRA)
 def test_the_same_weights_as_with_logits_and_no_product(name, family, tmp_path):
     fast, products = trained(name, family, tmp_path / "fast", True)
     slow, made = trained(name, family, tmp_path / "slow", False)
@@ -109,7 +109,7 @@ def test_features_make_no_logits_although_they_could_be_asked_for(name, tmp_path
     trainer, _ = trained(spelled(name), "gpt2", tmp_path, True)
     assert not trainer.method.predicts("student", 0.0)
     inputs = {key: torch.tensor(tiny.dataset("causal_lm")[key][:]) for key in ("input_ids", "attention_mask")}
-    assert trainer._taught(inputs, None, 0.0).predictions is None
+    assert trainer._teacher_states(inputs, None, 0.0).predictions is None
 
 
 def test_evaluation_makes_logits_only_where_somebody_reads_them(tmp_path):

@@ -137,7 +137,7 @@ REACHES = [
     ("minilm", "relations", "layer.1.attention.self.value.weight", "layer.1.output.dense.weight"),
     ("minilmv2", "relations", "layer.1.attention.self.query.weight", "layer.1.output.dense.weight"),
     ("codir", "contrast", "layer.0.output.dense.weight", "classifier.weight"),
-    ("glmd", "words", "embeddings.word_embeddings.weight", None),
+    ("glmd", "tokens", "embeddings.word_embeddings.weight", None),
     ("distilbert", "soft", "embeddings.word_embeddings.weight", None),
     ("distilbert", "cosine", "layer.1.output.dense.weight", "cls.predictions.transform.dense.weight"),
     ("embedding", "cosine", "layer.1.output.dense.weight", "pooler.dense.weight"),
@@ -163,10 +163,10 @@ def test_each_term_has_its_gradient(name, term, reached, untouched):
         record_attention(model)
     inputs = {key: torch.tensor(rows[key][:]) for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        taught = read(teacher, inputs, hidden=True, layers=range(4), output=output_of(task))
+        teacher_states = read(teacher, inputs, hidden=True, layers=range(4), output=output_of(task))
     states = read(student, inputs, hidden=True, layers=range(2), output=output_of(task))
     labels = torch.tensor(rows["labels"][:]) if "labels" in rows.column_names else None
-    batch = Batch(task, states, taught, inputs["attention_mask"], labels, torch.arange(8))
+    batch = Batch(task, states, teacher_states, inputs["attention_mask"], labels, torch.arange(8))
     method(batch)[f"{name}/{term}"].value.backward()
     gradients = {key: p.grad for key, p in student.named_parameters()}
     (wanted,) = (g for key, g in gradients.items() if key.endswith(reached))
@@ -323,7 +323,7 @@ def test_two_stages_hand_over(tmp_path):
         sorted(k for k in entry if k.startswith("term/")) for entry in trainer.state.log_history if "loss" in entry
     ]
     assert stages == [["term/fcd/sequence", "term/fcd/token"]] * 2 + [["term/fcd/hard"]] * 2
-    assert not trainer.method.teaches(0.5) and trainer.method.teaches(0.49)
+    assert not trainer.method.needs_teacher(0.5) and trainer.method.needs_teacher(0.49)
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
 
 
@@ -332,5 +332,5 @@ def test_a_method_chooses_states_and_calls_losses(name):
     """Its formula is in fastkd.losses; a method is short, and computes nothing itself."""
     path = Path(methods.__file__).with_name(METHODS[name].where.split(":")[0] + ".py")
     text = path.read_text()
-    assert len(text.split('"""', 2)[2].splitlines()) <= 30
+    assert text.startswith('"""') and len(text.split('"""', 2)[2].splitlines()) <= 30
     assert "functional" not in text and "import torch" not in text

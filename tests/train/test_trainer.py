@@ -86,10 +86,10 @@ def test_accumulation_is_the_mean_over_micro_batches_for_coupled_terms(method, a
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         layers = {side: term.attention(side) for side in ("student", "teacher")}
         with torch.no_grad():
-            taught = read(trainer.teacher, model_inputs, hidden=True, layers=layers["teacher"])
+            teacher_states = read(trainer.teacher, model_inputs, hidden=True, layers=layers["teacher"])
         states = read(student, model_inputs, hidden=True, layers=layers["student"])
         batch = Batch(
-            trainer.task, states, taught, inputs["attention_mask"], inputs["labels"], inputs["example_id"],
+            trainer.task, states, teacher_states, inputs["attention_mask"], inputs["labels"], inputs["example_id"],
             advance=advance == "micro" or place == 1,
         )  # fmt: skip
         (sum(part.value * part.weight for part in term(batch).values()) / 2).backward()
@@ -129,8 +129,10 @@ def test_layer_weights_move_once_per_step_or_per_micro_batch(tmp_path):
     method.train()
     inputs = {key: once.seen[-1][key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():  # the last micro-batch alone moves the uniform weights
-        taught, states = (read(m, inputs, hidden=True, layers=range(n)) for m, n in ((once.teacher, 4), (student, 2)))
-        method(Batch("classification", states, taught, inputs["attention_mask"], once.seen[-1]["labels"]))
+        teacher_states, states = (
+            read(m, inputs, hidden=True, layers=range(n)) for m, n in ((once.teacher, 4), (student, 2))
+        )
+        method(Batch("classification", states, teacher_states, inputs["attention_mask"], once.seen[-1]["labels"]))
     by_hand = dict(method.named_buffers())
     for name, weight in learned(once).items():
         torch.testing.assert_close(weight, by_hand[name], rtol=1e-9, atol=0)

@@ -249,7 +249,7 @@ def test_mistakes_in_slices():
 
 # -- smaller models ----------------------------------------------------------------------------------------------------
 
-WORDS = 40
+VOCABULARY = 40
 KEPT = [7, 3, 0, 1, 2, 39, 12, 20]
 
 
@@ -274,7 +274,7 @@ def tiny(kind):
         "tied_llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
         "bart": ("BartConfig", "BartForConditionalGeneration", {}),
     }[kind]
-    config = getattr(transformers, config)(vocab_size=WORDS, **sizes[kind], **extra)
+    config = getattr(transformers, config)(vocab_size=VOCABULARY, **sizes[kind], **extra)
     model = getattr(transformers, model)(config).eval()
     for name, x in [*model.named_parameters(), *model.named_buffers()]:  # a bias that starts at 0 would prove nothing
         if "bias" in name:
@@ -284,7 +284,7 @@ def tiny(kind):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "classifier", "gpt2", "llama", "tied_llama", "bart"])
 def test_a_shrunk_model_gives_the_same_logits_of_kept_tokens(kind):
-    model, vocab = tiny(kind), VocabMap(KEPT, WORDS, replacement=0)
+    model, vocab = tiny(kind), VocabMap(KEPT, VOCABULARY, replacement=0)
     ids = torch.tensor([[7, 12, 20, 39], [3, 7, 7, 12]])
     with torch.no_grad():
         before = model(ids).logits
@@ -294,7 +294,7 @@ def test_a_shrunk_model_gives_the_same_logits_of_kept_tokens(kind):
     wanted = before if kind == "classifier" else before[..., vocab.kept_ids]
     assert torch.allclose(after, wanted, atol=1e-6)
     assert small.config.vocab_size == len(KEPT) and small.get_input_embeddings().weight.shape[0] == len(KEPT)
-    assert model.config.vocab_size == WORDS
+    assert model.config.vocab_size == VOCABULARY
     head, old_head = small.get_output_embeddings(), model.get_output_embeddings()
     if head is not None:
         tied = old_head.weight is model.get_input_embeddings().weight
@@ -304,7 +304,7 @@ def test_a_shrunk_model_gives_the_same_logits_of_kept_tokens(kind):
 def test_robertas_positions_still_start_behind_the_padding(tmp_path):
     """They are counted from the padding id, which has moved; after loading, only the configuration says so."""
     for kept in ([7, 3, 0, 1, 2], [1, 7, 3, 0, 2]):  # padding (1) moves to 3, to 0
-        model, vocab = tiny("roberta"), VocabMap(kept, WORDS)
+        model, vocab = tiny("roberta"), VocabMap(kept, VOCABULARY)
         small = vocab.shrink(model)
         small.save_pretrained(tmp_path)
         ids = torch.tensor([[7, 3, 7, 3, 2], [3, 7, 1, 1, 1]])
@@ -316,7 +316,7 @@ def test_robertas_positions_still_start_behind_the_padding(tmp_path):
 
 
 def test_special_ids_follow_their_tokens():
-    model, vocab = tiny("bart"), VocabMap(KEPT, WORDS)  # bos 0, pad 1, eos 2
+    model, vocab = tiny("bart"), VocabMap(KEPT, VOCABULARY)  # bos 0, pad 1, eos 2
     small = vocab.shrink(model)
     for config in (small.config, small.generation_config):
         assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (2, 3, 4)
@@ -325,7 +325,7 @@ def test_special_ids_follow_their_tokens():
 
 
 def test_a_shrunk_model_is_saved_and_loaded_by_transformers_alone(tmp_path):
-    model, vocab = tiny("bert"), VocabMap(KEPT, WORDS, replacement=0)
+    model, vocab = tiny("bert"), VocabMap(KEPT, VOCABULARY, replacement=0)
     small = vocab.shrink(model)
     small.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
@@ -336,15 +336,15 @@ def test_a_shrunk_model_is_saved_and_loaded_by_transformers_alone(tmp_path):
 
 def test_shrinking_in_place():
     model = tiny("gpt2")
-    assert VocabMap(KEPT[:6], WORDS).shrink(model, inplace=True) is model and model.config.vocab_size == 6
+    assert VocabMap(KEPT[:6], VOCABULARY).shrink(model, inplace=True) is model and model.config.vocab_size == 6
 
 
 def test_a_map_that_only_reorders():
     model = tiny("gpt2")
-    order = list(reversed(range(WORDS)))
+    order = list(reversed(range(VOCABULARY)))
     with torch.no_grad():
         before = model(torch.tensor([[1, 2]])).logits
-        after = VocabMap(order, WORDS).shrink(model)(torch.tensor([[38, 37]])).logits
+        after = VocabMap(order, VOCABULARY).shrink(model)(torch.tensor([[38, 37]])).logits
     assert torch.allclose(after, before[..., order], atol=1e-6)
 
 
@@ -361,6 +361,6 @@ def test_rows_that_pad_the_models_table_are_left_out():
 
 def test_mistakes_in_shrink():
     with pytest.raises(ValueError, match="always_keep"):
-        VocabMap([7, 3, 2], WORDS).shrink(tiny("bart"))  # 0 and 1 are special
+        VocabMap([7, 3, 2], VOCABULARY).shrink(tiny("bart"))  # 0 and 1 are special
     with pytest.raises(ValueError, match="40 tokens"):
         VocabMap([7, 3, 2], 50).shrink(tiny("bert"))

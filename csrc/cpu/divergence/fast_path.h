@@ -103,7 +103,7 @@ inline FastResult refuse(const ChunkSums& row, double inverse_temperature) {
   return {true, 0, 0, double(row.max_s) - row.max_t + std::log(row.sum_s / row.sum_t) / inverse_temperature};
 }
 
-// grad (or null) = (q - p) * scale. `scratch` holds apart_scratch(columns) floats, wherever there is a gradient.
+// grad (or null) = (q - p) * scale. `scratch`: GradRequest::scratch_size(columns) floats where a gradient is wanted.
 template <bool kEntropy, bool kGradient>
 FastResult fast_forward(const float* s, const float* t, int64_t columns, float inverse_temperature, float scale,
                         float* grad, float* scratch, RowStats* stats) {

@@ -160,7 +160,7 @@ def opened(
         if not (folder / INDEX).exists() and source is not None:
             if processes.rank > 0:
                 raise RuntimeError(f"teacher_cache: the first process made no cache in {folder}")
-            atomic_write.check_vacant(folder, "teacher_cache")
+            atomic_write.check_empty(folder, "teacher_cache")
             contents = needed(method, task, options, size)
             index = {
                 "format": FORMAT, "fastkd": fastkd.__version__, "examples": len(data), "tokens": sum(map(len, data["input_ids"])),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastkd import checks
-from fastkd.train.batch import PREDICTING_TASKS, SENTENCE_TASKS, TASKS, WORD_TASKS, Batch
+from fastkd.train.batch import LANGUAGE_TASKS, PREDICTING_TASKS, SENTENCE_TASKS, TASKS, Batch
 
 from .base import Method, Setup, Side, Term
 
@@ -50,7 +50,7 @@ METHODS = {
     ),
     "glmd": Entry("glmd:GLMD", None, ("masked_lm", "causal_lm", "cloze")),
     "pkd": Entry("pkd:PKD", None, SENTENCE_TASKS),
-    "distilbert": Entry("distilbert:DistilBERT", None, WORD_TASKS),
+    "distilbert": Entry("distilbert:DistilBERT", None, LANGUAGE_TASKS),
     "tinybert": Entry("tinybert:TinyBERT"),
     "minilm": Entry("minilm:MiniLM"),
     "minilmv2": Entry("minilmv2:MiniLMv2"),
@@ -181,13 +181,13 @@ class Combined(nn.Module):
     def predicts(self, side: str, progress: float | None = None) -> bool:
         """Whether predictions are read: now, or (None) ever. Stages change once, so that the ends of training tell."""
         return any(
-            method.predicts(side, now) and (progress is not None or side == "student" or method.teaches(now))
+            method.predicts(side, now) and (progress is not None or side == "student" or method.needs_teacher(now))
             for method in self.methods.values()
             for now in ((0.0, 1.0) if progress is None else (progress,))
         )
 
-    def teaches(self, progress: float) -> bool:
-        return any(method.teaches(progress) for method in self.methods.values())
+    def needs_teacher(self, progress: float) -> bool:
+        return any(method.needs_teacher(progress) for method in self.methods.values())
 
     def one_shape(self) -> bool:
         return any(method.one_shape for method in self.methods.values())

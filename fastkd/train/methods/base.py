@@ -132,7 +132,7 @@ class Method(nn.Module):
         return self.stage(progress) == self.stages[0]
 
     def predicts(self, side: str, progress: float) -> bool:
-        """Whether predictions of the "student" or the "teacher" are read now; where nobody reads any, no head runs."""
+        """Whether predictions of the "student" or the "teacher" are read now; where none are, no head runs."""
         return not (self.features_only and self.features(progress))
 
     def reads_labels(self) -> str | None:
@@ -142,7 +142,7 @@ class Method(nn.Module):
         hard = any(isinstance(loss, PredictionLoss) and loss.hard for loss in self.modules())
         return self.soft_only if hard else None
 
-    def teaches(self, progress: float) -> bool:
+    def needs_teacher(self, progress: float) -> bool:
         """Whether the teacher is needed now; plain fine-tuning has no use for it."""
         return self.stage(progress) != "task"
 

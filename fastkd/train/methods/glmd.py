@@ -1,4 +1,4 @@
-"""GLMD (Tan et al., Findings of ACL 2023): a language model distilled by its word predictions alone, T = 15, on every real
+"""GLMD (Tan et al., Findings of ACL 2023): a language model distilled by its token predictions alone, T = 15, on every real
 position; a cloze task adds a second stage on the task's soft labels at T = 1. No hard labels, no hidden states."""
 
 from fastkd.losses.glmd import GLMDLoss
@@ -7,7 +7,7 @@ from .base import Method, Setup, Term
 
 
 class GLMD(Method):
-    stages, token_wise, one_shape, every_position = ("words", "soft"), True, True, True
+    stages, token_wise, one_shape, every_position = ("tokens", "soft"), True, True, True
 
     def __init__(
         self,
@@ -25,5 +25,5 @@ class GLMD(Method):
         if self.stage(batch.progress) == "soft" and self.setup.task == "cloze":
             asked = batch.predictions()
             return {"soft": Term(self.loss(asked.student, asked.teacher, stage="soft"), 1.0, "examples")}
-        words = batch.on_tokens(self.loss, headless=self.loss.top_n is None)
-        return {"words": Term(words, 1.0, self.loss.normalize)}
+        value = batch.on_tokens(self.loss, headless=self.loss.top_n is None)
+        return {"tokens": Term(value, 1.0, self.loss.normalize)}

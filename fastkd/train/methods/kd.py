@@ -1,6 +1,6 @@
 """Hinton, Vinyals, Dean (2015): (1 - alpha) CE(labels, student) + alpha T² KL(softmax(z_t / T) ‖ softmax(z_s / T)).
 
-In regression both are mean squared errors. For word tasks a row is a token that has a label.
+In regression both are mean squared errors. In a language model a row is a token that has a label.
 """
 
 from fastkd.losses.kd import HintonKDLoss

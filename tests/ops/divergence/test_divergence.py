@@ -65,9 +65,9 @@ def value_and_gradient(function, s, t):
 
 
 @every_kind
-@pytest.mark.parametrize("words", AWKWARD_SIZES)
-def test_matches_the_textbook(kind, words, backend):
-    s, t = randn(3, 5, words, seed=1), randn(3, 5, words, seed=2, scale=2.0)
+@pytest.mark.parametrize("vocabulary", AWKWARD_SIZES)
+def test_matches_the_textbook(kind, vocabulary, backend):
+    s, t = randn(3, 5, vocabulary, seed=1), randn(3, 5, vocabulary, seed=2, scale=2.0)
     for temperature in (0.7, 1.0, 15.0):
         loss, gradient = value_and_gradient(ours(kind, backend, temperature), s, t)
         wanted, wanted_gradient = value_and_gradient(partial(textbook, kind=kind, temperature=temperature), s, t)
@@ -334,15 +334,15 @@ def test_strided_inputs(backend):
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(ZERO_AT_EQUALITY),
-    words=st.integers(1, 40),
+    vocabulary=st.integers(1, 40),
     scale=st.sampled_from([1e-6, 1e-3, 1.0, 30.0, 1e4]),
     temperature=st.sampled_from([0.1, 1.0, 20.0]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1 << 20),
 )
-def test_never_negative_never_nan(kind, words, scale, temperature, dtype, seed, backend):
-    t = randn(2, words, seed=seed, dtype=dtype)
-    s = (t.double() + scale * randn(2, words, seed=seed + 1)).to(dtype)
+def test_never_negative_never_nan(kind, vocabulary, scale, temperature, dtype, seed, backend):
+    t = randn(2, vocabulary, seed=seed, dtype=dtype)
+    s = (t.double() + scale * randn(2, vocabulary, seed=seed + 1)).to(dtype)
     loss, gradient = value_and_gradient(ours(kind, backend, temperature), s, t)
     assert (loss >= 0).all() and loss.isfinite().all() and gradient.isfinite().all()
     if kind == "jsd":

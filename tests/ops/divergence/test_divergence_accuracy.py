@@ -35,12 +35,12 @@ def log_uniform(low, high):
     return st.floats(math.log(low), math.log(high)).map(math.exp)
 
 
-def pairs(most_words):
+def pairs(largest_vocabulary):
     """What to draw a student and a teacher from, and options of the divergence."""
     return st.fixed_dictionaries(
         {
             "kind": st.sampled_from(KINDS),
-            "words": log_uniform(3, most_words).map(round),
+            "vocabulary": log_uniform(3, largest_vocabulary).map(round),
             "seed": st.integers(0, 1 << 20),
             "relation": st.sampled_from(["independent", "independent", "near", "close", "identical"]),
             "stds": st.tuples(log_uniform(0.1, 10), log_uniform(0.1, 10)),
@@ -54,18 +54,18 @@ def pairs(most_words):
     )
 
 
-def draw(words, seed, relation, stds, peaks, offset, masked):
-    """(student, teacher) [ROWS, words], float32, and the words that eager PyTorch can be asked about [words]."""
-    teacher, noise = (randn(ROWS, words, seed=seed + i) for i in (0, 1))
+def draw(vocabulary, seed, relation, stds, peaks, offset, masked):
+    """(student, teacher) [ROWS, vocabulary], float32, and the tokens that eager PyTorch can be asked about [vocabulary]."""
+    teacher, noise = (randn(ROWS, vocabulary, seed=seed + i) for i in (0, 1))
     teacher = teacher * stds[1]
     scale = {"near": 1e-3, "close": 0.3, "identical": 0.0}.get(relation)
     student = noise * stds[0] if scale is None else teacher + scale * noise
     rows = torch.arange(ROWS)
     if peaks in ("student", "same", "different"):
-        student[rows, rows % words] += 20
+        student[rows, rows % vocabulary] += 20
     if peaks in ("teacher", "same", "different"):
-        teacher[rows, (rows + (peaks == "different")) % words] += 20
-    keep = randn(words, seed=seed + 2) < 0.5
+        teacher[rows, (rows + (peaks == "different")) % vocabulary] += 20
+    keep = randn(vocabulary, seed=seed + 2) < 0.5
     keep[:2] = True
     if masked is not None:
         student, teacher = (x.masked_fill(~keep, low) for x, low in zip((student, teacher), masked, strict=True))
@@ -133,18 +133,18 @@ def test_no_less_accurate_than_eager_over_large_vocabularies(drawn, backend):
 
 @every_backend
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("words", "stds"), [(32000, (1.0, 4.0)), (501, (5.0, 5.0)), (501, (10.0, 10.0))])
-def test_untrained_students(kind, words, stds, backend):
-    words = min(words, 3000) if INTERPRETED else words
+@pytest.mark.parametrize(("vocabulary", "stds"), [(32000, (1.0, 4.0)), (501, (5.0, 5.0)), (501, (10.0, 10.0))])
+def test_untrained_students(kind, vocabulary, stds, backend):
+    vocabulary = min(vocabulary, 3000) if INTERPRETED else vocabulary
     drawn = {"seed": 5, "relation": "independent", "peaks": "none", "masked": None}
     for offset in (0.0, 300.0):
-        check(kind, backend, words=words, stds=stds, offset=offset, **drawn)
+        check(kind, backend, vocabulary=vocabulary, stds=stds, offset=offset, **drawn)
 
 
 @every_backend
 @pytest.mark.parametrize("peaks", ["none", "student", "teacher", "different"])
 def test_skew_kl_with_alpha_0_is_forward_kl(peaks, backend):
-    drawn = {"words": 200, "seed": 3, "relation": "independent", "stds": (4.0, 8.0), "offset": 0.0, "masked": None}
+    drawn = {"vocabulary": 200, "seed": 3, "relation": "independent", "stds": (4.0, 8.0), "offset": 0.0, "masked": None}
     student, teacher, _ = draw(peaks=peaks, **drawn)
     student, teacher = (x.to(subjects.device_of(backend)) for x in (student, teacher))
     found = [
@@ -158,7 +158,7 @@ def test_skew_kl_with_alpha_0_is_forward_kl(peaks, backend):
 @pytest.mark.parametrize("relation", ["independent", "close", "near"])
 def test_skew_kl_and_jsd_at_the_ends_of_their_weight(relation, backend):
     """Near alpha 0 and beta 0 the divergences tend to forward_kl, near beta 1 to reverse_kl: the other weight must survive."""
-    drawn = {"words": 300, "seed": 4, "relation": relation, "stds": (3.0, 6.0), "peaks": "none", "masked": None}
+    drawn = {"vocabulary": 300, "seed": 4, "relation": relation, "stds": (3.0, 6.0), "peaks": "none", "masked": None}
     for end in (1e-3, 1e-6, 1e-9):
         check("skew_kl", backend, alpha=end, offset=0.0, **drawn)
         check("skew_kl", backend, alpha=1 - end, offset=0.0, **drawn)

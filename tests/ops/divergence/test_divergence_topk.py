@@ -73,7 +73,7 @@ def test_the_tail_is_one_more_token(kind):
         given_teacher = teacher._replace(tail=given_tail)
         loss, (gradient,) = gradients(lambda x, y=given_teacher: rows_of(kind, 2.0)(x, y), s)
         assert relative_error(loss, wanted) < 1e-11 and relative_error(gradient, wanted_gradient) < 1e-11
-    if kind in ("forward_kl", "jsd", "tvd", "reverse_kl"):  # coarser words never tell two distributions further apart
+    if kind in ("forward_kl", "jsd", "tvd", "reverse_kl"):  # coarser tokens never tell two distributions further apart
         assert (rows_of(kind, 2.0)(s, teacher) <= rows_of(kind, 2.0)(s, t) + 1e-12).all()
 
 
@@ -90,7 +90,7 @@ def test_gradcheck_masks_and_missing_tokens(tail):
     clean = rows_of("forward_kl", 1.3)(s[[0, 2]], top_of(t[[0, 2]], 3, 1.3, tail))
     loss, (gradient,) = gradients(lambda x: rows_of("forward_kl", 1.3, mask=mask)(x, teacher), s)
     assert loss[1] == 0 and (gradient[1] == 0).all() and torch.allclose(loss[[0, 2]], clean)
-    # A student that can say nothing but the k words has no rest to compare.
+    # A student that has nothing but the k tokens has no rest to compare.
     only = torch.full((2, 8), -torch.inf, dtype=torch.float64).scatter(-1, teacher.indices[[0, 2]], 1.0)
     rest = TopK(teacher.indices[[0, 2]], torch.log_softmax(teacher.log_probs[[0, 2]], -1), tail)
     loss, (gradient,) = gradients(lambda x: rows_of("forward_kl")(x, rest), only)
@@ -197,7 +197,7 @@ def test_two_tokens_near_convergence(tail, backend):
 @every_kernel
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_the_rest_however_small(kind, backend):
-    """The rest is summed on its own: 1e-30 of the mass keeps its digits where one minus the k words has none."""
+    """The rest is summed on its own: 1e-30 of the mass keeps its digits where one minus the k tokens has none."""
     student, teacher = logits(2, 200, seed=16)
     teacher = sparse(teacher, 4, 1.0, "tensor")
     student.scatter_add_(-1, teacher.indices, torch.full((2, 4), 70.0))
@@ -208,7 +208,7 @@ def test_the_rest_however_small(kind, backend):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", [None, "tensor"])
 def test_a_student_with_no_mass_on_the_rest(kind, tail, backend):
-    """It can say nothing but the k words: then what the teacher has of the rest is not compared."""
+    """It has nothing but the k tokens: then what the teacher has of the rest is not compared."""
     if kind == "reverse_kl" and tail is None:
         pytest.skip("refused: infinite")
     student, teacher = logits(3, 40, seed=17)

@@ -16,13 +16,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
-def sides(words=17, dtype=torch.float64, lead=(3, 4), seed=1):
+def sides(vocabulary=17, dtype=torch.float64, lead=(3, 4), seed=1):
     """(student hidden, head, bias), (teacher hidden, head, bias); widths 6 and 10."""
     return tuple(
         (
             randn(*lead, width, seed=seed + i, dtype=dtype),
-            randn(words, width, seed=seed + 10 + i, dtype=dtype, scale=0.5),
-            randn(words, seed=seed + 20 + i, dtype=dtype),
+            randn(vocabulary, width, seed=seed + 10 + i, dtype=dtype, scale=0.5),
+            randn(vocabulary, seed=seed + 20 + i, dtype=dtype),
         )
         for i, width in ((0, 6), (1, 10))
     )
@@ -54,7 +54,7 @@ def test_is_the_divergence_of_the_logits(kind, recompute, reduction, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_of_the_reference(kind):
-    (hidden, head, bias), teacher = sides(words=3, lead=(2,))
+    (hidden, head, bias), teacher = sides(vocabulary=3, lead=(2,))
     mask = torch.tensor([True, False])
     options = {"kind": kind, "temperature": 1.4, "reduction": "none", "mask": mask}
     student = [x.requires_grad_() for x in (hidden[..., :3], head[:, :3], bias)]
@@ -76,7 +76,7 @@ def test_biases_are_optional_and_a_frozen_head_gets_no_gradient(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_near_convergence_the_gradient_keeps_its_digits(dtype, backend):
     """Logits are float32 or better before they are compared, whatever the dtype of what makes them."""
-    _, (teacher_hidden, head, bias) = sides(words=512, dtype=dtype, lead=(64,))
+    _, (teacher_hidden, head, bias) = sides(vocabulary=512, dtype=dtype, lead=(64,))
     hidden = (teacher_hidden.double() * (1 + 2e-2 * randn(64, 10, seed=5))).to(dtype)
     student = (hidden, head.clone(), bias.clone())
     exact = tuple(x.double() for x in (teacher_hidden, head, bias))
@@ -144,7 +144,7 @@ def test_mixed_dtypes_and_autocast(backend):
 
 @every_backend
 def test_a_subset_vocabulary_slices_the_teachers_head(backend):
-    (hidden, _, _), teacher = sides(words=20)
+    (hidden, _, _), teacher = sides(vocabulary=20)
     kept = torch.tensor([7, 3, 19, 0, 11])
     student = (hidden, randn(5, 6, seed=31), randn(5, seed=32))
     wanted, wanted_gradients = gradients(call((teacher[0], teacher[1][kept], teacher[2][kept]), backend), *student)

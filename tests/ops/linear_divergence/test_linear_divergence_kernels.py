@@ -21,12 +21,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
-def sides(rows, words, widths=(24, 40), dtype=torch.float32, noise=None, seed=1):
+def sides(rows, vocabulary, widths=(24, 40), dtype=torch.float32, noise=None, seed=1):
     """(hidden, head, bias) of the student and of the teacher; logits of size about 2. With noise, nearly the same."""
     made = []
     for i, width in enumerate(widths):
-        hidden, head = randn(rows, width, seed=seed + i), randn(words, width, seed=seed + 5 + i, scale=2 * width**-0.5)
-        made.append((hidden.to(dtype), head.to(dtype), randn(words, seed=seed + 8 + i, scale=0.5).to(dtype)))
+        hidden, head = (
+            randn(rows, width, seed=seed + i),
+            randn(vocabulary, width, seed=seed + 5 + i, scale=2 * width**-0.5),
+        )
+        made.append((hidden.to(dtype), head.to(dtype), randn(vocabulary, seed=seed + 8 + i, scale=0.5).to(dtype)))
     if noise is not None:
         hidden, head, bias = made[1]
         made[0] = (
@@ -65,9 +68,9 @@ def errors(student, teacher, backend, **options):
     return [relative_error(x, y) for x, y in zip((loss, *found), (true_loss, *wanted), strict=True)]
 
 
-def size(backend, rows, words):
+def size(backend, rows, vocabulary):
     """The interpreter is slow: there the smaller of the shapes."""
-    return (rows, words) if backend == "cpu" or not backends.INTERPRETED else (min(rows, 9), min(words, 301))
+    return (rows, vocabulary) if backend == "cpu" or not backends.INTERPRETED else (min(rows, 9), min(vocabulary, 301))
 
 
 @every_backend
@@ -75,9 +78,9 @@ def size(backend, rows, words):
 @either_way
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_and_gradients(kind, recompute, reduction, backend):
-    """More rows than a chunk holds, more words than a block, none of them a round number; some rows masked."""
-    rows, words = size(backend, 307, 1777)
-    student, teacher = sides(rows, words)
+    """More rows than a chunk holds, more tokens than a block, none of them a round number; some rows masked."""
+    rows, vocabulary = size(backend, 307, 1777)
+    student, teacher = sides(rows, vocabulary)
     mask = randn(rows, seed=3) > -0.5
     options = {"kind": kind, "temperature": 2.5, "beta": 0.3, "alpha": 0.2, "reduction": reduction, "mask": mask}
     loss, *of = errors(student, teacher, backend, recompute_logits=recompute, **options)
@@ -88,13 +91,15 @@ def test_loss_and_gradients(kind, recompute, reduction, backend):
 @pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built")
 @either_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "words", "widths"), [(1, 1, (1, 1)), (1, 33, (7, 129)), (5, 2, (31, 1)),
+@pytest.mark.parametrize(("rows", "vocabulary", "widths"), [(1, 1, (1, 1)), (1, 33, (7, 129)), (5, 2, (31, 1)),
                                                        (65, 513, (97, 33)), (1030, 130, (5, 8)), (3, 4611, (8, 16))])  # fmt: skip
-def test_awkward_shapes(rows, words, widths, dtype, recompute):
-    student, teacher = sides(rows, words, widths, dtype)
+def test_awkward_shapes(rows, vocabulary, widths, dtype, recompute):
+    student, teacher = sides(rows, vocabulary, widths, dtype)
     found = errors(student, teacher, "cpu", recompute_logits=recompute, reduction="none", kind="soft_ce")
     assert found[0] < 2e-6
-    assert max(found[1:]) < (1e-5 if dtype == torch.float32 else 4e-3) or words == 1  # one word: all gradients are 0
+    assert (
+        max(found[1:]) < (1e-5 if dtype == torch.float32 else 4e-3) or vocabulary == 1
+    )  # one token: all gradients are 0
 
 
 @every_backend
@@ -104,8 +109,8 @@ def test_near_convergence_the_gradient_keeps_its_digits(dtype, recompute, backen
     """KL about 5e-3. What is left is the rounding of two float32 products, seen through their difference."""
     if backend == "triton" and backends.INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 wrongly")
-    rows, words = size(backend, 300, 2000)
-    student, teacher = sides(rows, words, (64, 64), dtype, noise=0.05)
+    rows, vocabulary = size(backend, 300, 2000)
+    student, teacher = sides(rows, vocabulary, (64, 64), dtype, noise=0.05)
     found = errors(student, teacher, backend, recompute_logits=recompute)
     assert found[0] < 2e-5
     assert max(found[1:]) < (2e-5 if dtype == torch.float32 else 4e-3)  # bfloat16: an ulp of the result
@@ -133,9 +138,9 @@ def test_bfloat16_gradients_are_ten_times_closer_than_eagers(recompute):
 @either_way
 @every_kind
 def test_labels_caps_scales_and_weights(kind, recompute, backend):
-    rows, words = size(backend, 70, 1601)
-    student, teacher = sides(rows, words)
-    labels = torch.arange(rows) * 37 % words
+    rows, vocabulary = size(backend, 70, 1601)
+    student, teacher = sides(rows, vocabulary)
+    labels = torch.arange(rows) * 37 % vocabulary
     labels[2] = -100
     options = {"kind": kind, "temperature": 1.7, "weights": randn(rows, seed=4).abs(), "labels": labels}
     options |= {"hard_weight": 0.4, "logit_scale": (0.8, 1.3), "logit_softcap": (3.0, None)}
@@ -150,8 +155,8 @@ def test_labels_caps_scales_and_weights(kind, recompute, backend):
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_kl", "jsd", "tvd", "soft_ce"])
 @pytest.mark.parametrize("shaped", [False, True])
 def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, recompute, backend):
-    rows, words = size(backend, 270, 1301)
-    student, teacher = sides(rows, words)
+    rows, vocabulary = size(backend, 270, 1301)
+    student, teacher = sides(rows, vocabulary)
     log_probs, indices = F.log_softmax(2 * F.linear(*(x.double() for x in teacher)), -1).topk(9)
     sparse = TopK(indices, log_probs.float(), tail)
     mask = randn(rows, seed=3) > -0.5
@@ -167,8 +172,8 @@ def test_a_sparse_teacher_needs_no_head(shaped, kind, tail, recompute, backend):
 @every_kind
 def test_an_untrained_student(kind, recompute, backend):
     """Far from the teacher, whose logits are larger: no worse than eager on logits of as much rounding."""
-    rows, words = size(backend, 5, 8000)
-    student, teacher = sides(rows, words)
+    rows, vocabulary = size(backend, 5, 8000)
+    student, teacher = sides(rows, vocabulary)
     teacher = (3 * teacher[0], *teacher[1:])
     found = errors(
         student, teacher, backend, kind=kind, recompute_logits=recompute, reduction="none", alpha=1e-6, beta=0.3
@@ -183,8 +188,8 @@ def test_an_untrained_student(kind, recompute, backend):
 @every_backend
 @either_way
 def test_masked_rows_that_hold_nan_change_nothing(recompute, backend):
-    rows, words = size(backend, 300, 200)
-    student, teacher = sides(rows, words)
+    rows, vocabulary = size(backend, 300, 200)
+    student, teacher = sides(rows, vocabulary)
     mask = torch.arange(rows) % 3 != 1
     wanted, wanted_gradients = gradients(call(teacher, backend, mask=mask, recompute_logits=recompute), *student)
     student[0][4], teacher[0][7] = torch.nan, torch.inf
@@ -199,9 +204,9 @@ def test_masked_rows_that_hold_nan_change_nothing(recompute, backend):
 @either_way
 def test_tokens_with_a_bias_of_minus_infinity(recompute, backend):
     """The padding of a vocabulary; whole blocks of it."""
-    rows, words = size(backend, 6, 1800)
-    student, teacher = sides(rows, words)
-    fewer = words * 2 // 3
+    rows, vocabulary = size(backend, 6, 1800)
+    student, teacher = sides(rows, vocabulary)
+    fewer = vocabulary * 2 // 3
     for side in (student, teacher):
         side[2][fewer:] = -torch.inf
     loss, found = gradients(call(teacher, backend, recompute_logits=recompute), *student)
@@ -294,8 +299,8 @@ def test_chunks_of_rows_and_several_blocks_of_columns(kind, recompute, backend, 
     from fastkd.kernels import linear_divergence as kernels
 
     monkeypatch.setattr(kernels, "ROWS", {False: 4, True: 4})
-    for rows, words in ((11, 130), (5, 2051)):
-        student, teacher = sides(rows, words)
+    for rows, vocabulary in ((11, 130), (5, 2051)):
+        student, teacher = sides(rows, vocabulary)
         options = {"kind": kind, "mask": torch.arange(rows) != 2, "labels": torch.arange(rows), "hard_weight": 0.2}
         loss, *of = errors(student, teacher, backend, recompute_logits=recompute, **options)
         assert loss < 2e-6

@@ -1,4 +1,4 @@
-"""linear_divergence with a student that has a part of the words, and a teacher that keeps its probabilities over all of
+"""linear_divergence with a student that has a part of the tokens, and a teacher that keeps its probabilities over all of
 them: what a dropped word is compared with, against sums written out in float64."""
 
 import pytest
@@ -12,17 +12,17 @@ from fastkd.vocab import alignment
 
 KINDS = kernels.KINDS
 LEFT_OUT = ("forward_kl", "reverse_kl", "soft_ce")  # kinds that can leave a part of the teacher's mass out
-ROWS, WORDS = 7, 23
+ROWS, VOCABULARY = 7, 23
 KEPT = torch.tensor([21, 3, 7, 0, 12, 5, 9, 22, 1])
-STAND_INS = KEPT[torch.arange(WORDS) % len(KEPT)]
+STAND_INS = KEPT[torch.arange(VOCABULARY) % len(KEPT)]
 OPTIONS = {"temperature": 1.7, "logit_scale": (0.9, 1.1), "logit_softcap": (6.0, 4.0)}
 every_backend = pytest.mark.parametrize("backend", ["reference", *kernels.HERE])
 either_way = pytest.mark.parametrize("recompute", [False, True])
 
 
-def sides(rows=ROWS, words=WORDS, kept=KEPT, dtype=torch.float64, **options):
-    """(hidden, head, bias) of a student with the words `kept`, and of a teacher with all."""
-    (hidden, head, bias), teacher = kernels.sides(rows, words, dtype=dtype, **options)
+def sides(rows=ROWS, vocabulary=VOCABULARY, kept=KEPT, dtype=torch.float64, **options):
+    """(hidden, head, bias) of a student with the tokens `kept`, and of a teacher with all."""
+    (hidden, head, bias), teacher = kernels.sides(rows, vocabulary, dtype=dtype, **options)
     return (hidden, head[kept], bias[kept]), teacher
 
 
@@ -33,7 +33,7 @@ def shaped(side, which):
 
 
 def left_out(kind, student, teacher, kept):
-    """Rows, written out: softmax over all of the teacher's words, of which the kept ones are compared."""
+    """Rows, written out: softmax over all of the teacher's tokens, of which the kept ones are compared."""
     p = torch.softmax(shaped(teacher, 1) / OPTIONS["temperature"], -1)[:, kept]  # sums to less than 1
     log_q = torch.log_softmax(shaped(student, 0) / OPTIONS["temperature"], -1)
     rows = {
@@ -75,7 +75,7 @@ def test_mass_outside_the_kept_ids_is_ignored(kind, reduction, recompute):
     mask, weights = randn(ROWS, seed=3) > -0.5, randn(ROWS, seed=4).abs()
     options = {"mask": mask, "weights": weights, "recompute_logits": recompute, "reduction": reduction}
     check(*both(kind, student, teacher, "reference", **options), (1e-12, 1e-11))
-    found, wanted = both(kind, student, teacher, "reference", vocab=VocabMap(KEPT, WORDS), **options)
+    found, wanted = both(kind, student, teacher, "reference", vocab=VocabMap(KEPT, VOCABULARY), **options)
     check(found, wanted, (1e-12, 1e-11))
     renormalised = kernels.call(teacher, "reference", kind=kind, vocab=KEPT, **OPTIONS, **options)(*student)
     assert relative_error(renormalised, wanted[0]) > 1e-2
@@ -85,9 +85,9 @@ def test_mass_outside_the_kept_ids_is_ignored(kind, reduction, recompute):
 @either_way
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_kernels_against_float64(kind, recompute, backend):
-    rows, words = kernels.size(backend, 150, 2777)
-    kept = torch.randperm(words, generator=torch.Generator().manual_seed(0))[: words // 2]
-    student, teacher = sides(rows, words, kept, torch.float32)
+    rows, vocabulary = kernels.size(backend, 150, 2777)
+    kept = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[: vocabulary // 2]
+    student, teacher = sides(rows, vocabulary, kept, torch.float32)
     mask = randn(rows, seed=3) > -0.5
     mask[0] = False
     for reduction in ("mean", "none"):
@@ -111,7 +111,7 @@ def test_bfloat16_is_as_accurate_as_its_operands(backend):
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("place", [0, 1])
 def test_no_mutant_of_the_kept_mass_survives(mutant, place, monkeypatch):
-    """What the divergence of the kept words is weighted with, or shifted by, alone wrong."""
+    """What the divergence of the kept tokens is weighted with, or shifted by, alone wrong."""
     student, teacher = sides()
     right = alignment.weighting
 
@@ -138,14 +138,14 @@ def test_equals_a_sparse_teacher_without_a_tail(kind):
 @either_way
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dropped_token_is_counted_as_its_stand_in(kind, recompute):
-    """The student's softmax is over all words; padding of the teacher's head is none of them."""
+    """The student's softmax is over all tokens; padding of the teacher's head is none of them."""
     student, teacher = sides()
-    vocab = VocabMap(KEPT, WORDS, replacement=STAND_INS)
+    vocab = VocabMap(KEPT, VOCABULARY, replacement=STAND_INS)
     padded = (teacher[0], torch.cat([teacher[1], randn(3, 40)]), torch.cat([teacher[2], randn(3)]))
     mask = randn(ROWS, seed=3) > -0.5
     options = {"kind": kind, "temperature": 1.7, "mask": mask, "reduction": "none"}
     call = kernels.call(padded, "reference", vocab=vocab, teacher_tokens="all", recompute_logits=recompute, **options)
-    place = [KEPT.tolist().index(i if i in KEPT else int(STAND_INS[i])) for i in range(WORDS)]
+    place = [KEPT.tolist().index(i if i in KEPT else int(STAND_INS[i])) for i in range(VOCABULARY)]
     t = F.linear(*teacher)
     wanted = gradients(lambda *x: divergence(F.linear(*x)[:, place], t, **options), *student)
     check(gradients(call, *student), wanted, (1e-12, 1e-11))
@@ -153,10 +153,10 @@ def test_a_dropped_token_is_counted_as_its_stand_in(kind, recompute):
 
 @every_backend
 def test_stand_ins_in_kernels(backend):
-    rows, words = kernels.size(backend, 100, 1777)
-    kept = torch.randperm(words, generator=torch.Generator().manual_seed(0))[: words // 3]
-    vocab = VocabMap(kept, words, replacement=int(kept[0]))
-    student, teacher = sides(rows, words, kept, torch.float32)
+    rows, vocabulary = kernels.size(backend, 100, 1777)
+    kept = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[: vocabulary // 3]
+    vocab = VocabMap(kept, vocabulary, replacement=int(kept[0]))
+    student, teacher = sides(rows, vocabulary, kept, torch.float32)
     options = {"kind": "jsd", "vocab": vocab, "teacher_tokens": "all"}
     exact = kernels.call(tuple(map(kernels.double, teacher)), "reference", **options)
     wanted = gradients(exact, *map(kernels.double, student))
@@ -173,7 +173,9 @@ def test_the_gradient_of_a_stand_in_of_thousands_is_summed_in_float32():
     assert grad.dtype == torch.bfloat16 and grad.tolist() == [[0.0] * 3, [4000.0] * 3]
 
 
-@pytest.mark.parametrize("vocab", [KEPT, VocabMap(KEPT, WORDS, replacement=STAND_INS)], ids=["left out", "stand-ins"])
+@pytest.mark.parametrize(
+    "vocab", [KEPT, VocabMap(KEPT, VOCABULARY, replacement=STAND_INS)], ids=["left out", "stand-ins"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_hard_labels_use_the_students_own_vocabulary(vocab, reduction):
     student, teacher = sides()
@@ -189,9 +191,9 @@ def test_hard_labels_use_the_students_own_vocabulary(vocab, reduction):
 
 
 def test_keeping_the_full_vocabulary_changes_nothing():
-    student, teacher = sides(kept=torch.arange(WORDS))
+    student, teacher = sides(kept=torch.arange(VOCABULARY))
     wanted = gradients(kernels.call(teacher, "reference"), *student)
-    for vocab in (None, torch.arange(WORDS), VocabMap(torch.arange(WORDS), WORDS)):
+    for vocab in (None, torch.arange(VOCABULARY), VocabMap(torch.arange(VOCABULARY), VOCABULARY)):
         found = gradients(kernels.call(teacher, "reference", vocab=vocab, teacher_tokens="all"), *student)
         check(found, wanted, (0, 0))
 
@@ -206,7 +208,7 @@ def test_compiled_equals_eager():
 
 def test_the_kept_mass_as_an_op():
     _, (hidden, head, bias) = sides(dtype=torch.float32)
-    dropped = torch.tensor([i for i in range(WORDS) if i not in KEPT])
+    dropped = torch.tensor([i for i in range(VOCABULARY) if i not in KEPT])
     args = (hidden, head, bias, KEPT, dropped, randn(ROWS) > 0, "reference", 2.0, 1.0, 0.0, False, None)
     torch.library.opcheck(torch.ops.fastkd.kept_log_mass, args)
 
@@ -226,7 +228,7 @@ def test_a_kept_part_of_almost_all_and_of_almost_nothing(how_far):
 
 def test_glmd_from_hidden_states_is_the_public_one():
     student, teacher = sides()
-    vocab = VocabMap(KEPT, WORDS, replacement=STAND_INS)
+    vocab = VocabMap(KEPT, VOCABULARY, replacement=STAND_INS)
     loss = GLMDLoss(2.0, vocab=vocab, teacher_tokens="all", normalize="tokens")
     shape = lambda x: x[None]  # noqa: E731
     found = loss.from_hidden(shape(student[0]), student[1], shape(teacher[0]), teacher[1], student_bias=student[2])
@@ -245,11 +247,11 @@ def test_invalid_arguments_are_errors():
     with pytest.raises(ValueError, match="only once"):
         call(vocab=torch.zeros(9, dtype=torch.int64))
     with pytest.raises(ValueError, match="student_head"):
-        call(vocab=VocabMap(KEPT[:5], WORDS, replacement=int(KEPT[0])))
+        call(vocab=VocabMap(KEPT[:5], VOCABULARY, replacement=int(KEPT[0])))
     with pytest.raises(ValueError, match="teacher_head"):
         call(vocab=VocabMap(KEPT, 99, replacement=int(KEPT[0])))
     sparse = TopK(torch.zeros(ROWS, 1, dtype=torch.int64), torch.zeros(ROWS, 1))
     with pytest.raises(ValueError, match="encode"):
         linear_divergence(*student[:2], sparse, teacher_tokens="all")
     with pytest.raises(ValueError, match="stand-in"):
-        GLMDLoss(vocab=VocabMap(KEPT, WORDS), teacher_tokens="all")
+        GLMDLoss(vocab=VocabMap(KEPT, VOCABULARY), teacher_tokens="all")

@@ -1,4 +1,4 @@
-"""linear_divergence with heads spread over two processes: the loss and every gradient of one process with all words."""
+"""linear_divergence with heads spread over two processes: the loss and every gradient of one process with all tokens."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ import fastkd
 from cases import randn, relative_error
 from ranks import on_two_ranks
 
-ROWS, D, T_D, WORDS = 300, 6, 5, 23  # more rows than are computed at a time; shards of 11 and 12 words
-SPLIT = (0, 11, WORDS)
+ROWS, D, T_D, VOCABULARY = 300, 6, 5, 23  # more rows than are computed at a time; shards of 11 and 12 tokens
+SPLIT = (0, 11, VOCABULARY)
 OPTIONS = [
     {"kind": kind, "temperature": temperature}
     for kind, temperature in (
@@ -21,7 +21,7 @@ OPTIONS = [
     {"sparse": None, "masked": True}, {"sparse": True, "kind": "reverse_kl", "hard_weight": 0.3, "temperature": 2.0},
     {"sparse": "given", "kind": "jsd", "logit_softcap": 3.0}, {"sparse": True, "kind": "forward_kl", "tokens": 15},
     {"reduction": "none", "masked": True}, {"recompute_logits": True, "kind": "jsd"},
-    {"absent": range(9, WORDS), "kind": "jsd"}, {"absent": (3, 12), "kind": "forward_kl"},  # no token of the second rank's
+    {"absent": range(9, VOCABULARY), "kind": "jsd"}, {"absent": (3, 12), "kind": "forward_kl"},  # no token of the second rank's
 ]  # fmt: skip
 CASES = [(options, near) for options in OPTIONS for near in (False, True)]
 # Few, since Triton's interpreter is slow; the values of two kinds come from one look at the logits, those of four from two.
@@ -70,7 +70,7 @@ def inputs(options, near, dtype):
     options = dict(options)
     rows = options.pop("rows", ROWS)
     tail, tokens = options.pop("sparse", "dense"), options.pop("tokens", 4)
-    teacher = [randn(rows, D, seed=1), randn(WORDS, D, seed=2), randn(WORDS, seed=3)]
+    teacher = [randn(rows, D, seed=1), randn(VOCABULARY, D, seed=2), randn(VOCABULARY, seed=3)]
     generator = torch.Generator().manual_seed(4)
     student = [x + (1e-3 if near else 1.0) * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in teacher]
     if options.pop("masked", False):
@@ -80,7 +80,7 @@ def inputs(options, near, dtype):
     if options.pop("weighted", False):
         options["weights"] = torch.arange(rows, dtype=torch.float32) / rows
     if "hard_weight" in options:
-        options["labels"] = torch.arange(rows) % WORDS
+        options["labels"] = torch.arange(rows) % VOCABULARY
     if tail != "dense":
         log_p = (torch.nn.functional.linear(*teacher) / options.get("temperature", 1.0)).log_softmax(-1)
         log_probs, indices = log_p.topk(tokens, -1)
@@ -102,7 +102,7 @@ def loss_of(student, teacher_hidden, teacher, topk=None, **more):
 
 
 def in_one_process(options, near, dtype, wide):
-    """(loss, gradients) with all words, of the inputs in `dtype`, computed in `wide`."""
+    """(loss, gradients) with all tokens, of the inputs in `dtype`, computed in `wide`."""
     leaves, sides, more = inputs(options, near, getattr(torch, dtype))
     own, teacher = [x.to(wide).requires_grad_() for x in leaves], [x.to(wide) for x in sides]
     loss = loss_of(own, teacher[0], teacher[1:], backend="reference", **more)

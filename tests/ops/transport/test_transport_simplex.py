@@ -167,18 +167,8 @@ def test_closed_forms(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(
-    ("wrong", "code"),
-    [
-        ("nan_cost", 1),
-        ("inf_cost", 1),
-        ("negative", 2),
-        ("nan_mass", 2),
-        ("inf_mass", 2),
-        ("unequal", 3),
-        ("empty", 3),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "code"), [
+    ("nan_cost", 1), ("inf_cost", 1), ("negative", 2), ("nan_mass", 2), ("inf_mass", 2), ("unequal", 3), ("empty", 3)])  # fmt: skip
 def test_status_codes(solver, wrong, code):
     """A bad problem says what is wrong, gives NaN, and leaves its neighbours alone."""
     cost, a, b = problems_of("random", 3, 5, 8)
