@@ -277,8 +277,8 @@ def test_the_other_sentence_tasks_train(task, tmp_path):
     )
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
-    if task == "cloze":  # words, then the task's soft labels
-        assert "term/glmd/words" in entries[0] and "term/glmd/soft" in entries[-1]
+    if task == "cloze":  # tokens, then the task's soft labels
+        assert "term/glmd/tokens" in entries[0] and "term/glmd/soft" in entries[-1]
         assert entries[4]["loss"] < entries[0]["loss"] and entries[-1]["loss"] < entries[5]["loss"] + 1e-4
     else:
         assert entries[-1]["loss"] < entries[0]["loss"]
