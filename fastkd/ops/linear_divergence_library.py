@@ -29,7 +29,7 @@ def fwd_grad(
     by_row, of_vocabulary = (weights, hidden, t_hidden, indices, log_probs, tail, labels), (head, bias, t_head, t_bias)
     if mask is None or mask.all():
         return _of_valid_rows(by_row, of_vocabulary, *numbers)
-    where = mask.nonzero()[:, 0]  # a masked row may hold NaN
+    where = torch.nonzero_static(mask, size=int(mask.sum()))[:, 0]  # a masked row may hold NaN
     rows, of_hidden, *others = _of_valid_rows((x if x is None else x[where] for x in by_row), of_vocabulary, *numbers)
     spread = lambda x: x.new_zeros(len(mask), x.shape[1]).index_copy_(0, where, x)  # noqa: E731
     return spread(rows), spread(of_hidden) if numbers[-3] else of_hidden, *others
