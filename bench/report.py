@@ -5,7 +5,6 @@ reason under `absent`.
 """
 
 import csv
-import io
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -43,25 +42,25 @@ def as_text(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
-    """The texts of a CSV file, of the bench or the profile; nothing where there is none."""
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """The rows of a <stem>.csv; none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as handle:
         try:
-            return list(csv.DictReader(handle))
+            return [typed(path, row) for row in csv.DictReader(handle)]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a CSV file ({error})") from error
 
 
 def rows_of(folder: pathlib.Path) -> list[Row]:
     """Every row of a device, stem after stem."""
-    return [typed(path, row) for path in (folder / f"{stem}.csv" for stem in STEMS) for row in read_rows(path)]
+    return [row for stem in STEMS for row in read_rows(folder / f"{stem}.csv")]
 
 
 def read(path: pathlib.Path) -> list[Row]:
     """The rows of a <stem>.csv, or of every one in a device's folder; at least one."""
-    rows = rows_of(path) if path.is_dir() else [typed(path, row) for row in read_rows(path)]
+    rows = rows_of(path) if path.is_dir() else read_rows(path)
     if not rows:
         raise ValueError(f"{path}: no results here; name a <stem>.csv of `fastkd bench`, or the folder of a device")
     return rows
@@ -108,14 +107,13 @@ def write(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for stem in dict.fromkeys(row["stem"] for row in rows):
-        path, text = folder / f"{stem}.csv", io.StringIO()
-        there = [typed(path, row) for row in read_rows(path)]
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in merge(there, [row for row in rows if row["stem"] == stem]):
-            writer.writerow({name: as_text(row.get(name)) for name in COLUMNS})
-        with atomic_write.replacing(path) as scratch:
-            scratch.write_text(text.getvalue(), newline="")
+        path = folder / f"{stem}.csv"
+        there = read_rows(path)
+        with atomic_write.replacing(path) as scratch, scratch.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for row in merge(there, [row for row in rows if row["stem"] == stem]):
+                writer.writerow({name: as_text(row.get(name)) for name in COLUMNS})
         written.append(path)
     return written
 

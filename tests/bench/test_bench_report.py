@@ -38,8 +38,8 @@ def test_the_schema_is_fixed(tmp_path, fake_measure):
     assert first.startswith("divergence,forward_kl-3x5-float32,forward_kl,3x5,float32,forward,plain,")
     again = report.read(path)
     assert {type(row[name]) for row in again for name in ("rounds", "threads")} == {int}
-    written = [{name: report.as_text(value) for name, value in row.items()} for row in rows]
-    assert written == report.read_rows(path) == [{name: report.as_text(row[name]) for name in row} for row in again]
+    written, found = ([{name: report.as_text(x) for name, x in row.items()} for row in side] for side in (rows, again))
+    assert written == found
 
 
 def test_new_rows_replace_their_group_and_keep_the_rest(tmp_path, fake_measure):

@@ -179,9 +179,7 @@ def test_every_way_computes_the_same(name, family, task, monkeypatch):
 def test_a_way_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(loops.importlib.util, "find_spec", lambda name: None)
     plan = session.Plan(providers=("loop", "logits"), warm=0, timed=1, memory=0, trace=0)
-    with pytest.raises(
-        ValueError, match=r"providers: loop: there is no loop for pkd; logits: heads are not taken"
-    ):
+    with pytest.raises(ValueError, match=r"providers: loop: there is no loop for pkd; logits: heads are not taken"):
         steps_of("pkd", plan=plan)
     steps, _, left_out = run_of("jsd", "gpt2", replace(plan, providers=("trl", "fastkd", "gkd")))
     assert [step.provider for step in steps] == ["fastkd"] and left_out == dict.fromkeys(
