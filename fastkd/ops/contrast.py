@@ -16,9 +16,10 @@ from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
 
 # The gradient is made in the forward, since reading the bank again in the backward would double the time. The query's gradient
-# is a multiple of `unit_grad` [B, D], so the backward only rescales it. There are no backward kernels.
+# is a multiple of `unit_grad` [B, D], so the backward only rescales it, unless the bank is trained. NCE has no backward kernel.
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_fwd")
-SOFTMAX = backends.kernels("contrast", "info_nce_softmax", "info_nce_softmax", mutates=("scores",))
+OF_BANK = backends.kernels("contrast", "info_nce_bank_bwd", "info_nce_bank_bwd", only=("triton",))
+SOFTMAX = backends.kernels("contrast", "info_nce_softmax", "info_nce_softmax", only=("cpu",))
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
@@ -30,6 +31,10 @@ MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the r
 def _info_nce_fake(query, positive, bank, index, inverse, query_ids, bank_ids, gradient_in_forward, scale=None):
     rows = query.new_empty(query.shape[0], dtype=torch.float32)
     return rows, _unit_grad_fake(query, gradient_in_forward), torch.empty_like(rows), torch.empty_like(rows)
+
+
+def _bank_fake(query, bank, inverse_temperature, query_ids, bank_ids, lse, coefficient):
+    return bank.new_empty(bank.shape, dtype=torch.float32)
 
 
 def _nce_fake(query, bank, index, shift, temperature, gradient_in_forward, scale=None):
@@ -58,6 +63,7 @@ backends.fake("info_nce_fwd", _info_nce_fake)
 backends.fake("nce_pair", _pair_fake)
 backends.fake("unit_linear_fwd", lambda x, w, bias: (x.new_empty(len(x), len(w)), x.new_empty(len(x))))
 backends.fake("unit_linear_bwd", _unit_linear_bwd_fake)
+backends.fake("info_nce_bank_bwd", _bank_fake)
 backends.fake("info_nce_softmax", lambda scores, *_: (scores.new_empty(len(scores)), scores.new_empty(len(scores))))
 backends.fake("nce_fwd", _nce_fake)
 backends.fake("update_bank", lambda bank, index, rows, momentum, scale=None: None)
@@ -74,18 +80,28 @@ class InfoNCE(backends.Function):
     @staticmethod
     def forward(ctx, backend, query, positive, inverse_temperature, bank, index, query_ids, bank_ids, scale):
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        inverse = inverse_temperature.to(query.device, torch.float64)
-        rows, unit_grad, weight, _ = INFO_NCE[backend].fwd(
+        ctx.backend, inverse = backend, inverse_temperature.to(query.device, torch.float64)
+        rows, unit_grad, weight, lse = INFO_NCE[backend].fwd(
             query, positive, bank, index, inverse, query_ids, bank_ids, wanted, scale
         )
-        ctx.save_for_backward(query, inverse, unit_grad, weight)  # not the bank, which may change before the backward
+        # A bank that is not trained is not saved, since it may change in place before the backward.
+        bank_inputs = (bank, lse, query_ids, bank_ids) if ctx.needs_input_grad[4] else ()
+        ctx.save_for_backward(query, inverse, unit_grad, weight, *bank_inputs)
         ctx.dtypes = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        gradients = _of_queries(grad, *ctx.saved_tensors, ctx.needs_input_grad[1:4], *ctx.dtypes)
-        return None, *gradients, *[None] * 5
+        query, inverse, unit_grad, weight, *bank_inputs = ctx.saved_tensors
+        gradients = _of_queries(grad, query, inverse, unit_grad, weight, ctx.needs_input_grad[1:4], *ctx.dtypes)
+        to_bank = None
+        if ctx.needs_input_grad[4]:
+            bank, lse, query_ids, bank_ids = bank_inputs
+            coefficient = (grad * inverse * weight).float()
+            to_bank = (
+                OF_BANK[ctx.backend].fwd(query, bank, inverse, query_ids, bank_ids, lse, coefficient).to(bank.dtype)
+            )
+        return None, *gradients, to_bank, *[None] * 4
 
 
 def _of_queries(grad, query, inverse, unit_grad, weight, wanted, positive_dtype, temperature_dtype) -> list:
@@ -103,75 +119,62 @@ def _of_queries(grad, query, inverse, unit_grad, weight, wanted, positive_dtype,
 
 
 class InfoNCEByProducts(backends.Function):
-    """For a bank that has a gradient too, or without AVX2. The library's products form the scores S = query bank^T, some rows at a
-    time, and the kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T, d bank = W^T query / T. If one
-    chunk has all rows, W is saved for the backward, which else computes it again."""
+    """On a CPU, for a bank that has a gradient too, or without AVX2. The library's products form the scores S = query bank^T, some
+    rows at a time, and the kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T and d bank = W^T query
+    / T. If one chunk has all rows, W is saved for the backward, which else computes it again."""
 
     function = "info_nce_loss"
 
     @staticmethod
-    def forward(ctx, backend, query, positive, inverse_temperature, bank, query_ids, bank_ids):
+    def forward(ctx, query, positive, inverse_temperature, bank, query_ids, bank_ids):
         """bank: None where the positives are the bank, and bank_ids where they are the queries': torch.compile takes no tensor
         twice."""
         ctx.in_batch, bank = bank is None, positive if bank is None else bank
         bank_ids = query_ids if bank_ids is None else bank_ids
-        ctx.trains_bank = ctx.needs_input_grad[2 if ctx.in_batch else 4]
-        inverse, operand = inverse_temperature.to(query.device, torch.float64), _operand(query, bank)
-        inputs, keys = (query, positive, inverse, bank, query_ids, bank_ids), bank.to(operand).t()
-        with_queries = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        chunks = []
-        for part, scores, rows, weight in _weights(backend, *inputs):
-            to_query = product(scores, keys) if with_queries else rows.new_empty(0)
-            if with_queries:
-                to_query.addcmul_(positive[part].float(), weight[:, None], value=-1)
-            chunks.append((rows, weight, to_query))
+        ctx.trains_bank = ctx.needs_input_grad[1 if ctx.in_batch else 3]
+        inputs = query, positive, inverse_temperature.double(), bank, query_ids, bank_ids
+        chunks, keys = [], bank.float().t()
+        for part, scores, rows, weight in _weights(*inputs):
+            unit_grad = rows.new_empty(0)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+                unit_grad = product(scores, keys).addcmul_(positive[part].float(), weight[:, None], value=-1)
+            chunks.append((rows, weight, unit_grad))
         rows, weight, unit_grad = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
         trained = (positive, bank, query_ids, bank_ids, *([scores] if len(chunks) == 1 else []))
-        ctx.save_for_backward(query, inverse, unit_grad, weight, *(trained if ctx.trains_bank else ()))
-        ctx.backend, ctx.dtypes = backend, (positive.dtype, inverse_temperature.dtype)
+        ctx.save_for_backward(query, inputs[2], unit_grad, weight, *(trained if ctx.trains_bank else ()))
+        ctx.dtypes = positive.dtype, inverse_temperature.dtype
         return rows
 
     @staticmethod
     def backward(ctx, grad):
-        (query, inverse, unit_grad, weight, *trained), wanted = ctx.saved_tensors, [*ctx.needs_input_grad[1:4]]
+        (query, inverse, unit_grad, weight, *trained), wanted = ctx.saved_tensors, [*ctx.needs_input_grad[:3]]
         wanted[1] = wanted[1] and not ctx.in_batch
-        gradients = _of_queries(grad, query, inverse, unit_grad, weight, wanted, *ctx.dtypes)
-        if not ctx.trains_bank:
-            return None, *gradients, None, None, None
-        positive, bank, query_ids, bank_ids, *saved = trained
-        inputs = query, positive, inverse, bank, query_ids, bank_ids
-        operand, factor = _operand(query, bank), (grad * inverse).float()[:, None]  # [B, 1]
-        if operand == torch.float16:  # a small upstream gradient would underflow
-            largest = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-            factor = factor / largest
-        queries, sums = (query * factor).to(operand).t(), None
-        for part, scores, *_ in [(slice(None), *saved)] if saved else _weights(ctx.backend, *inputs):
-            sums = product(scores.t(), queries[:, part], sums)
-        if ctx.in_batch:
-            sums.addcmul_(query.float(), factor * weight[:, None], value=-1)
-        if operand == torch.float16:
-            sums *= largest
-        gradients.append(sums.to(bank.dtype))
-        if ctx.in_batch:
-            gradients[1], gradients[3] = gradients[3], None
-        return None, *gradients, None, None
+        gradients = [*_of_queries(grad, query, inverse, unit_grad, weight, wanted, *ctx.dtypes), None]
+        if ctx.trains_bank:
+            positive, bank, query_ids, bank_ids, *saved = trained
+            factor = (grad * inverse).float()[:, None]  # [B, 1]
+            queries, sums = (query * factor).float().t(), None
+            again = saved or (x[1] for x in _weights(query, positive, inverse, bank, query_ids, bank_ids))
+            for scores, part in zip(again, queries.split(len(query) if saved else _rows(bank), 1), strict=True):
+                sums = product(scores.t(), part, sums)
+            if ctx.in_batch:
+                sums.addcmul_(query.float(), factor * weight[:, None], value=-1)
+            gradients[1 if ctx.in_batch else 3] = sums.to(bank.dtype)
+        return *gradients, None, None
 
 
-def _weights(backend, query, positive, inverse, bank, query_ids, bank_ids):
-    """Rows at a time: (rows, W of these rows [C, K], their loss [C], their w [C]). There is at least one chunk."""
-    operand, step = _operand(query, bank), max(SCORES // max(len(bank), 1), 1)
-    queries, keys = query.to(operand), bank.to(operand)
-    for begin in range(0, max(len(query), 1), step):
-        part = slice(begin, begin + step)
+def _rows(bank: Tensor) -> int:
+    return max(SCORES // max(len(bank), 1), 1)
+
+
+def _weights(query, positive, inverse, bank, query_ids, bank_ids):
+    """Rows at a time: (these rows, their W [C, K], their loss [C], their w [C]). There is at least one chunk."""
+    queries, keys = query.float(), bank.float()
+    for begin in range(0, max(len(query), 1), _rows(bank)):
+        part = slice(begin, begin + _rows(bank))
         scores = product(queries[part], keys)
         ids = None if query_ids is None else query_ids[part]
-        rows, weight = SOFTMAX[backend].fwd(scores, query[part], positive[part], inverse, ids, bank_ids)
-        yield part, scores.to(operand), rows, weight
-
-
-def _operand(query: Tensor, bank: Tensor) -> torch.dtype:
-    """What products take: half precision only from both, and on a GPU, whose sums are float32 all the same."""
-    return query.dtype if query.is_cuda and query.dtype == bank.dtype else torch.float32
+        yield part, scores, *SOFTMAX["cpu"].fwd(scores, query[part], positive[part], inverse, ids, bank_ids)
 
 
 class NCE(backends.Function):
@@ -280,10 +283,12 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     query_ids, bank_ids = (None, None) if exclude is None else (ids.long() for ids in exclude)
     own, temperature = bank is positive, inverse_temperature.reshape(())
     positive = positive.float() if positive.dtype == torch.float64 else positive
-    plain = backend == "cpu" and query.dtype == bank.dtype == torch.float32 and index is None and scale is None
-    if own or wants_gradient(bank) or (PREFERRED and plain):  # a bank with a gradient is shared, and has no scale
+    plain = query.dtype == bank.dtype == torch.float32 and index is None and scale is None
+    if backend == "cpu" and (
+        own or wants_gradient(bank) or (PREFERRED and plain)
+    ):  # a bank with a gradient has no scale
         others = None if own else bank, query_ids, None if bank_ids is query_ids else bank_ids
-        return InfoNCEByProducts.apply(backend, query, positive, temperature, *others)
+        return InfoNCEByProducts.apply(query, positive, temperature, *others)
     index, scale = (None if index is None else index.long()), (None if scale is None else scale.float())
     return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
 

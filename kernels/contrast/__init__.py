@@ -1,4 +1,4 @@
 from .bank import sample_negatives, update_bank
-from .loss import info_nce_fwd, info_nce_softmax, nce_fwd
+from .loss import info_nce_bank_bwd, info_nce_fwd, nce_fwd
 
-__all__ = ["info_nce_fwd", "info_nce_softmax", "nce_fwd", "sample_negatives", "update_bank"]
+__all__ = ["info_nce_bank_bwd", "info_nce_fwd", "nce_fwd", "sample_negatives", "update_bank"]

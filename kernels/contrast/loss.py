@@ -3,14 +3,13 @@
 The maths. n_k = <q, bank_k> / T, p = <q, positive> / T. InfoNCE is attention with K = V = bank:
 
     lse = log sum_k e^n_k,   loss = softplus(lse - p),   w = sigmoid(lse - p),
-    unit_grad = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d n_k = w e^(n_k - lse).
+    unit_grad = w (sum_k e^(n_k - lse) bank_k - positive) = T · d loss / d q,   d loss / d bank_k = w e^(n_k - lse) q / T.
 
 NCE, where `shift` is everything that is subtracted from a score: u = <q, n> / T - shift,
 
     loss = softplus(-u_0) + sum_k softplus(u_k),   unit_grad = (sum_k sigmoid(u_k) bank_k - sigmoid(-u_0) bank_0) / T.
 
-Saved: `unit_grad`, so that the backward need not read the bank again, and w. Of a trained bank the library makes the products,
-and softmax_kernel what lies between them.
+Saved: `unit_grad`, so that the backward need not read a bank without a gradient again; per query w and, for a trained bank, lse.
 
 The passes. The bank (or a query's row of the index) is split among programs; each reads its blocks once with a running
 maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order. Their number
@@ -37,7 +36,7 @@ WIDEST = (64, 256, 128)  # columns that a program sums, by how its products are 
 PROGRAMS = 528  # 4 on each of an H200's 132 multiprocessors
 TWO_TO_120 = tl.constexpr(1329227995784915872903807060280344576.0)
 # Bytes of local memory a thread may use, over every width, dtype and chip.
-SPILL_LIMIT = {"shared_kernel": 24, "softmax_kernel": 0, "gathered_kernel": 16, "merge_kernel": 0}
+SPILL_LIMIT = {"shared_kernel": 24, "bank_kernel": 8, "gathered_kernel": 16, "merge_kernel": 0}
 
 
 @triton.jit
@@ -150,49 +149,30 @@ def shared_kernel(
 
 
 @triton.jit
-def softmax_kernel(
-    score_ptr, q_ptr, positive_ptr, inverse_ptr, query_ids, bank_ids, loss_ptr, weight_ptr, K, D, q_stride,
-    positive_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+def bank_kernel(
+    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, lse_ptr, factor_ptr, grad_ptr, B, K, D, q_stride, bank_stride,
+    HOW: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One query: its scores <q, bank_k> are replaced by w e^(n_k - lse); loss and w."""
-    i_b = tl.program_id(0).to(tl.int64)
-    inverse = tl.load(inverse_ptr).to(tl.float32)
-    score_ptr += i_b * K
-    own = tl.load(query_ids + i_b) if query_ids is not None else 0
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        n = row_scores(score_ptr, bank_ids, own, inverse, start, K, BLOCK)
-        top = tl.maximum(largest, n)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        mass = mass * tl.exp(largest - shift) + tl.exp(n - shift)
-        largest = top
-    top = tl.max(largest, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(mass * tl.exp(largest - shift), 0)
-    o_d = tl.arange(0, WIDTH)
-    b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_p = tl.load(positive_ptr + i_b * positive_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    p = tl.sum(b_q * b_p, 0) * inverse
-    loss, weight = softplus_and_slope(tl.where(total == 0, -1e30, top + tl.log(total) - p))
-    tl.store(loss_ptr + i_b, loss)
-    tl.store(weight_ptr + i_b, weight)
-    factor = weight / tl.where(total == 0, 1.0, total)
-    for start in range(0, K, BLOCK):
-        n = row_scores(score_ptr, bank_ids, own, inverse, start, K, BLOCK)
-        o_k = start + tl.arange(0, BLOCK)
-        tl.store(score_ptr + o_k, factor * tl.exp(n - shift), mask=o_k < K)
-
-
-@triton.jit
-def row_scores(score_ptr, bank_ids, own, inverse, start, K, BLOCK: tl.constexpr):
-    """n of a block of keys; -inf at keys that do not exist or are excluded."""
-    o_k = start + tl.arange(0, BLOCK)
-    n = tl.load(score_ptr + o_k, mask=o_k < K, other=float("-inf")) * inverse
-    if bank_ids is not None:
-        n = tl.where(tl.load(bank_ids + o_k, mask=o_k < K, other=0) == own, float("-inf"), n)
-    return n
+    """The gradient of a block of the bank, one chunk of columns: the sum over the queries, in order."""
+    i_k, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    o_d = i_chunk * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_K, WIDTH], tl.float32)
+    for start in range(0, B, BLOCK_B):
+        o_b = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        m_b = o_b < B
+        n = scores_of(
+            q_ptr, bank_ptr, None, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
+            HOW, INNER,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + o_b, mask=m_b, other=0.0)
+        factor = tl.load(factor_ptr + o_b, mask=m_b, other=0.0)
+        probability = tl.exp(n - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
+        weight = tl.where(m_b[:, None], probability * factor[:, None], 0.0)
+        b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D).to(tl.float32)
+        total = tl.dot(tl.trans(weight), b_q, total, input_precision="ieee")
+    tl.store(grad_ptr + o_k[:, None] * D + o_d[None, :], total, mask=m_k[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -302,7 +282,7 @@ def how(query: Tensor, bank: Tensor) -> int:
 
 
 def geometry(queries: int, width: int, form: int, as_bytes: bool = False) -> dict:
-    """Tiles and launch options of shared_kernel. tl.dot needs at least 16 on every side. Tiles are as large
+    """Tiles and launch options of shared_kernel and bank_kernel. tl.dot needs at least 16 on every side. Tiles are as large
     as registers allow: float32 products have their operands there, tensor cores read them from shared memory, but bytes
     pass through registers on their way."""
     full = form == FULL
@@ -389,20 +369,21 @@ def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, 
     return parts
 
 
-def info_nce_softmax(
-    scores: Tensor, query: Tensor, positive: Tensor, inverse_temperature: Tensor, query_ids: Tensor | None,
-    bank_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, K), D, query, positive = scores.shape, query.shape[1], contiguous_rows(query), contiguous_rows(positive)
-    loss, weight = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(2))
-    block = min(triton.next_power_of_2(max(K, 16)), 4096)
-    if B:
-        softmax_kernel[(B,)](
-            scores, query, positive, inverse_temperature, contiguous_rows(query_ids), contiguous_rows(bank_ids), loss, weight,
-            K, D, query.stride(0), positive.stride(0),
-            WIDTH=triton.next_power_of_2(max(D, 16)), BLOCK=block, num_warps=4 if block < 2048 else 8,
+def info_nce_bank_bwd(
+    query: Tensor, bank: Tensor, inverse_temperature: Tensor, query_ids: Tensor | None, bank_ids: Tensor | None,
+    lse: Tensor, coefficient: Tensor,
+) -> Tensor:  # fmt: skip
+    (B, D), K, query, bank = query.shape, bank.shape[0], contiguous_rows(query), contiguous_rows(bank)
+    grad = torch.empty((K, D), dtype=torch.float32, device=bank.device)
+    form = how(query, bank)
+    launch = geometry(B, D, FULL)  # the second product is in float32 whatever the bank is
+    chunks = triton.cdiv(D, launch["WIDTH"])
+    if K:
+        bank_kernel[(triton.cdiv(K, launch["BLOCK_K"]), chunks)](
+            query, bank, inverse_temperature, contiguous_rows(query_ids), contiguous_rows(bank_ids), lse.contiguous(),
+            coefficient.contiguous(), grad, B, K, D, query.stride(0), bank.stride(0), HOW=form, **launch,
         )  # fmt: skip
-    return loss, weight
+    return grad
 
 
 def nce_fwd(

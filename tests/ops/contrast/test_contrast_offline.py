@@ -19,13 +19,11 @@ def compile_contrast(name, q, bank, width, chip, excluded=False):
     form = (
         kernels.FULL if bank == "float32" else kernels.SAME if q == ("bfloat16" if scaled else bank) else kernels.SPLIT
     )
-    launch = kernels.geometry(64, width, form, bank == "uint8")
+    launch = kernels.geometry(64, width, form if name == "shared_kernel" else kernels.FULL, bank == "uint8")
     if name == "gathered_kernel":
         launch = kernels.gathered_geometry(width, bank == "uint8")
     elif name == "merge_kernel":
         launch = {"WIDTH": 1024, "num_warps": 4}
-    elif name == "softmax_kernel":
-        launch = {"WIDTH": 1024, "BLOCK": 4096, "num_warps": 8}
     kernel = getattr(kernels, name)
     pointers = POINTERS | {"uint8": "*u8", "float8": "*fp8e4nv"}
     types = dict.fromkeys(("q_ptr", "positive_ptr"), pointers[q]) | {"bank_ptr": pointers[bank], "index_ptr": "*i64"}
@@ -43,11 +41,13 @@ def compile_contrast(name, q, bank, width, chip, excluded=False):
     compiled = compile_kernel(kernel, signature, constants, chip, **options)
     assert_fits(compiled, chip, kernels.SPILL_LIMIT[name])
     assert "TF32" not in compiled.sass and "FMUL.FTZ" not in compiled.sass  # float8 passes through subnormal numbers
-    assert (tensor_core_instructions(compiled) > 0) == (form != kernels.FULL and name == "shared_kernel")
+    assert (tensor_core_instructions(compiled) > 0) == (
+        form != kernels.FULL and name in ("shared_kernel", "bank_kernel")
+    )
     return compiled
 
 
-CONTRAST = ("shared_kernel", "softmax_kernel", "gathered_kernel", "merge_kernel")
+CONTRAST = ("shared_kernel", "bank_kernel", "gathered_kernel", "merge_kernel")
 
 
 @not_interpreted
