@@ -199,7 +199,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         a, b = a.float(), b.float()
     if a.dtype == torch.float32:
         out.addmm_(a, b, beta=1.0 if add else 0.0)
-    elif not a.is_cuda:  # in the interpreter
+    elif a.device.type == "cpu":  # in the interpreter
         out.addmm_(a.float(), b.float(), beta=1.0 if add else 0.0)
     elif add:
         out += torch.mm(a, b, out_dtype=torch.float32)
