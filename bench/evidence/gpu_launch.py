@@ -2,7 +2,7 @@
 
 Bytes, FLOPs, instructions and exponentials come from the machine code, given how many turns its loops make (TURNS); memory is
 read once, and what is read again comes from the cache. A launch takes the largest of what each of them takes, times its waves
-rounded up.
+rounded up; in a wave that is not full, times the multiprocessors for each that has a program.
 """
 
 import dataclasses
@@ -68,10 +68,14 @@ TURNS = {
     "contrast.loss.shared_kernel": (
         "LDG", lambda a: (a.blocks / a.splits, ratio(a.D, a.INNER)), lambda a: a.B * a.K,
     ),
-    "contrast.loss.bank_kernel": ("LDG", lambda a: (ratio(a.B, a.BLOCK_B), ratio(a.D, a.INNER)), lambda a: a.B * a.K),
+    "contrast.tiles.forward_kernel": (
+        "LDG", lambda a: (*2 * (ratio(a.K, a.BLOCK),), ratio(a.D, a.BLOCK)), lambda a: a.programs * a.K,
+    ),
+    "contrast.tiles.parts_kernel": ("", lambda a: (), lambda a: a.n),
+    "contrast.tiles.backward_kernel": ("LDG", lambda a: (ratio(a.K, a.BLOCK),), lambda a: a.programs * a.K),
     "contrast.loss.gathered_kernel": ("LDG", lambda a: (a.blocks / a.splits,), lambda a: a.B * a.count * a.D),
     "contrast.loss.merge_kernel": (
-        "LDG", lambda a: 2 * (a.splits // 4, a.splits % 4), lambda a: a.splits * a.B * a.D,
+        "LDG", lambda a: (ratio(a.D, a.WIDTH), *2 * (ratio(a.splits, a.SPLITS),)), lambda a: a.splits * a.B * a.D,
     ),
     "contrast.bank.update_kernel": ("LDG", lambda a: (ratio(a.B, a.SCAN),), lambda a: a.B * a.D),
 }  # fmt: skip
@@ -111,7 +115,8 @@ class Launch:
             "exponentials": self.more.get("exponentials", 0) / EXPONENTIALS,
         }  # fmt: skip
         bound = max(needs, key=needs.get)
-        return needs[bound] * math.ceil(self.waves) / self.waves, bound
+        idle = MULTIPROCESSORS / self.programs if self.programs else 1.0  # in a wave that is not full
+        return needs[bound] * max(math.ceil(self.waves) / self.waves if self.waves > 1 else 1.0, idle), bound
 
 
 def kernel_launch(kernel, grid, arguments: dict, compiled: Compiled) -> Launch:

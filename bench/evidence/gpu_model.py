@@ -65,7 +65,7 @@ class Driver:
         self.target = target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton asks a device for its target once
 
     def get_current_stream(self, _) -> int:
         return 0
@@ -92,11 +92,11 @@ class Operations(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
         if function.is_view or any(word in name for word in FREE) or not results:
             return out
-        inputs = list(flat([*args, *(kwargs or {}).values()]))
+        inputs = list(flat(args))
         moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in [*inputs, *results])
         if function.overloadpacket in flop_registry:
-            flops = float(flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out))
-            half = inputs[-1].dtype.itemsize == 2 or inputs[0].dtype.itemsize == 2
+            flops = float(flop_registry[function.overloadpacket](*flat(args), out_val=out))
+            half = any(x.dtype.itemsize == 2 for x in inputs)
             self.launches.append(Launch("GEMM", moved, 0 if half else flops, flops if half else 0))
         else:
             self.launches.append(Launch("PyTorch", moved))
