@@ -232,13 +232,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("fastkd.bench.evidence.gpu_model", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("targets", nargs="*", help="G1, G6 …; all of them where none is named")
-    parser.add_argument("--chips", nargs="+", type=int, default=[90, 80], help="compute capabilities (90 80)")
+    parser.add_argument("--chips", default="90,80", help="compute capabilities (90,80)")
     parser.add_argument("--check", action="store_true", help=f"compare with {CSV.name} in place of writing it")
     arguments = parser.parse_args(argv)
     from triton.backends.compiler import GPUTarget
 
     rows = []
-    for chip in arguments.chips:
+    for chip in map(int, arguments.chips.split(",")):
         for row in model(GPUTarget("cuda", chip, 32), arguments.targets):
             rows.append(text(row))
             print(" ".join(rows[-1][name] or "–" for name in SHOWN), flush=True)
