@@ -348,3 +348,20 @@ def test_an_upstream_gradient_scales_what_the_forward_made():
     for factor in (-4.0, 1.0, 4.0):  # powers of two: exact in bfloat16; the first one is handed over, the others made
         found = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
         assert all(torch.equal(x, factor * y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="without a GPU, Triton runs in the interpreter only")
+def test_small_weights_in_float16_and_many_chunks_triton(monkeypatch):
+    """Each row weighs 2^-20: its gradient would be subnormal in float16."""
+    monkeypatch.setattr("fastkd.kernels.linear_divergence.BUDGET", 0)  # 128 rows to a chunk
+    sizes = (150, 8), (40, 8), (150, 9), (40, 9)
+    tensors = [randn(*size, seed=i).half() for i, size in enumerate(sizes)]
+
+    def pulled(dtype, backend):
+        x = [t.detach().to(dtype) for t in tensors]
+        leaves = [t.requires_grad_() for t in x[:2]]
+        loss = linear_divergence(*x, num_items_in_batch=2**20, backend=backend)
+        return torch.autograd.grad(loss * 2.0**20, leaves)
+
+    for found, true in zip(pulled(torch.float16, "triton"), pulled(torch.float64, "reference"), strict=True):
+        assert relative_error(found.double(), true) < 1e-3
