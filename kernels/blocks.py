@@ -1,12 +1,16 @@
-"""What several stems need of a block of rows: tensors as the kernels read them, where a row of logits [N, V] begins and which
-of its blocks lie entirely inside it; and series for arguments near 0, where the plain expression would cancel."""
+"""What several stems need of a block of rows: tensors as the kernels read them, the library's products, where a row of logits
+[N, V] begins and which of its blocks lie entirely inside it; and series for arguments near 0, where the plain expression would
+cancel."""
 
+import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 def contiguous_rows(x: Tensor | None) -> Tensor | None:
@@ -19,6 +23,24 @@ def mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
+# An accumulated product that keeps float32 sums of half-precision factors, where torch has it.
+_ADDS = hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (float32) = a b, or out += a b. The library's float32 sums are not rounded on the way."""
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # in the interpreter
+        out.addmm_(a.float(), b.float(), beta=1.0 if add else 0.0)
+    elif not add:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _ADDS:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=torch.float32)
+
+
 class Row(NamedTuple):
     """A row of both logits: where to read from, and the first column there and the end of the columns."""
 
@@ -26,6 +48,14 @@ class Row(NamedTuple):
     t_ptr: tl.tensor
     head: tl.tensor
     end: tl.tensor
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in this dtype, rounded to nearest; the interpreter would cut bfloat16 off."""
+    if INTERPRET and dtype == tl.bfloat16:
+        x = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -6,32 +6,11 @@ memory or a missing tensor-core instruction shows without a GPU.
 
 import os
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use, per chip
+from fastkd.bench.evidence.machine_code import SHARED_MEMORY, Compiled, examine
+
 OF_OLDER_ONES = 512  # bytes of stack on top of a kernel's limit
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "bool": "*i1"}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    chip: int
-    warps: int
-    shared: int  # bytes per block
-    registers: int  # per thread
-    stack: int  # bytes per thread: what did not fit into registers
-    sass: str
-    ptx: str
-
-    @property
-    def programs_per_multiprocessor(self) -> int:
-        """How many of its programs a multiprocessor holds at a time: 64 K registers, 2048 threads, and shared memory."""
-        threads = 32 * self.warps
-        by_registers = 65536 // (-(-self.registers // 8) * 8 * threads)
-        return min(by_registers, 2048 // threads, SHARED_MEMORY[self.chip] // max(self.shared, 1))
 
 
 def compile_kernel(
@@ -54,10 +33,7 @@ def compile_kernel(
     source = ASTSource(kernel, full, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
     options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(
-        chip, num_warps, compiled.metadata.shared, registers, stack, compiled.asm["sass"], compiled.asm["ptx"]
-    )
+    return examine(compiled, chip)
 
 
 def _pointers(kind, path: tuple):
@@ -67,19 +43,6 @@ def _pointers(kind, path: tuple):
             yield from _pointers(part, (*path, i))
     elif kind.startswith("*"):
         yield path
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(folder / "cuobjdump"), "-res-usage", file.name]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = out.stdout + out.stderr
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
 def assert_fits(compiled: Compiled, chip: int, spill_limit: int):

@@ -11,43 +11,45 @@ NCE, where `shift` is everything that is subtracted from a score: u = <q, n> / T
 
 Saved: `unit_grad`, so that the backward need not read a bank without a gradient again; per query w and, for a trained bank, lse.
 
-The passes. The bank (or a query's row of the index) is split among programs; each reads its blocks once with a running
-maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits in order. Their number
-depends on sizes alone, so two runs are equal bit for bit. Nothing of size B x K is stored.
+The passes. For few queries in half precision, the bank (or a query's row of the index) is split among programs; each reads its
+blocks once with a running maximum and leaves (maximum, sum, weighted sum of rows) per query. A second kernel merges the splits
+in order. Their number depends on sizes alone, so two runs are equal bit for bit. Nothing of size B x K is stored. For many
+queries, or in float32, and for the gradient of a trained bank: tiles.py.
 
 If query and bank have the same half precision, the products run on tensor cores in it. A float32 query against a bfloat16
-bank is split into a high and a low part there, and so are its weights. Everything else is float32 without tf32. A row wider
-than a program has registers for goes in chunks: each program sums one of them, but reads them all for its scores.
+bank is the sum of three parts there that hold all its digits, and its weights are a sum of two. Everything else is float32
+without tf32.
 
 Rows with a scale: n_k and the weight of bank_k in unit_grad are multiplied by it, rows are not. float8 e4m3 rows become
 bfloat16, exactly, once they are read, so a float16 query is split as well. Chips before sm_89 cannot convert them: there
 they are read as bytes, whose bits are moved into place.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import contiguous_rows
+from ..blocks import INTERPRET, contiguous_rows, narrow
+from . import tiles
+from .tiles import FULL, SAME, SPLIT
 
-FULL, SAME, SPLIT = 0, 1, 2  # how a product is formed
-WIDEST = (64, 256, 128)  # columns that a program sums, by how its products are formed; wider rows go in chunks
-PROGRAMS = 528  # 4 on each of an H200's 132 multiprocessors
+FEW = 32  # queries up to which one kernel reads the bank once, in half precision
+CHUNKS = 6  # of 128 columns, that a program of shared_kernel sums; wider rows are scored again for the others
+PROGRAMS = 528  # of gathered_kernel: 4 on each of an H200's 132 multiprocessors; shared_kernel has one on each
 TWO_TO_120 = tl.constexpr(1329227995784915872903807060280344576.0)
 # Bytes of local memory a thread may use, over every width, dtype and chip.
-SPILL_LIMIT = {"shared_kernel": 24, "bank_kernel": 8, "gathered_kernel": 16, "merge_kernel": 0}
+SPILL_LIMIT = {"shared_kernel": 88, "gathered_kernel": 16, "merge_kernel": 0}
 
 
 @triton.jit
-def product(a, b, total, HOW: tl.constexpr):
-    """total + a @ b, where b has the dtype of the bank."""
-    if HOW == 0:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    high = a.to(b.dtype)
-    if HOW == 2:
-        total = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, total)
-    return tl.dot(high, b, total)
+def product(a, b, total):
+    """total + a @ b; the interpreter multiplies bfloat16 wrongly."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -88,91 +90,77 @@ def tile(ptr, o_row, m_row, o_d, stride, D):
 
 @triton.jit
 def scores_of(
-    q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
-    HOW: tl.constexpr, INNER: tl.constexpr,
+    q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, part_stride, q_stride,
+    bank_stride, D, PARTS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """n [BLOCK_B, BLOCK_K]; -inf at keys that do not exist or are excluded."""
-    total = tl.zeros([o_b.shape[0], o_k.shape[0]], tl.float32)
+    """n [BLOCK_K, BLOCK_B]; -inf at keys that do not exist or are excluded."""
+    total = tl.zeros([o_k.shape[0], o_b.shape[0]], tl.float32)
     for start in range(0, D, INNER):
         o_d = start + tl.arange(0, INNER)
-        b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D)
         b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
-        total = product(b_q, tl.trans(b_k), total, HOW)
+        for i in tl.static_range(PARTS):
+            b_q = tile(q_ptr + i * part_stride, o_b, m_b, o_d, q_stride, D)
+            total = product(b_k, tl.trans(b_q), total)
     if row_scale_ptr is not None:
-        total = total * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
-    allowed = m_k[None, :]
+        total = total * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[:, None]
+    allowed = m_k[:, None]
     if query_ids is not None:
         own = tl.load(query_ids + o_b, mask=m_b, other=0)
-        allowed = allowed & (own[:, None] != tl.load(bank_ids + o_k, mask=m_k, other=0)[None, :])
+        allowed = allowed & (own[None, :] != tl.load(bank_ids + o_k, mask=m_k, other=0)[:, None])
     return tl.where(allowed, total * tl.load(inverse_ptr).to(tl.float32), float("-inf"))
 
 
 @triton.jit
 def shared_kernel(
     q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, largest_ptr, mass_ptr, sum_ptr, B, K, D,
-    q_stride, bank_stride, blocks, splits,
-    HOW: tl.constexpr, UNIT_GRAD: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    part_stride, q_stride, bank_stride, blocks, splits,
+    PARTS: tl.constexpr, UNIT_GRAD: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries against one split of the bank; the weighted sum of one chunk of columns."""
-    i_split, i_b, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """A block of queries against one split of the bank; the weighted sums of CHUNKS times WIDTH columns. Keys come first in every
+    product, since tensor cores want 64 rows."""
+    i_split, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < B
-    o_d = i_chunk * WIDTH + tl.arange(0, WIDTH)
+    first = tl.program_id(2) * (CHUNKS * WIDTH)
     largest = tl.full([BLOCK_B], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_B], tl.float32)
-    total = tl.zeros([BLOCK_B, WIDTH], tl.float32)
+    sums = ()
+    for _ in tl.static_range(CHUNKS):
+        sums = sums + (tl.zeros([WIDTH, BLOCK_B], tl.float32),)  # noqa: RUF005 (Triton has no star in a tuple)
     for block in range(i_split * blocks // splits, (i_split + 1) * blocks // splits):
         o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = o_k < K
         n = scores_of(
-            q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride,
-            bank_stride, D, HOW, INNER,
+            q_ptr, bank_ptr, row_scale_ptr, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, part_stride, q_stride,
+            bank_stride, D, PARTS, INNER,
         )  # fmt: skip
-        top = tl.maximum(largest, tl.max(n, 1))
+        top = tl.maximum(largest, tl.max(n, 0))
         shift = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp(largest - shift)
-        weight = tl.exp(n - shift[:, None])
-        mass = mass * shrink + tl.sum(weight, 1)
+        weight = tl.exp(n - shift[None, :])
+        mass = mass * shrink + tl.sum(weight, 0)
         largest = top
         if UNIT_GRAD:
             if row_scale_ptr is not None:
-                weight = weight * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
-            b_k = tile(bank_ptr, o_k, m_k, o_d, bank_stride, D)
-            total = product(weight, b_k, total * shrink[:, None], HOW)
+                weight = weight * tl.load(row_scale_ptr + o_k, mask=m_k, other=0.0)[:, None]
+            added = ()
+            for i in tl.static_range(CHUNKS):
+                b_k = tl.trans(tile(bank_ptr, o_k, m_k, first + i * WIDTH + tl.arange(0, WIDTH), bank_stride, D))
+                high = narrow(weight, b_k.dtype)
+                total = product(b_k, high, sums[i] * shrink[None, :])
+                if PARTS > 1:
+                    total = product(b_k, narrow(weight - high.to(tl.float32), b_k.dtype), total)
+                added = added + (total,)  # noqa: RUF005
+            sums = added
     o_out = i_split * B + o_b
-    if i_chunk == 0:
+    if first == 0:
         tl.store(largest_ptr + o_out, largest, mask=m_b)
         tl.store(mass_ptr + o_out, mass, mask=m_b)
     if UNIT_GRAD:
-        tl.store(sum_ptr + o_out[:, None] * D + o_d[None, :], total, mask=m_b[:, None] & (o_d < D)[None, :])
-
-
-@triton.jit
-def bank_kernel(
-    q_ptr, bank_ptr, inverse_ptr, query_ids, bank_ids, lse_ptr, factor_ptr, grad_ptr, B, K, D, q_stride, bank_stride,
-    HOW: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a block of the bank, one chunk of columns: the sum over the queries, in order."""
-    i_k, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    o_d = i_chunk * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros([BLOCK_K, WIDTH], tl.float32)
-    for start in range(0, B, BLOCK_B):
-        o_b = start + tl.arange(0, BLOCK_B).to(tl.int64)
-        m_b = o_b < B
-        n = scores_of(
-            q_ptr, bank_ptr, None, inverse_ptr, query_ids, bank_ids, o_b, m_b, o_k, m_k, q_stride, bank_stride, D,
-            HOW, INNER,
-        )  # fmt: skip
-        lse = tl.load(lse_ptr + o_b, mask=m_b, other=0.0)
-        factor = tl.load(factor_ptr + o_b, mask=m_b, other=0.0)
-        probability = tl.exp(n - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
-        weight = tl.where(m_b[:, None], probability * factor[:, None], 0.0)
-        b_q = tile(q_ptr, o_b, m_b, o_d, q_stride, D).to(tl.float32)
-        total = tl.dot(tl.trans(weight), b_q, total, input_precision="ieee")
-    tl.store(grad_ptr + o_k[:, None] * D + o_d[None, :], total, mask=m_k[:, None] & (o_d < D)[None, :])
+        for i in tl.static_range(CHUNKS):
+            o_d = first + i * WIDTH + tl.arange(0, WIDTH)
+            tl.store(sum_ptr + (o_out * D)[None, :] + o_d[:, None], sums[i], mask=m_b[None, :] & (o_d < D)[:, None])
 
 
 @triton.jit
@@ -240,39 +228,50 @@ def gathered_kernel(
 def merge_kernel(
     q_ptr, positive_ptr, inverse_ptr, largest_ptr, mass_ptr, sum_ptr, loss_ptr, weight_ptr, lse_ptr, unit_grad_ptr,
     B, D, q_stride, positive_stride, splits,
-    UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query: merges its splits in order, then writes loss, w, lse and unit_grad."""
-    i_b = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, WIDTH)
-    m_d = o_d < D
-    b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_p = tl.load(positive_ptr + i_b * positive_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
-    p = tl.sum(b_q * b_p, 0) * tl.load(inverse_ptr).to(tl.float32)
-    largest = tl.load(largest_ptr + i_b)
-    for i_split in range(1, splits):
-        largest = tl.maximum(largest, tl.load(largest_ptr + (i_b + i_split * B)))
+    """One query and WIDTH columns: merges its splits in order, then writes loss, w, lse and unit_grad."""
+    i_b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
+    products = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, D, WIDTH):
+        o_d = start + tl.arange(0, WIDTH)
+        b_q = tl.load(q_ptr + i_b * q_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        products += b_q * tl.load(positive_ptr + i_b * positive_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    p = tl.sum(products, 0) * tl.load(inverse_ptr).to(tl.float32)
+    tops = tl.full([SPLITS], float("-inf"), tl.float32)
+    for start in range(0, splits, SPLITS):
+        o_s = start + tl.arange(0, SPLITS)
+        tops = tl.maximum(tops, tl.load(largest_ptr + o_s * B + i_b, mask=o_s < splits, other=float("-inf")))
+    largest = tl.max(tops, 0)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    mass = p * 0.0
+    masses = tl.zeros([SPLITS], tl.float32)
     mean = tl.zeros([WIDTH], tl.float32)
-    for i_split in range(0, splits):
-        o_in = i_b + i_split * B
-        factor = tl.exp(tl.load(largest_ptr + o_in) - shift)
-        mass += factor * tl.load(mass_ptr + o_in)
+    o_d = first + tl.arange(0, WIDTH)
+    for start in range(0, splits, SPLITS):
+        o_s = start + tl.arange(0, SPLITS)
+        m_s, o_in = o_s < splits, o_s.to(tl.int64) * B + i_b
+        factor = tl.exp(tl.load(largest_ptr + o_in, mask=m_s, other=float("-inf")) - shift)
+        masses += factor * tl.load(mass_ptr + o_in, mask=m_s, other=0.0)
         if UNIT_GRAD:
-            mean += factor * tl.load(sum_ptr + o_in * D + o_d, mask=m_d, other=0.0)
+            b_sum = tl.load(
+                sum_ptr + (o_in * D)[:, None] + o_d[None, :], mask=m_s[:, None] & (o_d < D)[None, :], other=0.0
+            )
+            mean += tl.sum(factor[:, None] * b_sum, 0)
+    mass = tl.sum(masses, 0) + p * 0.0
     lse = largest + tl.log(mass)
     loss, weight = softplus_and_slope(tl.where(mass == 0, -1e30, lse - p))  # without a negative the loss is 0
-    tl.store(loss_ptr + i_b, loss)
-    tl.store(weight_ptr + i_b, weight)
-    tl.store(lse_ptr + i_b, lse)
+    if first == 0:
+        tl.store(loss_ptr + i_b, loss)
+        tl.store(weight_ptr + i_b, weight)
+        tl.store(lse_ptr + i_b, lse)
     if UNIT_GRAD:
         mean = mean / tl.where(mass == 0, 1.0, mass)
-        tl.store(unit_grad_ptr + i_b * D + o_d, weight * (mean - b_p), mask=m_d)
+        b_p = tl.load(positive_ptr + i_b * positive_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        tl.store(unit_grad_ptr + i_b * D + o_d, weight * (mean - b_p), mask=o_d < D)
 
 
 def how(query: Tensor, bank: Tensor) -> int:
-    if query.device.type == "cpu" or bank.dtype == torch.float32:  # the interpreter's dot is wrong in bfloat16
+    if bank.dtype == torch.float32:
         return FULL
     if bank.dtype.itemsize == 1:
         return SAME if query.dtype == torch.bfloat16 else SPLIT
@@ -281,15 +280,13 @@ def how(query: Tensor, bank: Tensor) -> int:
     return SPLIT if query.dtype == torch.float32 and bank.dtype == torch.bfloat16 else FULL
 
 
-def geometry(queries: int, width: int, form: int, as_bytes: bool = False) -> dict:
-    """Tiles and launch options of shared_kernel and bank_kernel. tl.dot needs at least 16 on every side. Tiles are as large
-    as registers allow: float32 products have their operands there, tensor cores read them from shared memory, but bytes
-    pass through registers on their way."""
-    full = form == FULL
-    chunk = min(max(triton.next_power_of_2(width), 16), WIDEST[form])
-    block = min(max(triton.next_power_of_2(queries), 16), 64 if form == SAME else 32)
-    return {"WIDTH": chunk, "INNER": min(chunk, 32 if full else 64), "BLOCK_B": block, "BLOCK_K": 32 if full or as_bytes else 64,
-            "num_warps": 4 if full else 8, "num_stages": 2}  # fmt: skip
+def geometry(queries: int, width: int) -> dict:
+    """Tiles and launch options of shared_kernel. tl.dot needs at least 16 on every side."""
+    chunk = min(max(triton.next_power_of_2(width), 16), 128)
+    block = min(max(triton.next_power_of_2(queries), 16), FEW)
+    chunks = triton.cdiv(width, chunk)
+    return {"WIDTH": chunk, "CHUNKS": triton.cdiv(chunks, triton.cdiv(chunks, CHUNKS)), "INNER": min(chunk, 64),
+            "BLOCK_B": block, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}  # fmt: skip
 
 
 def gathered_geometry(width: int, as_bytes: bool = False) -> dict:
@@ -307,15 +304,19 @@ def _readable(bank: Tensor) -> Tensor:
     return bank.view(torch.uint8)
 
 
-class Partials:
+class Partials(NamedTuple):
     """What the splits leave: maxima and sums of exponentials [S, B], weighted sums of rows [S, B, D]."""
 
-    def __init__(self, query: Tensor, blocks: int, others: int, gradient_in_forward: bool):
-        B, D = query.shape
-        self.splits = max(min(blocks, PROGRAMS // max(others, 1)), 1)
-        empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)  # noqa: E731
-        self.largest, self.mass = empty(self.splits, B), empty(self.splits, B)
-        self.sums = empty(self.splits, B, D) if gradient_in_forward else None
+    largest: Tensor
+    mass: Tensor
+    sums: Tensor | None
+
+
+def empty_partials(query: Tensor, splits: int, gradient_in_forward: bool) -> Partials:
+    B, D = query.shape
+    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=query.device)  # noqa: E731
+    splits = max(splits, 1)
+    return Partials(empty(splits, B), empty(splits, B), empty(splits, B, D) if gradient_in_forward else None)
 
 
 def info_nce_fwd(
@@ -333,25 +334,27 @@ def info_nce_fwd(
     unit_grad = torch.empty((B if gradient_in_forward else 0, D), dtype=torch.float32, device=query.device)
     if B == 0:
         return loss, unit_grad, weight, lse
-    if index is None:
-        form = how(query, bank)
-        launch = geometry(B, D, form, bank.dtype == torch.uint8)
-        blocks, rows = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(B, launch["BLOCK_B"])
-        chunks = triton.cdiv(D, launch["WIDTH"]) if gradient_in_forward else 1
-        parts = Partials(query, blocks, rows * chunks, gradient_in_forward)
-        shared_kernel[(parts.splits, rows, chunks)](
-            query, bank, scale, inverse_temperature, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
-            B, K, D, query.stride(0), bank.stride(0), blocks, parts.splits,
-            HOW=form, UNIT_GRAD=gradient_in_forward, **launch,
-        )  # fmt: skip
+    form, ids = how(query, bank), (query_ids, bank_ids)
+    if index is not None:
+        parts = _gathered(query, bank, scale, index, inverse_temperature, None, *ids, gradient_in_forward)
+    elif form == FULL or B > FEW:
+        parts = Partials(*tiles.forward(query, bank, scale, inverse_temperature, *ids, form, gradient_in_forward))
     else:
-        parts = _gathered(
-            query, bank, scale, index, inverse_temperature, None, query_ids, bank_ids, gradient_in_forward
-        )
-    merge_kernel[(B,)](
-        query, positive, inverse_temperature, parts.largest, parts.mass, parts.sums, loss, weight, lse, unit_grad,
-        B, D, query.stride(0), positive.stride(0), parts.splits,
-        UNIT_GRAD=gradient_in_forward, WIDTH=triton.next_power_of_2(D), num_warps=4,
+        q = tiles.parts(query, torch.bfloat16, 3) if form == SPLIT else query[None]
+        launch = geometry(B, D)
+        blocks = triton.cdiv(K, launch["BLOCK_K"])
+        groups = triton.cdiv(D, launch["WIDTH"] * launch["CHUNKS"]) if gradient_in_forward else 1
+        parts = empty_partials(query, min(blocks, PROGRAMS // 4 // groups), gradient_in_forward)
+        splits = len(parts.largest)
+        shared_kernel[(splits, triton.cdiv(B, launch["BLOCK_B"]), groups)](
+            q, bank, scale, inverse_temperature, query_ids, bank_ids, *parts, B, K, D,
+            q.stride(0), q.stride(1), bank.stride(0), blocks, splits, PARTS=len(q), UNIT_GRAD=gradient_in_forward, **launch,
+        )  # fmt: skip
+    columns = min(triton.next_power_of_2(D), 256)
+    merge_kernel[(B, triton.cdiv(D, columns) if gradient_in_forward else 1)](
+        query, positive, inverse_temperature, *parts, loss, weight, lse, unit_grad,
+        B, D, query.stride(0), positive.stride(0), len(parts.largest),
+        UNIT_GRAD=gradient_in_forward, WIDTH=columns, SPLITS=16, num_warps=4,
     )  # fmt: skip
     return loss, unit_grad, weight, lse
 
@@ -360,10 +363,11 @@ def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, 
     (B, D), index, count = query.shape, index.contiguous(), index.shape[1]
     launch = gathered_geometry(D, bank.dtype == torch.uint8)
     blocks = triton.cdiv(count, launch["BLOCK"])
-    parts = Partials(query, blocks, B, gradient_in_forward)
-    gathered_kernel[(parts.splits * B,)](
-        query, bank, row_scale, index, scale, shift, query_ids, bank_ids, parts.largest, parts.mass, parts.sums,
-        B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, parts.splits,
+    parts = empty_partials(query, min(blocks, PROGRAMS // B), gradient_in_forward)
+    splits = len(parts.largest)
+    gathered_kernel[(splits * B,)](
+        query, bank, row_scale, index, scale, shift, query_ids, bank_ids, *parts,
+        B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, splits,
         NCE=shift is not None, UNIT_GRAD=gradient_in_forward, **launch,
     )  # fmt: skip
     return parts
@@ -373,17 +377,9 @@ def info_nce_bank_bwd(
     query: Tensor, bank: Tensor, inverse_temperature: Tensor, query_ids: Tensor | None, bank_ids: Tensor | None,
     lse: Tensor, coefficient: Tensor,
 ) -> Tensor:  # fmt: skip
-    (B, D), K, query, bank = query.shape, bank.shape[0], contiguous_rows(query), contiguous_rows(bank)
-    grad = torch.empty((K, D), dtype=torch.float32, device=bank.device)
-    form = how(query, bank)
-    launch = geometry(B, D, FULL)  # the second product is in float32 whatever the bank is
-    chunks = triton.cdiv(D, launch["WIDTH"])
-    if K:
-        bank_kernel[(triton.cdiv(K, launch["BLOCK_K"]), chunks)](
-            query, bank, inverse_temperature, contiguous_rows(query_ids), contiguous_rows(bank_ids), lse.contiguous(),
-            coefficient.contiguous(), grad, B, K, D, query.stride(0), bank.stride(0), HOW=form, **launch,
-        )  # fmt: skip
-    return grad
+    query, bank = contiguous_rows(query), contiguous_rows(bank)
+    rest = contiguous_rows(query_ids), contiguous_rows(bank_ids), lse.contiguous(), coefficient.contiguous()
+    return tiles.bank_gradient(query, bank, inverse_temperature, *rest, how(query, bank))
 
 
 def nce_fwd(

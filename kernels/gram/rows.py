@@ -6,13 +6,13 @@ Saved for a term of tiled groups, in one float32 tensor: per group [mean P, mean
 in two parts, for both sides, whose sum is 0 for a row of zeros; the mean rows of both sides.
 """
 
-import os
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from ..blocks import INTERPRET
+
 LEAST_NORM = tl.constexpr(1e-12)
 LEAST_SCALE = tl.constexpr(1e-37)  # of a valid row: 0 stands for one that is not valid
 ALIGN = tl.constexpr(8)  # of widths and strides, in elements: 16 bytes of half precision

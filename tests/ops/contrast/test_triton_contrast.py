@@ -102,6 +102,16 @@ def test_a_trained_bank(sizes, excluded):
     check("shared", inputs, ids if excluded else None, train_bank=True)
 
 
+@pytest.mark.parametrize("mode", ["shared", "batch"])
+@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (FLOAT, BFLOAT), (HALF, HALF)], ids=str)
+def test_several_tiles(mode, dtypes, monkeypatch):
+    """Of scores, in both directions: a query's sums are rescaled from tile to tile, a bank row's gradient added up."""
+    for name, value in (("FEW", 0), ("tiles.SCORES", 150), ("tiles.MOST_QUERIES", 5)):
+        monkeypatch.setattr(f"fastkd.kernels.contrast.loss.{name}", value)
+    *inputs, ids = problem(13, 71, 17, 0, *dtypes)
+    check(mode, inputs, ids, train_bank=mode == "shared" and dtypes[0] == dtypes[1])
+
+
 def in_eight_bits(bank):
     """float8 rows and their scales; the first row is all of the type's smallest numbers, another has its largest."""
     rows, scale = eight_bits(bank.float())

@@ -382,3 +382,20 @@ def test_products_by_the_library_give_what_our_tile_gives(sparse, masked, monkey
         loss, of_student = gradients(call(teacher, "cpu", **options), *student)
         found.append([loss, *of_student])
     assert max(relative_error(x, y) for x, y in zip(*found, strict=True)) < 2e-6
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="without a GPU, Triton runs in the interpreter only")
+def test_small_weights_in_float16_and_many_chunks_triton(monkeypatch):
+    """Each row weighs 2^-20: its gradient would be subnormal in float16."""
+    monkeypatch.setattr("fastkd.kernels.linear_divergence.BUDGET", 0)  # 128 rows to a chunk
+    sizes = (150, 8), (40, 8), (150, 9), (40, 9)
+    tensors = [randn(*size, seed=i).half() for i, size in enumerate(sizes)]
+
+    def pulled(dtype, backend):
+        x = [t.detach().to(dtype) for t in tensors]
+        leaves = [t.requires_grad_() for t in x[:2]]
+        loss = linear_divergence(*x, num_items_in_batch=2**20, backend=backend)
+        return torch.autograd.grad(loss * 2.0**20, leaves)
+
+    for found, true in zip(pulled(torch.float16, "triton"), pulled(torch.float64, "reference"), strict=True):
+        assert relative_error(found.double(), true) < 1e-3

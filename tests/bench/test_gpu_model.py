@@ -1,0 +1,73 @@
+"""The model of the GPU kernels: what it reads from machine code, and that no kernel got worse than its committed row."""
+
+import subprocess
+import sys
+
+import pytest
+from fastkd.bench import report
+from fastkd.bench.evidence import gpu_launch, gpu_model
+from fastkd.bench.evidence.machine_code import Compiled
+
+from cases import ROOT
+from fastkd import backends
+
+pytest.importorskip("triton")
+
+STALL = "--:-:-:Y:2\t"
+SASS = "\n".join([
+    "Function:kernel", STALL + "MOV R1, c[0x0][0x28] ;", "LBB0:", STALL + "@!P0 LDG.E.128 R4, [R2.64] ;", "LBB1:",
+    STALL + "FFMA R8, R4, R5, R8 ;", STALL + "HMMA.16816.F32.BF16 R8, R4, R5, R8 ;", STALL + "@P1 BRA LBB1;",
+    STALL + "MUFU.EX2 R9, R8 ;", STALL + "@!PT LDS RZ, [RZ] ;", STALL + "@P2 BRA LBB0;", STALL + "STG.E [R2.64], R9 ;",
+    STALL + "EXIT ;", "LBB2:", STALL + "BRA LBB2;", STALL + "NOP;",
+])  # fmt: skip
+
+
+def test_loops_are_counted_as_often_as_they_turn():
+    compiled = Compiled(90, 4, 0, 40, 0, SASS, "")
+    assert compiled.main_loop == 3
+    work = compiled.work("LDG", (5, 7))  # only the outer loop loads: the inner one makes a turn for each of its
+    assert work == {
+        "instructions": 4 + 5 * (3 + 3),
+        "loaded": 5 * 16,
+        "fma": 5 * 64,
+        "HMMA": 5 * 4096,
+        "exponentials": 5,
+        "stored": 4,
+    }
+    assert compiled.work("MMA", (5, 7))["HMMA"] == 5 * 7 * 4096
+
+
+def test_a_wave_that_is_not_full_leaves_multiprocessors_idle():
+    compiled = Compiled(90, 4, 0, 128, 0, SASS, "")  # four programs on each
+    few, many = (gpu_launch.Launch("", gpu_launch.MEMORY, compiled=compiled, programs=p) for p in (66, 529))
+    assert few.seconds == (2.0, "memory")
+    assert many.seconds[0] == pytest.approx(2 * 528 / 529)
+
+
+def row(**changes):
+    base = {
+        "target": "G6",
+        "mode": "both",
+        "chip": "90",
+        "triton": "3.9.0",
+        "kernel": "k",
+        "programs": "8",
+        "registers": "100",
+    }
+    return base | {"stack": "0", "instructions_per_element": "50"} | changes
+
+
+@pytest.mark.parametrize(("changes", "found"), [({}, 0), ({"registers": "104"}, 0), ({"registers": "105"}, 1), ({"stack": "8"}, 1),
+                                               ({"instructions_per_element": "51.5"}, 1), ({"triton": "3.6.0", "stack": "8"}, 0)])  # fmt: skip
+def test_what_counts_as_worse(changes, found):
+    assert len(list(gpu_model.worse([row(**changes)], [row()]))) == found
+
+
+@pytest.mark.long
+@pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter does not compile")
+def test_no_kernel_is_worse_than_committed():
+    if gpu_model.version() not in {row["triton"] for row in report.read_rows(gpu_model.CSV)}:
+        pytest.skip(f"no row of {gpu_model.CSV.name} is of triton {gpu_model.version()}")
+    command = [sys.executable, "-m", "fastkd.bench.evidence.gpu_model", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
