@@ -368,13 +368,7 @@ def test_products_by_the_library_give_what_our_tile_gives(sparse, masked, monkey
     if sparse:
         log_probs, indices = randn(300, 501, seed=9).log_softmax(-1).topk(7)
         teacher = TopK(indices, log_probs, True), None, None
-    options = {
-        "mask": mask,
-        "labels": torch.arange(300),
-        "hard_weight": 0.3,
-        "temperature": 2.0,
-        "logit_softcap": (3.0, None),
-    }
+    options = {"mask": mask, "labels": torch.arange(300), "hard_weight": 0.3, "logit_softcap": (3.0, None)}
     monkeypatch.setattr(linear_divergence_library, "MOST_ROWS", 128)
     found = []
     for preferred in (False, True):
