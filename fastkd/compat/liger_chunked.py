@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from fastkd import compat, functional
 from fastkd.losses.kd import hard_cross_entropy_from_hidden
-from fastkd.ops.gradient_in_forward import wants_gradient
 
 
 class _ChunkedLoss(nn.Module):
@@ -125,7 +124,7 @@ class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
                 f"{len(teacher_weight)}; pass the rows of student_weight that the teacher has, too"
             )
         student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
-        wanted = tuple(map(wants_gradient, student))
+        wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
         losses = _CosineInChunks.apply(self, wanted, *student, *teacher, true_labels)
         return losses if self.return_soft_hard_loss else losses[0]
 
