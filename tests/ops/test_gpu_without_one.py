@@ -169,7 +169,11 @@ def test_profiles_are_imported_without_datasets(monkeypatch):
     monkeypatch.delitem(sys.modules, "fastkd.profile.models")
     models = importlib.import_module("fastkd.profile.models")
     rows = models.tokens(models.config_of("bert-base"), "classification", 2, 8)
-    assert set(rows[3]) == {"input_ids", "attention_mask", "example_id", "labels"} and rows[3]["labels"] == 1 and len(rows) == 512
+    assert (
+        set(rows[3]) == {"input_ids", "attention_mask", "example_id", "labels"}
+        and rows[3]["labels"] == 1
+        and len(rows) == 512
+    )
 
 
 PROFILE = """

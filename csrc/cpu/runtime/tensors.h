@@ -112,7 +112,8 @@ class Check {
   // Of the sizes of another tensor, however many.
   void like(const char* name, const Tensor& x, unsigned dtypes, const Tensor& other, int64_t place = kAny) const {
     const auto own = x.sizes(), wanted = other.sizes();
-    const bool same = std::equal(own.begin(), own.end(), wanted.begin(), wanted.end());  // torch 2.10 has no == of sizes
+    const bool same =
+        std::equal(own.begin(), own.end(), wanted.begin(), wanted.end());  // torch 2.10 has no == of sizes
     if (!x.is_cpu() || !(dtype_of(x) & dtypes) || !same)
       refuse(name, x, dtypes, "[...]", {wanted.begin(), wanted.end()}, place);
   }
