@@ -37,11 +37,11 @@ from . import tiles
 from .tiles import FULL, SAME, SPLIT
 
 FEW = 32  # queries up to which one kernel reads the bank once, in half precision
-CHUNKS = 6  # of 128 columns, that a program of shared_kernel sums; wider rows are scored again for the others
+CHUNKS = 6  # of 128 columns, that a program of shared_kernel sums at most; wider rows are scored again for the others
 PROGRAMS = 528  # of gathered_kernel: 4 on each of an H200's 132 multiprocessors; shared_kernel has one on each
 TWO_TO_120 = tl.constexpr(1329227995784915872903807060280344576.0)
 # Bytes of local memory a thread may use, over every width, dtype and chip.
-SPILL_LIMIT = {"shared_kernel": 88, "gathered_kernel": 16, "merge_kernel": 0}
+SPILL_LIMIT = {"shared_kernel": 136, "gathered_kernel": 16, "merge_kernel": 0}
 
 
 @triton.jit
@@ -280,13 +280,20 @@ def how(query: Tensor, bank: Tensor) -> int:
     return SPLIT if query.dtype == torch.float32 and bank.dtype == torch.bfloat16 else FULL
 
 
-def geometry(queries: int, width: int) -> dict:
+def geometry(queries: int, width: int, most_chunks: int = CHUNKS) -> dict:
     """Tiles and launch options of shared_kernel. tl.dot needs at least 16 on every side."""
     chunk = min(max(triton.next_power_of_2(width), 16), 128)
     block = min(max(triton.next_power_of_2(queries), 16), FEW)
     chunks = triton.cdiv(width, chunk)
-    return {"WIDTH": chunk, "CHUNKS": triton.cdiv(chunks, triton.cdiv(chunks, CHUNKS)), "INNER": min(chunk, 64),
+    return {"WIDTH": chunk, "CHUNKS": triton.cdiv(chunks, triton.cdiv(chunks, most_chunks)), "INNER": min(chunk, 64),
             "BLOCK_B": block, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}  # fmt: skip
+
+
+def most_chunks(query: Tensor, bank: Tensor) -> int:
+    """How many chunks fit into registers: fewer before sm_90, and one where loads are not of 16 bytes."""
+    if any(n % 16 for x in (query, bank) for n in (*x.stride()[:-1], x.shape[-1])):
+        return 1
+    return CHUNKS if not bank.is_cuda or torch.cuda.get_device_capability(bank.device)[0] >= 9 else 2
 
 
 def gathered_geometry(width: int, as_bytes: bool = False) -> dict:
@@ -341,7 +348,7 @@ def info_nce_fwd(
         parts = Partials(*tiles.forward(query, bank, scale, inverse_temperature, *ids, form, gradient_in_forward))
     else:
         q = tiles.parts(query, torch.bfloat16, 3) if form == SPLIT else query[None]
-        launch = geometry(B, D)
+        launch = geometry(B, D, most_chunks(q, bank))
         blocks = triton.cdiv(K, launch["BLOCK_K"])
         groups = triton.cdiv(D, launch["WIDTH"] * launch["CHUNKS"]) if gradient_in_forward else 1
         parts = empty_partials(query, min(blocks, PROGRAMS // 4 // groups), gradient_in_forward)

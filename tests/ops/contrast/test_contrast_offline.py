@@ -12,14 +12,15 @@ not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpret
 EIGHT = {80: "uint8", 90: "float8"}  # as the chip reads float8 rows: sm_80 cannot convert them
 
 
-def compile_contrast(name, q, bank, width, chip, excluded=False):
+def compile_contrast(name, q, bank, width, chip, excluded=False, aligned=True):
+    """aligned: the rows are multiples of 16 elements, which Triton looks at when it launches."""
     from fastkd.kernels.contrast import loss, tiles
 
     module = loss if hasattr(loss, name) else tiles
     kernel, scaled = getattr(module, name), bank in EIGHT.values()
     half = "bfloat16" if scaled else bank  # what the products are in
     launch = {
-        "shared_kernel": loss.geometry(32, width),
+        "shared_kernel": loss.geometry(32, width, (loss.CHUNKS if chip >= 90 else 2) if aligned else 1),
         "gathered_kernel": loss.gathered_geometry(width, bank == "uint8"),
         "merge_kernel": {"WIDTH": 256, "SPLITS": 16, "num_warps": 4},
     }.get(name, tiles.LAUNCH)
@@ -40,7 +41,8 @@ def compile_contrast(name, q, bank, width, chip, excluded=False):
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     options = {key: value for key, value in launch.items() if key.startswith("num_")}
     signature = {key: value for key, value in types.items() if key in kernel.arg_names and key not in constants}
-    compiled = compile_kernel(kernel, signature, constants, chip, **options)
+    divisible = ("D", "q_stride", "part_stride", "bank_stride") if aligned and name == "shared_kernel" else ()
+    compiled = compile_kernel(kernel, signature, constants, chip, divisible=divisible, **options)
     assert_fits(compiled, chip, module.SPILL_LIMIT[name])
     assert "TF32" not in compiled.sass and "FMUL.FTZ" not in compiled.sass  # float8 passes through subnormal numbers
     assert (tensor_core_instructions(compiled) > 0) == (name == "shared_kernel")
@@ -68,6 +70,7 @@ def test_every_contrast_configuration_compiles_offline(name, chip):
             for excluded in (False, True):
                 if name != "shared_kernel" or bank == "bfloat16":  # it multiplies in half precision only
                     compile_contrast(name, q, bank, width, chip, excluded)
+                    compile_contrast(name, q, bank, width, chip, excluded, aligned=False)
 
 
 @not_interpreted
