@@ -331,12 +331,7 @@ def info_nce_fwd(
     query_ids: Tensor | None, bank_ids: Tensor | None, gradient_in_forward: bool, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, D), query, positive, bank = query.shape, contiguous_rows(query), contiguous_rows(positive), _readable(bank)
-    query_ids, bank_ids, scale, K = (
-        contiguous_rows(query_ids),
-        contiguous_rows(bank_ids),
-        contiguous_rows(scale),
-        bank.shape[0],
-    )
+    (query_ids, bank_ids, scale), K = map(contiguous_rows, (query_ids, bank_ids, scale)), bank.shape[0]
     loss, weight, lse = (torch.empty(B, dtype=torch.float32, device=query.device) for _ in range(3))
     unit_grad = torch.empty((B if gradient_in_forward else 0, D), dtype=torch.float32, device=query.device)
     if B == 0:

@@ -11,7 +11,6 @@ from cases import randn, relative_error
 from fastkd import backends, functional
 from fastkd.losses.bank import MemoryBank, NegativeQueue
 from fastkd.losses.codir import CoDIRLoss
-from fastkd.ops import contrast
 from ranks import on_two_ranks
 
 FLOAT = torch.float32
@@ -166,33 +165,6 @@ def test_a_trained_bank(dtype):
     assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1])
     assert (grads[0][2::5] == 0).all()
     assert relative_error(grads[0], grads[2]) < (1e-5 if dtype == FLOAT else torch.finfo(dtype).eps)
-
-
-@compiled_only
-def test_trained_negatives_compile():
-    leaves = [unit(n, 32, seed=n).requires_grad_() for n in (600, 601, 700)]
-
-    def both(query, positive, bank):
-        given = functional.info_nce_loss(query, positive[:600], bank)
-        return given + functional.info_nce_loss(query, positive[:600], None, backend="cpu")
-
-    found = torch.autograd.grad(torch.compile(both, fullgraph=True)(*leaves), leaves)
-    assert max(map(relative_error, found, torch.autograd.grad(both(*leaves), leaves))) < 1e-6
-
-
-@compiled_only
-@pytest.mark.parametrize("excluded", [False, True])
-def test_products_by_the_library_give_what_our_tile_gives(excluded, monkeypatch):
-    """Over more than one chunk of queries."""
-    monkeypatch.setattr(contrast, "SCORES", 300 * 7)
-    query, positive, bank = (unit(n, 45, seed=n).requires_grad_(n < 300) for n in (20, 21, 300))
-    ids = (torch.arange(20) % 4, torch.arange(300) % 5) if excluded else None
-    found = []
-    for preferred in (False, True):
-        monkeypatch.setattr(contrast, "PREFERRED", preferred)
-        loss = functional.info_nce_loss(query, positive[:20], bank, exclude=ids, backend="cpu")
-        found.append([loss, *torch.autograd.grad(loss, (query, positive))])
-    assert max(map(relative_error, *found)) < 1e-6
 
 
 @compiled_only

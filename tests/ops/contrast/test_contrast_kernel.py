@@ -325,3 +325,30 @@ def test_memory_does_not_grow_with_the_bank(dtype):
         command = [sys.executable, "-c", MEMORY.format(dtype=dtype), str(rows)]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert int(out.stdout) < 4096, f"{out.stdout} KiB at K = {rows}"
+
+
+def test_trained_negatives_compile():
+    leaves = [F.normalize(randn(n, 32, seed=n, dtype=FLOAT), dim=1).requires_grad_() for n in (600, 601, 700)]
+
+    def both(query, positive, bank):
+        given = functional.info_nce_loss(query, positive[:600], bank)
+        return given + functional.info_nce_loss(query, positive[:600], None, backend="cpu")
+
+    found = torch.autograd.grad(torch.compile(both, fullgraph=True)(*leaves), leaves)
+    assert max(map(relative_error, found, torch.autograd.grad(both(*leaves), leaves))) < 1e-6
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_products_by_the_library_give_what_our_tile_gives(excluded, monkeypatch):
+    """Over more than one chunk of queries."""
+    monkeypatch.setattr("fastkd.ops.contrast_library.SCORES", 300 * 7)
+    query, positive, bank = (
+        F.normalize(randn(n, 45, seed=n, dtype=FLOAT), dim=1).requires_grad_(n < 300) for n in (20, 21, 300)
+    )
+    ids = (torch.arange(20) % 4, torch.arange(300) % 5) if excluded else None
+    found = []
+    for preferred in (False, True):
+        monkeypatch.setattr(contrast, "PREFERRED", preferred)
+        loss = functional.info_nce_loss(query, positive[:20], bank, exclude=ids, backend="cpu")
+        found.append([loss, *torch.autograd.grad(loss, (query, positive))])
+    assert max(map(relative_error, *found)) < 1e-6
