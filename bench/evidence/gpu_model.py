@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from fastkd.bench import baselines, check, machine, report
+from fastkd.bench import baselines, check, machine
 from fastkd.bench.cases import STEMS
 from fastkd.bench.cases.case import BF16, Case, Inputs
 from fastkd.bench.evidence.gpu_launch import FLOAT, MEMORY, TENSOR, Launch, flat, kernel_launch
@@ -228,6 +228,11 @@ def worse(now: list[dict], committed: list[dict]) -> Iterator[str]:
                 yield f"{row['target']} {row['kernel']} sm_{row['chip']}: {name} {row[name]}, committed {old[name]}"
 
 
+def committed_rows() -> list[dict]:
+    with CSV.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser("fastkd.bench.evidence.gpu_model", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
@@ -242,7 +247,7 @@ def main(argv=None) -> int:
         for row in model(GPUTarget("cuda", chip, 32), arguments.targets):
             rows.append(text(row))
             print(" ".join(rows[-1][name] or "–" for name in SHOWN), flush=True)
-    committed = report.read_rows(CSV)
+    committed = committed_rows()
     if arguments.check:
         problems = list(worse(rows, committed))
         print(*problems, sep="\n")

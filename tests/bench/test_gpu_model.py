@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from fastkd.bench import report
 from fastkd.bench.evidence import gpu_launch, gpu_model
 from fastkd.bench.evidence.machine_code import Compiled
 
@@ -66,7 +65,7 @@ def test_what_counts_as_worse(changes, found):
 @pytest.mark.long
 @pytest.mark.skipif(backends.INTERPRETED, reason="the interpreter does not compile")
 def test_no_kernel_is_worse_than_committed():
-    if gpu_model.version() not in {row["triton"] for row in report.read_rows(gpu_model.CSV)}:
+    if gpu_model.version() not in {row["triton"] for row in gpu_model.committed_rows()}:
         pytest.skip(f"no row of {gpu_model.CSV.name} is of triton {gpu_model.version()}")
     command = [sys.executable, "-m", "fastkd.bench.evidence.gpu_model", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
