@@ -7,9 +7,9 @@ into its value and, in the same pass over the vocabulary, the gradient.
     dX = dZ Ws,  dW += dZ^T x  dW in float32
 
 Gradient in the forward: dZ is formed there. With recomputed logits, the forward keeps eight numbers per row, and the backward
-makes the logits again. Chunks: dW is read and written once per chunk, which costs 8 bytes per element against at least 6 C
-flops, and goes on beside the product: at 768 rows an H200 needs as long for the one as for the other. Recomputing is for those
-who lack memory: fewer rows. A chunk's logits and dZ have no more than BUDGET bytes, whatever the vocabulary.
+makes the logits again. Chunks of C rows: dW is read and written once per chunk, 8 bytes per element against at least 6 C flops.
+Recomputing is for those who lack memory: fewer rows. A chunk's logits and dZ have no more than BUDGET bytes, unless LEAST_ROWS
+rows of the vocabulary need more.
 
 Rounded to float16, dZ must not be subnormal: weights are divided by the largest of them, and the gradients multiplied by it.
 

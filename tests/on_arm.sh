@@ -12,7 +12,7 @@ fetch() { "$python" -m pip download -q --no-deps --only-binary=:all: --python-ve
 if [ ! -e "$arm/ready" ]; then
     rm -rf "$arm" && mkdir -p "$arm/site"
     debootstrap --arch=arm64 --foreign --variant=minbase --include=python3 bookworm "$arm/root" > "$arm/debootstrap.log"
-    for package in "$arm"/root/var/cache/apt/archives/*.deb; do dpkg-deb -x "$package" "$arm/root"; done
+    find "$arm/root" -name '*.deb' -exec dpkg-deb -x {} "$arm/root" \;
     fetch "torch==$torch" numpy psutil pandas
     for wheel in "$arm"/wheels/*.whl; do unzip -q -o "$wheel" -d "$arm/site"; done
     "$python" -m pip install -q --target "$arm/site" --no-deps typing_extensions sympy mpmath networkx jinja2 fsspec filelock pytest \
@@ -23,5 +23,6 @@ rm -rf "$arm/tree" && mkdir "$arm/tree" && git ls-files -z | xargs -0 cp --paren
 (cd "$arm/tree" && CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 PYTHONPATH="$arm/site" FASTKD_BUILD=cpu \
     "$python" setup.py -q build_ext --inplace --build-temp "$arm/objects")
 rm -f "$arm"/tree/fastkd/_C*.so # named after this machine
-exec qemu-aarch64-static -L "$arm/root" -E PYTHONHOME="$arm/root/usr" -E PYTHONPATH="$arm/tree:$arm/tree/tests:$arm/tree/tests/ops:$arm/site" -E OMP_NUM_THREADS=1 \
-    "$arm/root/usr/bin/python3.11" "$arm/tree/tests/on_arm.py"
+prefix=$arm/root/usr paths=$arm/tree:$arm/tree/tests:$arm/tree/tests/ops:$arm/site
+exec qemu-aarch64-static -L "$arm/root" -E PYTHONHOME="$prefix" -E PYTHONPATH="$paths" -E OMP_NUM_THREADS=1 \
+    "$prefix/bin/python3.11" "$arm/tree/tests/on_arm.py"

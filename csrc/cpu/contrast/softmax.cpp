@@ -1,5 +1,5 @@
-// InfoNCE where the negatives have a gradient too (in-batch negatives: the bank is the other positives). The library
-// makes the products, since all of a chunk's scores exist; this is what lies between them:
+// InfoNCE where the library makes the products and all scores of a chunk are in memory; this is what lies between them.
+// fastkd/ops/contrast_library.py calls it.
 //
 //     n = query bank^T / T without the query's own id,  lse = log sum_k e^n_k,  loss = softplus(lse - p),
 //     w = sigmoid(lse - p),  scores <- w e^(n - lse) = d loss / d n.
