@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import backends, checks
+from fastkd.ops import gemm
 from fastkd.ops.contrast_library import InfoNCEByProducts, gradients_of_queries
 from fastkd.ops.gradient_in_forward import wants_gradient
-from fastkd.ops.linear_divergence_library import PREFERRED
 from fastkd.reference import contrast as reference
 from fastkd.reference import contrast_bank as bank_reference
 from fastkd.reference import contrast_sample as sample_reference
@@ -177,17 +177,10 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
-    few = len(query) <= FEW_EXAMPLES and query.device.type == "cpu"
-    if (
-        bank is None
-        and exclude is None
-        and few
-        and backend == "auto"
-        and query.dtype == positive.dtype == torch.float32
-    ):
+    if bank is None and exclude is None and backend == "auto" and _is_small(query, positive):
+        temperature = torch.as_tensor(inverse_temperature, dtype=query.dtype, device=query.device).reshape(())
         with backends.full_precision(query):
-            scores = query @ positive.t() * inverse_temperature
-            return F.cross_entropy(scores, torch.arange(len(query)), reduction="none")
+            return F.cross_entropy(query @ positive.t() * temperature, torch.arange(len(query)), reduction="none")
     if bank is None:
         bank = positive
         if exclude is None:
@@ -210,13 +203,16 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     own, temperature = bank is positive, inverse_temperature.reshape(())
     positive = positive.float() if positive.dtype == torch.float64 else positive
     plain = query.dtype == bank.dtype == torch.float32 and index is None and scale is None
-    if backend == "cpu" and (
-        own or wants_gradient(bank) or (PREFERRED and plain)
-    ):  # a bank with a gradient has no scale
+    # A bank with a gradient is shared, and has no scale.
+    if backend == "cpu" and (own or wants_gradient(bank) or (gemm.PREFERS_LIBRARY and plain)):
         others = None if own else bank, query_ids, None if bank_ids is query_ids else bank_ids
         return InfoNCEByProducts.apply(query, positive, temperature, *others)
     index, scale = (None if index is None else index.long()), (None if scale is None else scale.float())
     return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
+
+
+def _is_small(query: Tensor, positive: Tensor) -> bool:
+    return query.device.type == "cpu" and len(query) <= FEW_EXAMPLES and query.dtype == positive.dtype == torch.float32
 
 
 def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:

@@ -27,9 +27,9 @@ def gradients_of_queries(grad, query, inverse, unit_grad, weight, wanted, positi
 
 
 class InfoNCEByProducts(backends.Function):
-    """On a CPU, for a bank that has a gradient too, or without AVX2. The library's products form the scores S = query bank^T, some
-    rows at a time, and the kernel replaces them by W = w softmax(S / T); d query = (W bank - w positive) / T and d bank = W^T query
-    / T. If one chunk has all rows, W is saved for the backward, which else computes it again."""
+    """The library's products form the scores S = query bank^T, some rows at a time, and the kernel replaces them by
+    W = w softmax(S / T); d query = (W bank - w positive) / T and d bank = W^T query / T. If one chunk has all rows, W is saved for
+    the backward, which otherwise computes it again."""
 
     function = "info_nce_loss"
 
@@ -40,7 +40,7 @@ class InfoNCEByProducts(backends.Function):
         ctx.in_batch, bank = bank is None, positive if bank is None else bank
         bank_ids = query_ids if bank_ids is None else bank_ids
         ctx.trains_bank = ctx.needs_input_grad[1 if ctx.in_batch else 3]
-        inputs = query, positive, inverse_temperature.double(), bank, query_ids, bank_ids
+        inputs = query, positive, inverse_temperature.to(query.device, torch.float64), bank, query_ids, bank_ids
         chunks, keys = [], bank.float().t()
         for part, scores, rows, weight in _weights(*inputs):
             unit_grad = rows.new_empty(0)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
+from fastkd.ops import gemm
 
-# Whether the library's product is the faster one on this processor; FASTKD_GEMM=library|tile in the environment decides otherwise.
-PREFERRED = backends.UNAVAILABLE["cpu"] is None and torch.ops.fastkd.prefers_library_gemm()
 LOGITS = 1 << 24  # of a side that exist at once, within
 FEWEST_ROWS, MOST_ROWS = 128, 512  # between two chunks the gradient of the head is read and written
 
@@ -19,7 +18,7 @@ FEWEST_ROWS, MOST_ROWS = 128, 512  # between two chunks the gradient of the head
 def serves(hidden: Tensor, head: Tensor, t_hidden: Tensor | None, t_head: Tensor | None) -> bool:
     """Whether this is the faster way for these tensors. A compiled graph has no sizes that depend on a mask."""
     tensors = (x for x in (hidden, head, t_hidden, t_head) if x is not None)
-    return PREFERRED and not torch.compiler.is_compiling() and all(x.dtype == torch.float32 for x in tensors)
+    return gemm.PREFERS_LIBRARY and not torch.compiler.is_compiling() and all(x.dtype == torch.float32 for x in tensors)
 
 
 def fwd_grad(

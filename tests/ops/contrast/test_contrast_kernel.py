@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from cases import MUTANTS, ROOT, TOLERANCES, randn, relative_error
 from fastkd import backends, functional
-from fastkd.ops import contrast
+from fastkd.ops import gemm
 
 pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built here")
 
@@ -151,7 +151,7 @@ def test_a_nan_row_poisons_only_itself(mode, bank):
 @pytest.mark.parametrize("mode", MODES)
 def test_deterministic_and_independent(mode, monkeypatch):
     """Bitwise: a second run, one thread instead of two, and two results held at once."""
-    monkeypatch.setattr(contrast, "PREFERRED", False)
+    monkeypatch.setattr(gemm, "PREFERS_LIBRARY", False)
     inputs = problem(40, 9001, 96)[:4]
     torch.set_num_threads(2)
     first = run(mode, *inputs)
@@ -167,7 +167,7 @@ def test_deterministic_and_independent(mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bank", [FLOAT, BFLOAT], ids=str)
 def test_strided_inputs_are_read_and_not_written(mode, bank, monkeypatch):
-    monkeypatch.setattr(contrast, "PREFERRED", False)
+    monkeypatch.setattr(gemm, "PREFERS_LIBRARY", False)
     *inputs, _ = problem(6, 300, 64, bank=bank)
     expected = run(mode, *inputs)
     spaced = [torch.stack([x, x * 0 + 9], 1).reshape(2 * len(x), -1)[::2] for x in inputs]  # every other row
@@ -327,6 +327,16 @@ def test_memory_does_not_grow_with_the_bank(dtype):
         assert int(out.stdout) < 4096, f"{out.stdout} KiB at K = {rows}"
 
 
+@pytest.mark.parametrize("size", [0, 1, 5, 600])
+def test_a_temperature_of_another_dtype_does_not_change_the_losss(size):
+    query, positive = (F.normalize(randn(size, 8, seed=n, dtype=FLOAT), dim=1) for n in (1, 2))
+    expected = functional.info_nce_loss(query, positive, None, temperature=0.2, reduction="none")
+    for temperature in (torch.tensor([0.2], dtype=torch.float64), torch.tensor(0.2, dtype=torch.bfloat16)):
+        found = functional.info_nce_loss(query, positive, None, temperature=temperature, reduction="none")
+        assert found.dtype == FLOAT and found.shape == (size,)
+        torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+
+
 def test_trained_negatives_compile():
     leaves = [F.normalize(randn(n, 32, seed=n, dtype=FLOAT), dim=1).requires_grad_() for n in (600, 601, 700)]
 
@@ -348,7 +358,7 @@ def test_products_by_the_library_give_what_our_tile_gives(excluded, monkeypatch)
     ids = (torch.arange(20) % 4, torch.arange(300) % 5) if excluded else None
     found = []
     for preferred in (False, True):
-        monkeypatch.setattr(contrast, "PREFERRED", preferred)
+        monkeypatch.setattr(gemm, "PREFERS_LIBRARY", preferred)
         loss = functional.info_nce_loss(query, positive[:20], bank, exclude=ids, backend="cpu")
         found.append([loss, *torch.autograd.grad(loss, (query, positive))])
     assert max(map(relative_error, *found)) < 1e-6

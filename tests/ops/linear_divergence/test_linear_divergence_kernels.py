@@ -8,7 +8,7 @@ from fastkd.bench import baselines
 
 from cases import gradients, randn, relative_error
 from fastkd import TopK, backends, linear_divergence
-from fastkd.ops import linear_divergence_library
+from fastkd.ops import gemm, linear_divergence_library
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 HERE = [
@@ -372,7 +372,7 @@ def test_products_by_the_library_give_what_our_tile_gives(sparse, masked, monkey
     monkeypatch.setattr(linear_divergence_library, "MOST_ROWS", 128)
     found = []
     for preferred in (False, True):
-        monkeypatch.setattr(linear_divergence_library, "PREFERRED", preferred)
+        monkeypatch.setattr(gemm, "PREFERS_LIBRARY", preferred)
         loss, of_student = gradients(call(teacher, "cpu", **options), *student)
         found.append([loss, *of_student])
     assert max(relative_error(x, y) for x, y in zip(*found, strict=True)) < 2e-6
