@@ -18,6 +18,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 from fastkd.bench import machine
+from fastkd.bench.evidence.language_model import rows_of
 from torch.nn.utils import parameters_to_vector
 
 from fastkd.train import cache, tokenisation
@@ -43,15 +44,10 @@ COLUMNS = {
 
 class Runs:
     def __init__(self, model: str, text: str, length: int, work: str):
-        from datasets import Dataset
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        self.work, self.tokenizer = work, AutoTokenizer.from_pretrained(model)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.work, (self.tokenizer, self.rows) = work, rows_of(model, text, length)
         self.teacher = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        ids = torch.tensor(self.tokenizer(pathlib.Path(text).read_text(), verbose=False)["input_ids"])
-        ids = ids[: len(ids) // length * length].view(-1, length)
-        self.rows = Dataset.from_dict({"input_ids": ids.tolist(), "example_id": range(len(ids))})
 
     def trainer(self, form: str, student, steps: int) -> DistillTrainer:
         from transformers import TrainingArguments

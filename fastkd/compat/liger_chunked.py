@@ -15,7 +15,7 @@ from fastkd.losses.kd import hard_cross_entropy_from_hidden
 
 
 class _ChunkedLoss(nn.Module):
-    """The arguments of Liger's chunked losses."""
+    """The arguments of Liger's chunked losses, whose subclasses define `of_sides` of (hidden, head, bias) of either side."""
 
     def __init__(
         self,
@@ -38,6 +38,19 @@ class _ChunkedLoss(nn.Module):
         self.chunk_size = chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
 
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
+        return self.of_sides(student, teacher, true_labels)
+
 
 class LigerFusedLinearJSDLoss(_ChunkedLoss):
     """weight_hard_loss · cross-entropy with the labels + weight_soft_loss · generalized JSD, from hidden states and heads.
@@ -53,20 +66,10 @@ class LigerFusedLinearJSDLoss(_ChunkedLoss):
         return_soft_hard_loss: Returns (loss, soft, hard), of which only the first has a gradient; this takes longer.
     """
 
-    def forward(
-        self,
-        student_input: Tensor,
-        student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
-        true_labels: Tensor,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        student = (student_input, student_weight, student_bias)
-        teacher = [None if x is None else x.detach() for x in (teacher_input, teacher_weight, teacher_bias)]
-        if len(teacher_weight) > len(student_weight):
-            return self._original(*student[:2], *teacher[:2], true_labels, student_bias, teacher[2])
+    def of_sides(self, student, teacher, true_labels: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        teacher = [None if x is None else x.detach() for x in teacher]
+        if len(teacher[1]) > len(student[1]):
+            return self._original(*student[:2], *teacher[:2], true_labels, student[2], teacher[2])
         if self.return_soft_hard_loss:
             soft, hard = self._soft(student, teacher, true_labels), self._hard(student, true_labels)
             loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
@@ -108,22 +111,12 @@ class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
         return_soft_hard_loss: Returns (loss, soft, hard), of which only the first has a gradient.
     """
 
-    def forward(
-        self,
-        student_input: Tensor,
-        student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
-        true_labels: Tensor,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        if len(teacher_weight) < len(student_weight):
+    def of_sides(self, student, teacher, true_labels: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if len(teacher[1]) < len(student[1]):
             raise ValueError(
-                f"teacher_weight: expected at least the student's {len(student_weight)} tokens, got "
-                f"{len(teacher_weight)}; pass the rows of student_weight that the teacher has, too"
+                f"teacher_weight: expected at least the student's {len(student[1])} tokens, got "
+                f"{len(teacher[1])}; pass the rows of student_weight that the teacher has, too"
             )
-        student, teacher = (student_input, student_weight, student_bias), (teacher_input, teacher_weight, teacher_bias)
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
         losses = _CosineInChunks.apply(self, wanted, *student, *teacher, true_labels)
         return losses if self.return_soft_hard_loss else losses[0]

@@ -280,12 +280,12 @@ def how(query: Tensor, bank: Tensor) -> int:
     return SPLIT if query.dtype == torch.float32 and bank.dtype == torch.bfloat16 else FULL
 
 
-def geometry(queries: int, width: int, most_chunks: int = CHUNKS) -> dict:
-    """Tiles and launch options of shared_kernel. tl.dot needs at least 16 on every side."""
+def geometry(queries: int, width: int, limit: int = CHUNKS) -> dict:
+    """Tiles and launch options of shared_kernel, which sums up to `limit` chunks. tl.dot needs at least 16 on every side."""
     chunk = min(max(triton.next_power_of_2(width), 16), 128)
     block = min(max(triton.next_power_of_2(queries), 16), FEW)
     chunks = triton.cdiv(width, chunk)
-    return {"WIDTH": chunk, "CHUNKS": triton.cdiv(chunks, triton.cdiv(chunks, most_chunks)), "INNER": min(chunk, 64),
+    return {"WIDTH": chunk, "CHUNKS": triton.cdiv(chunks, triton.cdiv(chunks, limit)), "INNER": min(chunk, 64),
             "BLOCK_B": block, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}  # fmt: skip
 
 

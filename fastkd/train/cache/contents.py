@@ -150,8 +150,8 @@ class Contents:
         elif self.predictions == "top_k":
             log_probs, tail = kept["log_probs"].float(), kept["tail"]
             if self.others:  # they share the mass of the tail
-                drawn_ones = tail[..., None] + (kept["counts"].float() / self.others).log()
-                log_probs, tail = torch.cat([log_probs, drawn_ones], -1), None
+                of_samples = tail[..., None] + (kept["counts"].float() / self.others).log()
+                log_probs, tail = torch.cat([log_probs, of_samples], -1), None
             predictions = Sparse(functional.TopK(kept["indices"].long(), log_probs, tail), self.size)
         elif self.predictions == "samples":
             log_probs = (kept["counts"].float() / self.count).log()  # -inf for a token that only fills the row
