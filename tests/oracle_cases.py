@@ -53,11 +53,11 @@ class Draw(random.Random):
         return mask if self.maybe() else mask.to(self.choice([torch.int64, torch.float32]))
 
     def sides(self, *shape):
-        """Student, teacher, and how they lie: far apart, of other scales, near each other, equal, with an offset."""
+        """Student, teacher, and how they lie: independent, of other scales, near each other, equal, with an offset."""
         scale = self.choice([0.01, 1.0, 1.0, 3.0, 10.0])
         teacher = self.normal(*shape, scale=scale)
         how = self.choice(
-            ["apart", "apart", "flat student", "flat teacher", "near", "near", "equal", "offset", "spikes"]
+            ["independent", "independent", "flat student", "flat teacher", "near", "near", "equal", "offset", "spikes"]
         )
         student = self.normal(*shape, scale=scale)
         if how in ("near", "equal"):

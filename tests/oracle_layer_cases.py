@@ -12,7 +12,7 @@ def features(draw, *shape):
     """Hidden states of two widths: with a common direction or not, with zero tokens, the student near the teacher."""
     B, N, ds, dt = shape
     teacher = draw.normal(B, N, dt) + draw.choice([0.0, 0.0, 1.0, 10.0]) * draw.normal(dt)
-    how = draw.choice(["apart", "apart", "near", "equal", "outlier"])
+    how = draw.choice(["independent", "independent", "near", "equal", "outlier"])
     student = draw.normal(B, N, ds) + draw.choice([0.0, 0.0, 1.0, 10.0]) * draw.normal(ds)
     if how in ("near", "equal"):
         student = teacher + (draw.choice([1e-1, 1e-2, 1e-3]) if how == "near" else 0) * draw.normal(B, N, dt)

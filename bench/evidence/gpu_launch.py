@@ -1,6 +1,6 @@
 """What one launch costs on an H200: the arithmetic of gpu_model.py.
 
-Bytes, FLOPs, instructions and exponentials come from the machine code, given how many turns its loops make (TURNS); memory is
+Bytes, FLOPs, instructions and exponentials come from the machine code, given its loops' ITERATIONS; memory is
 read once, and what is read again comes from the cache. A launch takes the largest of what each of them takes, times its waves
 rounded up; in a wave that is not full, times the multiprocessors for each that has a program.
 """
@@ -27,9 +27,9 @@ def again(a) -> int:
     return 0 if a.KIND in (0, 5) else a.V // a.BLOCK
 
 
-# kernel -> which of its loops have turns to count (those with this instruction, outer ones first), their turns, and the
+# kernel -> which of its loops are counted (those with this instruction, outer ones first), their iterations, and the
 # elements that "instructions per element" divides by.
-TURNS = {
+ITERATIONS = {
     "divergence.logits.forward_kernel": ("LDGSTS", lambda a: (1, a.V // a.BLOCK, again(a)), lambda a: a.programs * a.V),
     "divergence.logits.backward_kernel": ("", lambda a: (), lambda a: a.programs * a.BLOCK),
     "linear_divergence.row_kernel": (
@@ -124,8 +124,8 @@ def kernel_launch(kernel, grid, arguments: dict, compiled: Compiled) -> Launch:
     programs = math.prod(grid)
     a = SimpleNamespace(**arguments)
     a.programs = arguments.get("programs", programs)
-    has, turns, elements = TURNS[name]
-    each, share = compiled.work(has, turns(a)), branches(name, a)
+    has, iterations, elements = ITERATIONS[name]
+    each, share = compiled.work(has, iterations(a)), branches(name, a)
     total = {what: share * programs * compiled.warps * amount for what, amount in each.items()}
     threads = {what: 32 * total.get(what, 0) for what in ("loaded", "stored", "exponentials", "instructions")}
     issued = threads["loaded"] + threads["stored"]

@@ -2,7 +2,7 @@
 
 The cases run on meta tensors, through the launchers that a GPU would run, with a driver that compiles each kernel as it is
 launched and runs nothing. Per launch: registers, spills and shared memory from the compiler; instructions, exponentials,
-FLOPs and bytes from the machine code and the number of turns of its loops (TURNS). A kernel takes the largest of what its
+FLOPs and bytes from the machine code and its loops' iterations (ITERATIONS). A kernel takes the largest of what its
 bytes, FLOPs, instructions and exponentials take, times its waves rounded up; PyTorch's own operations take their bytes or
 their FLOPs; a step takes the sum of these, or 4 µs for each launch if that is more. Eager PyTorch goes through the same model.
 

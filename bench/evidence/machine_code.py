@@ -61,12 +61,12 @@ class Compiled:
         ]
         return [self.code[0][i] for i in range(loop.start, loop.stop) if not any(x.start <= i < x.stop for x in inside)]
 
-    def work(self, has: str = "", turns: Sequence[float] = ()) -> collections.Counter:
-        """What one program does per thread, or per warp. turns: of the loops that contain `has`, in the order of the code, per
-        turn of the loop around; every other loop makes one."""
+    def work(self, has: str = "", iterations: Sequence[float] = ()) -> collections.Counter:
+        """What one program does per thread, or per warp. iterations: of the loops that contain `has`, in the order of the code, per
+        iteration of the loop around it; every other loop has one."""
         instructions, loops = self.code
         matching = [loop for loop in loops if any(has in line for line in instructions[loop.start : loop.stop])]
-        given = dict(zip(matching, turns, strict=False))
+        given = dict(zip(matching, iterations, strict=False))
         total = effects(self.own(Loop(0, len(instructions))))
         for loop in loops:
             around = [given.get(x, 1) for x in loops if x.start <= loop.start and loop.stop <= x.stop]

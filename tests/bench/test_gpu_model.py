@@ -21,10 +21,10 @@ SASS = "\n".join([
 ])  # fmt: skip
 
 
-def test_loops_are_counted_as_often_as_they_turn():
+def test_a_loop_counts_once_for_each_of_its_iterations():
     compiled = Compiled(90, 4, 0, 40, 0, SASS, "")
     assert compiled.main_loop == 3
-    work = compiled.work("LDG", (5, 7))  # only the outer loop loads: the inner one makes a turn for each of its
+    work = compiled.work("LDG", (5, 7))  # only the outer loop loads, so the 7 has no loop
     assert work == {
         "instructions": 4 + 5 * (3 + 3),
         "loaded": 5 * 16,

@@ -248,7 +248,7 @@ def _of_teacher(teacher: Teacher, contents: Contents, data) -> dict:
     """What an index says of a cache of `contents` of this teacher."""
     if contents.predictions == "hidden" and teacher.finish is None:
         raise ValueError(
-            "teacher_cache: keeps the states before the teacher's head, and this head cannot be run apart (the log says why); "
+            "teacher_cache: keeps the states before the teacher's head, and this head cannot be run by itself (the log says why); "
             "leave compile_teacher out, or choose top_k or samples"
         )
     teacher.check_collator(data)

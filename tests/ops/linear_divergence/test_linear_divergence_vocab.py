@@ -183,11 +183,11 @@ def test_hard_labels_use_the_students_own_vocabulary(vocab, reduction):
     options = {"vocab": vocab, "teacher_tokens": "all", "labels": labels, "reduction": reduction, **OPTIONS}
     found = gradients(kernels.call(teacher, "reference", hard_weight=0.3, **options), *student)
 
-    def apart(*x):
+    def separate(*x):
         hard = F.cross_entropy(shaped(x, 0), labels, reduction=reduction)
         return kernels.call(teacher, "reference", **options)(*x) + 0.3 * hard
 
-    check(found, gradients(apart, *student), (1e-12, 1e-11))
+    check(found, gradients(separate, *student), (1e-12, 1e-11))
 
 
 def test_keeping_the_full_vocabulary_changes_nothing():
