@@ -23,7 +23,7 @@ def ratio(a: float, b: float) -> int:
 
 
 def again(a) -> int:
-    """Turns of divergence's second pass over a row: forward_kl and soft_ce need none, unless their sums cancel."""
+    """Iterations of the second pass of divergence over a row: forward_kl and soft_ce need none, unless their sums cancel."""
     return 0 if a.KIND in (0, 5) else a.V // a.BLOCK
 
 
