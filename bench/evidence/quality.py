@@ -25,9 +25,13 @@ from scipy import stats
 from fastkd.train import data, metrics, tokenisation
 
 ALONE, ALL = "alone", 0
+OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its classifier; else of the pretrained one
 KD = "kd:alpha=0.9,temperature=2"
 BATCH, LENGTH, HELD_OUT = 32, 64, 1000
-GRID = ((1e-4, 150), (1e-4, 400), (3e-4, 400))  # learning rate, steps
+GRIDS = {
+    "few_labels": ((1e-4, 150), (1e-4, 400), (3e-4, 400)),
+    "half_depth": ((1e-4, 600), (3e-4, 600)),
+}  # learning rate, steps
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
 FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
          "cola": ("CoLA/in_domain_train.tsv", "CoLA/in_domain_dev.tsv", "CoLA/out_of_domain_dev.tsv")}  # fmt: skip
@@ -52,18 +56,20 @@ def few_labels() -> Iterator[Cell]:
 
 
 def half_depth() -> Iterator[Cell]:
-    """Every method on SST-2, the four papers and two others on CoLA and MRPC; from lower layers and from every second one."""
+    """From layers of the fine-tuned teacher and all labels: the papers and two others on each task, more of them on SST-2, and
+    the lower layers in place of every second one."""
     papers = (
+        KD,
+        "minilmv2:relation_heads=12",
         "fcd",
         "bert_emd:beta=0.01,projection=identity + " + KD,
         "codir + " + KD,
-        KD,
-        "minilmv2:relation_heads=12",
     )
     more = ("distilbert", "pkd", "tinybert", "minilm", "crd + " + KD)
-    for name, methods in (("sst2", (*papers, *more)), ("cola", papers), ("mrpc", papers)):
-        for layers in ("0,1,2", "0,2,4"):
-            yield from (Cell(name, ALL, layers, method) for method in (ALONE, *methods))
+    for name, methods in (("sst2", papers), ("mrpc", papers), ("cola", papers), ("sst2", more)):
+        yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *methods))
+    for name in ("sst2", "mrpc", "cola"):
+        yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, KD))
 
 
 STUDIES = {"few_labels": few_labels, "half_depth": half_depth}
@@ -153,8 +159,11 @@ class Task:
                 labels[few] = torch.tensor(rows["labels"][:])[few]
                 rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
         set_seed(seed)
-        student = from_layers(self.pretrained, cell.layers)
-        torch.nn.init.normal_(student.classifier.weight, std=0.02)  # the head that was never trained, of this seed
+        if cell.layers.endswith(OF_TEACHER):
+            student = from_layers(self.teacher, cell.layers.removesuffix(OF_TEACHER))
+        else:
+            student = from_layers(self.pretrained, cell.layers)
+            torch.nn.init.normal_(student.classifier.weight, std=0.02)  # the head that was never trained, of this seed
         how = (None, None) if cell.method == ALONE else (self.teacher, cell.method)
         start = time.perf_counter()
         trainer = self.train(student, *how, rows, rate, steps, seed)
@@ -233,13 +242,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     table = Table(options.out / f"{options.study}.csv")
     cells = [cell for cell in STUDIES[options.study]() if options.only in ("", cell.data)]
-    for name in dict.fromkeys(cell.data for cell in cells) if not options.summary else ():
-        task = Task(name, options.data, options.work)
-        for cell in (cell for cell in cells if cell.data == name):
-            scores = {point: table.score(task, cell, *point, 0, "held out") for point in GRID}
-            best = max(scores, key=scores.get)
-            for seed in range(1, options.seeds + 1):
-                table.score(task, cell, *best, seed, "test")
+    tasks = {}
+    for cell in cells if not options.summary else ():
+        task = tasks.get(cell.data) or Task(cell.data, options.data, options.work)
+        tasks[cell.data] = task
+        scores = {point: table.score(task, cell, *point, 0, "held out") for point in GRIDS[options.study]}
+        best = max(scores, key=scores.get)
+        for seed in range(1, options.seeds + 1):
+            table.score(task, cell, *best, seed, "test")
     print(summary(table, cells))
     return 0
 
