@@ -1,4 +1,4 @@
-"""The picture of a device's CSV: an overview of the speed-ups."""
+"""The pictures of the CSV: an overview of a device's speed-ups, and the scores of the quality studies."""
 
 import pathlib
 from collections.abc import Sequence
@@ -141,3 +141,24 @@ def overview(rows: Sequence[Row], path: pathlib.Path) -> bool:
     title(figure, "How many times faster, loss and gradient", rows)
     save(figure, path)
     return True
+
+
+def scores(
+    lines: Sequence[tuple[str, Sequence[float], float]], text: str, unit: str, rows: Sequence[Row], path
+) -> None:
+    """A line per (label, a score for each seed, the teacher's score): a dot per seed, a tick at their mean, one for the teacher.
+    A label that ends in "alone" is the student without a teacher."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 1.1 + 0.28 * len(lines)), layout="constrained")
+        heights = range(len(lines), 0, -1)
+        for y, (label, found, teacher) in zip(heights, lines, strict=True):
+            colour = COLOURS["eager" if label.endswith("alone") else "fastkd"]
+            axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markersize=6, markeredgecolor="white")
+            axes.plot(sum(found) / len(found), y, "|", color=colour, markersize=15, markeredgewidth=2.5)
+            axes.plot(teacher, y, "|", color=INK, markersize=15, markeredgewidth=2.5)
+        axes.set_yticks(heights, [label for label, *_ in lines], color=INK)
+        axes.set(ylim=(0.4, len(lines) + 0.6), xlabel=f"{unit}\na dot per seed, a tick at the mean; black: the teacher")
+        axes.tick_params(length=0, which="both")
+        axes.grid(False, axis="y")
+        title(figure, text, rows)
+        save(figure, path)

@@ -2,7 +2,7 @@
 initialisation, the same order of the rows.
 
 python -m fastkd.bench.evidence.language_model MODEL TEXT              # MODEL: a folder; TEXT: cut into rows, the last 128 held out
-python -m fastkd.bench.evidence.language_model MODEL TEXT --summary    # the table of what has been measured
+python -m fastkd.bench.evidence.language_model MODEL TEXT --summary    # the table and picture of what has been measured
 
 The teacher runs once: a cache of its hidden states before the head, which is exact, serves every method and seed. A row of
 language_model.csv is one run, appended when it ends; a run that has its row is not done again.
@@ -16,7 +16,7 @@ import time
 
 import pandas as pd
 import torch
-from fastkd.bench import machine
+from fastkd.bench import machine, plots
 from fastkd.bench.evidence.quality import ALONE, paired
 
 from fastkd.train import tokenisation
@@ -24,7 +24,7 @@ from fastkd.train.student import from_layers
 from fastkd.train.trainer import DistillTrainer
 
 BATCH, HELD_OUT = 4, 128
-METHODS = (ALONE, "forward_kl", "reverse_kl", "skew_kl", "jsd")
+METHODS = (ALONE, "forward_kl:hard=1", "forward_kl", "skew_kl:hard=1", "reverse_kl:hard=1", "jsd:hard=1")
 RESULTS = machine.ROOT / "bench/results/quality/language_model.csv"
 
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("text")
     for name, number in (("--seeds", 5), ("--steps", 150), ("--rows", 600), ("--length", 128), ("--rate", 5e-4)):
         parser.add_argument(name, type=type(number), default=number)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["method", "seed"])
@@ -75,7 +76,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             of_teacher = math.nan
             for seed in range(1, options.seeds + 1):
-                for method in METHODS:
+                for method in options.methods:
                     if len(rows[(rows.method == method) & (rows.seed == seed)]):
                         continue
                     made = trainer(options, teacher, tokenizer, data, method, seed, work)
@@ -96,10 +97,13 @@ def main() -> None:
                     rows.to_csv(RESULTS, index=False, float_format="%.6g")
                     print(found, flush=True)
     print("| method | seeds | perplexity | log-perplexity less alone (95 %) |\n|---|---|---|---|")
-    every = rows.pivot(index="seed", columns="method", values="perplexity").map(math.log)
-    for method in METHODS:
+    every = rows.pivot(index="seed", columns="method", values="perplexity").map(math.log)[list(rows.method.unique())]
+    for method in every.columns:
         gain = "–" if method == ALONE else paired(every[method] - every[ALONE], ".3f")
         print(f"| `{method}` | {every[method].count()} | {math.exp(every[method].mean()):.1f} | {gain} |")
+    lines = [(method, list(every[method].dropna().map(math.exp)), rows.teacher.iloc[0]) for method in every.columns]
+    plots.scores(lines, "A language model's students, from one start", "perplexity", rows.to_dict("records"),
+                 RESULTS.with_suffix(".png"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does it distil? Students trained alone and distilled, in pairs: the same initialisation, the same order of the data.
 
 python -m fastkd.bench.evidence.quality --study few_labels --data FOLDER    # with SST-2/, CoLA/, MRPC/ as GLUE has them
-python -m fastkd.bench.evidence.quality --study few_labels --summary        # the table of what has been measured
+python -m fastkd.bench.evidence.quality --study few_labels --summary        # the table and picture of what has been measured
 
 The teacher is the packaged MiniLM (6 layers of 384), fine-tuned on all labels. Learning rate and number of steps are chosen for
 each cell on rows held out of the training set, with seed 0; the test set is looked at once per run, with seeds 1, 2, …
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
-from fastkd.bench import machine
+from fastkd.bench import machine, plots
 from scipy import stats
 
 from fastkd.train import data, metrics, tokenisation
@@ -214,15 +214,25 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
     headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain over alone (95 %)")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     tested = {cell: table.find(**asdict(cell), split="test").set_index("seed") for cell in cells}
+    tested = {cell: rows for cell, rows in tested.items() if len(rows)}
     for cell, rows in tested.items():
-        if rows.empty:
-            continue
         alone = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE))
         distils = cell.method != ALONE and alone is not None
         text = paired(100 * (rows["score"] - alone["score"]), ".1f") if distils else "–"
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
         lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
                      f"{100 * rows['teacher'].iloc[0]:.1f} | {text} |")  # fmt: skip
+    shown = [
+        (
+            f"{cell.data}  {cell.labels or 'all'} labels  {cell.method}",
+            list(100 * rows["score"]),
+            100 * rows["teacher"].iloc[0],
+        )
+        for cell, rows in tested.items()
+    ]
+    if shown:
+        plots.scores(shown, "Students alone and distilled, from one start", "score in percent",
+                     table.rows.to_dict("records"), table.path.with_suffix(".png"))  # fmt: skip
     return "\n".join(lines)
 
 
@@ -236,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=pathlib.Path, default=machine.ROOT / "build/quality", help="where the teachers are kept"
     )
-    parser.add_argument("--summary", action="store_true", help="the table of what has been measured, and nothing else")
+    parser.add_argument(
+        "--summary", action="store_true", help="the table and the picture of what has been measured, and nothing else"
+    )
     options = parser.parse_args(argv)
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
