@@ -112,7 +112,8 @@ class Task:
             tokenisation.tokenise(rows, corpus, self.tokenizer, "classification", LENGTH)[0] for rows in (train, test)
         ]
         parts = tokens[0].train_test_split(HELD_OUT, seed=0)
-        self.sets = {"train": parts["train"], "held out": parts["test"], "test": tokens[1]}
+        kept = parts["train"].remove_columns("example_id").add_column("example_id", range(len(parts["train"])))
+        self.sets = {"train": kept, "held out": parts["test"], "test": tokens[1]}
         set_seed(0)
         load = AutoModelForSequenceClassification.from_pretrained
         self.pretrained = load(MODEL_DIR, num_labels=2)
@@ -131,7 +132,7 @@ class Task:
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=128, learning_rate=rate,
-                warmup_steps=0.1, weight_decay=0.01, save_strategy="no", logging_strategy="no", report_to="none",
+                warmup_steps=0.1, weight_decay=0.01, save_strategy="no", logging_steps=0.05, report_to="none",
                 disable_tqdm=True, seed=seed, train_sampling_strategy="group_by_length",
             )  # fmt: skip
             trainer = DistillTrainer(
@@ -149,7 +150,6 @@ class Task:
         from fastkd.train.student import from_layers
 
         rows = self.sets["train"]
-        rows = rows.remove_columns("example_id").add_column("example_id", range(len(rows)))  # some are held out
         if cell.labels:
             few = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: cell.labels].tolist()
             if cell.method == ALONE:
@@ -172,7 +172,9 @@ class Task:
         key = f"eval_{METRIC.get(self.name, 'accuracy')}"
         if split not in self.of_teacher:
             self.of_teacher[split] = trainer.evaluate_other(self.teacher, self.sets[split])[key]
-        return {"score": scores[key], "teacher": self.of_teacher[split], "seconds": round(seconds, 1)}
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # each of 5 % of the steps
+        found = {"score": scores[key], "teacher": self.of_teacher[split], "seconds": round(seconds, 1)}
+        return found | {"first_loss": losses[0], "last_loss": losses[-1]}
 
 
 class Table:
@@ -193,7 +195,7 @@ class Table:
         if self.find(**key).empty:
             found = {**key, **task.run(cell, rate, steps, seed, split)}
             found |= {name: self.facts[name] for name in ("device", "torch", "commit", "date")}
-            row = pd.DataFrame([found])
+            row = pd.DataFrame([found], columns=list(self.rows) if len(self.rows) else None)
             row.to_csv(self.path, mode="a", header=not self.path.exists(), index=False)
             self.rows = pd.concat([self.rows, row], ignore_index=True) if len(self.rows) else row
             print(*(f"{name}={value}" for name, value in found.items()), flush=True)

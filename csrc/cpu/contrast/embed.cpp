@@ -97,7 +97,7 @@ struct Columns {
   const float *x, *weight;
   float *to_x, *to_weight;
   int64_t rows, d, width;
-  std::vector<float> memory;
+  std::vector<float> scratch;
 
   // `count` columns of a matrix side by side, zeros up to kBlock.
   float* gather(const float* from, int64_t lines, int64_t count, float* out) const {
@@ -121,8 +121,8 @@ struct Columns {
 
   void run(int64_t column) {
     const int64_t count = std::min(kBlock, width - column);
-    memory.resize((rows + d + std::max(slopes.across, slopes.down)) * kBlock + 16);
-    float *of_x = aligned(memory.data()), *of_weight = of_x + rows * kBlock, *own = of_weight + d * kBlock;
+    scratch.resize((rows + d + std::max(slopes.across, slopes.down)) * kBlock + 16);
+    float *of_x = aligned(scratch.data()), *of_weight = of_x + rows * kBlock, *own = of_weight + d * kBlock;
     multiply(slopes.rows, slopes.across, gather(x + column, rows, count, of_x), rows, d, column, to_weight, own);
     if (to_x)
       multiply(slopes.columns, slopes.down, gather(weight + column, d, count, of_weight), d, rows, column, to_x, own);

@@ -38,8 +38,8 @@ void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index,
   const int64_t padded = padded_width(width), *indices = index.const_data_ptr<int64_t>();
   std::atomic<int64_t> bank_rows{-1};
   parallel_for(0, queries * int64_t(sides.size()), grain(count * width), [&](int64_t t, int64_t end) {
-    std::vector<float> memory((kGathered + 2) * padded + 16);
-    float *sum = aligned(memory.data()), *row = sum + padded;
+    std::vector<float> scratch((kGathered + 2) * padded + 16);
+    float *sum = aligned(scratch.data()), *row = sum + padded;
     for (; t < end; ++t) {
       const int64_t side = t / queries, i = t % queries;
       const Tensor &query = sides[side].query, &bank = sides[side].bank;
@@ -58,7 +58,7 @@ void for_each_query(const std::vector<QueryAndBank>& sides, const Tensor& index,
         bank_rows = bank.size(0);
         continue;
       }
-      std::fill_n(memory.data(), memory.size(), 0.f);
+      std::fill_n(scratch.data(), scratch.size(), 0.f);
       float_row(table, query, i, row);
       f(side, i, rows, row, sum);
     }

@@ -110,7 +110,7 @@ struct Task {
   const int64_t *query_ids, *bank_ids;
   const float* scales;
   float alpha;
-  std::vector<char> memory;
+  std::vector<char> scratch;
   float *scores, *own_block;
   uint32_t *high, *low;
 
@@ -125,8 +125,8 @@ struct Task {
         scales(scales),
         alpha(float(alpha)) {
     const int64_t tile = plan.keys * kPanel, block = plan.in_place ? 0 : plan.keys * plan.padded;
-    memory.resize((2 * tile + block) * 4 + 64);
-    scores = reinterpret_cast<float*>(aligned(memory.data()));
+    scratch.resize((2 * tile + block) * 4 + 64);
+    scores = reinterpret_cast<float*>(aligned(scratch.data()));
     high = reinterpret_cast<uint32_t*>(scores + tile), low = high + tile / 2;
     own_block = reinterpret_cast<float*>(low + tile / 2);
     std::fill(scores, scores + tile, 0.f);  // lanes without a query

@@ -96,7 +96,7 @@ struct LogitGradient {
   }
 };
 
-// Logits of both sides for a few rows, in memory of the caller's; the teacher's give way to the gradient.
+// Logits of both sides for a few rows, in the caller's scratch; the teacher's give way to the gradient.
 struct Logits {
   const Args& args;
   const int64_t stride, rows_at_once;  // rows_at_once: rows whose logits exist at once
@@ -114,8 +114,8 @@ struct Logits {
 
   // f(i, n, s, t) for each of `count` rows, with its logits; n is the row's number among all. Returns where t begins.
   template <class F>
-  const float* each_row(const int64_t* valid_rows, int64_t count, float* memory, const F& f) const {
-    float *const s = memory, *const t = memory + count * stride;
+  const float* each_row(const int64_t* valid_rows, int64_t count, float* scratch, const F& f) const {
+    float *const s = scratch, *const t = scratch + count * stride;
     student.make(valid_rows, count, s, stride);
     if (teacher) teacher->make(valid_rows, count, t, stride);
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -158,8 +158,8 @@ struct GradientInForward {
   Tensor values, hidden, head, bias;
   const Logits logits;
   LogitGradient gradient = {};
-  Scratch memory;  // the spare rows, then room for the logits of `few`; before that, of `logits.rows_at_once` rows
-  int64_t few;     // rows whose logits exist beside the spare rows
+  Scratch scratch;  // the spare rows, then room for the logits of `few`; before that, of `logits.rows_at_once` rows
+  int64_t few;      // rows whose logits exist beside the spare rows
   int64_t spare_bytes = 0;
   Scratch sums;  // float32, of a narrow gradient in several chunks
 
@@ -183,8 +183,8 @@ struct GradientInForward {
                  : zeros(like, to_head ? args.vocabulary : 0, args.width, type);
     if (multiplies()) place();
     const int64_t beside = spare_bytes ? spare_bytes + logits.bytes(args.fit(few)) : 0;
-    memory = Scratch(like, std::max(beside, logits.bytes(args.fit(logits.rows_at_once))));
-    gradient.beside = memory.get();
+    scratch = Scratch(like, std::max(beside, logits.bytes(args.fit(logits.rows_at_once))));
+    gradient.beside = scratch.get();
   }
   bool multiplies() const { return count && (to_hidden || to_head); }
 
@@ -212,9 +212,9 @@ struct GradientInForward {
       end = multiplies() ? std::min(count, begin + gradient.slot + gradient.spare) : count;
       const int64_t there = multiplies() ? std::min(end - begin, gradient.slot) : end - begin;
       for_steps(there, logits.rows_at_once,
-                [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, memory.get()); });
+                [&](int64_t i, int64_t i_end) { differentiate(begin, i, i_end, scratch.get()); });
       for_steps(end - begin - there, few, [&](int64_t i, int64_t i_end) {
-        differentiate(begin, there + i, there + i_end, memory.get() + spare_bytes);
+        differentiate(begin, there + i, there + i_end, scratch.get() + spare_bytes);
       });
       if (multiplies()) multiply(begin, end);
       if (!narrow) gradient.slot = 0;  // the sums are there now

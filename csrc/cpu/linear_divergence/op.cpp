@@ -24,20 +24,20 @@ struct Block {
   const Args& args;
   PackedRows student;
   std::optional<PackedRows> teacher;
-  Scratch memory;
+  Scratch scratch;
   int64_t stride;
   float *s, *t;
   const int64_t* valid_rows = nullptr;
   int64_t count = 0, first = 0, tokens = 0;
 
-  Block(const Args& args, int64_t most_rows, int64_t most_words, bool transposes)
+  Block(const Args& args, int64_t most_rows, int64_t most_tokens, bool transposes)
       : args(args),
         student(args.student, args.fit(most_rows), args.has_invalid_rows(), transposes),
-        stride(Args::stride_of(most_words)) {
+        stride(Args::stride_of(most_tokens)) {
     if (!args.sparse) teacher.emplace(args.teacher, args.fit(most_rows), args.has_invalid_rows(), false);
     const int64_t size = args.fit(most_rows) * stride;
-    memory = Scratch(args.student.hidden, 2 * size * 4);
-    s = memory.floats(), t = s + size;
+    scratch = Scratch(args.student.hidden, 2 * size * 4);
+    s = scratch.floats(), t = s + size;
   }
 
   void load_rows(int64_t begin, int64_t end) {

@@ -32,16 +32,16 @@ class Network {
   Network(int rows, int columns)
       : n(rows), m(columns), side(CpuLanes::stride(rows)), stride(CpuLanes::stride(columns)) {
     const size_t nodes = size_t(side) + size_t(stride), cells = size_t(n) * size_t(stride);
-    memory = static_cast<char*>(::operator new(
+    workspace = static_cast<char*>(::operator new(
         cells * sizeof(double) + nodes * (2 * sizeof(double) + sizeof(Node) + sizeof(int)), std::align_val_t{64}));
-    cost = reinterpret_cast<double*>(memory);
+    cost = reinterpret_cast<double*>(workspace);
     potential = cost + cells;
     mass = potential + nodes;
     node = reinterpret_cast<Node*>(mass + nodes);
     order = reinterpret_cast<int*>(node + nodes);
     for (size_t k = 0; k < cells; ++k) cost[k] = 0.0;
   }
-  ~Network() { ::operator delete(memory, std::align_val_t{64}); }
+  ~Network() { ::operator delete(workspace, std::align_val_t{64}); }
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
 
@@ -68,7 +68,7 @@ class Network {
 
  private:
   const int n, m, side, stride;
-  char* memory;
+  char* workspace;
   double *cost, *potential, *mass;  // [n, stride], [side + stride], [side + stride]
   Node* node;
   int* order;  // parents before children
