@@ -5,6 +5,7 @@ fastkd bench divergence --quick        a few small cases, printed only
 fastkd bench gram --case fcd- --dtype bfloat16 --mode both --no-publish
 fastkd bench --shape llama-1b          every stem at the shapes of a model; also bert-large@16x512
 fastkd bench --compare A.csv B.csv     what got slower, by ratios measured within each run; 1 if anything did
+fastkd bench --calibrate               up to which sizes PyTorch or kernels are faster on this machine, kept for "auto"
 fastkd bench gram --against main       the same cases at another commit, built in a worktree, then compared
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from fastkd.bench import baselines, cases, check, compare, machine, measure, plots, report
+from fastkd.bench import baselines, calibrate, cases, check, compare, machine, measure, plots, report
 from fastkd.bench.baselines import Absent, Provider
 from fastkd.bench.cases import shapes
 from fastkd.bench.cases.case import DTYPES, Case, Inputs, build
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tolerance", type=float, default=0.05, help="of a comparison: a smaller loss is none (0.05)")
     add = result.add_mutually_exclusive_group().add_argument
     add("--list", action="store_true", help="name the cases and stop")
+    add("--calibrate", action="store_true", help="measure the sizes that `fastkd doctor` prints")
     add("--compare", nargs=2, type=pathlib.Path, metavar=("BEFORE", "AFTER"), help="two .csv or result folders")
     add("--against", default="", metavar="REF", help="measure the same at another commit too, then compare")
     return result
@@ -76,6 +78,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(
             "against: compares what is published, and --force and --no-publish publish nothing; leave them out"
         )
+    if asked.calibrate:
+        asked.device = "cpu"
     asked.device = checks.device(asked.device, ("cpu", "cuda"), here=not asked.list)
     asked.others = asked.others or ("eager,authors" if asked.quick else "")  # compiling takes longer than all else
     asked.rounds = asked.rounds or (10 if asked.quick else 30)
@@ -272,6 +276,8 @@ def run(asked: argparse.Namespace) -> int:
         return 0
     if asked.threads:
         torch.set_num_threads(asked.threads)
+    if asked.calibrate:
+        return calibrate.calibrate(keep=not (asked.no_publish or asked.force), force=asked.force)
     facts = machine.facts(asked.device)
     results = machine.ROOT / "bench/results" if (machine.ROOT / "setup.py").is_file() else pathlib.Path("fastkd-bench")
     folder: pathlib.Path | None = (asked.out or results) / facts["device"]

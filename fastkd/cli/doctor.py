@@ -7,7 +7,7 @@ import platform
 import torch
 
 import fastkd
-from fastkd import backends, checks
+from fastkd import backends, checks, thresholds
 
 PACKAGES = ("triton", "numpy", "transformers", "datasets", "accelerate", "safetensors", "liger-kernel", "POT")
 
@@ -50,7 +50,7 @@ def report(device: str, dtype: torch.dtype) -> list[str]:
             why_not = backends.reason(stem, backend, x)
             if why_not is not None:
                 lines.append(f"  {'':18}    not {backend}: {why_not}")
-    return lines
+    return [*lines, "", *thresholds.lines()]
 
 
 def self_test() -> str:

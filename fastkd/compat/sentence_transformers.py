@@ -16,7 +16,6 @@ from fastkd.compat import soft_labels
 
 __all__ = ["DistillKLDivLoss", "EmbedDistillLoss", "MarginMSELoss", "MultipleNegativesRankingLoss"]
 
-FEW = 32  # examples on a CPU below which the original is as fast
 _MODULES = "sentence_transformers.sentence_transformer.losses."
 
 
@@ -24,14 +23,12 @@ def multiple_negatives_ranking(self, embeddings: list[Tensor], labels: Tensor) -
     """`MultipleNegativesRankingLoss.compute_loss_from_embeddings`.
 
     By kernels: cosine and dot-product similarity, every combination of directions but "doc_to_doc" without "doc_to_query",
-    both partition modes. The original computes hardness weights, other similarities and gathering across devices, and on
-    a CPU batches of fewer than 32 examples.
+    both partition modes. The original computes hardness weights, other similarities and gathering across devices.
     """
     directions = set(self.directions)
     hard = self.hardness_mode is not None and self.hardness_strength > 0
     if (
         len(embeddings) < 2
-        or (embeddings[0].device.type == "cpu" and len(embeddings[0]) < FEW)
         or hard
         or self.gather_across_devices
         or self.similarity_fct not in (cos_sim, dot_score)
@@ -75,7 +72,7 @@ def _info_nce(anchors: Tensor, positives: Tensor, pools: list, own: Tensor, scal
 def distill_kl_div(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
     """`DistillKLDivLoss.compute_loss_from_embeddings`: T_s² KL between the softmaxes over the candidates' scores."""
     original = compat.original(_MODULES + "distill_kl_div", "DistillKLDivLoss.compute_loss_from_embeddings")
-    few = labels.numel() < soft_labels.WORTH  # one label for each score
+    few = not soft_labels.worth_it(labels.numel())  # one label for each score
     if few or len(embeddings) < 3 or labels.shape != (len(embeddings[0]), len(embeddings) - 1):
         return original(self, embeddings, labels)  # which also says what is wrong
     scores = torch.stack([self.similarity_fct(embeddings[0], other) for other in embeddings[1:]], dim=1)  # [B, n]

@@ -3,18 +3,26 @@
 import torch
 from torch import Tensor
 
-from fastkd import functional
+from fastkd import functional, thresholds
 
 REDUCTIONS = ("batchmean", "mean", "sum")
-WORTH = 2**16  # elements; with fewer, the checks of a call may take longer than two softmaxes
+
+
+def worth_it(logits: int) -> bool:
+    """With fewer, the checks of a call may take longer than two softmaxes."""
+    return logits > 0 and thresholds.serves("soft_labels", logits) == thresholds.KERNELS
 
 
 def takes(student_logits: Tensor, teacher_logits: Tensor) -> bool:
     """Whether kernels give what two softmaxes over these give: one shape, no gradient for the teacher; and enough elements."""
     teacher_learns = teacher_logits.requires_grad and torch.is_grad_enabled()
     floating = student_logits.is_floating_point() and teacher_logits.is_floating_point()
-    large = student_logits.numel() >= max(WORTH, 1)
-    return large and floating and student_logits.shape == teacher_logits.shape and not teacher_learns
+    return (
+        worth_it(student_logits.numel())
+        and floating
+        and student_logits.shape == teacher_logits.shape
+        and not teacher_learns
+    )
 
 
 def like_softmax(loss: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import backends, checks
-from fastkd.ops import gemm
+from fastkd import backends, checks, thresholds
 from fastkd.ops.contrast_library import InfoNCEByProducts, gradients_of_queries
 from fastkd.ops.gradient_in_forward import wants_gradient
 from fastkd.reference import contrast as reference
@@ -22,7 +21,6 @@ OF_BANK = backends.kernels("contrast", "info_nce_bank_bwd", "info_nce_bank_bwd",
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
-FEW_EXAMPLES = 512  # of a batch on a CPU whose positives are the negatives: up to here cross_entropy is as fast
 MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the reference's sort is faster
 
 
@@ -161,13 +159,11 @@ class UnitLinear(backends.Function):
         return tuple(g if needed else None for g, needed in zip(gradients, wanted, strict=True))
 
 
-MOST_EXAMPLES = 256  # for more, the library's GEMM is as fast
-
-
 def unit_linear(x, weight, bias, backend) -> Tensor:
     """Projects x [B, S] onto the unit sphere of D dimensions: normalise(x W^T + bias) [B, D]; 0 stays 0."""
     plain = x.dtype == weight.dtype == bias.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if plain and x.shape[0] <= MOST_EXAMPLES and backends.choose("contrast", backend, x) == "cpu":
+    served = backend != "auto" or thresholds.serves("unit_linear", len(x)) == thresholds.KERNELS
+    if plain and served and backends.choose("contrast", backend, x) == "cpu":
         return UnitLinear.apply(x, weight, bias)
     x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -177,8 +173,10 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
-    if bank is None and exclude is None and backend == "auto" and _is_small(query, positive):
-        temperature = torch.as_tensor(inverse_temperature, dtype=query.dtype, device=query.device).reshape(())
+    if bank is None and exclude is None and backend == "auto" and _by_cross_entropy(query, positive):
+        temperature = inverse_temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(query).reshape(())
         with backends.full_precision(query):
             return F.cross_entropy(query @ positive.t() * temperature, torch.arange(len(query)), reduction="none")
     if bank is None:
@@ -204,15 +202,21 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     positive = positive.float() if positive.dtype == torch.float64 else positive
     plain = query.dtype == bank.dtype == torch.float32 and index is None and scale is None
     # A bank with a gradient is shared, and has no scale.
-    if backend == "cpu" and (own or wants_gradient(bank) or (gemm.PREFERS_LIBRARY and plain)):
+    by_products = own or wants_gradient(bank) or (plain and _by_library(query, bank))
+    if backend == "cpu" and by_products:
         others = None if own else bank, query_ids, None if bank_ids is query_ids else bank_ids
         return InfoNCEByProducts.apply(query, positive, temperature, *others)
     index, scale = (None if index is None else index.long()), (None if scale is None else scale.float())
     return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
 
 
-def _is_small(query: Tensor, positive: Tensor) -> bool:
-    return query.device.type == "cpu" and len(query) <= FEW_EXAMPLES and query.dtype == positive.dtype == torch.float32
+def _by_cross_entropy(query: Tensor, positive: Tensor) -> bool:
+    on_cpu = query.device.type == "cpu" and query.dtype == positive.dtype == torch.float32
+    return on_cpu and thresholds.serves("in_batch", len(query)) == thresholds.PYTORCH
+
+
+def _by_library(query: Tensor, bank: Tensor) -> bool:
+    return thresholds.serves("bank", len(query) * len(bank)) == thresholds.PYTORCH
 
 
 def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:

@@ -1,5 +1,5 @@
-"""InfoNCE on a CPU through the library's products, with one kernel between them: for a bank that has a gradient too, or without
-AVX2. ops/contrast.py says when."""
+"""InfoNCE on a CPU through the library's products, with one kernel between them: for a bank that has a gradient too, and
+where they are faster. ops/contrast.py says when."""
 
 import torch
 from torch import Tensor

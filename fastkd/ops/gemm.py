@@ -12,10 +12,6 @@ FLOAT32_ONLY = 2  # widen bfloat16 even if the machine multiplies it
 ROUND = 4  # round float32 to bfloat16 if the machine multiplies that
 SPLIT = 8  # with ROUND: `a` as a high and a low bfloat16 part
 
-# Whether the library multiplies float32 faster than our tile on this processor; FASTKD_GEMM=library|tile in the environment decides
-# otherwise.
-PREFERS_LIBRARY = backends.UNAVAILABLE["cpu"] is None and torch.ops.fastkd.prefers_library_gemm()
-
 if backends.UNAVAILABLE["cpu"] is None:
 
     @torch.library.register_fake("fastkd::gemm_nt")

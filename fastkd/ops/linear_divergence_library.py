@@ -1,4 +1,4 @@
-"""linear_divergence in float32 on processors whose library multiplies faster than our tile: a chunk of rows at a time,
+"""linear_divergence in float32 where the library multiplies faster than our tile: a chunk of rows at a time,
 
 s, t = x Ws^T, y Wt^T       [C, V], by torch.mm
 rows, t <- dZ               one kernel
@@ -8,17 +8,20 @@ dX = dZ Ws, dW += dZ^T x    by torch.mm
 import torch
 from torch import Tensor
 
-from fastkd import backends
-from fastkd.ops import gemm
+from fastkd import backends, thresholds
 
-LOGITS = 1 << 24  # of a side that exist at once, within
-FEWEST_ROWS, MOST_ROWS = 128, 512  # between two chunks the gradient of the head is read and written
+# Logits of a side that exist at once, within FEWEST_ROWS and MOST_ROWS. Where our tile is an alternative, in no more memory than it
+# takes; elsewhere more of them, since the head's gradient is read and written between two chunks.
+LOGITS = 1 << (24 if thresholds.INSTRUCTION_SET == "plain" else 22)
+FEWEST_ROWS, MOST_ROWS = 128, 512
 
 
 def serves(hidden: Tensor, head: Tensor, t_hidden: Tensor | None, t_head: Tensor | None) -> bool:
     """Whether this is the faster way for these tensors. A compiled graph has no sizes that depend on a mask."""
     tensors = (x for x in (hidden, head, t_hidden, t_head) if x is not None)
-    return gemm.PREFERS_LIBRARY and not torch.compiler.is_compiling() and all(x.dtype == torch.float32 for x in tensors)
+    if torch.compiler.is_compiling() or any(x.dtype != torch.float32 for x in tensors):
+        return False
+    return thresholds.serves("linear_divergence", len(hidden) * len(head)) == thresholds.PYTORCH
 
 
 def fwd_grad(

@@ -13,9 +13,8 @@ losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses"
 
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim, pairwise_cos_sim  # noqa: E402
 
-from fastkd import compat  # noqa: E402
+from fastkd import compat, thresholds  # noqa: E402
 from fastkd.compat import sentence_transformers as ours  # noqa: E402
-from fastkd.compat import soft_labels  # noqa: E402
 
 OTHER = ("query_to_query", "doc_to_query", "doc_to_doc")
 DIRECTIONS = [("query_to_doc", *some) for k in range(4) for some in itertools.combinations(OTHER, k)]
@@ -24,8 +23,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
-    monkeypatch.setattr(soft_labels, "WORTH", 0)
-    monkeypatch.setattr(ours, "FEW", 0)
+    monkeypatch.setitem(thresholds.UP_TO, "soft_labels", thresholds.NEVER)
 
 
 def both(name, **options):

@@ -10,7 +10,7 @@ theirs = pytest.importorskip("textbrewer.losses", reason=why)
 
 from textbrewer import presets  # noqa: E402 - where it is installed
 
-from fastkd.compat import soft_labels  # noqa: E402
+from fastkd import thresholds  # noqa: E402
 from fastkd.compat import textbrewer as ours  # noqa: E402
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
-    monkeypatch.setattr(soft_labels, "WORTH", 0)
+    monkeypatch.setitem(thresholds.UP_TO, "soft_labels", thresholds.NEVER)
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])  # [B, L]
@@ -81,7 +81,7 @@ def test_attention(name, mask, dtype):
 
 
 def test_small_losses_are_the_originals(monkeypatch):
-    """Where a kernel would not be faster; from `WORTH` elements on it computes them."""
+    """Where a kernel would not be faster; beyond its threshold it computes them."""
     monkeypatch.undo()
     student, teacher, called = randn(4, 16, dtype=torch.float32), randn(4, 16, seed=1, dtype=torch.float32), []
     for name in ("kd_ce_loss", "kd_mse_loss", "hid_mse_loss", "att_mse_loss"):

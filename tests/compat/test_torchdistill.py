@@ -13,7 +13,7 @@ mid_level = pytest.importorskip("torchdistill.losses.mid_level", reason=why)
 
 from torchdistill.losses import registry  # noqa: E402 - where it is installed
 
-from fastkd.compat import soft_labels  # noqa: E402
+from fastkd import thresholds  # noqa: E402
 from fastkd.compat import torchdistill as compat  # noqa: E402
 
 PATHS = {
@@ -25,7 +25,7 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def kernels_at_every_size(monkeypatch):
-    monkeypatch.setattr(soft_labels, "WORTH", 0)
+    monkeypatch.setitem(thresholds.UP_TO, "soft_labels", thresholds.NEVER)
 
 
 def outputs(x):

@@ -109,18 +109,20 @@ Tensor gemm_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& st
   return out;
 }
 
+int64_t chosen_instruction_set() { return instruction_set(); }
+
 }  // namespace
 }  // namespace fastkd
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
+  // The chosen instruction set, as a number; see isa.h.
+  m.def("instruction_set() -> int");
   // alpha * a [M, K] x b [N, K]^T + start [M, N], in float32: the shared CPU tile by itself, for tests and the bench.
-  // Whether to call torch's product instead, for float32.
-  m.def("prefers_library_gemm() -> bool");
   m.def("gemm_nt(Tensor a, Tensor b, Tensor? start=None, float alpha=1.0, int how=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
-  m.impl("prefers_library_gemm", TORCH_BOX(&fastkd::prefers_library_gemm));
+  m.impl("instruction_set", TORCH_BOX(&fastkd::chosen_instruction_set));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("gemm_nt", TORCH_BOX(&fastkd::gemm_nt)); }

@@ -30,17 +30,6 @@ int instruction_set() {
   return chosen;
 }
 
-bool prefers_library_gemm() {
-  const char* asked = std::getenv("FASTKD_GEMM");
-  if (asked && !std::strcmp(asked, "library")) return true;
-  if (asked && !std::strcmp(asked, "tile")) return false;
-#if defined(FASTKD_X86)
-  return instruction_set() == 0;
-#else
-  return true;
-#endif
-}
-
 bool has_fast_avx512_bf16() {
 #if defined(FASTKD_X86)
   // The Intel Xeon that was measured multiplies bfloat16 in its vector units at half the rate of float32.

@@ -38,10 +38,6 @@ namespace fastkd {
 // FASTKD_MAX_ISA=plain|avx2 in the environment lowers it, so that every path can be tested on one machine.
 int instruction_set();
 
-// Whether torch's matrix product is faster than ours in float32: without AVX2. FASTKD_GEMM=library|tile
-// in the environment decides otherwise.
-bool prefers_library_gemm();
-
 // Used by some kernels within the AVX-512 path.
 bool has_fast_avx512_bf16();
 

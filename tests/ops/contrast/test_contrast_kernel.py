@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import MUTANTS, ROOT, TOLERANCES, randn, relative_error
-from fastkd import backends, functional
-from fastkd.ops import gemm
+from fastkd import backends, functional, thresholds
 
 pytestmark = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built here")
 
@@ -151,7 +150,7 @@ def test_a_nan_row_poisons_only_itself(mode, bank):
 @pytest.mark.parametrize("mode", MODES)
 def test_deterministic_and_independent(mode, monkeypatch):
     """Bitwise: a second run, one thread instead of two, and two results held at once."""
-    monkeypatch.setattr(gemm, "PREFERS_LIBRARY", False)
+    monkeypatch.setitem(thresholds.UP_TO, "bank", thresholds.ALWAYS)
     inputs = problem(40, 9001, 96)[:4]
     torch.set_num_threads(2)
     first = run(mode, *inputs)
@@ -167,7 +166,7 @@ def test_deterministic_and_independent(mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bank", [FLOAT, BFLOAT], ids=str)
 def test_strided_inputs_are_read_and_not_written(mode, bank, monkeypatch):
-    monkeypatch.setattr(gemm, "PREFERS_LIBRARY", False)
+    monkeypatch.setitem(thresholds.UP_TO, "bank", thresholds.ALWAYS)
     *inputs, _ = problem(6, 300, 64, bank=bank)
     expected = run(mode, *inputs)
     spaced = [torch.stack([x, x * 0 + 9], 1).reshape(2 * len(x), -1)[::2] for x in inputs]  # every other row
@@ -357,8 +356,8 @@ def test_products_by_the_library_give_what_our_tile_gives(excluded, monkeypatch)
     )
     ids = (torch.arange(20) % 4, torch.arange(300) % 5) if excluded else None
     found = []
-    for preferred in (False, True):
-        monkeypatch.setattr(gemm, "PREFERS_LIBRARY", preferred)
+    for up_to in (thresholds.ALWAYS, thresholds.NEVER):
+        monkeypatch.setitem(thresholds.UP_TO, "bank", up_to)
         loss = functional.info_nce_loss(query, positive[:20], bank, exclude=ids, backend="cpu")
         found.append([loss, *torch.autograd.grad(loss, (query, positive))])
     assert max(map(relative_error, *found)) < 1e-6

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import MUTANTS, TOLERANCES, randn, relative_error
-from fastkd import backends, functional
+from fastkd import backends, functional, thresholds
 from fastkd.losses.bank import MemoryBank, NegativeQueue
 from fastkd.ops import contrast
 
@@ -78,11 +78,12 @@ def test_which_implementation_the_projection_uses(monkeypatch):
         assert torch.isfinite(functional.unit_linear(x, weight, bias, **options)).all()
         return bool(seen)
 
-    x = randn(5, 6, dtype=FLOAT)
-    assert goes(x, weight, bias)
+    monkeypatch.setitem(thresholds.UP_TO, "unit_linear", 9)
+    x, longer = randn(5, 6, dtype=FLOAT), randn(10, 6, dtype=FLOAT)
+    assert goes(x, weight, bias) and goes(longer, weight, bias, backend="cpu")
     assert not goes(x, weight, bias, backend="reference")
     assert not goes(x.double(), weight.double(), bias.double()) and not goes(x.bfloat16(), weight, bias)
-    assert not goes(randn(contrast.MOST_EXAMPLES + 1, 6, dtype=FLOAT), weight, bias)
+    assert not goes(longer, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert not goes(x, weight, bias)
     with pytest.raises(ValueError, match="x: expected the width of weight, 6"):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from fastkd.bench import baselines
 
 from cases import gradients, randn, relative_error
-from fastkd import TopK, backends, linear_divergence
-from fastkd.ops import gemm, linear_divergence_library
+from fastkd import TopK, backends, linear_divergence, thresholds
+from fastkd.ops import linear_divergence_library
 
 KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd", "tvd", "soft_ce", "mse")
 HERE = [
@@ -371,8 +371,8 @@ def test_products_by_the_library_give_what_our_tile_gives(sparse, masked, monkey
     options = {"mask": mask, "labels": torch.arange(300), "hard_weight": 0.3, "logit_softcap": (3.0, None)}
     monkeypatch.setattr(linear_divergence_library, "MOST_ROWS", 128)
     found = []
-    for preferred in (False, True):
-        monkeypatch.setattr(gemm, "PREFERS_LIBRARY", preferred)
+    for up_to in (thresholds.ALWAYS, thresholds.NEVER):
+        monkeypatch.setitem(thresholds.UP_TO, "linear_divergence", up_to)
         loss, of_student = gradients(call(teacher, "cpu", **options), *student)
         found.append([loss, *of_student])
     assert max(relative_error(x, y) for x, y in zip(*found, strict=True)) < 2e-6
