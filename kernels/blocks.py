@@ -15,7 +15,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 def contiguous_rows(x: Tensor | None) -> Tensor | None:
     """x with its last dimension contiguous: a copy if it is not. Rows may lie anywhere."""
-    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:

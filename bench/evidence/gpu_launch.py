@@ -73,7 +73,10 @@ ITERATIONS = {
     ),
     "contrast.tiles.parts_kernel": ("", lambda a: (), lambda a: a.n),
     "contrast.tiles.backward_kernel": ("LDG", lambda a: (ratio(a.K, a.BLOCK),), lambda a: a.programs * a.K),
-    "contrast.loss.gathered_kernel": ("LDG", lambda a: (a.blocks / a.splits,), lambda a: a.B * a.count * a.D),
+    "contrast.loss.gathered_kernel": (  # z, where it is given, is set
+        "LDG", lambda a: (a.blocks / a.splits if a.z_ptr is None else 0,), lambda a: a.B * a.count * a.D,
+    ),
+    "contrast.nce.normaliser_kernel": ("LDG", lambda a: (0,), lambda a: 1),
     "contrast.loss.merge_kernel": (
         "LDG", lambda a: (ratio(a.D, a.WIDTH), *2 * (ratio(a.splits, a.SPLITS),)), lambda a: a.splits * a.B * a.D,
     ),

@@ -13,6 +13,7 @@ from fastkd.functional.inference_mode import takes_inference_tensors
 from fastkd.ops import divergence as divergence_op
 from fastkd.ops.divergence import DivergenceStats, TopK
 
+_KINDS, _REDUCTIONS = get_args(LogitsKind), get_args(DivergenceReduction)
 _ROWS = 256  # of which the entropy is computed at a time
 
 
@@ -90,7 +91,7 @@ def divergence(
         True
     """
     checks.tensor("student_logits", student_logits, "[..., V]")
-    checks.divergence_options(kind, beta, alpha, get_args(LogitsKind))
+    checks.divergence_options(kind, beta, alpha, _KINDS)
     if kind == "skew_reverse_kl" and alpha:
         # With m = alpha q + (1 - alpha) p: jsd = (1 - alpha) KL(p ‖ m) + alpha KL(q ‖ m), and KL(p ‖ m) is a skew KL.
         more = {
@@ -108,7 +109,7 @@ def divergence(
     temperature = temperatures.as_number("temperature", temperature)
     if teacher_temperature is not None:
         teacher_temperature = temperatures.as_number("teacher_temperature", teacher_temperature)
-    checks.one_of("reduction", reduction, get_args(DivergenceReduction))
+    checks.one_of("reduction", reduction, _REDUCTIONS)
     checks.flag("t_squared", t_squared)
     checks.flag("return_stats", return_stats)
     shape, vocab = student_logits.shape[:-1], student_logits.shape[-1]
@@ -123,12 +124,12 @@ def divergence(
         checks.same_shape("teacher_logits", teacher_logits, "student_logits", student_logits, hint)
         checks.same_device(student_logits=student_logits, teacher_logits=teacher_logits)
         checks.frozen("teacher_logits", teacher_logits)
-        teacher = teacher_logits.reshape(-1, vocab)  # [N, V]
+        teacher = _flat(teacher_logits)  # [N, V]
     checks.same_device(student_logits=student_logits, mask=mask, labels=labels)
     counted = reductions.counted_rows(mask, labels, ignore_index, shape)
     flat = None if counted is None else counted.reshape(-1)
     factor = of_rows = temperature**2 if t_squared and kind != "mse" else 1.0
-    student, own_temperature = student_logits.reshape(-1, vocab), temperature
+    student, own_temperature = _flat(student_logits), temperature
     if kind != "mse":
         student, teacher, temperature = temperatures.scaled(student, teacher, temperature, teacher_temperature)
     elif isinstance(temperature, Tensor):
@@ -146,8 +147,14 @@ def divergence(
         stats = stats_of((rows * of_rows).reshape(shape), entropy.reshape(shape), teacher_logits, counted)
     if isinstance(factor, Tensor) or factor != 1.0:
         rows = rows * factor
-    loss = reductions.reduce(rows.reshape(shape), counted, reduction)
+    loss = reductions.reduce(rows, flat, reduction)
+    loss = loss.reshape(shape) if reduction == "none" else loss
     return loss if stats is None else (loss, stats)
+
+
+def _flat(logits: Tensor) -> Tensor:
+    """[..., V] as [N, V]; itself where it is, since a view is a node of the graph, too."""
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
 
 
 def stats_of(value: Tensor, entropy: Tensor, teacher, counted: Tensor | None) -> DivergenceStats:

@@ -1,5 +1,6 @@
 """1 - correlation of self-similarity matrices (FCD)."""
 
+import operator
 from typing import Literal
 
 import torch
@@ -121,10 +122,12 @@ def _correlations(students, teachers, mask, weights, grouping, row, normalize, e
     divisor = len(students) if reduction == "mean" else 1
     expected = None if reduction == "none" else ([w / divisor for w in weights.values()], reduction == "mean")
     values, valid = gram.gram(students, teachers, mask, levels, row, normalize, eps, backend, expected)
-    total = []
+    total = None
     for k, weight in enumerate(weights.values()):
-        rows = torch.stack(values[k :: len(levels)])  # [pairs, G]
-        counted = None if mask is None else torch.stack(valid[k :: len(levels)])
+        join = torch.stack if len(students) > 1 or reduction == "none" else operator.itemgetter(0)  # the only pair
+        rows = join(values[k :: len(levels)])  # [pairs, G]
+        counted = None if mask is None else join(valid[k :: len(levels)])
         loss = reductions.reduce(rows, counted, reduction)
-        total.append(loss if weight == 1 else weight * loss)
-    return sum(total)
+        loss = loss if weight == 1 else weight * loss
+        total = loss if total is None else total + loss
+    return total

@@ -19,6 +19,8 @@ from fastkd.reference import contrast_sample as sample_reference
 INFO_NCE = backends.kernels("contrast", "info_nce_fwd", "info_nce_fwd")
 OF_BANK = backends.kernels("contrast", "info_nce_bank_bwd", "info_nce_bank_bwd", only=("triton",))
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
+NCE_PAIR = backends.kernels("contrast", "nce_pair", "nce_pair")
+PARTITION = backends.kernels("contrast", "nce_partition", "nce_partition")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
 MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the reference's sort is faster
@@ -128,17 +130,19 @@ class NCEPair(backends.Function):
     gradient_in_forward = True
 
     @staticmethod
-    def forward(ctx, query_a, query_b, *rest):
-        rows, to_a, to_b, z_a, z_b = torch.ops.fastkd.nce_pair(query_a, query_b, *rest)
+    def forward(ctx, backend, query_a, query_b, *rest):
+        rows, to_a, to_b, z_a, z_b = NCE_PAIR[backend].fwd(query_a, query_b, *rest)
         ctx.save_for_backward(to_a, to_b)
         ctx.dtypes = query_a.dtype, query_b.dtype
         ctx.mark_non_differentiable(z_a, z_b)
+        if not torch.compiler.is_compiling():  # zeros for z would be two launches more
+            ctx.set_materialize_grads(False)
         return rows, z_a, z_b
 
     @staticmethod
     def backward(ctx, grad, *_):
         (to_a, to_b), column = ctx.saved_tensors, grad[:, None]
-        return (to_a * column).to(ctx.dtypes[0]), (to_b * column).to(ctx.dtypes[1]), *[None] * 8
+        return None, (to_a * column).to(ctx.dtypes[0]), (to_b * column).to(ctx.dtypes[1]), *[None] * 8
 
 
 class UnitLinear(backends.Function):
@@ -244,9 +248,10 @@ def nce_pair(queries, banks, index, n_data, temperature, z, backend) -> tuple[Te
     why_not = next(filter(None, (_bank_reason(bank, trained_rows=True) for bank in banks)), None)
     if any(x.dtype != torch.float32 or x.dim() for x in z):
         why_not = "z must be one float32 number"
-    if _choose(backend, queries[0], why_not) == "cpu":
+    chosen = _choose(backend, queries[0], why_not)
+    if chosen != "reference":
         noise = (index.shape[1] - 1) / n_data + reference.EPS
-        rows, *new_z = NCEPair.apply(*queries, *banks, index.long(), *z, noise, temperature, n_data)
+        rows, *new_z = NCEPair.apply(chosen, *queries, *banks, index.long(), *z, noise, temperature, n_data)
         return rows, tuple(new_z)
     sides = list(zip(queries, banks, z, strict=True))
     new_z = [partition(query, bank, index, n_data, temperature, old, None, backend) for query, bank, old in sides]
@@ -262,11 +267,10 @@ def partition(query, bank, index, n_data, temperature, z, scale, backend) -> Ten
     why_not = _bank_reason(bank, scale=scale)
     if z.dtype != torch.float32 or z.dim():
         why_not = "z must be one float32 number"
-    if _choose(backend, query, why_not) == "cpu":
+    chosen = _choose(backend, query, why_not)
+    if chosen != "reference":
         scale = None if scale is None else scale.detach().float()
-        return torch.ops.fastkd.nce_partition(
-            query.detach(), bank.detach(), index.long(), z, temperature, n_data, scale
-        )
+        return PARTITION[chosen].fwd(query.detach(), bank.detach(), index.long(), z, temperature, n_data, scale)
     with backends.full_precision(query):
         return reference.partition(query, bank, index, n_data, temperature, z, scale)
 

@@ -71,10 +71,22 @@ backends.fake(
 backends.fake("gram_rescale_grads", lambda *_: None)
 
 
-def _save_layers(ctx, mask, count, layers, valid, more) -> None:
+def _save_layers(ctx, mask, count, layers, values, valid, more) -> None:
     ctx.save_for_backward(mask, *layers, *more)
     ctx.mark_non_differentiable(*valid)
     ctx.count = count
+    if not torch.compiler.is_compiling():  # it makes the zeros of what is not used by itself
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [x.shape for x in values]
+
+
+def _of_values(ctx, grads) -> list[Tensor]:
+    """The upstream gradients of the values, without those of `valid`."""
+    grads = grads[: len(grads) // 2]
+    if any(x is None for x in grads):  # values that nobody used
+        used = next(x for x in grads if x is not None)
+        grads = [used.new_zeros(ctx.shapes[i]) if x is None else x for i, x in enumerate(grads)]
+    return list(grads)
 
 
 def _saved_layers(ctx):
@@ -91,13 +103,13 @@ class Gram(backends.Function):
     @staticmethod
     def forward(ctx, backend, options, with_gradient, mask, count, *layers):
         values, valid, saved = KERNELS[backend].fwd(layers[:count], layers[count:], mask, *options, with_gradient)
-        _save_layers(ctx, mask, count, layers, valid, saved)
+        _save_layers(ctx, mask, count, layers, values, valid, saved)
         ctx.backend, ctx.options = backend, options
         return *values, *valid
 
     @staticmethod
     def backward(ctx, *grads):
-        gradients = KERNELS[ctx.backend].bwd(grads[: len(grads) // 2], *_saved_layers(ctx), *ctx.options)
+        gradients = KERNELS[ctx.backend].bwd(_of_values(ctx, grads), *_saved_layers(ctx), *ctx.options)
         return None, None, None, None, None, *gradients, *[None] * ctx.count
 
 
@@ -112,7 +124,7 @@ class GramGradientInForward(backends.Function):
         args = (layers[:count], layers[count:], mask, *options, *expected_upstream)
         values, valid, gradients = torch.ops.fastkd.gram_fwd_grad(*args)
         ctx.made = HandedOver(gradients)
-        _save_layers(ctx, mask, count, layers, valid, valid)
+        _save_layers(ctx, mask, count, layers, values, valid, valid)
         ctx.options, ctx.expected_upstream = options, expected_upstream
         return *values, *valid
 
@@ -121,7 +133,7 @@ class GramGradientInForward(backends.Function):
         *layers, valid = _saved_layers(ctx)
         args = (*layers, *ctx.options, *ctx.expected_upstream)
         gradients = ctx.made.take(lambda: torch.ops.fastkd.gram_fwd_grad(*args)[2])
-        torch.ops.fastkd.gram_rescale_grads(gradients, grads[: len(grads) // 2], valid, *args)
+        torch.ops.fastkd.gram_rescale_grads(gradients, _of_values(ctx, grads), valid, *args)
         return None, None, None, None, *gradients, *[None] * ctx.count
 
 
@@ -140,7 +152,7 @@ def gram(
     wanted = [wants_gradient(s) for s in students]
     float16 = any(s.dtype == torch.float16 for s in students)  # needs a loss scale, which only the backward knows
     in_forward = backend == "cpu" and not float16 and can_hand_over()
-    results: dict = {}
+    of_pairs: list = [()] * len(students)
     for with_gradient in (True, False):  # frozen students have a call of their own, without a gradient
         pairs = [i for i, wants in enumerate(wanted) if wants == with_gradient]
         if not pairs:
@@ -150,11 +162,11 @@ def gram(
             out = GramGradientInForward.apply(options, expected_upstream, mask, len(pairs), *layers)
         else:
             out = Gram.apply(backend, options, with_gradient, mask, len(pairs), *layers)
-        values, valid = out[: len(out) // 2], out[len(out) // 2 :]
-        terms = [(i, level) for i in pairs for level in levels]
-        results.update(zip(terms, zip(values, valid, strict=True), strict=True))
-    terms = [results[i, level] for i in range(len(students)) for level in levels]
-    return [values for values, _ in terms], [valid for _, valid in terms]
+        terms = list(zip(out[: len(out) // 2], out[len(out) // 2 :], strict=True))
+        for place, i in enumerate(pairs):
+            of_pairs[i] = terms[place * len(levels) : (place + 1) * len(levels)]
+    values, valid = zip(*[term for of_pair in of_pairs for term in of_pair], strict=True)
+    return list(values), list(valid)
 
 
 def _by_reference(student, teacher, mask, level, row, normalize, eps):

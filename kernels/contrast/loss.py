@@ -25,6 +25,7 @@ bfloat16, exactly, once they are read, so a float16 query is split as well. Chip
 they are read as bytes, whose bits are moved into place.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -165,11 +166,14 @@ def shared_kernel(
 
 @triton.jit
 def gathered_kernel(
-    q_ptr, bank_ptr, row_scale_ptr, index_ptr, scale_ptr, shift_ptr, query_ids, bank_ids, largest_ptr, mass_ptr,
-    sum_ptr, B, K, D, count, q_stride, bank_stride, blocks, splits,
+    q_ptr, bank_ptr, row_scale_ptr, index_ptr, scale_ptr, shift_ptr, z_ptr, query_ids, bank_ids, largest_ptr, mass_ptr,
+    sum_ptr, B, K, D, count, q_stride, bank_stride, share, blocks, splits,
     NCE: tl.constexpr, UNIT_GRAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query against one split of the rows that its index names. A row that does not exist makes the loss NaN."""
+    """One query against one split of the rows that its index names. A row that does not exist makes the loss NaN. With z: the
+    mass of the scores that are finite, and their number in largest_ptr; nothing where z is set. NCE is multiplied by `share`."""
+    if False if z_ptr is None else tl.load(z_ptr) > 0:
+        return
     program = tl.program_id(0).to(tl.int64)
     i_split, i_b = program % splits, program // splits
     o_d = tl.arange(0, WIDTH)
@@ -200,6 +204,11 @@ def gathered_kernel(
             loss, slope = softplus_and_slope(u * sign)
             mass += tl.sum(tl.where(m_k, loss, 0.0), 0)
             weight = tl.where(m_k, slope * sign, 0.0)
+        elif z_ptr is not None:
+            n = score * scale_high + score * scale_low
+            weight = tl.where(m_k & (tl.abs(n) < float("inf")), 1.0, 0.0)
+            largest = tl.maximum(largest, 0.0) + tl.sum(weight, 0)
+            mass += tl.sum(tl.where(weight > 0, tl.exp(n), 0.0), 0)
         else:
             allowed = m_k
             if query_ids is not None:
@@ -217,11 +226,11 @@ def gathered_kernel(
             total += tl.sum(b_k * weight[:, None], 0)
     o_out = i_split * B + i_b
     one = tl.arange(0, 1)
-    tl.store(mass_ptr + o_out + one, mass)
+    tl.store(mass_ptr + o_out + one, mass * share if NCE else mass)
     if not NCE:
         tl.store(largest_ptr + o_out + one, largest)
     if UNIT_GRAD:
-        tl.store(sum_ptr + o_out * D + o_d, total * scale_high if NCE else total, mask=o_d < D)
+        tl.store(sum_ptr + o_out * D + o_d, total * (scale_high * share) if NCE else total, mask=o_d < D)
 
 
 @triton.jit
@@ -296,6 +305,7 @@ def most_chunks(query: Tensor, bank: Tensor) -> int:
     return CHUNKS if not bank.is_cuda or torch.cuda.get_device_capability(bank.device)[0] >= 9 else 2
 
 
+@functools.cache
 def gathered_geometry(width: int, as_bytes: bool = False) -> dict:
     """A block has about 4096 elements, or 2048 bytes of float8."""
     chunk = triton.next_power_of_2(max(width, 16))
@@ -338,7 +348,7 @@ def info_nce_fwd(
         return loss, unit_grad, weight, lse
     form, ids = how(query, bank), (query_ids, bank_ids)
     if index is not None:
-        parts = _gathered(query, bank, scale, index, inverse_temperature, None, *ids, gradient_in_forward)
+        parts = gathered(query, bank, scale, index, inverse_temperature, gradient_in_forward, ids=ids)
     elif form == FULL or B > FEW:
         parts = Partials(*tiles.forward(query, bank, scale, inverse_temperature, *ids, form, gradient_in_forward))
     else:
@@ -361,15 +371,17 @@ def info_nce_fwd(
     return loss, unit_grad, weight, lse
 
 
-def _gathered(query, bank, row_scale, index, scale, shift, query_ids, bank_ids, gradient_in_forward) -> Partials:
+def gathered(
+    query, bank, row_scale, index, scale, gradient_in_forward, shift=None, z=None, ids=(None, None), share=1.0
+) -> Partials:
     (B, D), index, count = query.shape, index.contiguous(), index.shape[1]
     launch = gathered_geometry(D, bank.dtype == torch.uint8)
-    blocks = triton.cdiv(count, launch["BLOCK"])
+    blocks = -(-count // launch["BLOCK"])
     parts = empty_partials(query, min(blocks, PROGRAMS // B), gradient_in_forward)
     splits = len(parts.largest)
     gathered_kernel[(splits * B,)](
-        query, bank, row_scale, index, scale, shift, query_ids, bank_ids, *parts,
-        B, bank.shape[0], D, count, query.stride(0), bank.stride(0), blocks, splits,
+        query, bank, row_scale, index, scale, shift, z, *ids, *parts,
+        B, bank.shape[0], D, count, query.stride(0), bank.stride(0), share, blocks, splits,
         NCE=shift is not None, UNIT_GRAD=gradient_in_forward, **launch,
     )  # fmt: skip
     return parts
@@ -382,17 +394,3 @@ def info_nce_bank_bwd(
     query, bank = contiguous_rows(query), contiguous_rows(bank)
     rest = contiguous_rows(query_ids), contiguous_rows(bank_ids), lse.contiguous(), coefficient.contiguous()
     return tiles.bank_gradient(query, bank, inverse_temperature, *rest, how(query, bank))
-
-
-def nce_fwd(
-    query: Tensor, bank: Tensor, index: Tensor, shift: Tensor, temperature: float, gradient_in_forward: bool,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    query, bank, row_scale = contiguous_rows(query), _readable(bank), contiguous_rows(scale)
-    if query.shape[0] == 0:
-        empty = query.new_empty(query.shape, dtype=torch.float32)
-        return empty.sum(1), empty
-    inverse = torch.full((), 1 / temperature, dtype=torch.float64, device=query.device)
-    parts = _gathered(query, bank, row_scale, index, inverse, shift, None, None, gradient_in_forward)
-    unit_grad = parts.sums.sum(0) if gradient_in_forward else query.new_empty((0, query.shape[1]), dtype=torch.float32)
-    return parts.mass.sum(0), unit_grad

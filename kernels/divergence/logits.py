@@ -1,6 +1,8 @@
 """divergence between two sets of logits [N, V]: the kernels of the forward and of the backward. kernels/divergence/row.py has the
 maths."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -90,10 +92,15 @@ def geometry(s: Tensor, t: Tensor) -> tuple[dict, dict, int]:
     7 elements earlier, so that every block inside a row is read and written 16 bytes at a time.
     """
     V = s.shape[1]
+    return _options(V, (s.stride(0) - V) % 8 == 0 and (t.stride(0) - V) % 8 == 0)
+
+
+@functools.cache
+def _options(V: int, alike: bool) -> tuple[dict, dict, int]:
     forward, backward = SMALL if V <= 1024 else LARGE
-    align = 8 if (s.stride(0) - V) % 8 == 0 and (t.stride(0) - V) % 8 == 0 else 1
+    align = 8 if alike else 1
     common = {"ALIGN": align, "enable_fp_fusion": True}
-    return {**forward, **common}, {**backward, **common}, triton.cdiv(V + align - 1, backward["BLOCK"])
+    return {**forward, **common}, {**backward, **common}, -(-(V + align - 1) // backward["BLOCK"])
 
 
 def divergence_fwd(

@@ -49,14 +49,16 @@ class Launch:
         self.places, self.level = places, level
         self.official = level == OFFICIAL and not row
         self.per_row = row or self.official
-        self.students, self.teachers = (tuple(xs[place] for place in places) for xs in (students, teachers))
+        self.students = tuple([students[place] for place in places])
+        self.teachers = tuple([teachers[place] for place in places])
         s, t = self.students[0], self.teachers[0]
         by_group, by_row = (0, 1) if level == 0 else (1, 0)
         self.groups, self.rows = s.shape[by_group], s.shape[by_row]
         self.units = self.groups * len(places)
         self.widths = s.shape[2], t.shape[2]
         self.half = s.element_size() == 2 and t.element_size() == 2
-        self.strides = s.stride(by_group), s.stride(by_row), t.stride(by_group), t.stride(by_row)
+        of_s, of_t = s.stride(), t.stride()
+        self.strides = of_s[by_group], of_s[by_row], of_t[by_group], of_t[by_row]
         self.of_student = self.strides[:2]
         self.mask = mask
         self.mask_strides = (0, 0) if mask is None else (mask.stride(by_group), mask.stride(by_row))
@@ -76,8 +78,8 @@ class Launch:
 
 def _aligned(x: Tensor) -> Tensor:
     """x with rows that can be read 16 bytes at a time: if needed, a copy padded with columns of zeros, which change nothing."""
-    unaligned = x.shape[2] % ALIGN.value, x.stride(0) % ALIGN.value, x.stride(1) % ALIGN.value, x.data_ptr() % 16
-    if x.stride(2) == 1 and not any(unaligned):
+    by_group, by_row, step = x.stride()
+    if step == 1 and not (x.shape[2] | by_group | by_row) % ALIGN.value and not x.data_ptr() % 16:
         return x
     return F.pad(x, (0, -x.shape[2] % ALIGN.value)).clone(memory_format=torch.contiguous_format)
 
@@ -148,11 +150,13 @@ def gram_bwd(
             )  # fmt: skip
         else:
             tiled.backward(launch, up, launch.of(saved_by_term, levels, at), outputs, strides, add, normalize)
-    return [x[..., :width].contiguous() for x, width in zip(out, widths, strict=True)]
+    return [x if x.shape[2] == width else x[..., :width].contiguous() for x, width in zip(out, widths, strict=True)]
 
 
 def _by_term(launches: list, saved: list[Tensor], terms: int, levels: list[int]) -> list:
     """What was saved, in a list of all terms: groups in cache save nothing."""
+    if not saved:
+        return [None] * terms
     tiled_terms = {
         place * len(levels) + at for at, launch in launches for place in launch.places if not launch.in_cache
     }

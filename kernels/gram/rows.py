@@ -6,6 +6,7 @@ Saved for a term of tiled groups, in one float32 tensor: per group [mean P, mean
 in two parts, for both sides, whose sum is 0 for a row of zeros; the mean rows of both sides.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -343,6 +344,7 @@ def longest(half: bool) -> int:
     return 128 if half else 64
 
 
+@functools.cache
 def geometry(rows: int, half: bool, per_row: bool = False) -> dict:
     """Launch options of a program that makes a tile of both Grams; per_row statistics leave registers for a smaller one."""
     block = min(max(16, triton.next_power_of_2(rows)), 64 if per_row else longest(half))

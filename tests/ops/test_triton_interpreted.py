@@ -56,6 +56,7 @@ PARTS = {
         "triton and (convergence or mutant or zeros or outlier or equal_rows or awkward)",
     ),
     "ops/contrast/test_triton_contrast.py": ("near or unwritten", "test"),
+    "ops/contrast/test_contrast_step.py": ("triton and (set_already or unset)", "triton"),
     "ops/contrast/test_triton_contrast_bank.py": ("eight_bit", "test"),
     "ops/test_autograd.py": ("triton and refused and forward_kl", "triton"),
 }

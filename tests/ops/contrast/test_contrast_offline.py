@@ -12,17 +12,18 @@ not_interpreted = pytest.mark.skipif(backends.INTERPRETED, reason="the interpret
 EIGHT = {80: "uint8", 90: "float8"}  # as the chip reads float8 rows: sm_80 cannot convert them
 
 
-def compile_contrast(name, q, bank, width, chip, excluded=False, aligned=True):
-    """aligned: the rows are multiples of 16 elements, which Triton looks at when it launches."""
-    from fastkd.kernels.contrast import loss, tiles
+def compile_contrast(name, q, bank, width, chip, excluded=False, aligned=True, of_z=False):
+    """aligned: the rows are multiples of 16 elements, which Triton looks at when it launches. of_z: for NCE's normaliser."""
+    from fastkd.kernels.contrast import loss, nce, tiles
 
-    module = loss if hasattr(loss, name) else tiles
+    module = next(module for module in (loss, tiles, nce) if hasattr(module, name))
     kernel, scaled = getattr(module, name), bank in EIGHT.values()
     half = "bfloat16" if scaled else bank  # what the products are in
     launch = {
         "shared_kernel": loss.geometry(32, width, (loss.CHUNKS if chip >= 90 else 2) if aligned else 1),
         "gathered_kernel": loss.gathered_geometry(width, bank == "uint8"),
         "merge_kernel": {"WIDTH": 256, "SPLITS": 16, "num_warps": 4},
+        "normaliser_kernel": {"BLOCK": 1024, "num_warps": 4},
     }.get(name, tiles.LAUNCH)
     pointers = POINTERS | {"uint8": "*u8", "float8": "*fp8e4nv"}
     types = {
@@ -33,10 +34,11 @@ def compile_contrast(name, q, bank, width, chip, excluded=False, aligned=True):
     types |= {"bank_ptr": pointers[bank], "index_ptr": "*i64"}
     types |= dict.fromkeys(("weight_ptr", "low_ptr", "part_ptr"), pointers[half] if module is tiles else FLOATS)
     types |= dict.fromkeys(("inverse_ptr", "scale_ptr", "shift_ptr"), "*fp64")
-    types |= dict.fromkeys(("query_ids", "bank_ids"), "*i64") | {"gain": "fp32"}
+    types |= dict.fromkeys(("query_ids", "bank_ids"), "*i64") | dict.fromkeys(FACTORS, "fp32")
     types |= {x: FLOATS if x.endswith("_ptr") else "i32" for x in kernel.arg_names if x not in types}
     constants = {"PARTS": 1 if q == half else 3, "COUNT": 3, "UNIT_GRAD": True, "NCE": not excluded} | launch
     constants |= {} if excluded else {"query_ids": None, "bank_ids": None}
+    constants |= {"NCE": False, "shift_ptr": None, "UNIT_GRAD": False} if of_z else {"z_ptr": None}
     constants |= {} if scaled else {"row_scale_ptr": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     options = {key: value for key, value in launch.items() if key.startswith("num_")}
@@ -49,7 +51,7 @@ def compile_contrast(name, q, bank, width, chip, excluded=False, aligned=True):
     return compiled
 
 
-FLOATS = "*fp32"
+FLOATS, FACTORS = "*fp32", ("gain", "share", "noise", "noise_low")
 CONTRAST = ("shared_kernel", "gathered_kernel", "merge_kernel", "forward_kernel", "parts_kernel", "backward_kernel")
 
 
@@ -58,6 +60,13 @@ CONTRAST = ("shared_kernel", "gathered_kernel", "merge_kernel", "forward_kernel"
 @pytest.mark.parametrize("name", CONTRAST)
 def test_contrast_compiles_offline(name, chip):
     compile_contrast(name, "bfloat16", "bfloat16", 128, chip)
+
+
+@not_interpreted
+@pytest.mark.parametrize("chip", [80, 90])
+def test_the_normaliser_compiles_offline(chip):
+    compile_contrast("gathered_kernel", "float32", "float32", 128, chip, of_z=True)
+    compile_contrast("normaliser_kernel", "float32", "float32", 128, chip, of_z=True)
 
 
 @not_interpreted

@@ -11,7 +11,8 @@ from fastkd.ops import contrast
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 compiled_only = pytest.mark.skipif(backends.UNAVAILABLE["cpu"] is not None, reason="the C++ kernels are not built here")
-BACKENDS = ["reference", pytest.param("cpu", marks=compiled_only)]
+BACKENDS = ["reference", pytest.param("cpu", marks=compiled_only), *(["triton"] if backends.INTERPRETED else [])]
+KERNELS = BACKENDS[1:]
 
 
 # ---- the projection
@@ -138,17 +139,17 @@ def test_both_anchors_are_the_mean_of_two(sizes, set_already, backend):
     check_pair(*sizes, set_already=set_already, backend=backend)
 
 
-@compiled_only
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("query", "bank"), [(FLOAT, BFLOAT), (BFLOAT, BFLOAT), (torch.float16, FLOAT)], ids=str)
-def test_both_anchors_in_half_precision(query, bank):
-    check_pair(9, 30, 45, 80, query=query, bank=bank)
+def test_both_anchors_in_half_precision(query, bank, backend):
+    check_pair(9, 30, 45, 80, query=query, bank=bank, backend=backend)
 
 
-@compiled_only
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_no_mutant_of_the_pair_survives(mutant):
+def test_no_mutant_of_the_pair_survives(mutant, backend):
     with pytest.raises(AssertionError):
-        check_pair(7, 20, 33, 60, wrong=MUTANTS[mutant])
+        check_pair(7, 20, 33, 60, wrong=MUTANTS[mutant], backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

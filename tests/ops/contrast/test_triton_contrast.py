@@ -227,13 +227,36 @@ def test_deterministic_strided_and_unwritten(mode):
 
 def test_an_index_out_of_range_is_nan_and_no_fault():
     query, positive, bank, index, _ = problem(6, 30, 16)
-    from fastkd.kernels.contrast import loss as kernels
+    from fastkd.kernels import contrast as kernels
 
     index[2, 3], index[4, 0] = 30, -1
     number = torch.tensor(14.0, dtype=torch.float64, device=DEVICE)
     loss, *_ = kernels.info_nce_fwd(query, positive, bank, index, number, None, None, True)
     for found in (loss, kernels.nce_fwd(query, bank, index, number, 0.07, True)[0]):
         assert found.isnan().tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("programs", [1, 528])
+@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BFLOAT, BFLOAT), (FLOAT, HALF), "eight bits"], ids=str)
+def test_the_normaliser(dtypes, programs, monkeypatch):
+    """Set by the finite scores of a batch; one that is set is kept, and nothing else is read."""
+    monkeypatch.setattr("fastkd.kernels.contrast.loss.PROGRAMS", programs * 7)
+    eight = dtypes == "eight bits"
+    query, _, bank, index, _ = problem(7, 60, 33, 0, *((FLOAT, FLOAT) if eight else dtypes), count=150)
+    bank, scale = in_eight_bits(bank) if eight else (bank, None)
+
+    def normaliser(query, z=0.0, backend="triton", wide=lambda x: x, index=index):
+        z = torch.tensor(z, device=DEVICE)
+        options = {"n_data": 300, "temperature": 0.07, "z": z, "scale": scale, "backend": backend}
+        return functional.nce_partition(wide(query), bank if eight else wide(bank), index, **options)
+
+    query[2] = torch.nan
+    found, true = normaliser(query), normaliser(query, backend="reference", wide=torch.Tensor.double)
+    assert found.dtype == FLOAT and found.dim() == 0 and relative_error(found, true) < 1e-6
+    assert normaliser(query * torch.nan) == 0
+    assert normaliser(query[:0], index=index[:0]) == 0
+    assert normaliser(query * 100) == torch.finfo(FLOAT).max
+    assert normaliser(query * torch.nan, 3.5) == 3.5
 
 
 @pytest.mark.parametrize("mode", [*MODES, "eight bits"])

@@ -47,6 +47,19 @@ def test_all_pairs_and_levels_at_once(backend, masked, reduction, grouping):
     close(found, gradients(lambda *s: one_by_one(s, teachers, backend, **options), *students))
 
 
+@pytest.mark.parametrize("expected", [None, ([1.0, 1.0], False)], ids=["", "expected"])
+@on_every_backend
+def test_a_level_that_nobody_uses_adds_nothing(backend, expected):
+    (student, *_), (teacher, *_) = layers()
+
+    def of_sequences(student):
+        values, _ = ops.gram([student], [teacher], None, tuple(BOTH), False, True, 1e-6, backend, expected)
+        return values[1].sum()
+
+    options = {"level": "sequence", "reduction": "sum", "backend": "reference"}
+    close(gradients(of_sequences, student), gradients(lambda s: loss(s, teacher, **options), student))
+
+
 @pytest.mark.parametrize(("pearson", "level"), [("matrix", "token"), ("row", "token"), ("matrix", "sequence")])
 @on_every_backend
 def test_unreduced_has_a_row_per_pair(backend, pearson, level):
