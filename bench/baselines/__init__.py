@@ -118,7 +118,10 @@ def others(case: Case, device: torch.device) -> list:
         elif needs_gpu and device.type != "cuda":
             found.append(Absent(name, f"its {case.stem} kernels are Triton and need a GPU"))
         else:
-            made = make(case)
+            try:
+                made = make(case)
+            except ImportError as error:  # of a package that it needs in turn
+                made = f"{package} cannot be imported: {error}"
             found.append(Absent(name, made) if isinstance(made, str) else Provider(name, bind(made)))
     return found
 

@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from fastkd.bench import baselines, check, machine
-from fastkd.bench.cases import STEMS
-from fastkd.bench.cases.case import BF16, Case, Inputs
+from fastkd.bench import baselines, cases, check, machine
+from fastkd.bench.cases.case import Case, Inputs
 from fastkd.bench.evidence.gpu_launch import FLOAT, MEMORY, TENSOR, Launch, flat, kernel_launch
 from fastkd.bench.evidence.machine_code import examine
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,25 +36,8 @@ MARGIN = {"registers": 4, "stack": 0, "instructions_per_element": 1.02}  # more 
 FREE = ("empty", "detach", "expand", "alias")  # beside views
 
 
-def case(stem: str, *arguments, **more) -> Case:
-    return STEMS[stem].case(*arguments, **more)
-
-
-CASES = {
-    "G1": case("linear_divergence", "forward_kl", 8192, 128256, 4096, 4096, BF16),
-    "G1 jsd": case("linear_divergence", "jsd", 8192, 128256, 4096, 4096, BF16),
-    "G6 32k": case("divergence", "forward_kl", 8192, 32000, dtype=BF16),
-    "G6 128k": case("divergence", "forward_kl", 8192, 128256, dtype=BF16),
-    "G7": case("relation", "self", 64, 16, 512, 64, 3, BF16),
-    "G8": case("gram", "token", 64, 512, 1024, 1024, BF16),
-    "G9": case("gram", "fcd", 32, 128, 768, 768, BF16),
-    "G10": case("layer_cost", "hidden", 6, 12, 32, 128, 768, dtype=BF16),
-    "G12 32": case("contrast", "info_nce", 32, 65536, 768, dtype=BF16),
-    "G12 256": case("contrast", "info_nce", 256, 65536, 768, dtype=BF16),
-    "G13": case("contrast", "in_batch", 32768, 768, dtype=BF16),
-    "G14": case("contrast", "codir_step_given", 32, 100, 128, 392702, 4608),
-    "G14 nce": case("contrast", "nce", 32, 4096, 128, 262144),
-}
+# A transport has no kernel in Triton.
+CASES = {name: case for name, case in cases.targets().items() if case.stem != "transport" and case.kind != "emd_step"}
 
 
 class Driver:
