@@ -34,6 +34,10 @@ PARTS = {
     ("relation", "triton"): "heads wider than 128",
 }
 
+# Up to how many rows "auto" takes plain PyTorch where a kernel could run: what -> device -> rows. Those of a CPU are
+# measured, those of a GPU are computed by bench/evidence/gpu_model.py.
+FEW = {"in-batch negatives": {"cpu": 512, "cuda": 512}}
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _HERE = Path(__file__).resolve().parent
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +133,11 @@ def choose(stem: str, backend: str, x: Tensor) -> str:
     if why_not is not None:
         raise RuntimeError(f"{stem}: backend='{backend}' cannot run here: {why_not}")
     return backend
+
+
+def few(what: str, x: Tensor) -> bool:
+    """Whether `x` has so few rows that "auto" does not take a kernel."""
+    return len(x) <= FEW[what].get(x.device.type, 0)
 
 
 class Function(torch.autograd.Function):

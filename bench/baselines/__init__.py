@@ -129,9 +129,11 @@ def others(case: Case, device: torch.device) -> list:
 def ours(case: Case, inputs: Inputs) -> list:
     """fastkd as `auto` dispatches it, and every other implementation that can run here; the rest with its reason."""
     from fastkd import backends
+    from fastkd.ops import contrast
 
     key = next(iter(inputs.leaves))
-    auto = backends.choose(case.stem, "auto", key)
+    small = case.kind == "in_batch" and contrast.is_small(inputs["query"], inputs["positive"])
+    auto = "eager" if small else backends.choose(case.stem, "auto", key)
     found: list = [Provider("fastkd", lambda x: case.ours(x, "auto"), served_by=auto)]
     for name in ("cuda", "triton", "cpu"):
         why_not = backends.reason(case.stem, name, key)

@@ -50,7 +50,13 @@ def report(device: str, dtype: torch.dtype) -> list[str]:
             why_not = backends.reason(stem, backend, x)
             if why_not is not None:
                 lines.append(f"  {'':18}    not {backend}: {why_not}")
-    return lines
+    return lines + where_pytorch_is_as_fast(x.device.type)
+
+
+def where_pytorch_is_as_fast(device: str) -> list[str]:
+    basis = "measured on a CPU" if device == "cpu" else "computed from a model of a GPU, not measured"
+    return [f"  auto takes plain PyTorch for {what} of up to {rows[device]} examples ({basis})"
+            for what, rows in backends.FEW.items() if device in rows]  # fmt: skip
 
 
 def self_test() -> str:

@@ -22,7 +22,6 @@ OF_BANK = backends.kernels("contrast", "info_nce_bank_bwd", "info_nce_bank_bwd",
 NCE_KERNELS = backends.kernels("contrast", "nce_fwd", "nce_fwd")
 SAMPLE = backends.kernels("contrast", "sample_negatives", "sample_negatives")
 UPDATE = backends.kernels("contrast", "update_bank", "update_bank", mutates=("bank", "scale"))
-FEW_EXAMPLES = 512  # of a batch on a CPU whose positives are the negatives: up to here cross_entropy is as fast
 MOST_DRAWS = 8192  # in Triton every draw scans all others; for more draws the reference's sort is faster
 
 
@@ -177,10 +176,12 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
-    if bank is None and exclude is None and backend == "auto" and _is_small(query, positive):
-        temperature = torch.as_tensor(inverse_temperature, dtype=query.dtype, device=query.device).reshape(())
+    if bank is None and exclude is None and backend == "auto" and is_small(query, positive):
+        if isinstance(inverse_temperature, Tensor):
+            inverse_temperature = inverse_temperature.to(query.device, torch.float32).reshape(())
         with backends.full_precision(query):
-            return F.cross_entropy(query @ positive.t() * temperature, torch.arange(len(query)), reduction="none")
+            scores = query.float() @ positive.float().t() * inverse_temperature
+            return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="none")
     if bank is None:
         bank = positive
         if exclude is None:
@@ -211,8 +212,10 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
 
 
-def _is_small(query: Tensor, positive: Tensor) -> bool:
-    return query.device.type == "cpu" and len(query) <= FEW_EXAMPLES and query.dtype == positive.dtype == torch.float32
+def is_small(query: Tensor, positive: Tensor) -> bool:
+    """Whether "auto" takes cross_entropy for in-batch negatives. In half precision a CPU's kernels are faster at every size."""
+    dtypes = (torch.float32,) if query.device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+    return backends.few("in-batch negatives", query) and query.dtype == positive.dtype and query.dtype in dtypes
 
 
 def nce(query, bank, index, n_data, temperature, z, scale, backend) -> Tensor:
