@@ -20,7 +20,7 @@ def listed(stem: str, gpu: bool = False) -> list[Case]:
 def targets() -> dict[str, Case]:
     """Those that a GPU's targets are about, by the target's name."""
     found = {case.target: case for stem in STEMS for case in listed(stem, gpu=True) if case.target}
-    return dict(sorted(found.items(), key=lambda item: (len(item[0].split()[0]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: int(item[0].split()[0][1:])))
 
 
 def select(stems=(), name="", dtype="", quick=False, gpu=False, of=()) -> list[Case]:

@@ -42,6 +42,19 @@ def test_a_loop_counts_once_for_each_of_its_iterations():
     assert compiled.work("MMA", (5, 7))["HMMA"] == 5 * 7 * 4096
 
 
+def test_a_block_that_stands_in_for_a_shuffle_is_no_loop():
+    """As sm_80 has them behind the end. They return to the middle, and no label leads to them."""
+    block = "\n".join([STALL + "MUFU.EX2 R9, R8 ;", STALL + "BRA LBB3 ;", "LBB2:"])
+    split = "\n".join([STALL + "BRA.DIV ~URZ, 0x15aa0 ;", "LBB3:", STALL + "FFMA R8, R4, R5, R8 ;"])
+    sass = SASS.replace("LBB2:", block).replace(STALL + "FFMA R8, R4, R5, R8 ;", split)
+    (before, loops), (after, same) = (Compiled(80, 4, 0, 40, 0, text, "").code for text in (SASS, sass))
+    assert len(after) == len(before) + 3 and [loop.start for loop in same] == [loop.start for loop in loops] == [1, 2]
+    entered = sass.replace("BRA.DIV ~URZ, 0x15aa0", "@P5 BRA LBB5").replace(
+        STALL + "MUFU.EX2 R9, R8 ;\n" + STALL + "BRA LBB3", "LBB5:\n" + STALL + "BRA LBB3"
+    )
+    assert len(Compiled(80, 4, 0, 40, 0, entered, "").code[1]) == 3
+
+
 def test_a_wave_that_is_not_full_leaves_multiprocessors_idle():
     compiled = Compiled(90, 4, 0, 128, 0, SASS, "")  # four programs on each
     few, many = (gpu_launch.Launch("", gpu_launch.MEMORY, compiled=compiled, programs=p) for p in (66, 529))
