@@ -3,7 +3,7 @@
 # make bench   every hot path beside its baselines, on this machine; make bench STEMS="divergence transport" some of them
 # make profile whole training steps beside a careful loop and TRL; make profile STEPS='"gpt2 --method jsd"' some of them
 # make performance  docs/performance.md and its pictures from the CSV under bench/results, and the table of docs/numerics.md
-# make gpu     on a CUDA machine (no network needed), under ten minutes: build, tests, sanitizer, bench, profile
+# make gpu     on a CUDA machine, eight minutes without a network: kernels beside float64, targets, tests, benches, sanitizers
 # make mutants mistakes in the kernels, one at a time in a copy, which the tests must notice (a build each, so not in make ci)
 # make fuzz    20,000 random cases of the ops against the oracles; about ten minutes, not yet silent (docs/numerics.md)
 # make ci      make test, then whatever is marked long
@@ -89,7 +89,7 @@ try-wheel:
 	    env -i PATH="$(CURDIR)/build/try/bin" build/try/bin/python -I tests/packaging/try_wheel.py || exit; done
 
 # The machine's own Python: it has the CUDA build of torch, triton, transformers and pytest, and no network.
-# Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere.
+# Without a GPU it prints the plan and exits with 3; `make gpu GPU=--dry-run` prints it anywhere, GPU="--only 'smoke|G7'" runs some.
 gpu:
 	$(PYTHON) -m fastkd.bench.evidence.gpu $(GPU)
 

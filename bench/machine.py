@@ -141,16 +141,18 @@ def load_before(seconds: float = 1.0) -> float:
     return meter.stop()
 
 
-def busy_reason(foreign: float, when: str, limit: float = FOREIGN_CORES) -> str:
-    """Empty where the machine was ours, else the sentence that refuses to publish."""
-    if foreign > limit:
+def busy_reason(foreign: float, when: str, device=None) -> str:
+    """Empty where the machine was ours, or the work a GPU's, else the sentence that refuses to publish."""
+    limit = FOREIGN_CORES
+    if foreign > limit and (device is None or device.type == "cpu"):
         return f"other processes used {foreign:.2f} cores {when} (limit {limit:g}): the machine is busy"
     return ""
 
 
 def is_busy(device, force: bool) -> bool:
-    """Whether others compute here, so that nothing is measured, unless by `force`; it is said in any case."""
-    reason = busy_reason(load_before(), "before the run") or (gpu_busy_reason(device) if device.type == "cuda" else "")
+    """Whether others compute here, so that nothing is measured, unless by `force`; it is said in any case. Beside a GPU they
+    may: `foreign_cores` records it."""
+    reason = gpu_busy_reason(device) if device.type == "cuda" else busy_reason(load_before(), "before the run")
     if reason:
         print(f"{reason}. " + ("Measuring anyway (--force); nothing is published." if force else
               "Wait, or pass --force to see numbers that are not published."))  # fmt: skip

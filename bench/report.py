@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from fastkd.bench.cases import STEMS
+from fastkd.bench.measure import Device
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,7 @@ TYPES = {
 }  # fmt: skip
 COLUMNS = tuple(TYPES)
 KEY = ("stem", "case", "mode", "launch", "cache", "provider")
+VERSIONS = ("commit", "dirty", "torch", "triton")
 PROFILE = "profile"  # profile.csv beside the stems' files is `fastkd profile`'s
 NOT_ASKED = "not asked for"
 OOM = "out of memory"
@@ -87,12 +89,21 @@ def measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if not row["absent"]]
 
 
+def stays(row: Row, new: Sequence[Row]) -> bool:
+    """Whether an old row has no successor among the new ones. On a GPU fastkd and one other are a run by themselves, so that
+    others of the same versions stay."""
+    same = [other for other in new if all(row[name] == other[name] for name in KEY[1:-1])]
+    in_pairs = row["memory_method"] == Device.memory_method and all(
+        row[x] == other[x] for other in same for x in VERSIONS
+    )
+    return not same or (in_pairs and row["provider"] not in [other["provider"] for other in same])
+
+
 def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     """New rows replace the old ones of the same case and mode, whole groups at a time: a ratio lives in one run. What says
     of this run only (not asked for; too large today) does not stand beside the rows of another."""
-    groups, cases = {tuple(row[name] for name in KEY[1:-1]) for row in new}, {row["case"] for row in new}
-    kept = [row for row in old if tuple(row[name] for name in KEY[1:-1]) not in groups
-            and not (row["absent"] and row["case"] in cases)]  # fmt: skip
+    cases = {row["case"] for row in new}
+    kept = [row for row in old if stays(row, new) and not (row["absent"] and row["case"] in cases)]
     rows = [*kept, *new]
     there = {(row["case"], name) for row in measured(rows) for name in (row["provider"], row["case"])}
     passing = lambda row: row["absent"] == NOT_ASKED or row["provider"] == row["case"]  # noqa: E731

@@ -11,10 +11,11 @@ fastkd bench gram --against main       the same cases at another commit, built i
 
 import argparse
 import dataclasses
+import functools
 import gc
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from fastkd.bench import baselines, calibrate, cases, check, compare, machine, measure, plots, report
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", default="", help=f"by comma: {', '.join(shapes.SHAPES)}, each @BATCHxLENGTH")
     add("--case", default="", help="only cases whose name contains this, such as forward_kl-512x30522")
     add("--dtype", default="", choices=("", *DTYPES), help="only this dtype")
-    add("--mode", default="", choices=("", *measure.MODES), help="one mode instead of forward, backward and both")
+    add("--target", default="", help="only cases that stand for these targets on a GPU, by comma: G1,G6; no pictures")
+    add("--mode", action="append", choices=measure.MODES, help="this mode only; more than once for several")
+    add("--launch", choices=("plain", "graph"), help="GPU: launched one by one or replayed only, instead of both")
     add("--others", default="", help="only these baselines and peers, by comma (quick: eager,authors)")
     add("--quick", action="store_true", help="the small cases, few rounds; printed, never published")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
@@ -92,9 +95,10 @@ def chosen_cases(asked: argparse.Namespace) -> list[Case]:
     if asked.shape:
         found = shapes.select(asked.shape.split(","), asked.dtype, asked.device, asked.stems, asked.case)
     else:
-        found = cases.select(asked.stems, asked.case, asked.dtype, asked.quick, asked.device.type == "cuda")
+        of = asked.target.split(",") if asked.target else ()
+        found = cases.select(asked.stems, asked.case, asked.dtype, asked.quick, asked.device.type == "cuda", of)
     if not found:
-        filters = ("stems", "shape", "case", "dtype", "quick")
+        filters = ("stems", "shape", "case", "dtype", "quick", "target")
         named = ", ".join(f"{name}={getattr(asked, name)!r}" for name in filters if getattr(asked, name))
         raise ValueError(f"no case matches all of {named}; leave one out, or see --list")
     return found
@@ -122,9 +126,8 @@ def problem_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def checked(case: Case, providers: Sequence, inputs: Inputs) -> tuple[dict, list, str]:
+def checked(case: Case, providers: Sequence, inputs: Inputs, oracle: check.Oracle) -> tuple[dict, list, str]:
     """(provider -> errors) of those that compute the right thing, the others as Absent, and why all are refused."""
-    oracle = check.make_oracle(case, inputs)
     passed, absent, eager = {}, [], None
     for provider in sorted(providers, key=lambda p: p.name != "eager"):  # eager first: it sets limits
         try:
@@ -206,35 +209,57 @@ def providers_of(case: Case, inputs: Inputs, asked: argparse.Namespace) -> list[
     return [*baselines.ours(case, inputs), *others]
 
 
-def bench_case(
-    case: Case, asked: argparse.Namespace, roofline: Roofline, facts: dict, providers: Sequence | None = None
-) -> Outcome:
-    """Check first; a case whose check fails has no speed."""
+def groups_of(providers: Sequence[Provider], asked: argparse.Namespace) -> list[list[Provider]]:
+    """Who takes turns. On a CPU everyone; on a GPU fastkd and one other, in the order asked for: a lent one may be taken away
+    at any time, so each is measured and published before the next one compiles."""
+    ours, others = [p for p in providers if p.ours], [p for p in providers if not p.ours]
+    if asked.device.type != "cuda" or not others:
+        return [list(providers)]
+    order = asked.others.split(",")
+    return [[*ours, other] for other in sorted(others, key=lambda p: order.index(p.name) if p.name in order else 0)]
+
+
+def bench_case(case: Case, asked: argparse.Namespace, roofline: Roofline, facts: dict, providers: Sequence | None = None,
+               keep: Callable = lambda outcome, new: None) -> Outcome:  # fmt: skip
+    """Check first; a case whose check fails has no speed. keep(outcome so far, new rows): after each group."""
     left_out = machine.too_large(case, machine.available_bytes(asked.device))
     if left_out:
         return Outcome(absent=[Absent(case.name, left_out)])
     inputs, outcome = build(case, asked.device), Outcome()
     everyone = providers_of(case, inputs, asked) if providers is None else providers
-    there = [p for p in everyone if isinstance(p, Provider)]
-    passed, failed, outcome.refused = checked(case, there, inputs)
-    outcome.absent = [*(p for p in everyone if isinstance(p, Absent)), *failed]
-    if outcome.refused:
-        return outcome
-    gemms, meter = roofline.gemms_of(case), machine.LoadMeter()
-    for mode in (m for m in case.modes if asked.mode in ("", m)):
-        for launch in ("plain", "graph") if asked.device.type == "cuda" else ("plain",):
-            rows, absent = measure_mode(case, mode, launch, passed, inputs, asked, roofline, gemms)
-            outcome.rows += rows
-            outcome.absent += absent
-    outcome.foreign = meter.stop()
-    eager = next((errors for provider, errors in passed.items() if provider.name == "eager"), None)
-    common = {
-        **of_case(case), "eager_loss_error": eager.loss if eager else None,
-        "eager_gradient_error": eager.gradient if eager else None, "foreign_cores": outcome.foreign, **facts,
-        "driver": machine.driver(asked.device),  # the clocks of a GPU that has just worked
-    }  # fmt: skip
-    outcome.rows = [{**row, **common, "absent": ""} for row in outcome.rows]
+    outcome.absent = [p for p in everyone if isinstance(p, Absent)]
+    oracle, gemms, passed = check.make_oracle(case, inputs), None, {}
+    launches = [asked.launch] if asked.launch else ["plain", "graph"] if asked.device.type == "cuda" else ["plain"]
+    for group in groups_of([p for p in everyone if isinstance(p, Provider)], asked):
+        new, failed, outcome.refused = checked(case, [p for p in group if p not in passed], inputs, oracle)
+        outcome.absent += failed
+        if outcome.refused:
+            return outcome
+        passed |= new
+        gemms, meter = roofline.gemms_of(case) if gemms is None else gemms, machine.LoadMeter()
+        measured: list = []
+        for mode in (m for m in case.modes if not asked.mode or m in asked.mode):
+            for launch in launches:
+                turns = {p: errors for p, errors in passed.items() if p in group}
+                rows, absent = measure_mode(case, mode, launch, turns, inputs, asked, roofline, gemms)
+                measured += rows
+                outcome.absent += [x for x in absent if x not in outcome.absent]
+        outcome.foreign = max(outcome.foreign, foreign := meter.stop())
+        eager = next((errors for provider, errors in passed.items() if provider.name == "eager"), None)
+        common = {
+            **of_case(case), "eager_loss_error": eager.loss if eager else None,
+            "eager_gradient_error": eager.gradient if eager else None, "foreign_cores": foreign, **facts,
+            "driver": machine.driver(asked.device), "absent": "",  # the clocks of a GPU that has just worked
+        }  # fmt: skip
+        known = {place(row) for row in outcome.rows}
+        outcome.rows += (rows := [{**row, **common} for row in measured if place(row) not in known])
+        keep(outcome, rows)
+    outcome.rows.sort(key=lambda row: place(row)[:2])
     return outcome
+
+
+def place(row: report.Row) -> tuple:
+    return measure.MODES.index(row["mode"]), row["launch"] == "graph", row["provider"]
 
 
 def of_case(case: Case) -> report.Row:
@@ -292,27 +317,40 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def run_cases(chosen: Sequence[Case], asked: argparse.Namespace, facts: dict, folder: pathlib.Path | None) -> int:
-    """Published in the folder where there is one."""
+    """Published in the folder where there is one: on a CPU case by case, on a GPU as it is measured."""
     roofline = Roofline(asked.device, measure.make_timer(asked.device, cold=False))
     print("  ".join(f"{name}={value}" for name, value in facts.items() if value != ""))
     rates = {case.dtype_text: roofline.gemm_rate(case.dtype) / 1e9 for case in chosen}
     gemms = (f"{dtype} GEMM {rate:.0f} GFLOP/s" for dtype, rate in rates.items())
     print(f"copy of 256 MiB {roofline.copy_rate(2**28) / 1e9:.1f} GB/s", *gemms, sep="   ")
     failed, busy, absent = [], [], []
+
+    def publish(case: Case, outcome: Outcome, new: Sequence = ()) -> None:
+        if folder:
+            report.write([*outcome.rows, *absent_rows(case, outcome.absent, facts)], folder)
+        for row in new:
+            beside = f", {report.number(row['times_ours_median'])}× ours" if row["times_ours_median"] else ""
+            print(
+                f"  {case.name} {report.mode_of(row)} {row['provider']}: {report.number(row['median_ms'])} ms{beside}",
+                flush=True,
+            )
+
     for case in chosen:
+        keep = functools.partial(publish, case) if asked.device.type == "cuda" else lambda *_: None
         try:
-            outcome = bench_case(case, asked, roofline, facts)
+            outcome = bench_case(case, asked, roofline, facts, None, keep)
         except (RuntimeError, MemoryError) as error:  # out of memory while timed, for one: the other cases go on
             outcome = Outcome(refused=problem_of(error))
         show(case, outcome)
         failed += [case.name] if outcome.refused else []
-        absent += (missing := absent_rows(case, outcome.absent, facts))
-        reason = machine.busy_reason(outcome.foreign, "while this case was measured")
+        absent += absent_rows(case, outcome.absent, facts)
+        reason = machine.busy_reason(outcome.foreign, "while this case was measured", asked.device)
         busy += [f"{case.name}: {reason}"] if reason and folder else []
         if folder and not reason and not outcome.refused:
-            report.write([*outcome.rows, *missing], folder)
+            publish(case, outcome)
     if folder and any(folder.glob("*.csv")):
-        print(f"published in {folder}:", *(path.name for path in sorted(folder.glob("*.csv"))), plots.draw(folder))
+        pictures = "" if asked.target else plots.draw(folder)
+        print(f"published in {folder}:", *(path.name for path in sorted(folder.glob("*.csv"))), pictures)
     if absent:
         print("\nnot measured here:", *report.absent(absent), sep="\n  – ")
     print(*(f"not published: {text}" for text in busy), *(f"check failed: {name}" for name in failed), sep="\n")

@@ -1,4 +1,4 @@
-"""Up to which size PyTorch's operations are faster on a CPU than our kernels, or the other way round: the only such table.
+"""Up to which size PyTorch's operations are faster than our kernels, or the other way round: the only such table.
 
 `fastkd bench --calibrate` measures it on this machine and writes `file()`, which then holds; without that file the shipped values
 do. FASTKD_THRESHOLDS in the environment is "kernels" or "pytorch" for one of both at every size, or the path of another file.
@@ -6,6 +6,7 @@ do. FASTKD_THRESHOLDS in the environment is "kernels" or "pytorch" for one of bo
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,10 +49,10 @@ def file() -> Path:
     return Path(_asked() or cache / "fastkd" / f"thresholds-{INSTRUCTION_SET}.json")
 
 
-def serves(name: str, size: int) -> str:
+def serves(name: str, size: int, device: str = "cpu") -> str:
     """Who computes a call of this size."""
-    threshold = TABLE[name]
-    return threshold.small if size <= UP_TO[name] else threshold.large
+    threshold, up_to = TABLE[name], {"cpu": UP_TO, "cuda": UP_TO_ON_GPU}.get(device, {})
+    return threshold.small if size <= up_to.get(name, NEVER) else threshold.large
 
 
 def forced(way: str) -> dict[str, int]:
@@ -69,10 +70,11 @@ def load() -> tuple[dict[str, int], str]:
     try:
         measured = {name: int(size) for name, size in json.loads(file().read_text()).items() if name in TABLE}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"FASTKD_THRESHOLDS: {file()} is no table of `fastkd bench --calibrate` ({error}); delete it, or set "
-            f"{KERNELS!r}, {PYTORCH!r} or the path of one"
-        ) from error
+        wrong = f"{file()} is no table of `fastkd bench --calibrate` ({error})"
+        if _asked():
+            raise ValueError(f"FASTKD_THRESHOLDS: {wrong}; set {KERNELS!r}, {PYTORCH!r} or the path of one") from error
+        warnings.warn(f"fastkd: {wrong}; delete it. The shipped table holds.", RuntimeWarning, stacklevel=2)
+        return shipped, f"shipped for {INSTRUCTION_SET}"
     return shipped | measured, f"measured here, in {file()}"
 
 
@@ -81,13 +83,19 @@ def _asked() -> str:
 
 
 UP_TO, SOURCE = load()
+# Computed by bench/evidence/gpu_model.py, and not measured; what is not named goes to kernels.
+UP_TO_ON_GPU = forced(_asked()) if _asked() in (KERNELS, PYTORCH) else {"in_batch": 512}
 
 
-def lines() -> list[str]:
+def lines(device: str = "cpu") -> list[str]:
     """What `fastkd doctor` says of them."""
+    up_to = {"cpu": UP_TO, "cuda": UP_TO_ON_GPU}.get(device, {})
     found = [f"On a CPU with {INSTRUCTION_SET}, by size ({SOURCE}):"]
-    for name, threshold in TABLE.items():
-        small, large, size = threshold.small, threshold.large, UP_TO[name]
+    if device != "cpu":
+        found = ["On a GPU, by size (computed by a model of a GPU, not measured):"] if up_to else []
+    for name, size in up_to.items():
+        threshold = TABLE[name]
+        small, large = threshold.small, threshold.large
         whom = f"{small} up to {size} {threshold.unit}, then {large}"
         whom = large if size <= NEVER else small if size >= ALWAYS else whom
         found.append(f"  {threshold.what:44} -> {whom}")

@@ -118,7 +118,10 @@ def others(case: Case, device: torch.device) -> list:
         elif needs_gpu and device.type != "cuda":
             found.append(Absent(name, f"its {case.stem} kernels are Triton and need a GPU"))
         else:
-            made = make(case)
+            try:
+                made = make(case)
+            except ImportError as error:  # of a package that it needs in turn
+                made = f"{package} cannot be imported: {error}"
             found.append(Absent(name, made) if isinstance(made, str) else Provider(name, bind(made)))
     return found
 
@@ -126,9 +129,11 @@ def others(case: Case, device: torch.device) -> list:
 def ours(case: Case, inputs: Inputs) -> list:
     """fastkd as `auto` dispatches it, and every other implementation that can run here; the rest with its reason."""
     from fastkd import backends
+    from fastkd.ops import contrast
 
     key = next(iter(inputs.leaves))
-    auto = backends.choose(case.stem, "auto", key)
+    small = case.kind == "in_batch" and contrast.by_cross_entropy(inputs["query"], inputs["positive"])
+    auto = "eager" if small else backends.choose(case.stem, "auto", key)
     found: list = [Provider("fastkd", lambda x: case.ours(x, "auto"), served_by=auto)]
     for name in ("cuda", "triton", "cpu"):
         why_not = backends.reason(case.stem, name, key)

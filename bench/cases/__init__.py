@@ -17,9 +17,16 @@ def listed(stem: str, gpu: bool = False) -> list[Case]:
     return sorted(found, key=lambda case: not case.goals) if gpu else found
 
 
-def select(stems=(), name="", dtype="", quick=False, gpu=False) -> list[Case]:
-    """The cases whose stem is named and whose name contains `name`."""
+def targets() -> dict[str, Case]:
+    """Those that a GPU's targets are about, by the target's name."""
+    found = {case.target: case for stem in STEMS for case in listed(stem, gpu=True) if case.target}
+    return dict(sorted(found.items(), key=lambda item: int(item[0].split()[0][1:])))
+
+
+def select(stems=(), name="", dtype="", quick=False, gpu=False, of=()) -> list[Case]:
+    """The cases whose stem is named, whose name contains `name`, and whose target is one `of` these."""
     return [
         case for stem in stems or STEMS for case in listed(stem, gpu)
         if name in case.name and (not dtype or case.dtype_text == dtype) and (case.quick or not quick)
+        and (not of or case.target.split(" ")[0] in of)
     ]  # fmt: skip

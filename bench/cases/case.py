@@ -1,8 +1,8 @@
 """What a case is: its shapes, its inputs, and the fewest FLOPs and bytes beside it.
 
 The floors count work that nobody can avoid: every input read once, every result written once, `both` without a recompute;
-`backward` alone reads its inputs again. Inputs are random and seeded, made on the CPU in float32 (so that every device sees
-the same numbers), then cast.
+`backward` alone reads its inputs again. Inputs are random and seeded, made in float32 on the device that uses them (a CPU
+would take minutes for those of a GPU), then cast.
 """
 
 import dataclasses
@@ -68,6 +68,7 @@ class Case:
     quick: bool = False
     goals: Mapping[str, float] = dataclasses.field(default_factory=dict)  # evidence/performance.py says what they mean
     label: str = ""  # the model whose shape this is
+    target: str = ""  # which of the targets on a GPU it stands for: G1, or G6 32k where there are several cases
     oracle: Callable | None = None  # the float64 loss of the inputs, in pieces, where the reference would not fit
 
     @property
@@ -115,7 +116,8 @@ def as_list(value) -> list:
 
 def build(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """The inputs of a case, in its dtype, on the device."""
-    raw = Inputs(case.make(case, torch.Generator().manual_seed(seed)), case.options, case.leaves)
+    with device:
+        raw = Inputs(case.make(case, torch.Generator(device).manual_seed(seed)), case.options, case.leaves)
     return raw.to(case.dtype, device, case.keep)
 
 

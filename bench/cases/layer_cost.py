@@ -87,11 +87,11 @@ def case(kind: str, *sizes: int, dtype=FP32, **more) -> Case:
 
 CASES = [
     case("hidden", 6, 12, 32, 128, 768, goals={"authors": 10, "compile": 2.2, "floor": 0.48}),
-    case("hidden", 6, 12, 32, 128, 768, dtype=BF16),
+    case("hidden", 6, 12, 32, 128, 768, dtype=BF16, target="G10"),
     case("hidden", 4, 12, 8, 64, 312, quick=True),
     case("hidden", 1, 1, 32, 128, 768),
     case("attention", 6, 12, 8, 12, 128, 64),
     *(case("hidden", n, n, 8, 128, 256) for n in (6, 12, 24, 48)),
-    case("emd_step", 6, 12, 32, 128, 768, goals={"authors": 15}),
+    case("emd_step", 6, 12, 32, 128, 768, goals={"authors": 15}, target="G10 step"),
 ]
 ON_GPU: list[Case] = []

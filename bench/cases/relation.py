@@ -53,4 +53,5 @@ CASES = [
     case("self", 2, 12, 64, 64, 3, quick=True),
     *(case("self", 1, 12, n, 64, 1) for n in (128, 512, 2048)),
 ]
-ON_GPU = [case("self", 64, 16, 512, 64, 3, BF16, goals={"eager": 8, "compile": 4, "memory": 0.05}, oracle=in_pieces)]
+ON_GPU = [case("self", 64, 16, 512, 64, 3, BF16, goals={"eager": 5, "compile": 4, "memory": 0.05}, oracle=in_pieces,
+               target="G7")]  # fmt: skip

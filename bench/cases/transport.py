@@ -48,4 +48,4 @@ CASES = [
     case("exact", 32, 48, 48),
     *(case("exact", 1, n, n) for n in (10, 50, 100, 200, 500)),
 ]
-ON_GPU = [case("exact", 1024, 12, 24, goals={"authors": 3})]
+ON_GPU = [case("exact", 1024, 12, 24, goals={"authors": 3}, target="G11")]

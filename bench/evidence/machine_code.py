@@ -40,19 +40,26 @@ class Compiled:
 
     @functools.cached_property
     def code(self) -> tuple[list[str], list[Loop]]:
-        """The instructions, without predicates and without those that never run; and the loops, outer ones first."""
-        instructions, labels, loops = [], {}, []
+        """The instructions, without predicates and without those that never run; and the loops, outer ones first. No label leads
+        to the blocks behind the end that stand in for a shuffle where a warp is split: their branches back are no loops."""
+        instructions, labels, going = [], {}, []
         for line in self.sass.splitlines():
             label, fields = re.match(r"(LBB\d+):", line), line.split("\t")
             if label:
                 labels[label[1]] = len(instructions)
             elif len(fields) > 1 and not re.match(r"@!PT |NOP|BRA 0x", fields[1]):
+                going.append(not re.match(r"BRA LBB|EXIT|RET", fields[1]))  # whether the next one may follow
                 instructions.append(re.sub(r"^@!?U?P\w+ ", "", fields[1]))
-        for at, instruction in enumerate(instructions):
-            target = re.match(r"BRA.* (LBB\d+)", instruction)
-            if target and labels.get(target[1], at) < at:
-                loops.append(Loop(labels[target[1]], at + 1))
-        return instructions, sorted(set(loops), key=lambda loop: (loop.start, -loop.stop))
+        branches = enumerate(re.match(r"BRA.* (LBB\d+)", instruction) for instruction in instructions)
+        targets = {at: labels[branch[1]] for at, branch in branches if branch and branch[1] in labels}
+        reached, left = set(), [0]
+        while left:
+            here = left.pop()
+            if here not in reached and here < len(instructions):
+                reached.add(here)
+                left += ([here + 1] if going[here] else []) + ([targets[here]] if here in targets else [])
+        loops = {Loop(start, at + 1) for at, start in targets.items() if start < at and at in reached}
+        return instructions, sorted(loops, key=lambda loop: (loop.start, -loop.stop))
 
     def own(self, loop: Loop) -> list[str]:
         """A loop's instructions, without those of the loops in it."""

@@ -50,7 +50,7 @@ def report(device: str, dtype: torch.dtype) -> list[str]:
             why_not = backends.reason(stem, backend, x)
             if why_not is not None:
                 lines.append(f"  {'':18}    not {backend}: {why_not}")
-    return [*lines, "", *thresholds.lines()]
+    return [*lines, "", *thresholds.lines(x.device.type)]
 
 
 def self_test() -> str:

@@ -177,12 +177,12 @@ def unit_linear(x, weight, bias, backend) -> Tensor:
 
 def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, backend) -> Tensor:
     """InfoNCE per query, [B]. If bank is None, the other positives of the batch are the bank, and have a gradient."""
-    if bank is None and exclude is None and backend == "auto" and _by_cross_entropy(query, positive):
-        temperature = inverse_temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(query).reshape(())
+    if bank is None and exclude is None and backend == "auto" and by_cross_entropy(query, positive):
+        if isinstance(inverse_temperature, Tensor):
+            inverse_temperature = inverse_temperature.to(query.device, torch.float32).reshape(())
         with backends.full_precision(query):
-            return F.cross_entropy(query @ positive.t() * temperature, torch.arange(len(query)), reduction="none")
+            scores = query.float() @ positive.float().t() * inverse_temperature
+            return F.cross_entropy(scores, torch.arange(len(query), device=query.device), reduction="none")
     if bank is None:
         bank = positive
         if exclude is None:
@@ -214,9 +214,12 @@ def info_nce(query, positive, bank, index, inverse_temperature, exclude, scale, 
     return InfoNCE.apply(backend, query, positive, temperature, bank, index, query_ids, bank_ids, scale)
 
 
-def _by_cross_entropy(query: Tensor, positive: Tensor) -> bool:
-    on_cpu = query.device.type == "cpu" and query.dtype == positive.dtype == torch.float32
-    return on_cpu and thresholds.serves("in_batch", len(query)) == thresholds.PYTORCH
+def by_cross_entropy(query: Tensor, positive: Tensor) -> bool:
+    """Whether "auto" takes cross_entropy for in-batch negatives. In half precision a CPU's kernels are faster at every size."""
+    device = query.device.type
+    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+    alike = query.dtype == positive.dtype and query.dtype in dtypes
+    return alike and thresholds.serves("in_batch", len(query), device) == thresholds.PYTORCH
 
 
 def _by_library(query: Tensor, bank: Tensor) -> bool:

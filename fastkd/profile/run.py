@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         results.print_table(rows)
         print(*(f"  without {provider}: {why}\n" for provider, why in lacking.items()), sep="", end="")
         everything.append(rows)
-        if reason := machine.busy_reason(rows["foreign_cores"].iloc[0], "while this was profiled"):
+        if reason := machine.busy_reason(rows["foreign_cores"].iloc[0], "while this was profiled", arguments.device):
             refused.append(f"{setup['method']}: {reason}")
         elif not arguments.force:
             results.write(rows, folder)

@@ -52,6 +52,17 @@ def test_new_rows_replace_their_group_and_keep_the_rest(tmp_path, fake_measure):
     assert len([row for row in report.read(path) if row["mode"] == "forward"]) == 3
 
 
+def test_on_a_gpu_rows_of_the_same_versions_stay_beside_new_ones(tmp_path):
+    """There fastkd and one other are a run by themselves: the next command adds another pair."""
+    gpu = {"memory_method": measure.Device.memory_method, "cuda": "13.0"}
+    written(tmp_path, rows_of(**gpu))
+    path = written(tmp_path, rows_of(other="compile", median_ms=2.0, **gpu))
+    found = {row["provider"]: row["median_ms"] for row in report.read(path)}
+    assert found == {"eager": 1.0, "fastkd": 2.0, "compile": 2.0}
+    written(tmp_path, rows_of(other="authors", commit="later", **gpu))  # ratios to another fastkd do not
+    assert {row["provider"] for row in report.read(path)} == {"fastkd", "authors"}
+
+
 def test_a_passing_reason_does_not_stand_beside_rows(tmp_path):
     """Not asked for in this mode, measured in another; too large today, measured yesterday."""
     reasons = [absent("eager", report.NOT_ASKED), absent("compile", report.NOT_ASKED), absent(CASE, "left out: 12 GiB")]
@@ -183,6 +194,14 @@ def test_what_is_published(load, flags, code, publishing, monkeypatch, tmp_path)
     monkeypatch.setattr(run, "run_cases", lambda *arguments: seen.append(arguments[-1] is not None) or 0)
     assert run.run(run.parsed(["divergence", "--device", "cpu", *flags])) == code
     assert seen == ([] if publishing is None else [publishing])
+
+
+def test_beside_a_gpu_the_host_may_be_busy(monkeypatch):
+    monkeypatch.setattr(machine, "load_before", lambda: 1.5)
+    monkeypatch.setattr(machine, "gpu_busy_reason", lambda device: "")
+    gpu = torch.device("cuda")
+    assert not machine.is_busy(gpu, force=False) and machine.is_busy(torch.device("cpu"), force=False)
+    assert machine.busy_reason(1.5, "meanwhile", gpu) == "" and "1.50 cores" in machine.busy_reason(1.5, "meanwhile")
 
 
 def test_a_case_that_does_not_fit_is_left_out_by_name(fake_measure, monkeypatch, tmp_path):

@@ -44,8 +44,16 @@ def test_a_file_that_is_none_is_named(monkeypatch, tmp_path, text):
     if text is not None:
         path.write_text(text)
     monkeypatch.setenv("FASTKD_THRESHOLDS", str(path))
-    with pytest.raises(ValueError, match=f"FASTKD_THRESHOLDS: {re.escape(str(path))} is no table.*delete it, or set"):
+    with pytest.raises(ValueError, match=f"FASTKD_THRESHOLDS: {re.escape(str(path))} is no table.*; set"):
         thresholds.load()
+
+
+def test_a_damaged_file_of_the_cache_is_named_and_left_alone():
+    thresholds.file().parent.mkdir()
+    thresholds.file().write_text("{")
+    with pytest.warns(RuntimeWarning, match=f"{re.escape(str(thresholds.file()))} is no table.*delete it"):
+        table, source = thresholds.load()
+    assert source.startswith("shipped") and "in_batch" in table and thresholds.file().exists()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,7 @@ def test_a_case_counts_as_auto_does_and_both_ways_agree(name, monkeypatch):
     make, exponents = calibrate.CASES[name]
     size, said, found = 2 ** exponents[1], [], []
     serves = thresholds.serves
-    monkeypatch.setattr(thresholds, "serves", lambda *args: said.append((*args, serves(*args))) or said[-1][-1])
+    monkeypatch.setattr(thresholds, "serves", lambda *args: said.append((*args[:2], serves(*args))) or said[-1][-1])
     call, leaves = make(size)
     for way in (KERNELS, PYTORCH):
         UP_TO.update(thresholds.forced(way))
