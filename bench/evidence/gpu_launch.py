@@ -33,7 +33,8 @@ ITERATIONS = {
     "divergence.logits.forward_kernel": ("LDGSTS", lambda a: (1, a.V // a.BLOCK, again(a)), lambda a: a.programs * a.V),
     "divergence.logits.backward_kernel": ("", lambda a: (), lambda a: a.programs * a.BLOCK),
     "linear_divergence.row_kernel": (
-        "LDG", lambda a: (1, 1, a.V // a.BLOCK, 1, bool(again(a)), again(a), ratio(a.V, a.BLOCK)), lambda a: a.programs * a.V,
+        "innermost LDG", lambda a: (1, a.V // a.BLOCK, 1, bool(again(a)), again(a), ratio(a.V, a.BLOCK)),
+        lambda a: a.programs * a.V,
     ),
     "relation.forward_kernel": ("MMA", lambda a: (ratio(a.L, a.BLOCK),), lambda a: a.programs * a.BLOCK * a.L),
     "relation.backward_kernel": ("MMA", lambda a: (ratio(a.L, a.BLOCK),), lambda a: a.programs * a.BLOCK * a.L),

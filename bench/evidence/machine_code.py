@@ -70,9 +70,11 @@ class Compiled:
 
     def work(self, has: str = "", iterations: Sequence[float] = ()) -> collections.Counter:
         """What one program does per thread, or per warp. iterations: of the loops that contain `has`, in the order of the code, per
-        iteration of the loop around it; every other loop has one."""
+        iteration of the loop around it; every other loop has one. "innermost LDG": of those with no loop inside, since around
+        them one compiler has a loop where another has none."""
         instructions, loops = self.code
-        matching = [loop for loop in loops if any(has in line for line in instructions[loop.start : loop.stop])]
+        chosen, word = self.innermost if has.startswith("innermost") else loops, has.split(" ")[-1]
+        matching = [loop for loop in chosen if any(word in line for line in instructions[loop.start : loop.stop])]
         given = dict(zip(matching, iterations, strict=False))
         total = effects(self.own(Loop(0, len(instructions))))
         for loop in loops:
@@ -82,11 +84,14 @@ class Compiled:
         return total
 
     @property
+    def innermost(self) -> list[Loop]:
+        loops = self.code[1]
+        return [x for x in loops if not any(x != y and x.start <= y.start < y.stop <= x.stop for y in loops)]
+
+    @property
     def main_loop(self) -> int:
         """Instructions of the longest loop that has none inside."""
-        loops = self.code[1]
-        innermost = [x for x in loops if not any(x != y and x.start <= y.start < y.stop <= x.stop for y in loops)]
-        return max((loop.stop - loop.start for loop in innermost), default=0)
+        return max((loop.stop - loop.start for loop in self.innermost), default=0)
 
 
 def effects(instructions: Sequence[str]) -> collections.Counter:
@@ -117,7 +122,10 @@ def tensor_flops(name: str, parts: Sequence[str]) -> float:
 
 
 def examine(kernel, chip: int) -> Compiled:
-    """kernel: what triton.compile returns."""
+    """kernel: what triton.compile returns. Triton 3.6 reads addresses of four digits only, and so nothing behind 64 KB."""
+    from triton.tools import disasm
+
+    disasm.FLINE_RE = re.compile(disasm.FLINE_RE.pattern.replace(r"\w{4}\*", r"\w{4,}\*"))
     registers, stack = _resources(kernel.asm["cubin"])
     metadata = kernel.metadata
     return Compiled(chip, metadata.num_warps, metadata.shared, registers, stack, kernel.asm["sass"], kernel.asm["ptx"])

@@ -39,6 +39,7 @@ def test_a_loop_counts_once_for_each_of_its_iterations():
         "stored": 4,
     }
     assert compiled.work("MMA", (5, 7))["HMMA"] == 5 * 7 * 4096
+    assert compiled.work("innermost MMA", (7,))["HMMA"] == 7 * 4096  # once around it
 
 
 def test_a_block_that_stands_in_for_a_shuffle_is_no_loop():
