@@ -20,8 +20,8 @@ def compile_divergence(name, chip, kind, s, t, vocabulary, masked=False, align=8
 
     from offline import POINTERS, assert_fits, assert_no_tensor_cores, compile_kernel
 
-    forward, backward = kernels.SMALL if vocabulary <= 1024 else kernels.LARGE
-    launch = {"ALIGN": align, "enable_fp_fusion": True} | (backward if name == "backward_kernel" else forward)
+    forward, backward, _ = kernels.launch_options(vocabulary, align == 8, None if name == "shard_kernel" else kind)
+    launch = dict(backward if name == "backward_kernel" else forward)
     constants = {key: launch.pop(key) for key in ("ALIGN", "BLOCK", "STAGES") if key in launch}
     signature = {"s_ptr": POINTERS[s], "t_ptr": POINTERS[t], "stats_ptr": FLOATS}
     signature |= dict.fromkeys(("inv_T", "mix", "rest"), "fp32")
