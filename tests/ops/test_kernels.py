@@ -4,6 +4,9 @@ Each stem has `Subject`s (subjects.py): inputs, a call, and idiomatic eager PyTo
 same for all of them.
 """
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from subjects import errors, inputs, on_every_backend, oracle, run, the_reference_in_long
@@ -80,6 +83,33 @@ def test_two_runs_are_bitwise_equal(subject, backend):
     (first, (first_grad,)), (second, (second_grad,)) = (run(subject, backend, student, teacher) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first_grad, second_grad)
+
+
+@pytest.mark.skipif(not backends.INTERPRETED, reason="a GPU runs programs in an order of its own")
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+@on_every_backend
+def test_programs_run_in_any_order(subject, backend, order, monkeypatch):
+    """None reads what another one of the same launch writes: the bits stay the same."""
+    if backend != "triton":
+        pytest.skip("not a launch of programs")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    student, teacher = inputs(subject, backend, 5, torch.float32, 5, 600)
+    loss, (grad,) = run(subject, backend, student, teacher)
+    set_place, moved = builder.set_grid_idx, []
+
+    def set_another(*place):
+        grid = builder.grid_dim
+        count = math.prod(grid)
+        places = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        places = torch.arange(count).flip(0) if order == "reversed" else places
+        another = np.unravel_index(int(places[np.ravel_multi_index(place, grid)]), grid)
+        moved.append(another != place)
+        set_place(*map(int, another))
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_another)
+    other_loss, (other_grad,) = run(subject, backend, student, teacher)
+    assert any(moved) and torch.equal(other_loss, loss) and torch.equal(other_grad, grad)
 
 
 @on_every_backend

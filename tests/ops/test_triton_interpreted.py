@@ -29,6 +29,7 @@ def interpreted(*arguments):
 
 # By file: what make test runs, all of them in one process, and what is long.
 PARTS = {
+    "ops/test_kernels.py": (None, "any_order and triton"),
     "ops/divergence/test_triton_divergence.py": ("near_convergence or first_block", "test"),
     "ops/divergence/test_divergence_topk.py": ("triton and mutant", "triton"),
     "ops/divergence/test_divergence_accuracy.py": ("triton and alpha_0", "triton"),
