@@ -23,6 +23,7 @@ COMMANDS = {
     "vocab": "count a corpus and write a smaller vocabulary: a map, a report, a tokenizer and a model",
     "doctor": "versions, what is built, and for every stem which implementation runs here and why the others do not",
 }
+LARGE_TENSORS = ("distill", "finetune", "cache")
 EXTRAS = {
     "bench": "bench",
     "demo": "demo",
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"fastkd: there is no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if command in LARGE_TENSORS:  # on a CPU, page faults of 4 KiB each would take a tenth of a training step
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         with interruption.terminable():
             return importlib.import_module(f"fastkd.cli.{command}").main(rest)

@@ -12,7 +12,7 @@ from fastkd import backends, thresholds
 
 # Logits of a side that exist at once, within FEWEST_ROWS and MOST_ROWS. Where our tile is an alternative, in no more memory than it
 # takes; elsewhere more of them, since the head's gradient is read and written between two chunks.
-LOGITS = 1 << (24 if thresholds.INSTRUCTION_SET == "plain" else 22)
+LOGITS = 1 << (24 if thresholds.INSTRUCTION_SET == "plain" else 21)
 FEWEST_ROWS, MOST_ROWS = 128, 512
 
 

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +242,33 @@ def test_a_new_head_of_a_language_model_is_fine_tuned_too(files, capsys):  # noq
     words = {"train_file": files / "words.txt", "validation_file": files / "words.txt", "task": "masked_lm"}
     argv = flags(files, **words, teacher=None, student_layers=None, allow_weak_teacher=None)
     assert main(["finetune", *argv, "--model", str(trunk)]) == 0, capsys.readouterr().err
+
+
+PAGES = """
+import os, resource, sys, torch
+from fastkd.cli import main
+try:
+    main([sys.argv[1], "--help"])
+except SystemExit:
+    pass
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+torch.empty(1 << 24).fill_(1)
+print("faults", faults() - before)
+"""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here")
+def test_training_puts_large_tensors_on_huge_pages(monkeypatch):
+    """64 MiB are 16384 pages of 4 KiB. A user's own choice is left alone."""
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+
+    def faults():
+        done = subprocess.run([sys.executable, "-c", PAGES, "finetune"], capture_output=True, text=True, check=True)
+        return int(done.stdout.rpartition("faults")[2])
+
+    assert faults() < 4096
+    if "[always]" not in HUGE_PAGES.read_text():
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+        assert faults() > 8192

@@ -78,6 +78,25 @@ inline vfloat load_bfloat16(const uint16_t* p) {
 }
 inline void store(void* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int count) { return __mmask16((1u << count) - 1); }
+inline vfloat load_some(const float* p, int count, float rest) {
+  return (vfloat)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_lanes(count), p);
+}
+inline void store_some(float* p, vfloat x, int count) { _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)x); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline vfloat load_some(const float* p, int count, float rest) {
+  const __m256i there = first_lanes(count);
+  return (vfloat)_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p, there), (__m256)there);
+}
+inline void store_some(float* p, vfloat x, int count) {
+  if (count == kLanes) return store(p, x);
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)x);
+}
+#else
 inline vfloat load_some(const float* p, int count, float rest) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? p[i] : rest;
@@ -89,6 +108,7 @@ inline void store_some(float* p, vfloat x, int count) {
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(float));
 }
+#endif
 
 inline float sum_lanes(vfloat x) {
 #if defined(__AVX512F__)
