@@ -10,10 +10,8 @@ from torch import Tensor
 
 from fastkd import backends, thresholds
 
-# Logits of a side that exist at once, within FEWEST_ROWS and MOST_ROWS. Where our tile is an alternative, in no more memory than it
-# takes; elsewhere more of them, since the head's gradient is read and written between two chunks.
-LOGITS = 1 << (24 if thresholds.INSTRUCTION_SET == "plain" else 21)
-FEWEST_ROWS, MOST_ROWS = 128, 512
+LOGITS = 1 << 24  # of a side that exist at once, within
+FEWEST_ROWS, MOST_ROWS = 128, 512  # between two chunks the gradient of the head is read and written
 
 
 def serves(hidden: Tensor, head: Tensor, t_hidden: Tensor | None, t_head: Tensor | None) -> bool:
