@@ -152,6 +152,7 @@ class Build(build_ext):
         if source.suffix == ".cu":
             archs = os.environ.get("FASTKD_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX, for GPUs to come
             flags = ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI, *includes(), "-Xcompiler=-fPIC,-fvisibility=hidden"]
             yield source, stem.with_suffix(".o"), [NVCC, *flags, *targets, "-c"]
         elif source.stem.endswith("_isa"):

@@ -1,6 +1,7 @@
 """CUDA C++ without a GPU: nvcc compiles and links it for the chips we ship, its report is read, and loading says why not."""
 
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -46,6 +47,7 @@ def build(folder):
 
 @pytest.mark.long
 def test_compiles_links_and_says_why_it_does_not_load(tmp_path):
+    triton_tools = pathlib.Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin"
     library, reports = build(tmp_path)
     sources = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
     assert sources == set(LIMITS), "declare the limits of every csrc/cuda/*.cu in this file"
@@ -60,6 +62,9 @@ def test_compiles_links_and_says_why_it_does_not_load(tmp_path):
             assert max(map(int, found.groups())) <= local, f"{source}: {name}: {found[0]}"
             used = int(re.search(r"Used (\d+) registers", entry)[1])
             assert used <= registers, f"{source}: {name}: {used} registers, declared limit {registers}"
+    listing = [triton_tools / "cuobjdump", "--list-ptx", library]
+    listed = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    assert f"sm_{CHIPS[-1]}.ptx" in listed and f"sm_{CHIPS[0]}.ptx" not in listed  # PTX, for GPUs to come
     if torch.version.cuda is None:  # it wants symbols that only a CUDA build of torch has: hence a library of its own
         assert re.search(r"undefined symbol: \w*cuda\w*", why_it_does_not_load(library))
 
