@@ -59,7 +59,7 @@ class Stage:
     needs: str = ""  # a program that must be there
 
 
-SMOKE = Stage("smoke", (PY, "-m", "fastkd.bench.evidence.sanitizer_smoke", "--apart"), 10, 60)
+SMOKE = Stage("smoke", (PY, "-m", "fastkd.bench.evidence.sanitizer_smoke", "--processes"), 10, 60)
 BUILD = Stage("build", (PY, "setup.py", "-q", "build_ext", "--inplace"), 30, 240, "", {"FASTKD_BUILD": "cuda"}, "nvcc")
 
 

@@ -1,6 +1,6 @@
 """Every stem in every implementation that runs here, tiny and checked: for compute-sanitizer, under which a step takes a
 thousand times as long, and as the first thing on a GPU that nothing ran on. A line for each kernel, which begins with ok or red.
-`compute-sanitizer --tool memcheck python -m fastkd.bench.evidence.sanitizer_smoke`; `… --apart` as `make gpu` calls it.
+`compute-sanitizer --tool memcheck python -m fastkd.bench.evidence.sanitizer_smoke`; `… --processes` as `make gpu` calls it.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ SIZES = {"N": 7, "V": 131, "K": 20, "B": 3, "Ds": 24, "Dt": 40, "H": 2, "L": 19,
          "P": 5, "M": 6}  # primes and one more than a block: tails are where overruns happen  # fmt: skip
 SIZES_OF = {"layer_cost": {"N": 2, "M": 3}, "transport": {"N": 4}, "linear_divergence": {"R": 37}, "gram": {"N": 19}}
 LIMITS = {FP32: 1e-4, torch.float64: 1e-9, BF16: 5e-2}
-APART = 2  # processes for a stem: most of a first run is the compilation of kernels, each on one core
+PROCESSES = 2  # processes for a stem: most of a first run is the compilation of kernels, each on one core
 
 
 def small_cases(stems: Sequence[str] = tuple(STEMS)) -> Iterator[Case]:
@@ -59,11 +59,11 @@ def main(device: str, cases: Sequence[Case] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def apart() -> int:
+def in_processes() -> int:
     """Every stem in processes of its own, all at the same time: one that dies, and with it all that its process had on the
     device, is red by itself."""
     command = (sys.executable, "-m", "fastkd.bench.evidence.sanitizer_smoke")
-    jobs = [(stem, str(part)) for stem in STEMS for part in range(APART)]
+    jobs = [(stem, str(part)) for stem in STEMS for part in range(PROCESSES)]
     with ThreadPoolExecutor(len(jobs)) as pool:
         runs = {pool.submit(subprocess.run, [*command, *job]): job[0] for job in jobs}
         for done in as_completed(runs):
@@ -73,7 +73,7 @@ def apart() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--apart"]:
-        sys.exit(apart())
+    if sys.argv[1:] == ["--processes"]:
+        sys.exit(in_processes())
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    sys.exit(main(here, list(small_cases(sys.argv[1:2]))[int(sys.argv[2]) :: APART] if sys.argv[1:] else None))
+    sys.exit(main(here, list(small_cases(sys.argv[1:2]))[int(sys.argv[2]) :: PROCESSES] if sys.argv[1:] else None))

@@ -174,8 +174,8 @@ def moments(row, refs, inv_T, KIND: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl
     sum_t = tl.sum(sums.t.to(tl.float64))  # the logarithm of 1.0001 has few digits in float32
     sum_s, first, bregman = tl.sum(sums.s), tl.sum(sums.first), tl.sum(sums.bregman)
     if KIND == FORWARD_KL or KIND == SOFT_CE:  # by the smaller numbers, whose rounding errors are smaller
-        apart = (sum_s - sum_t).to(tl.float32)
-        excess = tl.where(tl.abs(first) + bregman < sum_s + sum_t, first + bregman, apart)
+        difference = (sum_s - sum_t).to(tl.float32)
+        excess = tl.where(tl.abs(first) + bregman < sum_s + sum_t, first + bregman, difference)
     else:
         excess = tl.sum(sums.excess)
     return refs, Sums(sum_s, sum_t, excess, first, bregman, tl.sum(sums.energy))

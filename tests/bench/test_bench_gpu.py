@@ -388,6 +388,6 @@ def test_a_stem_whose_process_dies_is_red(capfd, monkeypatch):
     monkeypatch.setattr(sanitizer_smoke, "STEMS", {"gram": None, "relation": None})
     died = lambda command: subprocess.CompletedProcess(command, -11 if "gram" in command else 0)  # noqa: E731
     monkeypatch.setattr(sanitizer_smoke.subprocess, "run", died)
-    assert sanitizer_smoke.apart() == 1
+    assert sanitizer_smoke.in_processes() == 1
     assert set(capfd.readouterr().out.splitlines()) == {"red: gram died with status -11"}
     assert sys.executable == gpu.SMOKE.command[0]

@@ -56,6 +56,19 @@ def test_a_damaged_file_of_the_cache_is_named_and_left_alone():
     assert source.startswith("shipped") and "in_batch" in table and thresholds.file().exists()
 
 
+def test_a_user_without_a_home_has_the_shipped_table(monkeypatch):
+    """`import fastkd` reads the table, so looking for the file must not fail."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(thresholds.Path, "home", no_home)
+    monkeypatch.setattr(thresholds.Path, "exists", lambda _: pytest.fail("raises where it may not look"))
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert thresholds.load()[1].startswith("shipped")
+
+
 @pytest.mark.parametrize(
     ("small", "large", "expected"),
     [
