@@ -27,12 +27,13 @@ Options options_of(int64_t kind, double temperature, double mix) {
   return {int(kind), float(1 / temperature), float(mix), float(1 - mix)};
 }
 
-// Row i of `x` as floats, through `scratch` where x is half precision.
-const float* float_row(const Table& table, const Tensor& x, int element, int64_t i, std::vector<float>& scratch) {
+// `count` rows of `x` from row i as floats, through `scratch` where x is half precision.
+const float* float_rows(const Table& table, const Tensor& x, int element, int64_t i, std::vector<float>& scratch,
+                        int64_t count = 1) {
   const int64_t columns = x.size(1);
-  if (element != kFloat32 && scratch.empty()) scratch.resize(columns);
+  if (element != kFloat32 && scratch.empty()) scratch.resize(count * columns);
   const char* row = static_cast<const char*>(x.const_data_ptr()) + i * columns * int64_t(x.element_size());
-  return table.as_floats(row, element, scratch.data(), columns);
+  return table.as_floats(row, element, scratch.data(), count * columns);
 }
 
 // The upstream gradient that each row may expect: `factor`, divided by the number of rows where their mean is taken.
@@ -61,7 +62,20 @@ std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor&
   auto* stat = reinterpret_cast<RowStats*>(stats.mutable_data_ptr<float>());
   const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch_s, scratch_t, scratch(grad ? GradRequest::scratch_size(columns) : 0);
+    std::vector<float> scratch_s, scratch_t;
+    if (columns <= table.few_columns) {
+      table.forward_rows(float_rows(table, s, element_s, begin, scratch_s, end - begin),
+                         float_rows(table, t, element_t, begin, scratch_t, end - begin), end - begin, columns, options,
+                         stat + begin, value + begin, {grad ? grad + begin * columns : nullptr, nullptr, upstream});
+      for (int64_t i = begin; valid && i < end; ++i) {
+        if (valid[i]) continue;
+        value[i] = 0;
+        stat[i] = {};
+        if (grad) std::memset(grad + i * columns, 0, columns * sizeof(float));
+      }
+      return;
+    }
+    std::vector<float> scratch(grad ? GradRequest::scratch_size(columns) : 0);
     for (int64_t i = begin; i < end; ++i) {
       float* out = grad ? grad + i * columns : nullptr;
       if (valid && !valid[i]) {
@@ -71,7 +85,7 @@ std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor&
         continue;
       }
       value[i] =
-          table.forward(float_row(table, s, element_s, i, scratch_s), float_row(table, t, element_t, i, scratch_t),
+          table.forward(float_rows(table, s, element_s, i, scratch_s), float_rows(table, t, element_t, i, scratch_t),
                         columns, options, stat + i, {out, scratch.data(), upstream});
     }
   });
@@ -145,7 +159,21 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   const Options options = options_of(kind, temperature, mix);
   const Table& table = chosen_table();
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch_s, scratch_t, scratch_out(element_s == kFloat32 ? 0 : columns);
+    std::vector<float> scratch_s, scratch_t;
+    if (columns <= table.few_columns) {
+      const int64_t count = end - begin;
+      std::vector<float> scratch_out(element_s == kFloat32 ? 0 : count * columns);
+      char* first = out + begin * columns * width;
+      float* target = element_s == kFloat32 ? reinterpret_cast<float*>(first) : scratch_out.data();
+      table.backward_rows(float_rows(table, s, element_s, begin, scratch_s, count),
+                          float_rows(table, t, element_t, begin, scratch_t, count), count, columns, options,
+                          stat + begin, up + begin, target);
+      if (element_s != kFloat32) table.narrow(target, element_s, first, count * columns);
+      for (int64_t i = begin; valid && i < end; ++i)
+        if (!valid[i]) std::memset(out + i * columns * width, 0, columns * width);
+      return;
+    }
+    std::vector<float> scratch_out(element_s == kFloat32 ? 0 : columns);
     for (int64_t i = begin; i < end; ++i) {
       char* row = out + i * columns * width;
       if (valid && !valid[i]) {
@@ -153,7 +181,7 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
         continue;
       }
       float* target = element_s == kFloat32 ? reinterpret_cast<float*>(row) : scratch_out.data();
-      table.backward(float_row(table, s, element_s, i, scratch_s), float_row(table, t, element_t, i, scratch_t),
+      table.backward(float_rows(table, s, element_s, i, scratch_s), float_rows(table, t, element_t, i, scratch_t),
                      columns, options, stat[i], up[i], target);
       if (element_s != kFloat32) table.narrow(target, element_s, row, columns);
     }

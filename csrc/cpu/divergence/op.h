@@ -45,10 +45,17 @@ struct RowSums {
 };
 
 struct Table {
+  int64_t
+      few_columns;  // the number of columns up to which forward_rows and backward_rows are faster, and may be called
   float (*forward)(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
                    GradRequest gradient);
   void (*backward)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
                    float upstream, float* grad);
+  // Rows of at most `few_columns`, all of them at once. upstream: of each row.
+  void (*forward_rows)(const float* s, const float* t, int64_t rows, int64_t columns, Options options, RowStats* stats,
+                       float* values, GradRequest gradient);
+  void (*backward_rows)(const float* s, const float* t, int64_t rows, int64_t columns, Options options,
+                        const RowStats* stats, const float* upstream, float* grad);
   // The forward in parts: accumulate_part() for each part of the row, then finish_sums(); where that returns true,
   // refine_part() for each part again, and finish_value().
   void (*accumulate_part)(const float* s, const float* t, int64_t columns, Options options, RowSums* sums);

@@ -66,33 +66,17 @@ namespace {
 // Adds the sums that both log-sum-exps (and forward_kl) follow from. kKeep: leaves e^t expm1(c) in `excess` and e^t in
 // `exponential_t`, for a gradient.
 template <bool kLoss, bool kEntropy, bool kKeep, bool kExact>
-void add_moments(const Row& row, const float* s, const float* t, int64_t columns, RowSums* sums, float* excess,
+void sum_moments(const Row<float>& row, const float* s, const float* t, int64_t columns, RowSums* sums, float* excess,
                  float* exponential_t) {
   constexpr int kSums = kEntropy ? 6 : kLoss ? 4 : 2;
   double totals[kSums];
   accumulate(s, t, columns, totals, [&](vfloat a, vfloat b, vfloat(&sums)[kSums], int64_t i, int count) {
-    const vfloat e = row.teacher(b), c = row.log_ratio<kExact>(a, b);
-    const vint near = magnitude(c) < 1.f;
-    const Exponential x = exponential(near ? c : row.student(a));
-    if constexpr (kEntropy) {  // log sum_t of a sure teacher: ones are summed separately
-      sums[0] += e == 1.f ? vfloat{} : e;
-      sums[5] += e == 1.f ? e : vfloat{};
-    } else {
-      sums[0] += e;
-    }
-    const vfloat more = near ? e * x.expm1() : x.exp() - e;
-    sums[1] += more;
+    vfloat e;
+    const vfloat more = add_moments<kLoss, kEntropy, kExact>(row, a, b, sums, &e);
     if constexpr (kKeep) {
       store_some(excess + i, more, count);
       store_some(exponential_t + i, e, count);
     }
-    if constexpr (kLoss) {
-      const vint there = e > 0.f;
-      const vfloat ec = there ? e * c : e;
-      sums[2] += ec;
-      sums[3] += there ? (near ? e * x.expm1_minus_x() : more - ec) : (near ? e : more);
-    }
-    if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
   });
   if constexpr (kEntropy) totals[0] += totals[5];
   double sum_s = totals[0] + totals[1], of_student[1];
@@ -107,7 +91,7 @@ void add_moments(const Row& row, const float* s, const float* t, int64_t columns
 }
 
 // The maxima of both sides; `top`: the chunk in which the student's lies.
-Row maxima(const float* s, const float* t, int64_t columns, float inverse_temperature, int64_t* top) {
+Row<float> maxima(const float* s, const float* t, int64_t columns, float inverse_temperature, int64_t* top) {
   float best_s = -kInfinity;
   vfloat best_t = splat(-kInfinity);
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
@@ -159,7 +143,7 @@ void accumulate_part(const float* s, const float* t, int64_t columns, Options op
     sums->value += totals[0];
   } else {
     int64_t top = 0;
-    Row row = maxima(s, t, columns, options.inverse_temperature, &top);
+    Row<float> row = maxima(s, t, columns, options.inverse_temperature, &top);
     if (row.max_s == -kInfinity && row.max_t == -kInfinity && s[0] == t[0]) return;  // no class exists on either side
     if (row.max_s > sums->max_s) sums->top_t = teacher_at_student_maximum(s, t, top, columns, row.max_s);
     row.max_s = row.max_s > sums->max_s ? row.max_s : sums->max_s;
@@ -173,8 +157,8 @@ void accumulate_part(const float* s, const float* t, int64_t columns, Options op
     row = row_of(row.max_s, row.max_t, options.inverse_temperature, 1, 1, 0);
     row.exact = exact(row, (top_s - sums->top_t) - (row.max_s - row.max_t));
     by_exactness(row, [&](auto exact) {
-      add_moments<kKind == kForwardKL || kKind == kSoftCE, kKind == kSoftCE, kKeep, decltype(exact)::value>(
-          row, s, t, columns, sums, gradient.out, gradient.scratch);
+      sum_moments<is_direct(kKind), kKind == kSoftCE, kKeep, decltype(exact)::value>(row, s, t, columns, sums,
+                                                                                     gradient.out, gradient.scratch);
     });
   }
 }
@@ -191,15 +175,14 @@ double kl_from(const RowSums& m, double kappa) {
 
 double entropy_of(const RowSums& m) { return m.entropy / m.sum_t + std::log(m.sum_t); }
 
-inline Row row_of(Options options, const RowStats& stats) {
+inline Row<float> row_of(Options options, const RowStats& stats) {
   return row_of(stats.max_s, stats.max_t, options.inverse_temperature, stats.sum_s, stats.sum_t, stats.kappa);
 }
 
 // h of the student's likeliest token. Where a token has nearly all of q, h - mean would be a difference of equals.
 float centre_of(Options options, const RowStats& stats, float top_t) {
-  static constexpr decltype(&slope<0>) kSlope[] = {slope<0>, slope<1>, slope<2>, slope<3>, slope<4>};
   const Pair top = pair<true>(row_of(options, stats), splat(stats.max_s), splat(top_t));
-  const float h = kSlope[options.kind](top, options, 0, 0)[0];
+  const float h = by_kind(options.kind, [&](auto kind) { return slope<kind>(top, options, 0.f, 0.f); })[0];
   if (options.kind == kSkewKL && h > 0.5f * options.mix) return options.mix;
   return std::fabs(h) < kInfinity ? h : 0;
 }
@@ -211,7 +194,7 @@ bool finish_sums(Options options, const RowSums& sums, RowStats* stats, float* v
   const double x = sums.excess / sums.sum_t;
   const double kappa = std::fabs(x) < 0.5 ? std::log1p(x) : std::log(sums.sum_s / sums.sum_t);
   *stats = {sums.max_s, sums.max_t, float(sums.sum_s), float(sums.sum_t), float(kappa), 0, 0};
-  if (options.kind != kForwardKL && options.kind != kSoftCE) {
+  if (!is_direct(options.kind)) {
     stats->centre = centre_of(options, *stats, sums.top_t);
     return true;
   }
@@ -225,7 +208,7 @@ bool finish_sums(Options options, const RowSums& sums, RowStats* stats, float* v
 template <int kKind>
 void refine_part(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
                  RowSums* sums) {
-  const Row row = row_of(options, stats);
+  const Row<float> row = row_of(options, stats);
   const float centre = stats.centre;
   double totals[3];
   by_exactness(row, [&](auto exact) {
@@ -233,23 +216,26 @@ void refine_part(const float* s, const float* t, int64_t columns, Options option
       const Pair x = pair<decltype(exact)::value>(row, a, b);
       sums[0] += term<kKind>(x, options);
       sums[1] += x.q;
-      sums[2] += x.q * slope<kKind>(x, options, centre, 0);
+      sums[2] += x.q * slope<kKind>(x, options, centre, 0.f);
     });
   });
   sums->value += totals[0], sums->sum_q += totals[1], sums->mean_h += totals[2];
 }
 
 void finish_value(Options options, const RowSums& sums, RowStats* stats, float* value) {
-  const bool direct = options.kind == kForwardKL || options.kind == kSoftCE;
   *value = float(sums.value + (options.kind == kSoftCE ? entropy_of(sums) : 0));
-  stats->mean = direct ? 0 : float(sums.mean_h / sums.sum_q);
+  stats->mean = is_direct(options.kind) ? 0 : float(sums.mean_h / sums.sum_q);
 }
 
 template <int kKind>
 void backward(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats, float upstream,
               float* grad) {
   const float scale = kKind == kMSE ? 2 * upstream : upstream * options.inverse_temperature;
-  const Row row = row_of(options, stats);
+  if (kKind != kMSE && no_class(stats)) {
+    std::memset(grad, 0, columns * sizeof(float));
+    return;
+  }
+  const Row<float> row = row_of(options, stats);
   const float centre = stats.centre, mean = stats.mean;
   by_exactness(row, [&](auto exact) {
     sweep(s, t, 0, columns, [&](vfloat a, vfloat b, int64_t i, int count) {
@@ -258,7 +244,7 @@ void backward(const float* s, const float* t, int64_t columns, Options options, 
         out = a == b ? vfloat{} : (a - b) * scale;
       } else {
         const Pair x = pair<decltype(exact)::value>(row, a, b);
-        if constexpr (kKind == kForwardKL || kKind == kSoftCE)
+        if constexpr (is_direct(kKind))
           out = x.difference * scale;
         else
           out = x.q * slope<kKind>(x, options, centre, mean) * scale;
@@ -267,6 +253,14 @@ void backward(const float* s, const float* t, int64_t columns, Options options, 
     });
   });
 }
+
+}  // namespace
+}  // namespace fastkd::divergence
+
+#include "cpu/divergence/few_columns.h"
+
+namespace fastkd::divergence {
+namespace {
 
 // Values of any row, and of forward_kl and soft_ce (kKeep) also the gradient.
 template <int kKind, bool kKeep>
@@ -298,7 +292,7 @@ float accurate_forward(const float* s, const float* t, int64_t columns, Options 
 
 template <int kKind>
 float forward(const float* s, const float* t, int64_t columns, Options options, RowStats* stats, GradRequest gradient) {
-  if constexpr (kKind == kForwardKL || kKind == kSoftCE) {
+  if constexpr (is_direct(kKind)) {
     constexpr bool kEntropy = kKind == kSoftCE;
     const float scale = gradient.upstream * options.inverse_temperature;
     const auto fast = gradient.out ? fast_forward<kEntropy, true> : fast_forward<kEntropy, false>;
@@ -315,30 +309,32 @@ float forward(const float* s, const float* t, int64_t columns, Options options, 
 
 float forward_any(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
                   GradRequest gradient) {
-  static constexpr decltype(&forward<0>) kForward[] = {forward<0>, forward<1>, forward<2>, forward<3>,
-                                                       forward<4>, forward<5>, forward<6>};
-  return kForward[options.kind](s, t, columns, options, stats, gradient);
+  return by_kind(options.kind, [&](auto kind) { return forward<kind>(s, t, columns, options, stats, gradient); });
 }
 
 void backward_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
                   float upstream, float* grad) {
-  static constexpr decltype(&backward<0>) kBackward[] = {backward<0>, backward<1>, backward<2>, backward<3>,
-                                                         backward<4>, backward<5>, backward<6>};
-  kBackward[options.kind](s, t, columns, options, stats, upstream, grad);
+  by_kind(options.kind, [&](auto kind) { backward<kind>(s, t, columns, options, stats, upstream, grad); });
+}
+
+void forward_rows_any(const float* s, const float* t, int64_t rows, int64_t columns, Options options, RowStats* stats,
+                      float* values, GradRequest gradient) {
+  by_kind(options.kind, [&](auto kind) { forward_rows<kind>(s, t, rows, columns, options, stats, values, gradient); });
+}
+
+void backward_rows_any(const float* s, const float* t, int64_t rows, int64_t columns, Options options,
+                       const RowStats* stats, const float* upstream, float* grad) {
+  by_kind(options.kind, [&](auto kind) { backward_rows<kind>(s, t, rows, columns, options, stats, upstream, grad); });
 }
 
 void accumulate_part_any(const float* s, const float* t, int64_t columns, Options options, RowSums* sums) {
-  static constexpr decltype(&accumulate_part<0, false>) kAccumulate[] = {
-      accumulate_part<0, false>, accumulate_part<1, false>, accumulate_part<2, false>, accumulate_part<3, false>,
-      accumulate_part<4, false>, accumulate_part<5, false>, accumulate_part<6, false>};
-  kAccumulate[options.kind](s, t, columns, options, sums, {});
+  by_kind(options.kind, [&](auto kind) { accumulate_part<kind, false>(s, t, columns, options, sums, {}); });
 }
 
 void refine_part_any(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,
                      RowSums* sums) {
-  static constexpr decltype(&refine_part<0>) kRefine[] = {refine_part<0>, refine_part<1>, refine_part<2>,
-                                                          refine_part<3>, refine_part<4>, refine_part<0>};
-  kRefine[options.kind](s, t, columns, options, stats, sums);
+  by_kind(options.kind,
+          [&](auto kind) { refine_part<kind == kSoftCE ? kForwardKL : kind>(s, t, columns, options, stats, sums); });
 }
 
 float largest(const float* s, int64_t columns) {
@@ -388,8 +384,9 @@ void narrow(const float* in, int element, void* out, int64_t count) {
 
 }  // namespace
 
-const Table FASTKD_TABLE(table) = {forward_any,  backward_any, accumulate_part_any, finish_sums,    refine_part_any,
-                                   finish_value, largest,      sum_of_exponentials, scaled_softmax, as_floats,
-                                   narrow};
+const Table FASTKD_TABLE(table) = {
+    kFewColumns, forward_any,     backward_any, forward_rows_any, backward_rows_any,   accumulate_part_any,
+    finish_sums, refine_part_any, finish_value, largest,          sum_of_exponentials, scaled_softmax,
+    as_floats,   narrow};
 
 }  // namespace fastkd::divergence

@@ -1,16 +1,26 @@
-// What the accurate path computes of one vector of a row: p, q, their accurate difference and log ratio, and per kind
-// the term of the value and the slope of the gradient. Only for divergence/op_isa.cpp, whose first lines have the
-// mathematics.
+// What the accurate path computes of one vector: p, q, their accurate difference and log ratio, and per kind the term
+// of the value and the slope of the gradient. The vector is a part of one row, whose numbers are then floats (F), or
+// has one element each of several rows, whose numbers are vectors. Only for divergence/op_isa.cpp, whose first lines
+// have the mathematics.
 #pragma once
 
 namespace fastkd::divergence {
 
 namespace {
 
-// What the softmaxes of one row need; the arithmetic of one vector of it.
+// Whether value and gradient follow from the first sums: without a look at the row with the final kappa.
+constexpr bool is_direct(int kind) { return kind == kForwardKL || kind == kSoftCE; }
+
+// Of a row whose logits are all -inf on both sides, the statistics are 0.
+inline bool no_class(const RowStats& stats) { return stats.sum_s == 0 && stats.sum_t == 0; }
+
+// What the softmaxes of a row, or of several, need; the arithmetic of one vector.
+template <class F>
 struct Row {
-  float max_s, max_t, inverse_temperature, inverse_sum_s, inverse_sum_t;
-  float offset, offset_low;  // what is taken off s - t, as two floats: max_s - max_t, and T kappa once it is known
+  F max_s, max_t;
+  float inverse_temperature;
+  F inverse_sum_s, inverse_sum_t;
+  F offset, offset_low;  // what is taken off s - t, as two floats: max_s - max_t, and T kappa once it is known
   bool exact;  // s - t with what its rounding loses: where the offset, of which no digit counts, is larger than c
 
   vfloat teacher(vfloat b) const { return exp((b - max_t) * inverse_temperature); }  // e^t, <= 1
@@ -28,23 +38,48 @@ struct Row {
 
 // Whether the rounding of s - t is to be kept: the maxima are far apart, or s is nearly t and a constant, which shows
 // by `unlike` being small beside it.
-inline bool exact(const Row& row, float unlike) {
+inline bool exact(const Row<float>& row, float unlike) {
   const float offset = std::fabs(row.max_s - row.max_t), T = 1 / row.inverse_temperature;
   return offset > kFarMaxima * T || (offset > 0.03f * T && std::fabs(unlike) < offset);
 }
 
-inline Row row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
+inline Row<float> row_of(float max_s, float max_t, float inverse_temperature, float sum_s, float sum_t, double kappa) {
   const double log_sum_gap = double(max_s) - max_t, offset = log_sum_gap + kappa / inverse_temperature;
   const float high = float(offset), low = std::fabs(offset) < 3e38 ? float(offset - high) : 0.f;
-  Row row = {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, false};
+  Row<float> row = {max_s, max_t, inverse_temperature, 1.f / sum_s, 1.f / sum_t, high, low, false};
   row.exact = exact(row, float(8 * kappa / inverse_temperature));  // kappa is small where the offset is constant
   return row;
 }
 
 // f(std::true_type) where row.exact, else f(std::false_type).
 template <class F>
-[[gnu::always_inline]] inline void by_exactness(const Row& row, F&& f) {
+[[gnu::always_inline]] inline void by_exactness(const Row<float>& row, F&& f) {
   row.exact ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// Adds what both log-sum-exps (and forward_kl) follow from. Returns e^t expm1(c); `exponential_t`: e^t.
+template <bool kLoss, bool kEntropy, bool kExact, class F, int kSums>
+[[gnu::always_inline]] inline vfloat add_moments(const Row<F>& row, vfloat a, vfloat b, vfloat (&sums)[kSums],
+                                                 vfloat* exponential_t) {
+  const vfloat e = *exponential_t = row.teacher(b), c = row.template log_ratio<kExact>(a, b);
+  const vint near = magnitude(c) < 1.f;
+  const Exponential x = exponential(near ? c : row.student(a));
+  if constexpr (kEntropy) {  // log sum_t of a sure teacher: ones are summed separately
+    sums[0] += e == 1.f ? vfloat{} : e;
+    sums[5] += e == 1.f ? e : vfloat{};
+  } else {
+    sums[0] += e;
+  }
+  const vfloat more = near ? e * x.expm1() : x.exp() - e;
+  sums[1] += more;
+  if constexpr (kLoss) {
+    const vint there = e > 0.f;
+    const vfloat ec = there ? e * c : e;
+    sums[2] += ec;
+    sums[3] += there ? (near ? e * x.expm1_minus_x() : more - ec) : (near ? e : more);
+  }
+  if constexpr (kEntropy) sums[4] -= e > 0.f ? e * ((b - row.max_t) * row.inverse_temperature) : e;
+  return more;
 }
 
 struct Pair {
@@ -52,10 +87,10 @@ struct Pair {
 };
 
 // Where |d| < 1 the accurate way; elsewhere (and for NaN: a class both sides mask) q on its own.
-template <bool kExact>
-[[gnu::always_inline]] inline Pair pair(const Row& row, vfloat a, vfloat b) {
+template <bool kExact, class F>
+[[gnu::always_inline]] inline Pair pair(const Row<F>& row, vfloat a, vfloat b) {
   const vfloat p = row.teacher(b) * row.inverse_sum_t;
-  const vfloat d = row.log_ratio<kExact>(a, b);
+  const vfloat d = row.template log_ratio<kExact>(a, b);
   const vint near = magnitude(d) < 1.f;
   const Exponential e = exponential(near ? d : row.student(a));
   const vfloat far = e.exp() * row.inverse_sum_s;
@@ -89,21 +124,21 @@ inline vfloat bregman(vfloat p, vfloat n, vfloat log_ratio) {
 // (h - centre) - mean, h of the gradient q (h - sum q h) up to a constant per row: chosen so that it is small where p
 // and q agree. skew_kl with a centre of mix is far from that: h - mix, taken without subtracting, is small where the
 // teacher is.
-template <int kKind>
-[[gnu::always_inline]] inline vfloat slope(const Pair& x, const Options& o, float centre, float mean) {
+template <int kKind, class F>
+[[gnu::always_inline]] inline vfloat slope(const Pair& x, const Options& o, F centre, F mean) {
   if constexpr (kKind == kReverseKL) return (x.q > 0.f ? x.log_ratio : x.q * 0.f) - centre - mean;  // q log q is 0 at 0
   if constexpr (kKind == kSkewKL) {
-    const bool far = centre == o.mix;
+    const auto far = centre == o.mix;
     const vfloat m = mixture(x, o), of_m = far ? -x.p : o.mix * x.difference;
     const vint there = m > kTiny;
     const vfloat h = of_m * (o.mix / (there ? m : splat(1.f)));
-    return (there ? h - (far ? 0 : centre) : m * 0.f) - mean;
+    return (there ? h - (far ? F{} : centre) : m * 0.f) - mean;
   }
   if constexpr (kKind == kJSD)
     return -o.mix * against_mixture(x.q, mixture(x, o), -o.rest * x.difference).log_ratio - centre - mean;
   if constexpr (kKind == kTVD) {
-    const float up = 0.5f - centre - mean, down = -0.5f - centre - mean;
-    return x.difference > 0.f ? splat(up) : (x.difference < 0.f ? splat(down) : x.difference * 0.f + (-centre - mean));
+    const vfloat up = vfloat{} + (0.5f - centre - mean), down = vfloat{} + (-0.5f - centre - mean);
+    return x.difference > 0.f ? up : (x.difference < 0.f ? down : x.difference * 0.f + (-centre - mean));
   }
   return vfloat{};
 }
@@ -119,6 +154,27 @@ template <int kKind>
   }
   if constexpr (kKind == kTVD) return 0.5f * magnitude(x.difference);
   return vfloat{};
+}
+
+// f(std::integral_constant<int, kind>).
+template <class F>
+auto by_kind(int kind, const F& f) {
+  switch (kind) {
+    case kForwardKL:
+      return f(std::integral_constant<int, kForwardKL>());
+    case kReverseKL:
+      return f(std::integral_constant<int, kReverseKL>());
+    case kSkewKL:
+      return f(std::integral_constant<int, kSkewKL>());
+    case kJSD:
+      return f(std::integral_constant<int, kJSD>());
+    case kTVD:
+      return f(std::integral_constant<int, kTVD>());
+    case kSoftCE:
+      return f(std::integral_constant<int, kSoftCE>());
+    default:
+      return f(std::integral_constant<int, kMSE>());
+  }
 }
 
 }  // namespace

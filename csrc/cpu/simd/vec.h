@@ -133,6 +133,11 @@ inline float max_lanes(vfloat x) {
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
 }
+inline bool any_lane(vint x) {
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= x[i];
+  return any != 0;
+}
 inline float min_lanes(vfloat x) { return -max_lanes(-x); }
 
 // e^x, e^x - 1, and e^x - 1 - x without the cancellations that the last two names promise to avoid.
