@@ -162,3 +162,21 @@ def scores(
         axes.grid(False, axis="y")
         title(figure, text, rows)
         save(figure, path)
+
+
+def curves(
+    lines: dict[str, tuple[Sequence, Sequence]], text: str, labels: tuple[str, str], rows: Sequence[Row], path
+) -> None:
+    """A line per {label: (x, y)}, on a logarithmic axis of y. A label that begins with "eager" is PyTorch's; one that ends in
+    "bfloat16" is dashed."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+        for label, (x, y) in lines.items():
+            colour = COLOURS["eager" if label.startswith("eager") else "fastkd"]
+            axes.plot(x, y, "--" if label.endswith("bfloat16") else "-", color=colour, label=label)
+        axes.set_yscale("log")
+        decimal_ticks(axes.yaxis)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.legend()
+        title(figure, text, rows)
+        save(figure, path)

@@ -82,10 +82,14 @@ def _entries(kind: str, log_q, p, t, beta: float, alpha: float):
     return beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
 
 
+def candidate_scores(x: dict) -> torch.Tensor:
+    """[B, n], of each query and its candidates."""
+    return (x["query"][:, None] * torch.stack(x["candidates"], 1)).sum(-1)
+
+
 def eager_case(x: dict, options: dict):
     if "candidates" in x:
-        scores = (x["query"][:, None] * torch.stack(x["candidates"], 1)).sum(-1)  # [B, n]
-        return eager(scores, x["teacher"], **options).mean()
+        return eager(candidate_scores(x), x["teacher"], **options).mean()
     if "teacher" in x:
         return eager(x["student"], x["teacher"], **options).mean()
     return eager_top_k(x["student"], x["indices"], x["log_probs"], options["temperature"], options["tail"]).mean()

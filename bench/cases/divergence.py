@@ -1,6 +1,7 @@
 """divergence: rows of the student's logits against the teacher's, or against its top k."""
 
 import torch
+from fastkd.bench.baselines import divergence as baseline
 from fastkd.bench.cases.case import BF16, FP32, Case, Inputs, Work, by_rows, normal
 
 from fastkd import functional
@@ -43,11 +44,8 @@ def ours_top_k(inputs: Inputs, backend: str) -> torch.Tensor:
 
 
 def ours_candidates(inputs: Inputs, backend: str) -> torch.Tensor:
-    return functional.divergence(scores(inputs), inputs["teacher"], backend=backend, **inputs.options)
-
-
-def scores(x: dict) -> torch.Tensor:
-    return torch.stack([(x["query"] * each).sum(-1) for each in x["candidates"]], 1)  # [B, n]
+    scores = baseline.candidate_scores(inputs)  # as eager computes them: only the divergence differs
+    return functional.divergence(scores, inputs["teacher"], backend=backend, **inputs.options)
 
 
 def in_pieces(inputs: Inputs) -> torch.Tensor:

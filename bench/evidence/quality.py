@@ -14,6 +14,7 @@ import pathlib
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,15 +23,19 @@ import torch
 from fastkd.bench import machine, plots
 from scipy import stats
 
+from fastkd import backends
 from fastkd.train import data, metrics, tokenisation
 
 ALONE, ALL = "alone", 0
+BY_REFERENCE = " by the reference"  # after a method's name: without kernels
 OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its classifier; else of the pretrained one
+HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"  # from random weights
 KD = "kd:alpha=0.9,temperature=2"
 BATCH, LENGTH, HELD_OUT = 32, 64, 1000
 GRIDS = {
     "few_labels": ((1e-4, 150), (1e-4, 400), (3e-4, 400)),
-    "half_depth": ((1e-4, 600), (3e-4, 600)),
+    "half_depth": ((1e-4, 400), (3e-4, 400)),
+    "same_student": ((1e-4, 200),),
 }  # learning rate, steps
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
 FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
@@ -56,23 +61,22 @@ def few_labels() -> Iterator[Cell]:
 
 
 def half_depth() -> Iterator[Cell]:
-    """From layers of the fine-tuned teacher and all labels: the papers and two others on each task, more of them on SST-2, and
-    the lower layers in place of every second one."""
-    papers = (
-        KD,
-        "minilmv2:relation_heads=12",
-        "fcd",
-        "bert_emd:beta=0.01,projection=identity + " + KD,
-        "codir + " + KD,
-    )
-    more = ("distilbert", "pkd", "tinybert", "minilm", "crd + " + KD)
-    for name, methods in (("sst2", papers), ("mrpc", papers), ("cola", papers), ("sst2", more)):
-        yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *methods))
-    for name in ("sst2", "mrpc", "cola"):
-        yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, KD))
+    """From layers of the fine-tuned teacher and all labels, every method as `--method NAME` makes it: the papers and two others
+    on each task, all on SST-2; then the lower layers in place of every second one, and a student of half the width."""
+    papers = ("kd", "minilmv2", "fcd", "bert_emd", "codir")
+    for name, more in (("sst2", ("pkd", "tinybert", "minilm")), ("cola", ()), ("mrpc", ())):
+        yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *papers, *more))
+        yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, "kd"))
+    yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
 
 
-STUDIES = {"few_labels": few_labels, "half_depth": half_depth}
+def same_student() -> Iterator[Cell]:
+    """Whether kernels and reference make the same student, and how long they take."""
+    for method in ("fcd", "bert_emd", "codir"):
+        yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE))
+
+
+STUDIES = {"few_labels": few_labels, "half_depth": half_depth, "same_student": same_student}
 
 
 def rows_of(name: str, folder: pathlib.Path):
@@ -137,7 +141,7 @@ class Task:
             )  # fmt: skip
             trainer = DistillTrainer(
                 model, teacher, method, args=args, train_dataset=rows, processing_class=self.tokenizer,
-                teacher_cache=self.work / f"cache-{self.name}" if method == KD else None,  # of logits, for all seeds
+                teacher_cache=self.work / f"cache-{self.name}" if method in (KD, "kd") else None,  # of logits, for all seeds
                 data_collator=tokenisation.collator(self.tokenizer, "classification"),
                 compute_metrics=metrics.of_task("classification", "cola" if self.name == "cola" else None),
             )  # fmt: skip
@@ -147,7 +151,7 @@ class Task:
     def run(self, cell: Cell, rate: float, steps: int, seed: int, split: str) -> dict:
         from transformers import set_seed
 
-        from fastkd.train.student import from_layers
+        from fastkd.train.student import from_config, from_layers
 
         rows = self.sets["train"]
         if cell.labels:
@@ -159,14 +163,19 @@ class Task:
                 labels[few] = torch.tensor(rows["labels"][:])[few]
                 rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
         set_seed(seed)
-        if cell.layers.endswith(OF_TEACHER):
+        if cell.layers == HALF_WIDTH:
+            student = from_config(self.teacher, HALF_WIDTH)
+        elif cell.layers.endswith(OF_TEACHER):
             student = from_layers(self.teacher, cell.layers.removesuffix(OF_TEACHER))
         else:
             student = from_layers(self.pretrained, cell.layers)
             torch.nn.init.normal_(student.classifier.weight, std=0.02)  # the head that was never trained, of this seed
-        how = (None, None) if cell.method == ALONE else (self.teacher, cell.method)
+        method = cell.method.removesuffix(BY_REFERENCE)
+        how = (None, None) if method == ALONE else (self.teacher, method)
+        chosen = backends.choose if method == cell.method else lambda *_: "reference"
         start = time.perf_counter()
-        trainer = self.train(student, *how, rows, rate, steps, seed)
+        with unittest.mock.patch.object(backends, "choose", chosen):
+            trainer = self.train(student, *how, rows, rate, steps, seed)
         seconds = time.perf_counter() - start
         scores = trainer.evaluate_other(student, self.sets[split])
         key = f"eval_{METRIC.get(self.name, 'accuracy')}"
@@ -212,18 +221,20 @@ def paired(differences: pd.Series, digits: str) -> str:
 
 
 def summary(table: Table, cells: Sequence[Cell]) -> str:
-    """Mean and standard deviation, and what the method gains over the student alone: paired over the seeds, 95 % by t."""
-    headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain over alone (95 %)")
+    """Mean and standard deviation, and what the method gains over the student alone (the reference: over the kernels): paired
+    over the seeds, 95 % by t."""
+    headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain (95 %)", "seconds")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     tested = {cell: table.find(**asdict(cell), split="test").set_index("seed") for cell in cells}
     tested = {cell: rows for cell, rows in tested.items() if len(rows)}
     for cell, rows in tested.items():
-        alone = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE))
-        distils = cell.method != ALONE and alone is not None
-        text = paired(100 * (rows["score"] - alone["score"]), ".1f") if distils else "–"
+        kernels = cell.method.removesuffix(BY_REFERENCE)
+        other = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE if kernels == cell.method else kernels))
+        compared = cell.method != ALONE and other is not None
+        text = paired(100 * (rows["score"] - other["score"]), ".1f") if compared else "–"
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
         lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
-                     f"{100 * rows['teacher'].iloc[0]:.1f} | {text} |")  # fmt: skip
+                     f"{100 * rows['teacher'].iloc[0]:.1f} | {text} | {rows['seconds'].mean():.0f} |")  # fmt: skip
     shown = [
         (
             f"{cell.data}  {cell.labels or 'all'} labels  {cell.method}",
@@ -260,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell in cells if not options.summary else ():
         task = tasks.get(cell.data) or Task(cell.data, options.data, options.work)
         tasks[cell.data] = task
-        scores = {point: table.score(task, cell, *point, 0, "held out") for point in GRIDS[options.study]}
-        best = max(scores, key=scores.get)
+        grid = GRIDS[options.study]
+        best = max(grid, key=lambda point: len(grid) > 1 and table.score(task, cell, *point, 0, "held out"))
         for seed in range(1, options.seeds + 1):
             table.score(task, cell, *best, seed, "test")
     print(summary(table, cells))
