@@ -35,6 +35,7 @@ BATCH, LENGTH, HELD_OUT = 32, 64, 1000
 GRIDS = {
     "few_labels": ((1e-4, 150), (1e-4, 400), (3e-4, 400)),
     "half_depth": ((1e-4, 400), (3e-4, 400)),
+    "longer": ((1e-4, 2000),),
     "same_student": ((1e-4, 200),),
 }  # learning rate, steps
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
@@ -70,13 +71,18 @@ def half_depth() -> Iterator[Cell]:
     yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
 
 
+def longer() -> Iterator[Cell]:
+    """half_depth once more, five times as long."""
+    yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method) for method in ("kd", ALONE))
+
+
 def same_student() -> Iterator[Cell]:
     """Whether kernels and reference make the same student, and how long they take."""
     for method in ("fcd", "bert_emd", "codir"):
         yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE))
 
 
-STUDIES = {"few_labels": few_labels, "half_depth": half_depth, "same_student": same_student}
+STUDIES = {"few_labels": few_labels, "half_depth": half_depth, "longer": longer, "same_student": same_student}
 
 
 def rows_of(name: str, folder: pathlib.Path):
