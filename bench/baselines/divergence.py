@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastkd.bench.cases.divergence import candidate_scores
 
 from fastkd import reductions
 
@@ -80,11 +81,6 @@ def _entries(kind: str, log_q, p, t, beta: float, alpha: float):
         return p * (log_p - torch.log(alpha * p + (1 - alpha) * q))
     log_m = torch.log(beta * p + (1 - beta) * q)  # jsd
     return beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
-
-
-def candidate_scores(x: dict) -> torch.Tensor:
-    """[B, n], of each query and its candidates."""
-    return (x["query"][:, None] * torch.stack(x["candidates"], 1)).sum(-1)
 
 
 def eager_case(x: dict, options: dict):

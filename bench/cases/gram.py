@@ -50,6 +50,7 @@ CASES = [
     case("fcd_official", 32, 128, 384, 768, BF16),
     case("fcd", 16, 512, 768, 1024, BF16),
     case("fcd", 4, 32, 384, 768),
+    case("fcd", 31, 113, 383, 761, goals={"eager": 3, "compile": 2}),
     *(case("token", 2, n, 384, 768) for n in (128, 512, 2048, 4096)),
     case("fcd_anisotropic", 16, 128, 768, 768, BF16, goals={"error": 0.02}),
 ]

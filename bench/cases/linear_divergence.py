@@ -76,6 +76,7 @@ CASES = [
     case("forward_kl", 1024, 32000, 768, 1024, BF16, goals={"eager": 3, "compile": 1.7, "gemms": 1.25, "memory": 0.2}),
     case("forward_kl", 1024, 32000, 768, 1024, goals={"eager": 1.8, "compile": 1.2, "gemms": 1.15}),
     case("jsd", 1024, 32000, 768, 1024, BF16),
+    case("forward_kl", 509, 28996, 383, 761, goals={"eager": 1.7, "compile": 1.15}),
     case("forward_kl", 64, 4096, 256, 384, quick=True),
     *(case("forward_kl", n, 15360, 312, 768, BF16) for n in (128, 512, 2048)),
     case("near_convergence", 256, 8192, 256, 256, BF16, goals={"error": 0.1}),

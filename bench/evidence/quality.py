@@ -229,7 +229,7 @@ def paired(differences: pd.Series, digits: str) -> str:
 def summary(table: Table, cells: Sequence[Cell]) -> str:
     """Mean and standard deviation, and what the method gains over the student alone (the reference: over the kernels): paired
     over the seeds, 95 % by t."""
-    headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain (95 %)", "seconds")
+    headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain (95 %)", "loss", "seconds")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     tested = {cell: table.find(**asdict(cell), split="test").set_index("seed") for cell in cells}
     tested = {cell: rows for cell, rows in tested.items() if len(rows)}
@@ -238,17 +238,16 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
         other = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE if kernels == cell.method else kernels))
         compared = cell.method != ALONE and other is not None
         text = paired(100 * (rows["score"] - other["score"]), ".1f") if compared else "–"
+        first_and_last = [rows[name].mean() for name in ("first_loss", "last_loss") if name in rows]
+        losses = " to ".join(f"{loss:.3g}" for loss in first_and_last) or "–"
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
         lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
-                     f"{100 * rows['teacher'].iloc[0]:.1f} | {text} | {rows['seconds'].mean():.0f} |")  # fmt: skip
-    shown = [
-        (
-            f"{cell.data}  {cell.labels or 'all'} labels  {cell.method}",
-            list(100 * rows["score"]),
-            100 * rows["teacher"].iloc[0],
-        )
-        for cell, rows in tested.items()
-    ]
+                     f"{100 * rows['teacher'].iloc[0]:.1f} | {text} | {losses} | {rows['seconds'].mean():.0f} |")  # fmt: skip
+    starts = {cell.layers for cell in tested}
+    shown = []
+    for cell, rows in tested.items():
+        words = (cell.data, f"{cell.labels or 'all'} labels", *([cell.layers] if len(starts) > 1 else []), cell.method)
+        shown.append(("  ".join(words), list(100 * rows["score"]), 100 * rows["teacher"].iloc[0]))
     if shown:
         plots.scores(shown, "Students alone and distilled, from one start", "score in percent",
                      table.rows.to_dict("records"), table.path.with_suffix(".png"))  # fmt: skip
