@@ -92,8 +92,9 @@ void forward_block(const float* s, const float* t, int64_t size, Options options
   }
 }
 
-// The gradient takes the place of s, and t is lost. upstream: of each lane.
-template <int kKind>
+// The gradient takes the place of s, and t is lost. upstream: of each lane. kWhole: these are all tokens of the rows,
+// not a rank's part of them.
+template <int kKind, bool kWhole>
 void backward_block(float* s, float* t, int64_t size, Options options, const RowStats* stats, vfloat upstream) {
   if constexpr (kKind == kMSE) {
     sweep(s, t, 0, size,
@@ -113,13 +114,13 @@ void backward_block(float* s, float* t, int64_t size, Options options, const Row
       if constexpr (is_direct(kKind)) {
         store(s + i, x.difference);
         store(t + i, x.q);
-        lacking += x.difference;
+        if (kWhole) lacking += x.difference;
       } else {
         store(s + i, none ? vfloat{} : x.q * slope<kKind>(x, options, centre, mean) * scale);
       }
     });
-    if constexpr (is_direct(kKind))  // the sum of q - p is 0 but for the rounding of kappa, which moved all of q by one
-                                     // factor
+    // Over a whole row q - p sums to 0, but for the rounding of kappa, which moved all of q by one factor.
+    if constexpr (is_direct(kKind))
       sweep(s, t, 0, size, [&](vfloat difference, vfloat q, int64_t i, int) {
         store(s + i, none ? vfloat{} : (difference - q * lacking) * scale);
       });
@@ -139,7 +140,7 @@ void forward_rows(const float* s, const float* t, int64_t rows, int64_t columns,
     std::memcpy(stats + i, stat, count * sizeof(RowStats));
     std::memcpy(values + i, value, count * sizeof(float));
     if (!gradient.out) continue;
-    backward_block<kKind>(of_s, of_t, columns * kLanes, options, stat, splat(gradient.upstream));
+    backward_block<kKind, true>(of_s, of_t, columns * kLanes, options, stat, splat(gradient.upstream));
     from_lanes(of_s, count, columns, gradient.out + i * columns);
   }
 }
@@ -154,7 +155,7 @@ void backward_rows(const float* s, const float* t, int64_t rows, int64_t columns
     into_lanes(s + i * columns, count, columns, of_s);
     into_lanes(t + i * columns, count, columns, of_t);
     std::memcpy(stat, stats + i, count * sizeof(RowStats));
-    backward_block<kKind>(of_s, of_t, columns * kLanes, options, stat, load_some(upstream + i, count, 0));
+    backward_block<kKind, false>(of_s, of_t, columns * kLanes, options, stat, load_some(upstream + i, count, 0));
     from_lanes(of_s, count, columns, grad + i * columns);
   }
 }
