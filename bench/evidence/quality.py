@@ -63,11 +63,13 @@ def few_labels() -> Iterator[Cell]:
 
 def half_depth() -> Iterator[Cell]:
     """From layers of the fine-tuned teacher and all labels, every method as `--method NAME` makes it: the papers and two others
-    on each task, all on SST-2; then the lower layers in place of every second one, and a student of half the width."""
+    on each task, all on SST-2; then the lower layers in place of every second one, the layers that TinyBERT's map names, and a
+    student of half the width."""
     papers = ("kd", "minilmv2", "fcd", "bert_emd", "codir")
     for name, more in (("sst2", ("pkd", "tinybert", "minilm")), ("cola", ()), ("mrpc", ())):
         yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *papers, *more))
         yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, "kd"))
+    yield from (Cell("sst2", ALL, "1,3,5" + OF_TEACHER, method) for method in (ALONE, "tinybert"))
     yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
 
 
