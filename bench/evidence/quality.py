@@ -29,7 +29,8 @@ from fastkd.train import data, metrics, tokenisation
 ALONE, ALL = "alone", 0
 BY_REFERENCE = " by the reference"  # after a method's name: without kernels
 OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its classifier; else of the pretrained one
-HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"  # from random weights
+HALF_WIDTH = "3 of half the width"  # from random weights
+OF_HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"
 KD = "kd:alpha=0.9,temperature=2"
 BATCH, LENGTH, HELD_OUT = 32, 64, 1000
 GRIDS = {
@@ -172,7 +173,7 @@ class Task:
                 rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
         set_seed(seed)
         if cell.layers == HALF_WIDTH:
-            student = from_config(self.teacher, HALF_WIDTH)
+            student = from_config(self.teacher, OF_HALF_WIDTH)
         elif cell.layers.endswith(OF_TEACHER):
             student = from_layers(self.teacher, cell.layers.removesuffix(OF_TEACHER))
         else:

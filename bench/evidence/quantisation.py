@@ -11,7 +11,6 @@ alike and see the same batches. A row of quantisation.csv is one look; a loss th
 
 import argparse
 import copy
-import pathlib
 
 import pandas as pd
 import torch
@@ -57,13 +56,13 @@ def quantised(teacher: nn.Module, bits: int) -> nn.Module:
 
 
 @torch.no_grad()
-def distance(student, teacher, rows) -> float:
-    """KL(teacher ‖ student) per token, in float64."""
-    found = [
-        fastkd.divergence(student(row[None]).logits.double(), teacher(row[None]).logits.double(), backend="reference")
-        for row in rows
-    ]
-    return torch.stack(found).mean().item()
+def distance(student, rows, of_teacher) -> float:
+    """KL(teacher ‖ student) per token, in float64, from the teacher's logits of these rows."""
+    pairs = (
+        (student(row[None]).logits.double(), logits[None].double())
+        for row, logits in zip(rows, of_teacher, strict=True)
+    )
+    return torch.stack([fastkd.divergence(*pair, backend="reference") for pair in pairs]).mean().item()
 
 
 def main() -> None:
@@ -87,13 +86,13 @@ def main() -> None:
         _, data = rows_of(options.model, options.text, options.length)
         data = torch.tensor(data["input_ids"][:])
         student, held_out, looks = quantised(teacher, options.bits), data[-HELD_OUT:], []
+        with torch.no_grad():
+            truth = teacher(held_out).logits
         optimizer = torch.optim.AdamW(student.parameters(), lr=options.rate, weight_decay=0)
         for step in range(options.steps + 1):
             if step % EVERY == 0:
-                looks.append(
-                    {"bits": options.bits, "loss": name, "step": step, "kl": distance(student, teacher, held_out)}
-                )
-                looks[-1] |= {key: facts[key] for key in ("device", "torch", "commit", "date")}
+                look = {"bits": options.bits, "loss": name, "step": step, "kl": distance(student, held_out, truth)}
+                looks.append(look | {key: facts[key] for key in ("device", "torch", "commit", "date")})
                 print(looks[-1], flush=True)
             if step == options.steps:
                 break
@@ -110,7 +109,7 @@ def main() -> None:
     print(curves.to_string(float_format="{:.3g}".format))
     plots.curves({name: (curves.index, curves[name]) for name in curves}, f"{options.bits}-bit weights learn from their own model",
                  ("step", "KL(teacher ‖ student) per held-out token"), rows.to_dict("records"),
-                 pathlib.Path(RESULTS).with_suffix(".png"))  # fmt: skip
+                 RESULTS.with_suffix(".png"))  # fmt: skip
 
 
 if __name__ == "__main__":

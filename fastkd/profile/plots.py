@@ -49,7 +49,7 @@ def panel_of(row: pd.Series) -> str:
 
 
 def setup_of(row: pd.Series) -> str:
-    """What tells a panel's setups apart: the method and, unless it is classification, the task."""
+    """What distinguishes a panel's setups: the method and, unless it is classification, the task."""
     task = "" if row.task == "classification" else f" · {row.task}"
     return row.method + task + (" · compiled" if row.compiled == "True" else "")
 

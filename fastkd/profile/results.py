@@ -130,7 +130,7 @@ def sums(shares: dict[str, float]) -> str:
 
 
 def trace_of(folder: Path, setup: dict) -> Path:
-    """One file per setup: readable, and the digest tells apart what the words do not."""
+    """One file per setup: readable, and the digest distinguishes what the words do not."""
     words = "-".join(machine.slug(setup[name])[:60].strip("-") for name in ("method", "model"))
     digest = hashlib.sha256(repr([setup[name] for name in KEY]).encode()).hexdigest()[:6]
     return folder / "traces" / f"{words}-{setup['batch']}x{setup['length']}-{setup['dtype']}-{digest}.json"

@@ -75,6 +75,6 @@ def check_model(model, accepts: set[str]) -> None:
     allowed = 8 * torch.finfo(said[0].dtype).eps * said[0].abs().max()
     if not bool(((said[0] - said[1]).abs() <= allowed).all()):
         raise ValueError(
-            f"pack: a {type(model).__name__} cannot tell the documents of a row apart by position_ids: its logits of one "
+            f"pack: a {type(model).__name__} cannot distinguish the documents of a row by position_ids: its logits of one "
             "depend on the one before; leave --pack out"
         )

@@ -77,7 +77,7 @@ def losses(trainer) -> list[float]:
 
 
 def moved(trainer, others) -> float:
-    """How far the final weights lie apart, as a part of how far they came."""
+    """How much the final weights differ, as a part of how far they came."""
     _, start = pair(trainer.model.config.model_type, trainer.task)
     size = sum(p.numel() for p in start.parameters())
     start = torch.cat([p.detach().flatten() for p in start.parameters()])

@@ -72,7 +72,7 @@ def test_the_logits_of_a_packed_document_are_those_of_the_document_alone(family)
 
 def test_a_model_that_mixes_the_documents_is_refused():
     model = tiny.model("gpt2", "causal_lm")
-    with pytest.raises(ValueError, match="pack: a GPT2LMHeadModel cannot tell the documents of a row apart"):
+    with pytest.raises(ValueError, match="pack: a GPT2LMHeadModel cannot distinguish the documents of a row"):
         packing.check_model(model, {"input_ids", "use_cache"})
     assert model.training
 

@@ -50,14 +50,11 @@ void forward_block(const float* s, const float* t, int64_t size, Options options
     max_s = max_s == -kInfinity ? max_t : max_s;
     max_t = max_t == -kInfinity ? max_s : max_t;
     for (int r = 0; r < kLanes; ++r) stats[r] = {max_s[r], max_t[r], 1, 1, 0, 0, 0};
-    constexpr bool kDirect = is_direct(kKind);
-    constexpr int kSums = kKind == kSoftCE ? 6 : kDirect ? 4 : 2;
     vfloat sums[6] = {}, of_student = {};
     const Row<vfloat> first = rows_of(options, stats);
     sweep(s, t, 0, size, [&](vfloat a, vfloat b, int64_t, int) {
       vfloat exponential_t;
-      add_moments<kDirect, kKind == kSoftCE, true>(first, a, b, reinterpret_cast<vfloat(&)[kSums]>(sums),
-                                                   &exponential_t);
+      add_moments<is_direct(kKind), kKind == kSoftCE, true>(first, a, b, sums, &exponential_t);
     });
     const vfloat sum_t = sums[0] + sums[5];
     if (any_lane(~(sum_t + sums[1] > 0.25f * sum_t)))  // they cancel
@@ -108,22 +105,19 @@ void backward_block(float* s, float* t, int64_t size, Options options, const Row
       centre[r] = stats[r].centre, mean[r] = stats[r].mean;
       none[r] = no_class(stats[r]) ? -1 : 0;
     }
-    vfloat lacking = {};
+    vfloat sum = {};
     sweep(s, t, 0, size, [&](vfloat a, vfloat b, int64_t i, int) {
       const Pair x = pair<true>(row, a, b);
-      if constexpr (is_direct(kKind)) {
-        store(s + i, x.difference);
+      const vfloat unscaled = is_direct(kKind) ? x.difference : x.q * slope<kKind>(x, options, centre, mean);
+      store(s + i, none ? vfloat{} : unscaled * scale);
+      if constexpr (is_direct(kKind) && kWhole) {
+        sum += unscaled * scale;
         store(t + i, x.q);
-        if (kWhole) lacking += x.difference;
-      } else {
-        store(s + i, none ? vfloat{} : x.q * slope<kKind>(x, options, centre, mean) * scale);
       }
     });
-    // Over a whole row q - p sums to 0, but for the rounding of kappa, which moved all of q by one factor.
-    if constexpr (is_direct(kKind))
-      sweep(s, t, 0, size, [&](vfloat difference, vfloat q, int64_t i, int) {
-        store(s + i, none ? vfloat{} : (difference - q * lacking) * scale);
-      });
+    // Over a whole row q - p sums to 0, but for the rounding of kappa, which multiplied all of q by one factor.
+    if constexpr (is_direct(kKind) && kWhole)
+      sweep(s, t, 0, size, [&](vfloat out, vfloat q, int64_t i, int) { store(s + i, none ? out : out - q * sum); });
   }
 }
 

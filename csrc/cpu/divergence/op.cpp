@@ -12,6 +12,7 @@
 namespace fastkd::divergence {
 namespace {
 
+constexpr int64_t kTogether = 256;  // rows of few columns that are converted to floats and computed at a time
 constexpr int64_t kStats = sizeof(RowStats) / sizeof(float);
 
 void check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
@@ -64,9 +65,12 @@ std::tuple<Tensor, Tensor> values_and_stats(const Tensor& student, const Tensor&
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch_s, scratch_t;
     if (columns <= table.few_columns) {
-      table.forward_rows(float_rows(table, s, element_s, begin, scratch_s, end - begin),
-                         float_rows(table, t, element_t, begin, scratch_t, end - begin), end - begin, columns, options,
-                         stat + begin, value + begin, {grad ? grad + begin * columns : nullptr, nullptr, upstream});
+      for (int64_t i = begin; i < end; i += kTogether) {
+        const int64_t count = std::min(kTogether, end - i);
+        table.forward_rows(float_rows(table, s, element_s, i, scratch_s, count),
+                           float_rows(table, t, element_t, i, scratch_t, count), count, columns, options, stat + i,
+                           value + i, {grad ? grad + i * columns : nullptr, nullptr, upstream});
+      }
       for (int64_t i = begin; valid && i < end; ++i) {
         if (valid[i]) continue;
         value[i] = 0;
@@ -161,14 +165,16 @@ Tensor divergence_bwd(const Tensor& upstream, const Tensor& student, const Tenso
   parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch_s, scratch_t;
     if (columns <= table.few_columns) {
-      const int64_t count = end - begin;
-      std::vector<float> scratch_out(element_s == kFloat32 ? 0 : count * columns);
-      char* first = out + begin * columns * width;
-      float* target = element_s == kFloat32 ? reinterpret_cast<float*>(first) : scratch_out.data();
-      table.backward_rows(float_rows(table, s, element_s, begin, scratch_s, count),
-                          float_rows(table, t, element_t, begin, scratch_t, count), count, columns, options,
-                          stat + begin, up + begin, target);
-      if (element_s != kFloat32) table.narrow(target, element_s, first, count * columns);
+      std::vector<float> scratch_out(element_s == kFloat32 ? 0 : kTogether * columns);
+      for (int64_t i = begin; i < end; i += kTogether) {
+        const int64_t count = std::min(kTogether, end - i);
+        char* first = out + i * columns * width;
+        float* target = element_s == kFloat32 ? reinterpret_cast<float*>(first) : scratch_out.data();
+        table.backward_rows(float_rows(table, s, element_s, i, scratch_s, count),
+                            float_rows(table, t, element_t, i, scratch_t, count), count, columns, options, stat + i,
+                            up + i, target);
+        if (element_s != kFloat32) table.narrow(target, element_s, first, count * columns);
+      }
       for (int64_t i = begin; valid && i < end; ++i)
         if (!valid[i]) std::memset(out + i * columns * width, 0, columns * width);
       return;

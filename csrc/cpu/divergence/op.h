@@ -45,8 +45,8 @@ struct RowSums {
 };
 
 struct Table {
-  int64_t
-      few_columns;  // the number of columns up to which forward_rows and backward_rows are faster, and may be called
+  // Up to so many columns forward_rows and backward_rows are faster, and may be called.
+  int64_t few_columns;
   float (*forward)(const float* s, const float* t, int64_t columns, Options options, RowStats* stats,
                    GradRequest gradient);
   void (*backward)(const float* s, const float* t, int64_t columns, Options options, const RowStats& stats,

@@ -36,7 +36,7 @@ struct Row {
   }
 };
 
-// Whether the rounding of s - t is to be kept: the maxima are far apart, or s is nearly t and a constant, which shows
+// Whether the rounding of s - t is to be kept: the maxima differ much, or s is nearly t and a constant, which shows
 // by `unlike` being small beside it.
 inline bool exact(const Row<float>& row, float unlike) {
   const float offset = std::fabs(row.max_s - row.max_t), T = 1 / row.inverse_temperature;

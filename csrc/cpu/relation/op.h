@@ -15,7 +15,7 @@ struct Tile {
 };
 
 // Per query: a score of each side that is subtracted from all of its scores, at or near the largest; sum e^(t - max t),
-// and sum e^(s - max s) less that. Where the sums are so far apart that their difference would lose digits, sum_t is
+// and sum e^(s - max s) less that. Where the sums are so different that their difference would lose digits, sum_t is
 // negative, and `excess` is the student's sum itself.
 struct Stats {
   float *max_t, *sum_t, *max_s, *excess;

@@ -68,7 +68,7 @@ struct Symmetric {
     }
   }
 
-  // False: nothing was written, the scores are too far apart.
+  // False: nothing was written, the scores differ too much.
   bool run(int64_t pair, const Outputs& out) {
     const ValidTokens valid = inputs.valid_tokens(pair);
     const int64_t n = valid.count();

@@ -73,7 +73,7 @@ def test_the_tail_is_one_more_token(kind):
         given_teacher = teacher._replace(tail=given_tail)
         loss, (gradient,) = gradients(lambda x, y=given_teacher: rows_of(kind, 2.0)(x, y), s)
         assert relative_error(loss, wanted) < 1e-11 and relative_error(gradient, wanted_gradient) < 1e-11
-    if kind in ("forward_kl", "jsd", "tvd", "reverse_kl"):  # coarser tokens never tell two distributions further apart
+    if kind in ("forward_kl", "jsd", "tvd", "reverse_kl"):  # coarser tokens never make two distributions differ more
         assert (rows_of(kind, 2.0)(s, teacher) <= rows_of(kind, 2.0)(s, t) + 1e-12).all()
 
 

@@ -53,11 +53,7 @@ print(json.dumps([[case, extra(*case)] for case in cases]))
 
 @functools.cache
 def measured(memory):
-    env = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
-        "FASTKD_THRESHOLDS": "kernels",
-    }  # never PyTorch's products
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "FASTKD_THRESHOLDS": "kernels"}
     done = subprocess.run([sys.executable, "-c", SCRIPT, memory], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return {tuple(case): mib for case, mib in json.loads(done.stdout)}

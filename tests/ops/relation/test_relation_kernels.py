@@ -203,7 +203,7 @@ def test_extreme_scores(backend):
 @pytest.mark.parametrize(("student", "teacher"), [(0.05, 3.0), (3.0, 0.05)])
 @pytest.mark.parametrize("case", ["self", "pair"])
 def test_a_flat_against_a_sharp_distribution(case, student, teacher, backend):
-    """Hundreds of keys: the sums of the two softmaxes lie so far apart that their difference would lose digits."""
+    """Hundreds of keys: the sums of the two softmaxes differ so much that their difference would lose digits."""
     for length in [200] if backends.INTERPRETED else [300, MOST_KEYS + 77]:
         tensors = states(12, 1, 1 if backends.INTERPRETED else 17, length, 16, 16)
         tensors = [student * x for x in tensors[:2]] + [teacher * x for x in tensors[2:]]
