@@ -64,14 +64,18 @@ def few_labels() -> Iterator[Cell]:
 
 def half_depth() -> Iterator[Cell]:
     """From layers of the fine-tuned teacher and all labels, every method as `--method NAME` makes it: the papers and two others
-    on each task, all on SST-2; then the lower layers in place of every second one, the layers that TinyBERT's map names, and a
-    student of half the width."""
+    on each task, all on SST-2; then the lower layers in place of every second one, the layers that TinyBERT's map names, a
+    student of half the width, and what becomes of a paper without one of its parts: BERT-EMD with TinyBERT's map (a student
+    layer learns from one of the teacher, all else as in BERT-EMD), CoDIR with other numbers of negatives, FCD's two levels."""
     papers = ("kd", "minilmv2", "fcd", "bert_emd", "codir")
     for name, more in (("sst2", ("pkd", "tinybert", "minilm")), ("cola", ()), ("mrpc", ())):
         yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *papers, *more))
         yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, "kd"))
     yield from (Cell("sst2", ALL, "1,3,5" + OF_TEACHER, method) for method in (ALONE, "tinybert"))
     yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
+    one_to_one = "tinybert:weight=0.01 + kd:alpha=1,temperature=1,weight=0.5"
+    parts = (one_to_one, "codir:nce_k=10", "codir:nce_k=1000", "fcd:beta=0", "fcd:alpha=0")
+    yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method) for method in parts)
 
 
 def longer() -> Iterator[Cell]:

@@ -76,10 +76,11 @@ def main() -> None:
         parser.add_argument(name, type=type(number), default=number)
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
-    known = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["bits", "loss", "step"])
+    known = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=["bits", "rate", "loss", "step"])
     facts = machine.facts(torch.device("cpu"))
     names = [f"{loss} {dtype}" for loss in LOSSES for dtype in DTYPES]
-    done = known[(known.bits == options.bits) & (known.step == options.steps)]["loss"].tolist()
+    of_these = lambda rows: rows[(rows.bits == options.bits) & (rows.rate == options.rate)]  # noqa: E731
+    done = of_these(known[known.step == options.steps])["loss"].tolist()
     for name in [] if options.summary else [name for name in names if name not in done]:
         loss, dtype = LOSSES[name.split()[0]], DTYPES[name.split()[1]]
         teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -91,7 +92,13 @@ def main() -> None:
         optimizer = torch.optim.AdamW(student.parameters(), lr=options.rate, weight_decay=0)
         for step in range(options.steps + 1):
             if step % EVERY == 0:
-                look = {"bits": options.bits, "loss": name, "step": step, "kl": distance(student, held_out, truth)}
+                look = {
+                    "bits": options.bits,
+                    "rate": options.rate,
+                    "loss": name,
+                    "step": step,
+                    "kl": distance(student, held_out, truth),
+                }
                 looks.append(look | {key: facts[key] for key in ("device", "torch", "commit", "date")})
                 print(looks[-1], flush=True)
             if step == options.steps:
@@ -104,12 +111,12 @@ def main() -> None:
             optimizer.step()
         known = pd.concat([known, pd.DataFrame(looks)], ignore_index=True)
         known.to_csv(RESULTS, index=False, float_format="%.6g")
-    rows = known[known.bits == options.bits]
+    rows = of_these(known)
     curves = rows.pivot(index="step", columns="loss", values="kl")
     print(curves.to_string(float_format="{:.3g}".format))
     plots.curves({name: (curves.index, curves[name]) for name in curves}, f"{options.bits}-bit weights learn from their own model",
                  ("step", "KL(teacher ‖ student) per held-out token"), rows.to_dict("records"),
-                 RESULTS.with_suffix(".png"))  # fmt: skip
+                 RESULTS.with_name(f"quantisation_{options.bits}_bits.png"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .checkpoints import Checkpoints, Continuation, Interruptions, not_finite
 from .finite import Finite
 from .learned import Learned
 from .methods import Combined, Setup, Side, build
+from .student import origins
 
 EXTRA = ("example_id", "blank")
 COUNTS = "units"  # of a micro-batch, a rank's average
@@ -123,7 +124,8 @@ class DistillTrainer(Checkpoints, Learned, Trainer):
         self.relabel = None if relabel is None else relabel.to(self.args.device)
         of_teacher = Side.of(teacher) if loaded else teacher.side
         group = ranks.process_group(self.args)
-        built = build(method, Setup(Side.of(model), of_teacher, self.task, self.train_dataset, group))
+        begins_as = origins(model, teacher) if loaded else None
+        built = build(method, Setup(Side.of(model), of_teacher, self.task, self.train_dataset, group, begins_as))
         columns = getattr(self.train_dataset, "column_names", None) or ["labels"]
         if self.task not in LABEL_FREE_TASKS and not {"label", "labels"} & set(columns):
             built.check_unlabelled()

@@ -16,7 +16,7 @@ from fastkd.train import methods
 from fastkd.train.batch import Batch
 from fastkd.train.methods import METHODS, Setup, Side, Term, build, refusal
 from fastkd.train.states import read, record_attention
-from fastkd.train.student import from_layers
+from fastkd.train.student import from_config, from_layers
 from fastkd.train.trainer import DistillTrainer
 
 logging.set_verbosity_error()
@@ -271,6 +271,19 @@ def test_wrong_methods_get_one_sentence(text, message):
 def test_unfitting_students_get_one_sentence(name, student, message):
     with pytest.raises(ValueError, match=message):
         build(name, Setup(student, Side("bert", 4, 16, 4, 4), "classification", range(8)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "advice"),
+    [("0,2", "begin as the teacher's layers 0,2 and learn from its layers 1,3"), ("1,3", None), (None, None)],
+)
+def test_tinybert_advises_on_the_layers_to_begin_with(tmp_path, caplog, layers, advice):
+    teacher = tiny.model("bert", "classification", seed=1)
+    student = from_layers(teacher, layers) if layers else from_config(teacher, "num_hidden_layers=2")
+    data = tiny.dataset("classification")
+    DistillTrainer(student, teacher, "tinybert", args=tiny.arguments(tmp_path), train_dataset=data)
+    said = [record.message for record in caplog.records if record.name == "fastkd.train.methods.base"]
+    assert len(said) == (advice is not None) and all(advice in message for message in said)
 
 
 def test_a_third_party_adds_a_method(monkeypatch):

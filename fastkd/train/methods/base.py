@@ -1,6 +1,7 @@
 """What a method is: what it reads of the two models, and which terms it makes of it."""
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from fastkd.losses.kd import PredictionLoss
 from fastkd.train.batch import Batch, Term
 from fastkd.train.states import QKV, is_causal
 
+logger = logging.getLogger(__name__)
 _OURS = ("setup", "causal", "process_group", "backend")  # arguments that are no options of a method
 
 
@@ -44,13 +46,15 @@ class Side:
 @dataclass(frozen=True)
 class Setup:
     """What a method may know before training. data: the training set, with a length or without one. process_group: the ranks
-    that train together, None for one; losses that couple the examples of a batch take it."""
+    that train together, None for one; losses that couple the examples of a batch take it. origins: the teacher's layers,
+    counted from 0, as which the student's begin; None where they are not the teacher's, or it is not known."""
 
     student: Side
     teacher: Side
     task: str
     data: Sequence | None = None
     process_group: object | None = None
+    origins: list[int] | None = None
 
     @property
     def n_data(self) -> int:
@@ -181,6 +185,17 @@ def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
             "choose --student-layers so, or another method"
         )
     return [(i, i * (m // n)) for i in range(1, n + 1)]
+
+
+def advise_layers(setup: Setup, name: str, pairs: list[tuple[int, int]]) -> None:
+    """A warning where the student begins as other layers of the teacher than those it learns from."""
+    targets = [level - 1 for _, level in pairs]
+    if setup.origins not in (None, targets):
+        begin, learn = (",".join(map(str, layers)) for layers in (setup.origins, targets))
+        logger.warning(
+            f"{name}: the student's layers begin as the teacher's layers {begin} and learn from its layers {learn} (counted "
+            f"from 0); --student_layers {learn} begins with those, and made a better student on SST-2"
+        )
 
 
 def inner_layers(setup: Setup, name: str) -> None:

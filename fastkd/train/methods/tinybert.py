@@ -10,7 +10,7 @@ from fastkd.losses.kd import PredictionLoss
 from fastkd.losses.projection import Projection
 from fastkd.losses.tinybert import TinyBERTLoss
 
-from .base import Method, Setup, Term, same_heads, uniform_map
+from .base import Method, Setup, Term, advise_layers, same_heads, uniform_map
 
 
 class TinyBERT(Method):
@@ -20,7 +20,7 @@ class TinyBERT(Method):
     def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
         super().__init__(setup, share)
         same_heads(setup, "tinybert", heads)
-        uniform_map(setup, "tinybert")
+        advise_layers(setup, "tinybert", uniform_map(setup, "tinybert"))
         self.prediction = PredictionLoss(kind="soft_ce", temperature=temperature)
         self.projection = Projection(setup.student.width, setup.teacher.width)
         self.loss = TinyBERTLoss(causal=setup.student.causal, heads=heads)
