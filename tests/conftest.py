@@ -11,12 +11,14 @@ if "FASTKD_LIBRARY" in os.environ:  # the sanitized one (make asan): fastkd take
 
 from fastkd.bench import machine
 
-from fastkd import backends
+from fastkd import backends, thresholds
 
 THREADS = (
     1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 )  # two cores: two workers (make test), or one process with both
 machine.quote_library_path()
+if "FASTKD_THRESHOLDS" not in os.environ:  # the tests are small, and about kernels; PyTorch's products would serve them
+    thresholds.UP_TO["linear_divergence"] = thresholds.NEVER
 
 
 def summed_in_one_order(self, a, b, d, input_precision, max_num_imprecise_acc):
