@@ -45,6 +45,7 @@ X86_SETS = {
         "-mprefer-vector-width=512",
     ],
 }
+IS_MAC = sysconfig.get_platform().startswith("macosx")
 IS_X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 ISA_SETS = X86_SETS if IS_X86 else {"plain": []}
 
@@ -172,7 +173,10 @@ class Build(build_ext):
 
     def _linker(self, ext):
         # nvcc knows where its static runtime lies; static, so that it cannot clash with the one that torch brings.
-        return [NVCC, "-shared", "-cudart=static"] if ext.name == "fastkd._cuda" else [CXX, "-shared", *SANITIZERS]
+        if ext.name == "fastkd._cuda":
+            return [NVCC, "-shared", "-cudart=static"]
+        # macOS's linker wants every symbol, and Python's come from the process.
+        return [CXX, "-shared", *(["-undefined", "dynamic_lookup"] if IS_MAC else []), *SANITIZERS]
 
     def _libraries(self, ext):
         if ext.name == "fastkd._C":

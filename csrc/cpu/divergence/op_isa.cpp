@@ -14,6 +14,7 @@
 // forward_kl needs one pass less: it follows from sums of e^t expm1(c), e^t c and e^t (expm1(c) - c).
 #include "cpu/divergence/op.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
