@@ -84,9 +84,10 @@ def longer() -> Iterator[Cell]:
 
 
 def same_student() -> Iterator[Cell]:
-    """Whether kernels and reference make the same student, and how long they take."""
+    """Whether kernels and reference make the same student; and the student alone in as many steps, half of half_depth's."""
     for method in ("fcd", "bert_emd", "codir"):
         yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE))
+    yield Cell("sst2", ALL, "0,2,4" + OF_TEACHER, ALONE)
 
 
 STUDIES = {"few_labels": few_labels, "half_depth": half_depth, "longer": longer, "same_student": same_student}
