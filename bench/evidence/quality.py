@@ -251,14 +251,15 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"
         lines.append(f"| {cell.data} | {cell.labels or 'all'} | {cell.layers} | `{cell.method}` | {len(rows)} | {score} | "
                      f"{100 * rows['teacher'].iloc[0]:.1f} | {text} | {losses} | {rows['seconds'].mean():.0f} |")  # fmt: skip
-    starts = {cell.layers for cell in tested}
-    shown = []
+    alike = len({cell.layers for cell in tested}) == 1  # then one picture for all data sets, else one for each
+    pictures = {}
     for cell, rows in tested.items():
-        words = (cell.data, f"{cell.labels or 'all'} labels", *([cell.layers] if len(starts) > 1 else []), cell.method)
-        shown.append(("  ".join(words), list(100 * rows["score"]), 100 * rows["teacher"].iloc[0]))
-    if shown:
-        plots.scores(shown, "Students alone and distilled, from one start", "score in percent",
-                     table.rows.to_dict("records"), table.path.with_suffix(".png"))  # fmt: skip
+        words = (cell.data, f"{cell.labels or 'all'} labels", cell.method) if alike else (cell.layers, cell.method)
+        row = "  ".join(words).replace(" + ", "\n+ "), list(100 * rows["score"]), 100 * rows["teacher"].iloc[0]
+        pictures.setdefault("" if alike else f"_{cell.data}", []).append(row)
+    for name, shown in pictures.items():
+        path = table.path.with_name(f"{table.path.stem}{name}.png")
+        plots.scores(shown, "Students alone and distilled", "score in percent", table.rows.to_dict("records"), path)
     return "\n".join(lines)
 
 
