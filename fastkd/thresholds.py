@@ -34,7 +34,7 @@ KERNELS, PYTORCH = "kernels", "pytorch"
 # All in float32. "pytorch" is cross_entropy, the package's original, or the library's products with a kernel between them. Measured
 # on an Intel Xeon with one thread, PyTorch limited to the same instruction set; for "plain" without that limit too. In
 # linear_divergence the library's products are up to 20 % faster with AVX2 or AVX-512, too, but keep the logits of more rows at
-# once: beyond 2^20 logits, where that is half as much memory again, our tile serves.
+# once, in up to twice the memory: beyond 2^20 logits our tile serves.
 TABLE = {
     "in_batch": Threshold("info_nce_loss whose negatives are the batch", "examples", PYTORCH, KERNELS, (512, 512, 512)),
     "bank": Threshold("info_nce_loss with a frozen bank", "scores", KERNELS, PYTORCH, (1 << 12, ALWAYS, ALWAYS)),

@@ -16,7 +16,7 @@ import tempfile
 import time
 import unittest.mock
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -32,6 +32,8 @@ OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its class
 HALF_WIDTH = "3 of half the width"  # from random weights
 OF_HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"
 KD = "kd:alpha=0.9,temperature=2"
+# BERT-EMD with TinyBERT's map: a layer of the student learns from one of the teacher.
+ONE_TO_ONE = "tinybert:weight=0.01 + kd:alpha=1,temperature=1,weight=0.5"
 BATCH, LENGTH, HELD_OUT = 32, 64, 1000
 GRIDS = {
     "few_labels": ((1e-4, 150), (1e-4, 400), (3e-4, 400)),
@@ -65,16 +67,15 @@ def few_labels() -> Iterator[Cell]:
 def half_depth() -> Iterator[Cell]:
     """From layers of the fine-tuned teacher and all labels, every method as `--method NAME` makes it: the papers and two others
     on each task, all on SST-2; then the lower layers in place of every second one, the layers that TinyBERT's map names, a
-    student of half the width, and what becomes of a paper without one of its parts: BERT-EMD with TinyBERT's map (a student
-    layer learns from one of the teacher, all else as in BERT-EMD), CoDIR with other numbers of negatives, FCD's two levels."""
+    student of half the width, and what becomes of a paper without one of its parts: BERT-EMD with TinyBERT's map, CoDIR
+    with other numbers of negatives, FCD's two levels."""
     papers = ("kd", "minilmv2", "fcd", "bert_emd", "codir")
     for name, more in (("sst2", ("pkd", "tinybert", "minilm")), ("cola", ()), ("mrpc", ())):
         yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *papers, *more))
         yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, "kd"))
     yield from (Cell("sst2", ALL, "1,3,5" + OF_TEACHER, method) for method in (ALONE, "tinybert"))
     yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
-    one_to_one = "tinybert:weight=0.01 + kd:alpha=1,temperature=1,weight=0.5"
-    parts = (one_to_one, "codir:nce_k=10", "codir:nce_k=1000", "fcd:beta=0", "fcd:alpha=0")
+    parts = (ONE_TO_ONE, "codir:nce_k=10", "codir:nce_k=1000", "fcd:beta=0", "fcd:alpha=0")
     yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method) for method in parts)
 
 
@@ -234,18 +235,23 @@ def paired(differences: pd.Series, digits: str) -> str:
     return f"{found.mean():+{digits}} ± {half:{digits}}"
 
 
+def compared_with(method: str) -> tuple[str, str]:
+    """The methods beside which this one is shown, the first that was run: itself without options or by kernels, or none."""
+    plain = "bert_emd" if method == ONE_TO_ONE else method.removesuffix(BY_REFERENCE).split(":")[0]
+    return (ALONE if plain == method else plain), ALONE
+
+
 def summary(table: Table, cells: Sequence[Cell]) -> str:
-    """Mean and standard deviation, and what the method gains over the student alone (the reference: over the kernels): paired
-    over the seeds, 95 % by t."""
+    """Mean and standard deviation, and what the method gains over the student alone (the reference: over the kernels; a
+    changed method: over the unchanged one), paired over the seeds, 95 % by t."""
     headings = ("data", "labels", "layers", "method", "seeds", "score", "teacher", "gain (95 %)", "loss", "seconds")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     tested = {cell: table.find(**asdict(cell), split="test").set_index("seed") for cell in cells}
     tested = {cell: rows for cell, rows in tested.items() if len(rows)}
     for cell, rows in tested.items():
-        kernels = cell.method.removesuffix(BY_REFERENCE)
-        other = tested.get(Cell(cell.data, cell.labels, cell.layers, ALONE if kernels == cell.method else kernels))
-        compared = cell.method != ALONE and other is not None
-        text = paired(100 * (rows["score"] - other["score"]), ".1f") if compared else "–"
+        others = (replace(cell, method=method) for method in compared_with(cell.method) if method != cell.method)
+        other = next((tested[other] for other in others if other in tested), None)
+        text = "–" if other is None else paired(100 * (rows["score"] - other["score"]), ".1f")
         first_and_last = [rows[name].mean() for name in ("first_loss", "last_loss") if name in rows]
         losses = " to ".join(f"{loss:.3g}" for loss in first_and_last) or "–"
         score = f"{100 * rows['score'].mean():.1f} ± {100 * rows['score'].std():.1f}"

@@ -88,20 +88,15 @@ def from_layers(teacher: nn.Module, layers: str | list[int]) -> nn.Module:
 def origins(student: nn.Module, teacher: nn.Module) -> list[int] | None:
     """The teacher's layers, counted from 0, as which the student's begin; None where they are not the teacher's."""
     try:
-        matrices = [
-            [next(p for p in layer.parameters() if p.ndim > 1) for layer in model.get_submodule(layer_list(model))]
+        mine, its = (  # a row of each layer is enough to know it by
+            [next(p[0] for p in layer.parameters() if p.ndim > 1) for layer in model.get_submodule(layer_list(model))]
             for model in (student, teacher)
-        ]
+        )
     except (ValueError, StopIteration):  # no list of layers, as in ALBERT
         return None
-    found = [
-        next((i for i, of_teacher in enumerate(matrices[1]) if _equal(own, of_teacher)), None) for own in matrices[0]
-    ]
+    same = lambda one, other: one.shape == other.shape and torch.equal(one, other.to(one))  # noqa: E731
+    found = [next((i for i, row in enumerate(its) if same(own, row)), None) for own in mine]
     return None if None in found else found
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
 def from_config(teacher: nn.Module, changes: str | dict) -> nn.Module:

@@ -15,7 +15,7 @@
 // row (gram/row_stats.h) a, b and the means are those of row i, and so are den and k in W[i, j]. Near a correlation of
 // 1 or -1 little is left of Q - k P, so k has the digits of two floats.
 //
-// Apart from the upstream factor, W depends on its own group only. The gradient is therefore made in the forward, while
+// But for the upstream factor, W depends on its own group only. The gradient is therefore made in the forward, while
 // P and Q are there, for the expected upstream where the caller names one, else for 1: recomputing P and Q would be
 // twice the work. A group of at most kMostInCache rows is one thread's, its P and Q (the upper triangle computed) in
 // that thread's scratch (gram/in_cache.h); of longer ones the tiles are made again for the gradient, and the threads
