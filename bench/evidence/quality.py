@@ -31,6 +31,7 @@ BY_REFERENCE = " by the reference"  # after a method's name: without kernels
 OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its classifier; else of the pretrained one
 HALF_WIDTH = "3 of half the width"  # from random weights
 OF_HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"
+HALF_OF_STEPS = ":share=0.5"  # for features, without labels
 KD = "kd:alpha=0.9,temperature=2"
 # BERT-EMD with TinyBERT's map: a layer of the student learns from one of the teacher.
 ONE_TO_ONE = "tinybert:weight=0.01 + kd:alpha=1,temperature=1,weight=0.5"
@@ -68,14 +69,23 @@ def half_depth() -> Iterator[Cell]:
     """From layers of the fine-tuned teacher and all labels, every method as `--method NAME` makes it: the papers and two others
     on each task, all on SST-2; then the lower layers in place of every second one, the layers that TinyBERT's map names, a
     student of half the width, and what becomes of a paper without one of its parts: BERT-EMD with TinyBERT's map, CoDIR
-    with other numbers of negatives, FCD's two levels."""
+    with other numbers of negatives, FCD's two levels. Methods that learn features first also by giving them half of the steps."""
     papers = ("kd", "minilmv2", "fcd", "bert_emd", "codir")
-    for name, more in (("sst2", ("pkd", "tinybert", "minilm")), ("cola", ()), ("mrpc", ())):
+    longer = tuple(method + HALF_OF_STEPS for method in ("minilmv2", "fcd"))
+    every = ("pkd", "tinybert", "minilm", *longer, "tinybert" + HALF_OF_STEPS, "minilm" + HALF_OF_STEPS)
+    for name, more in (("sst2", every), ("cola", longer), ("mrpc", ())):
         yield from (Cell(name, ALL, "0,2,4" + OF_TEACHER, method) for method in (ALONE, *papers, *more))
         yield from (Cell(name, ALL, "0,1,2" + OF_TEACHER, method) for method in (ALONE, "kd"))
-    yield from (Cell("sst2", ALL, "1,3,5" + OF_TEACHER, method) for method in (ALONE, "tinybert"))
-    yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd"))
-    parts = (ONE_TO_ONE, "codir:nce_k=10", "codir:nce_k=1000", "fcd:beta=0", "fcd:alpha=0")
+    yield from (
+        Cell("sst2", ALL, "1,3,5" + OF_TEACHER, method) for method in (ALONE, "tinybert", "tinybert" + HALF_OF_STEPS)
+    )
+    yield from (Cell("sst2", ALL, HALF_WIDTH, method) for method in (ALONE, "kd", "minilmv2", "fcd", *longer))
+    parts = (
+        ONE_TO_ONE,
+        "codir:nce_k=10",
+        "codir:nce_k=1000",
+        *(f"fcd{HALF_OF_STEPS},{level}=0" for level in ("beta", "alpha")),
+    )
     yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method) for method in parts)
 
 
@@ -86,7 +96,7 @@ def longer() -> Iterator[Cell]:
 
 def same_student() -> Iterator[Cell]:
     """Whether kernels and reference make the same student; and the student alone in as many steps, half of half_depth's."""
-    for method in ("fcd", "bert_emd", "codir"):
+    for method in ("fcd" + HALF_OF_STEPS, "bert_emd", "codir"):
         yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE))
     yield Cell("sst2", ALL, "0,2,4" + OF_TEACHER, ALONE)
 
@@ -236,9 +246,13 @@ def paired(differences: pd.Series, digits: str) -> str:
 
 
 def compared_with(method: str) -> tuple[str, str]:
-    """The methods beside which this one is shown, the first that was run: itself without options or by kernels, or none."""
-    plain = "bert_emd" if method == ONE_TO_ONE else method.removesuffix(BY_REFERENCE).split(":")[0]
-    return (ALONE if plain == method else plain), ALONE
+    """The methods beside which this one is shown, the first that was run: itself by kernels, without its last option, or none."""
+    if method.endswith(BY_REFERENCE):
+        return method.removesuffix(BY_REFERENCE), ALONE
+    if method == ONE_TO_ONE:
+        return "bert_emd", ALONE
+    last = max(method.rfind(before) for before in ",:")
+    return (method[:last] if last > 0 else ALONE), ALONE
 
 
 def summary(table: Table, cells: Sequence[Cell]) -> str:
