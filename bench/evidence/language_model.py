@@ -9,6 +9,7 @@ language_model.csv is one run, appended when it ends; a run that has its row is 
 """
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import tempfile
@@ -19,12 +20,21 @@ import torch
 from fastkd.bench import machine, plots
 from fastkd.bench.evidence.quality import ALONE, paired
 
-from fastkd.train import tokenisation
+from fastkd import TopK, VocabMap
+from fastkd.train import cache, tokenisation
 from fastkd.train.student import from_layers
 from fastkd.train.trainer import DistillTrainer
 
 BATCH, HELD_OUT = 4, 128
-METHODS = (ALONE, "forward_kl:hard=1", "forward_kl", "skew_kl:hard=1", "reverse_kl:hard=1", "jsd:hard=1")
+TOP, NO_TAIL = ", the 64 most likely tokens", ", renormalised"  # what is known of the teacher's distribution
+HALF, QUARTER = ", half of the vocabulary", ", a quarter of the vocabulary"  # the student's tokens
+ALL_TOKENS = ", all of the teacher's tokens"  # GLMD without the renormalisation over the student's
+PARTS = {HALF: 0.5, QUARTER: 0.25}
+METHODS = (
+    ALONE, "forward_kl:hard=1", "forward_kl", "skew_kl:hard=1", "reverse_kl:hard=1", "jsd:hard=1", "forward_kl:hard=1 + fcd",
+    "forward_kl:hard=1" + TOP, "forward_kl:hard=1" + TOP + NO_TAIL, "glmd",
+    *(method + part + all_tokens for part in PARTS for method, all_tokens in ((ALONE, ""), ("glmd", ""), ("glmd", ALL_TOKENS))),
+)  # fmt: skip
 RESULTS = machine.ROOT / "bench/results/quality/language_model.csv"
 
 
@@ -39,7 +49,33 @@ def rows_of(model: str, text: str, length: int):
     return tokenizer, Dataset.from_dict({"input_ids": ids.tolist(), "example_id": range(len(ids))})
 
 
-def trainer(options, teacher, tokenizer, rows, method: str, seed: int, work: str) -> DistillTrainer:
+def smaller(student, teacher, tokenizer, rows, part: float, collate):
+    """The student with the most frequent tokens of the rows, which takes the teacher's ids; its VocabMap; and a collator that
+    leaves labels out which the student does not have."""
+    counts = torch.tensor(rows["input_ids"][:]).flatten().bincount(minlength=teacher.config.vocab_size)
+    vocab = VocabMap.from_counts(
+        counts, part, always_keep=tokenizer.all_special_ids, embeddings=teacher.get_input_embeddings().weight
+    )
+    student = vocab.shrink(student)
+    student.config.vocab_size = teacher.config.vocab_size  # of the ids that it takes
+    student.get_input_embeddings().register_forward_pre_hook(lambda module, ids: (vocab.encode(ids[0]),))
+
+    def own_labels(examples):
+        batch = collate(examples)
+        own = vocab.encode(batch["labels"])
+        return {**batch, "labels": own.masked_fill(vocab.kept_ids[own.clamp_min(0)] != batch["labels"], -100)}
+
+    return student, vocab, own_labels
+
+
+def renormalised(states):
+    """The teacher's most likely tokens as if there were no others."""
+    top = states.predictions.topk
+    alone = TopK(top.indices, top.log_probs.log_softmax(-1))
+    return dataclasses.replace(states, predictions=dataclasses.replace(states.predictions, topk=alone))
+
+
+def trainer(options, teacher, tokenizer, rows, name: str, seed: int, work: str) -> DistillTrainer:
     from transformers import TrainingArguments, set_seed
 
     set_seed(seed)
@@ -48,13 +84,26 @@ def trainer(options, teacher, tokenizer, rows, method: str, seed: int, work: str
         learning_rate=options.rate, warmup_steps=0.1, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, prediction_loss_only=True,
     )  # fmt: skip
+    method = name.split(", ")[0]
     first, distils = len(rows) - HELD_OUT, method != ALONE
-    return DistillTrainer(
-        from_layers(teacher, "every:3"), teacher if distils else None, method if distils else None, task="causal_lm", args=args,
-        train_dataset=rows.select(range(min(first, options.rows))), eval_dataset=rows.select(range(first, len(rows))),
-        processing_class=tokenizer, data_collator=tokenisation.collator(tokenizer, "causal_lm"),
-        teacher_cache=f"{work}/cache" if distils else None,
+    train_rows = rows.select(range(min(first, options.rows)))
+    student, collate, vocab = from_layers(teacher, "every:3"), tokenisation.collator(tokenizer, "causal_lm"), None
+    for part in (part for words, part in PARTS.items() if words in name):
+        student, vocab, collate = smaller(student, teacher, tokenizer, train_rows, part, collate)
+    folder = f"{work}/cache {method}" if "fcd" in method else f"{work}/cache"  # with states of a layer
+    kept = cache.Options(f"{work}/top", top_k=64) if TOP in name else cache.Options(folder)
+    made = DistillTrainer(
+        student, teacher if distils else None, method if distils else None, task="causal_lm", args=args,
+        train_dataset=train_rows, eval_dataset=rows.select(range(first, len(rows))), processing_class=tokenizer,
+        data_collator=collate, teacher_cache=kept if distils else None,
     )  # fmt: skip
+    if vocab is not None and distils:
+        loss = made.method.methods["glmd"].loss
+        loss.vocab, loss.teacher_tokens = vocab, "all" if ALL_TOKENS in name else "kept"
+    if NO_TAIL in name:
+        states = made.cache.states
+        made.cache.states = lambda kept: renormalised(states(kept))
+    return made
 
 
 def main() -> None:
