@@ -9,6 +9,7 @@ A row of quality.csv is one run, appended when it ends; a run that has its row i
 """
 
 import argparse
+import contextlib
 import csv
 import pathlib
 import sys
@@ -24,10 +25,12 @@ from fastkd.bench import machine, plots
 from scipy import stats
 
 from fastkd import backends
+from fastkd.profile.implementations import Switchboard
+from fastkd.profile.timeline import Timeline
 from fastkd.train import data, metrics, tokenisation
 
 ALONE, ALL = "alone", 0
-BY_REFERENCE = " by the reference"  # after a method's name: without kernels
+BY_REFERENCE, BY_AUTHORS = " by the reference", " as the authors do"  # after a method's name: without kernels
 OF_TEACHER = " of the teacher"  # layers of the fine-tuned model, with its classifier; else of the pretrained one
 HALF_WIDTH = "3 of half the width"  # from random weights
 OF_HALF_WIDTH = "num_hidden_layers=3,hidden_size=192,num_attention_heads=6,intermediate_size=768"
@@ -41,6 +44,7 @@ GRIDS = {
     "half_depth": ((1e-4, 400), (3e-4, 400)),
     "longer": ((1e-4, 2000),),
     "same_student": ((1e-4, 200),),
+    "time_to_score": ((1e-4, 100),),
 }  # learning rate, steps
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
 FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
@@ -101,7 +105,20 @@ def same_student() -> Iterator[Cell]:
     yield Cell("sst2", ALL, "0,2,4" + OF_TEACHER, ALONE)
 
 
-STUDIES = {"few_labels": few_labels, "half_depth": half_depth, "longer": longer, "same_student": same_student}
+def time_to_score() -> Iterator[Cell]:
+    """How long the same student takes by kernels, by the reference and as the authors compute it, on a machine that does nothing
+    else. The score is the same at each step."""
+    for method in ("bert_emd", "codir", "fcd"):
+        yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE, BY_AUTHORS))
+
+
+STUDIES = {
+    "few_labels": few_labels,
+    "half_depth": half_depth,
+    "longer": longer,
+    "same_student": same_student,
+    "time_to_score": time_to_score,
+}
 
 
 def rows_of(name: str, folder: pathlib.Path):
@@ -195,11 +212,10 @@ class Task:
         else:
             student = from_layers(self.pretrained, cell.layers)
             torch.nn.init.normal_(student.classifier.weight, std=0.02)  # the head that was never trained, of this seed
-        method = cell.method.removesuffix(BY_REFERENCE)
+        method, computed = computed_by(cell.method)
         how = (None, None) if method == ALONE else (self.teacher, method)
-        chosen = backends.choose if method == cell.method else lambda *_: "reference"
         start = time.perf_counter()
-        with unittest.mock.patch.object(backends, "choose", chosen):
+        with computed:
             trainer = self.train(student, *how, rows, rate, steps, seed)
         seconds = time.perf_counter() - start
         scores = trainer.evaluate_other(student, self.sets[split])
@@ -209,6 +225,18 @@ class Task:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # each of 5 % of the steps
         found = {"score": scores[key], "teacher": self.of_teacher[split], "seconds": round(seconds, 1)}
         return found | {"first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def computed_by(method: str):
+    """The method without the words that say who computes it; and a context in which these do."""
+    if method.endswith(BY_REFERENCE):
+        reference = unittest.mock.patch.object(backends, "choose", return_value="reference")
+        return method.removesuffix(BY_REFERENCE), reference
+    if method.endswith(BY_AUTHORS):
+        switchboard = Switchboard(Timeline(torch.device("cpu")))
+        switchboard.provider = "authors"
+        return method.removesuffix(BY_AUTHORS), switchboard.installed()
+    return method, contextlib.nullcontext()
 
 
 class Table:
@@ -247,8 +275,8 @@ def paired(differences: pd.Series, digits: str) -> str:
 
 def compared_with(method: str) -> tuple[str, str]:
     """The methods beside which this one is shown, the first that was run: itself by kernels, without its last option, or none."""
-    if method.endswith(BY_REFERENCE):
-        return method.removesuffix(BY_REFERENCE), ALONE
+    if method.endswith((BY_REFERENCE, BY_AUTHORS)):
+        return computed_by(method)[0], ALONE
     if method == ONE_TO_ONE:
         return "bert_emd", ALONE
     last = max(method.rfind(before) for before in ",:")
