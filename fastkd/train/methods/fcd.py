@@ -15,7 +15,7 @@ from .base import Method, Term, layer_number, uniform_map
 class FCD(Method):
     hidden, features_only, one_shape, stages = True, True, True, ("relations", "task")
 
-    def __init__(self, setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", teacher_layer=None, share=0.2):
+    def __init__(self, setup, alpha=1.0, beta=1.0, gamma=0.0, K=128, layers="last", teacher_layer=None, share=0.5):
         super().__init__(setup, share)
         if layers not in ("last", "uniform"):
             raise ValueError(f"fcd: layers must be 'last' or 'uniform', got {layers!r}")

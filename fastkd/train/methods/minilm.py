@@ -8,7 +8,7 @@ from .base import Method, Setup, Term, same_heads
 class MiniLM(Method):
     features_only, stages = True, ("relations", "task")
 
-    def __init__(self, setup: Setup, share: float = 0.2):
+    def __init__(self, setup: Setup, share: float = 0.5):
         super().__init__(setup, share)
         same_heads(setup, "minilm")
         self.loss = MiniLMLoss(causal=setup.student.causal)

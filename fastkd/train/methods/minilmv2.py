@@ -14,7 +14,7 @@ from .base import Method, Setup, Term, layer_number, same_relation_heads
 class MiniLMv2(Method):
     features_only, stages = True, ("relations", "task")
 
-    def __init__(self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.2):
+    def __init__(self, setup: Setup, relation_heads: int = 48, teacher_layer: int | None = None, share: float = 0.5):
         super().__init__(setup, share)
         same_relation_heads(setup, "minilmv2", relation_heads)
         self.teacher_layer = layer_number("minilmv2", teacher_layer, setup.teacher.layers)

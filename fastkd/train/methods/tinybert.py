@@ -17,7 +17,7 @@ class TinyBERT(Method):
     hidden, every_layer, features_only, one_shape = True, True, True, True
     reads_padding, stages = True, ("intermediate", "prediction")
 
-    def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.2):
+    def __init__(self, setup: Setup, temperature: float = 1.0, heads: str | None = None, share: float = 0.5):
         super().__init__(setup, share)
         same_heads(setup, "tinybert", heads)
         advise_layers(setup, "tinybert", uniform_map(setup, "tinybert"))
