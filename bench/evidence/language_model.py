@@ -29,10 +29,12 @@ BATCH, HELD_OUT = 4, 128
 TOP, NO_TAIL = ", the 64 most likely tokens", ", renormalised"  # what is known of the teacher's distribution
 HALF, QUARTER = ", half of the vocabulary", ", a quarter of the vocabulary"  # the student's tokens
 ALL_TOKENS = ", all of the teacher's tokens"  # GLMD without the renormalisation over the student's
+TO_LAST = ", layers that end with the last"  # 2, 5, …, 29, elsewhere 0, 3, …, 27
 PARTS = {HALF: 0.5, QUARTER: 0.25}
 METHODS = (
     ALONE, "forward_kl:hard=1", "forward_kl", "skew_kl:hard=1", "reverse_kl:hard=1", "jsd:hard=1", "forward_kl:hard=1 + fcd",
     "forward_kl:hard=1" + TOP, "forward_kl:hard=1" + TOP + NO_TAIL, "glmd",
+    ALONE + TO_LAST, "forward_kl:hard=1" + TO_LAST,
     *(method + part + all_tokens for part in PARTS for method, all_tokens in ((ALONE, ""), ("glmd", ""), ("glmd", ALL_TOKENS))),
 )  # fmt: skip
 RESULTS = machine.ROOT / "bench/results/quality/language_model.csv"
@@ -87,7 +89,8 @@ def trainer(options, teacher, tokenizer, rows, name: str, seed: int, work: str) 
     method = name.split(", ")[0]
     first, distils = len(rows) - HELD_OUT, method != ALONE
     train_rows = rows.select(range(min(first, options.rows)))
-    student, collate, vocab = from_layers(teacher, "every:3"), tokenisation.collator(tokenizer, "causal_lm"), None
+    layers = range(2 if TO_LAST in name else 0, teacher.config.num_hidden_layers, 3)
+    student, collate, vocab = from_layers(teacher, list(layers)), tokenisation.collator(tokenizer, "causal_lm"), None
     for part in (part for words, part in PARTS.items() if words in name):
         student, vocab, collate = smaller(student, teacher, tokenizer, train_rows, part, collate)
     folder = f"{work}/cache {method}" if "fcd" in method else f"{work}/cache"  # with states of a layer

@@ -273,15 +273,21 @@ def test_unfitting_students_get_one_sentence(name, student, message):
         build(name, Setup(student, Side("bert", 4, 16, 4, 4), "classification", range(8)))
 
 
+ALL_OTHERS = "tinybert: the student's layers 0,1 learn from the teacher's layers 1,3, but begin as its layers 0,2 "
+LAST_OTHER = "the student's layers 1 learn from the teacher's layers 3, but begin as its layers 2 "
+
+
 @pytest.mark.parametrize(
-    ("layers", "advice"),
-    [("0,2", "begin as the teacher's layers 0,2 and learn from its layers 1,3"), ("1,3", None), (None, None)],
-)
-def test_tinybert_advises_on_the_layers_to_begin_with(tmp_path, caplog, layers, advice):
+    ("method", "layers", "advice"),
+    [("tinybert", "0,2", ALL_OTHERS), ("tinybert", "1,3", None), ("tinybert", "every:2", None), ("tinybert", None, None),
+     ("minilm", "0,2", "minilm: " + LAST_OTHER), ("minilm", "0,3", None), ("minilmv2:relation_heads=4", "0,2", LAST_OTHER),
+     ("minilmv2:relation_heads=4,teacher_layer=3", "0,2", None)],
+)  # fmt: skip
+def test_methods_advise_on_the_layers_to_begin_with(tmp_path, caplog, method, layers, advice):
     teacher = tiny.model("bert", "classification", seed=1)
     student = from_layers(teacher, layers) if layers else from_config(teacher, "num_hidden_layers=2")
     data = tiny.dataset("classification")
-    DistillTrainer(student, teacher, "tinybert", args=tiny.arguments(tmp_path), train_dataset=data)
+    DistillTrainer(student, teacher, method, args=tiny.arguments(tmp_path), train_dataset=data)
     said = [record.message for record in caplog.records if record.name == "fastkd.train.methods.base"]
     assert len(said) == (advice is not None) and all(advice in message for message in said)
 

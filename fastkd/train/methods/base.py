@@ -188,13 +188,18 @@ def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
 
 
 def advise_layers(setup: Setup, name: str, pairs: list[tuple[int, int]]) -> None:
-    """A warning where the student begins as other layers of the teacher than those it learns from."""
-    targets = [level - 1 for _, level in pairs]
-    if setup.origins not in (None, targets):
-        begin, learn = (",".join(map(str, layers)) for layers in (setup.origins, targets))
+    """A warning where layers of the student begin as other layers of the teacher than those they learn from, of `pairs`
+    (student, teacher), counted from 1."""
+    if setup.origins is None:
+        return
+    own, learn = ([layer - 1 for layer in side] for side in zip(*pairs, strict=True))
+    begin = [setup.origins[layer] for layer in own]
+    if begin != learn:
+        own, begin, learn = (",".join(map(str, layers)) for layers in (own, begin, learn))
         logger.warning(
-            f"{name}: the student's layers begin as the teacher's layers {begin} and learn from its layers {learn} (counted "
-            f"from 0); --student_layers {learn} begins with those, and made a better student on SST-2"
+            f"{name}: the student's layers {own} learn from the teacher's layers {learn}, but begin as its layers {begin} (counted "
+            "from 0). Students that begin as what they learn from were better on SST-2; choose --student_layers so (every:2, "
+            "every:3 and so on end with the teacher's last layer)"
         )
 
 

@@ -2,7 +2,7 @@
 
 from fastkd.losses.minilm import MiniLMLoss
 
-from .base import Method, Setup, Term, same_heads
+from .base import Method, Setup, Term, advise_layers, same_heads
 
 
 class MiniLM(Method):
@@ -11,6 +11,7 @@ class MiniLM(Method):
     def __init__(self, setup: Setup, share: float = 0.5):
         super().__init__(setup, share)
         same_heads(setup, "minilm")
+        advise_layers(setup, "minilm", [(setup.student.layers, setup.teacher.layers)])
         self.loss = MiniLMLoss(causal=setup.student.causal)
 
     def attention(self, side):

@@ -8,7 +8,7 @@ Args:
 
 from fastkd.losses.minilm import MiniLMv2Loss
 
-from .base import Method, Setup, Term, layer_number, same_relation_heads
+from .base import Method, Setup, Term, advise_layers, layer_number, same_relation_heads
 
 
 class MiniLMv2(Method):
@@ -18,6 +18,7 @@ class MiniLMv2(Method):
         super().__init__(setup, share)
         same_relation_heads(setup, "minilmv2", relation_heads)
         self.teacher_layer = layer_number("minilmv2", teacher_layer, setup.teacher.layers)
+        advise_layers(setup, "minilmv2", [(setup.student.layers, self.teacher_layer)])
         self.loss = MiniLMv2Loss(relation_heads, causal=setup.student.causal)
 
     def attention(self, side):
