@@ -311,6 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=pathlib.Path, help="the folder with SST-2/, CoLA/ and MRPC/; only for those")
     parser.add_argument("--only", default="", help="only this data set: movie-reviews, sst2, cola or mrpc")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--times", type=int, default=10 if torch.cuda.is_available() else 1,
+        help="so many times the steps; 10 with a GPU, to another --out than a CPU's",
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=machine.ROOT / "bench/results/quality")
     parser.add_argument(
         "--work", type=pathlib.Path, default=machine.ROOT / "build/quality", help="where the teachers are kept"
@@ -327,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell in cells if not options.summary else ():
         task = tasks.get(cell.data) or Task(cell.data, options.data, options.work)
         tasks[cell.data] = task
-        grid = GRIDS.get(cell.data, GRIDS[options.study])
+        grid = [(rate, options.times * steps) for rate, steps in GRIDS.get(cell.data, GRIDS[options.study])]
         best = max(grid, key=lambda point: len(grid) > 1 and table.score(task, cell, *point, 0, "held out"))
         for seed in range(1, options.seeds + 1):
             table.score(task, cell, *best, seed, "test")
