@@ -298,7 +298,10 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
     for cell, rows in tested.items():
         words = (cell.data, f"{cell.labels or 'all'} labels", cell.method) if alike else (cell.layers, cell.method)
         row = "  ".join(words).replace(" + ", "\n+ "), list(100 * rows["score"]), 100 * rows["teacher"].iloc[0]
-        pictures.setdefault("" if alike else f"_{cell.data}", []).append(row)
+        name = (
+            "" if alike else f"_{cell.data}" + "_half_width" * (cell.layers == HALF_WIDTH)
+        )  # whose scores are far from others'
+        pictures.setdefault(name, []).append(row)
     for name, shown in pictures.items():
         path = table.path.with_name(f"{table.path.stem}{name}.png")
         plots.scores(shown, "Students alone and distilled", "score in percent", table.rows.to_dict("records"), path)
