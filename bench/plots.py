@@ -147,12 +147,12 @@ def scores(
     lines: Sequence[tuple[str, Sequence[float], float]], text: str, unit: str, rows: Sequence[Row], path
 ) -> None:
     """A line per (label, a score for each seed, the teacher's score): a dot per seed, a tick at their mean, one for the teacher.
-    A label that ends in "alone" is the student without a teacher."""
+    A label with "alone" is the student without a teacher."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 1.1 + 0.28 * len(lines)), layout="constrained")
         heights = range(len(lines), 0, -1)
         for y, (label, found, teacher) in zip(heights, lines, strict=True):
-            colour = COLOURS["eager" if label.endswith("alone") else "fastkd"]
+            colour = COLOURS["eager" if "alone" in label else "fastkd"]
             axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markersize=6, markeredgecolor="white")
             axes.plot(sum(found) / len(found), y, "|", color=colour, markersize=15, markeredgewidth=2.5)
             axes.plot(teacher, y, "|", color=INK, markersize=15, markeredgewidth=2.5)
