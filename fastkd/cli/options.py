@@ -21,8 +21,7 @@ class ModelArguments:
         default=None, metadata={"help": "hub id or folder of a student; or make one of the teacher:"}
     )
     student_layers: str | None = field(
-        default=None,
-        metadata={"help": "make the student of the teacher's layers: 0,2,4, or every:2, which ends with the last"},
+        default=None, metadata={"help": "make the student of the teacher's layers: 0,2,4 or every:2"}
     )
     student_config: str | None = field(
         default=None, metadata={"help": "make it smaller: hidden_size=192,… or a .json file"}

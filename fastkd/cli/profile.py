@@ -32,11 +32,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--teacher", help="hub id or folder of a real model")
     source.add_argument("--from-config", help="bert-base, bert-large, roberta-large, gpt2, llama-1b, … or a config.json;\n"
                         "with changes: bert-base:num_hidden_layers=4")  # fmt: skip
-    add(
-        "--student-layers",
-        default="every:2",
-        help="which of the teacher's layers the student keeps (every:2, which ends with the last)",
-    )
+    add("--student-layers", default="every:2", help="which of the teacher's layers the student keeps (every:2)")
     add("--method", default="kd", help="as for fastkd distill, several by comma, or 'all' that make sense (kd)")
     add("--task", default="", choices=("", "classification", "masked_lm", "causal_lm"),
         help="else what the method is usually trained on")  # fmt: skip

@@ -31,8 +31,7 @@ AUTO = {
 
 
 def parse_layers(text: str, layers: int) -> list[int]:
-    """ "0,2,4" or "every:2", counted from 0 and checked against the teacher's depth. every:2 ends with the last layer
-    (1, 3, 5 of six), so that the student's layers begin as those of the teacher with which methods compare them."""
+    """ "0,2,4" or "every:2" (0, 2, 4, …), counted from 0 and checked against the teacher's depth."""
     text = text.strip()
     every = re.fullmatch(r"every:(\d+)", text)
     if every:
@@ -41,7 +40,7 @@ def parse_layers(text: str, layers: int) -> list[int]:
             raise ValueError(
                 f"student_layers: every:{step} of a teacher of {layers} layers leaves none; use 1 to {layers}"
             )
-        return list(range((layers - 1) % step, layers, step))
+        return list(range(0, layers, step))
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
         raise ValueError(f"student_layers: expected numbers as in 0,2,4 or every:2, got {text!r}")
     chosen = [int(x) for x in text.split(",")]

@@ -188,19 +188,23 @@ def uniform_map(setup: Setup, name: str) -> list[tuple[int, int]]:
 
 
 def advise_layers(setup: Setup, name: str, pairs: list[tuple[int, int]]) -> None:
-    """A warning where layers of the student begin as other layers of the teacher than those they learn from, of `pairs`
-    (student, teacher), counted from 1."""
-    if setup.origins is None:
+    """A warning where layers of an encoder begin as other layers of the teacher than those they learn from, of `pairs` (student,
+    teacher), counted from 1. A decoder is worse off without the teacher's first layer (docs/recipes.md)."""
+    if setup.origins is None or setup.student.causal:
         return
     own, learn = ([layer - 1 for layer in side] for side in zip(*pairs, strict=True))
     begin = [setup.origins[layer] for layer in own]
-    if begin != learn:
-        own, begin, learn = (",".join(map(str, layers)) for layers in (own, begin, learn))
-        logger.warning(
-            f"{name}: the student's layers {own} learn from the teacher's layers {learn}, but begin as its layers {begin} (counted "
-            "from 0). Students that begin as what they learn from were better on SST-2; choose --student_layers so (every:2, "
-            "every:3 and so on end with the teacher's last layer)"
-        )
+    if begin == learn:
+        return
+    each = setup.teacher.layers // setup.student.layers
+    better = [each * layer - 1 for layer in range(1, setup.student.layers + 1)]
+    fits = [better[layer] for layer in own] == learn
+    own, begin, learn, better = (",".join(map(str, layers)) for layers in (own, begin, learn, better))
+    logger.warning(
+        f"{name}: the student's layers {own} learn from the teacher's layers {learn}, but begin as its layers {begin} (counted "
+        "from 0). Students that begin as what they learn from were better on SST-2; choose --student_layers "
+        f"{better if fits else 'so'}"
+    )
 
 
 def inner_layers(setup: Setup, name: str) -> None:
