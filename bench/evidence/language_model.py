@@ -27,10 +27,9 @@ from fastkd.train.trainer import DistillTrainer
 
 BATCH, HELD_OUT = 4, 128
 TOP, NO_TAIL = ", the 64 most likely tokens", ", renormalised"  # what is known of the teacher's distribution
-HALF, QUARTER = ", half of the vocabulary", ", a quarter of the vocabulary"  # the student's tokens
 ALL_TOKENS = ", all of the teacher's tokens"  # GLMD without the renormalisation over the student's
 TO_LAST = ", layers that end with the last"  # 2, 5, …, 29, elsewhere 0, 3, …, 27
-PARTS = {HALF: 0.5, QUARTER: 0.25}
+PARTS = {", half of the vocabulary": 0.5, ", a quarter of the vocabulary": 0.25}  # the student's tokens
 METHODS = (
     ALONE, "forward_kl:hard=1", "forward_kl", "skew_kl:hard=1", "reverse_kl:hard=1", "jsd:hard=1", "forward_kl:hard=1 + fcd",
     "forward_kl:hard=1" + TOP, "forward_kl:hard=1" + TOP + NO_TAIL, "glmd",
@@ -53,7 +52,7 @@ def rows_of(model: str, text: str, length: int):
 
 def smaller(student, teacher, tokenizer, rows, part: float, collate):
     """The student with the most frequent tokens of the rows, which takes the teacher's ids; its VocabMap; and a collator that
-    leaves labels out which the student does not have."""
+    leaves out the labels that the student does not have."""
     counts = torch.tensor(rows["input_ids"][:]).flatten().bincount(minlength=teacher.config.vocab_size)
     vocab = VocabMap.from_counts(
         counts, part, always_keep=tokenizer.all_special_ids, embeddings=teacher.get_input_embeddings().weight
@@ -91,7 +90,8 @@ def trainer(options, teacher, tokenizer, rows, name: str, seed: int, work: str) 
     train_rows = rows.select(range(min(first, options.rows)))
     layers = range(2 if TO_LAST in name else 0, teacher.config.num_hidden_layers, 3)
     student, collate, vocab = from_layers(teacher, list(layers)), tokenisation.collator(tokenizer, "causal_lm"), None
-    for part in (part for words, part in PARTS.items() if words in name):
+    part = next((part for start, part in PARTS.items() if start in name), None)
+    if part is not None:
         student, vocab, collate = smaller(student, teacher, tokenizer, train_rows, part, collate)
     folder = f"{work}/cache {method}" if "fcd" in method else f"{work}/cache"  # with states of a layer
     kept = cache.Options(f"{work}/top", top_k=64) if TOP in name else cache.Options(folder)
@@ -156,10 +156,8 @@ def main() -> None:
         known = alone != method and alone in every
         gain = paired(every[method] - every[alone], ".3f") if known else "–"
         print(f"| `{method}` | {every[method].count()} | {math.exp(every[method].mean()):.1f} | {gain} |")
-    of_teacher = rows.groupby("method").teacher.first()
-    shown = [
-        method for method in every.columns if of_teacher.notna()[method]
-    ]  # perplexities of other tokens are not comparable
+    of_teacher = rows.groupby("method", sort=False).teacher.first()
+    shown = of_teacher.dropna().index  # on a smaller vocabulary the perplexities are those of other tokens
     lines = [(method, list(every[method].dropna().map(math.exp)), of_teacher[method]) for method in shown]
     plots.scores(lines, "A language model's students", "perplexity", rows.to_dict("records"),
                  RESULTS.with_suffix(".png"))  # fmt: skip

@@ -46,7 +46,7 @@ GRIDS = {
     "time_to_score": ((1e-4, 100),),
     "mrpc": ((1e-4, 100), (3e-4, 100)),
 }  # learning rate, steps; of mrpc for its few rows, whichever the study
-OF_TEACHERS = {"mrpc": 300}  # steps of fine-tuning, elsewhere 1200
+TEACHER_STEPS = {"mrpc": 300}  # steps of fine-tuning, elsewhere 1200
 KEY = ("data", "labels", "layers", "method", "seed", "rate", "steps", "split")
 FILES = {"sst2": ("SST-2/train.tsv", "SST-2/dev.tsv"), "mrpc": ("MRPC/msr_paraphrase_train.txt", "MRPC/msr_paraphrase_test.txt"),
          "cola": ("CoLA/in_domain_train.tsv", "CoLA/in_domain_dev.tsv", "CoLA/out_of_domain_dev.tsv")}  # fmt: skip
@@ -106,13 +106,7 @@ def time_to_score() -> Iterator[Cell]:
         yield from (Cell("sst2", ALL, "0,2,4" + OF_TEACHER, method + how) for how in ("", BY_REFERENCE, BY_AUTHORS))
 
 
-STUDIES = {
-    "few_labels": few_labels,
-    "half_depth": half_depth,
-    "longer": longer,
-    "same_student": same_student,
-    "time_to_score": time_to_score,
-}
+STUDIES = {study.__name__: study for study in (few_labels, half_depth, longer, same_student, time_to_score)}
 
 
 def rows_of(name: str, folder: pathlib.Path):
@@ -160,7 +154,7 @@ class Task:
         known = work / f"teacher-{name}"
         if not known.exists():
             teacher = load(MODEL_DIR, num_labels=2)
-            self.train(teacher, None, None, self.sets["train"], 1e-4, OF_TEACHERS.get(name, 1200), 0)
+            self.train(teacher, None, None, self.sets["train"], 1e-4, TEACHER_STEPS.get(name, 1200), 0)
             teacher.save_pretrained(known)
         self.teacher = load(known)
 
@@ -298,9 +292,8 @@ def summary(table: Table, cells: Sequence[Cell]) -> str:
     for cell, rows in tested.items():
         words = (cell.data, f"{cell.labels or 'all'} labels", cell.method) if alike else (cell.layers, cell.method)
         row = "  ".join(words).replace(" + ", "\n+ "), list(100 * rows["score"]), 100 * rows["teacher"].iloc[0]
-        name = (
-            "" if alike else f"_{cell.data}" + "_half_width" * (cell.layers == HALF_WIDTH)
-        )  # whose scores are far from others'
+        far = "_half_width" * (cell.layers == HALF_WIDTH)  # scores that would squeeze the others together
+        name = "" if alike else f"_{cell.data}{far}"
         pictures.setdefault(name, []).append(row)
     for name, shown in pictures.items():
         path = table.path.with_name(f"{table.path.stem}{name}.png")

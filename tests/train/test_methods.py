@@ -290,7 +290,9 @@ def test_methods_advise_on_the_layers_to_begin_with(tmp_path, caplog, method, la
     data = tiny.dataset("classification")
     DistillTrainer(student, teacher, method, args=tiny.arguments(tmp_path), train_dataset=data)
     said = [record.message for record in caplog.records if record.name == "fastkd.train.methods.base"]
-    assert len(said) == (advice is not None) and all(advice in message for message in said)
+    assert len(said) == (advice is not None) and all(
+        advice in message and "--student_layers 1,3" in message for message in said
+    )
 
 
 def test_a_third_party_adds_a_method(monkeypatch):
